@@ -1,0 +1,27 @@
+# `make run` trains and evaluates SDPO-LLM on MovieLens-100K; `make test` runs the tests. Both set up .venv first.
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3.10 || command -v python3)
+RUN = $(VENV)/bin/python
+READY = $(VENV)/.ready
+
+.PHONY: run test lint clean
+
+run: $(READY)
+	$(RUN) run_recbole_sdpo.py --model=SDPO-LLM --dataset=ml-100k $(ARGS)
+
+test: $(READY)
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q $(ARGS)
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+
+$(READY): setup.cfg constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 12) or sys.exit("recbole 1.2.1 needs Python 3.10 or 3.11, and this is %d.%d; set PYTHON=." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

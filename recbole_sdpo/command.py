@@ -1,0 +1,32 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from recbole_sdpo.quick_start import run
+
+
+def main() -> None:
+    """Parse ``--model``, ``--dataset`` and ``--config_files``; every other ``--name=value`` is a setting, as in RecBole."""
+    parser = argparse.ArgumentParser(
+        description="Train and evaluate a model on one split and one set of candidates.",
+        epilog="Any setting of RecBole or of ours follows as --name=value; python -m recbole_sdpo.settings lists ours.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", default="SDPO-LLM", help="SDPO-LLM, or any model of RecBole, such as GRU4Rec (default: SDPO-LLM)")
+    parser.add_argument(
+        "--dataset",
+        default="ml-100k",
+        help="name of a dataset of atomic files (default: ml-100k, which RecBole brings)",
+    )
+    parser.add_argument("--config_files", default="", help="YAML files, separated by blanks; a later one overrides an earlier one")
+    args, rest = parser.parse_known_args()
+    for argument in rest:
+        if not argument.startswith("--") or argument.count("=") != 1:
+            sys.exit(f"error: cannot read {argument!r}; settings are given as --name=value, without blanks around '='.")
+    try:
+        run(args.model, args.dataset, args.config_files.split())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

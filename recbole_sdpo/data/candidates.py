@@ -1,0 +1,116 @@
+"""Candidate sets that are the same for every model: drawn once, before any model is built, and fingerprinted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader, NegSampleDataLoader
+from recbole.data.dataset import Dataset
+from recbole.sampler.sampler import AbstractSampler
+
+from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.negatives import NegativeSampler
+from recbole_sdpo.data.sequences import met_items
+from recbole_sdpo.random import recbole_draws
+
+
+class PopulationSampler(AbstractSampler):
+    """RecBole's distributions over a given population of items.
+
+    RecBole's own counts popularity over what the model's kind of dataset holds and takes its exponent from the training
+    negatives, so that two models would meet candidates of two distributions.
+
+    Args:
+        population: an item id for each interaction.
+        item_num: number of item ids, padding included.
+        distribution: ``uniform`` over all items, or ``popularity`` in the population.
+    """
+
+    def __init__(self, population: np.ndarray, item_num: int, distribution: str) -> None:
+        self._population, self._item_num = population, item_num
+        super().__init__(distribution, alpha=1.0)
+
+    def _uni_sampling(self, sample_num: int) -> np.ndarray:
+        return np.random.randint(1, self._item_num, sample_num)
+
+    def _get_candidates_list(self) -> list[int]:
+        return self._population.tolist()
+
+    def get_used_ids(self) -> None:
+        """None: what may not be drawn is :class:`NegativeSampler`'s business."""
+
+
+class FrozenCandidates:
+    """Takes a sampler's place in an evaluation loader and gives each target the same negatives every time.
+
+    Attributes:
+        phase: ``valid`` or ``test``.
+        user, target: int64 ``[T]``.
+        negatives: int64 ``[T, N]``.
+    """
+
+    def __init__(self, phase: str, user: np.ndarray, target: np.ndarray, negatives: np.ndarray) -> None:
+        self.phase, self.user, self.target, self.negatives = phase, user, target, negatives
+        self._row = {pair: row for row, pair in enumerate(zip(user.tolist(), target.tolist(), strict=True))}
+
+    def sample_by_user_ids(self, user_ids: Sequence[int], item_ids: Sequence[int], num: int) -> torch.Tensor:
+        """The frozen negatives in RecBole's layout: the first of every target, then the second of every target, …"""
+        rows = [self._row[int(user), int(item)] for user, item in zip(user_ids, item_ids, strict=True)]
+        return torch.from_numpy(self.negatives[rows, :num].T.reshape(-1).copy())
+
+
+def freeze(loader: AbstractDataLoader, parts: Sequence[Dataset], catalogue: Catalogue, seed: int, exclude_history: bool = True) -> None:
+    """Give ``loader`` frozen candidates, if it samples any.
+
+    Args:
+        loader: of the validation or the test phase.
+        parts: the split's datasets up to and including the loader's own; their items count as met.
+        seed: of the candidates alone.
+        exclude_history: draw no item that the user has met.
+
+    Raises:
+        ValueError: a user has too few items left for the number of negatives that RecBole's mode asks for.
+    """
+    if not samples_candidates(loader) or isinstance(loader._sampler, FrozenCandidates):
+        return
+    dataset, phase, args = loader._dataset, loader._sampler.phase, loader.neg_sample_args
+    rows = dataset.inter_feat
+    pairs = np.unique(np.stack([rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()]), axis=1)
+    user, target = pairs
+    met = met_items(*parts)
+    sampler = NegativeSampler(
+        PopulationSampler(met[1], dataset.item_num, args["distribution"]),
+        catalogue,
+        met if exclude_history else (user, target),
+        f"eval_args.mode={loader.config['eval_args']['mode'][phase]!r}",
+    )
+    with recbole_draws(seed, "candidates", phase):
+        loader._sampler = FrozenCandidates(phase, user, target, sampler.draw(user, target, args["sample_num"]))
+
+
+def samples_candidates(loader: AbstractDataLoader) -> bool:
+    """Does this loader rank a target among sampled items (and not among all)?"""
+    return isinstance(loader, NegSampleDataLoader) and loader.neg_sample_args["sample_num"] != "none"
+
+
+def fingerprint(*loaders: AbstractDataLoader) -> str:
+    """sha256 over who is asked for what against what, in the data's own ids: equal for equal candidates.
+
+    A loader that ranks the whole catalogue, or labelled items, counts with its users and targets.
+    """
+    digest = hashlib.sha256()
+    for number, loader in enumerate(loaders):
+        dataset = loader._dataset
+        if isinstance(loader._sampler, FrozenCandidates):
+            frozen = loader._sampler
+            user, items = frozen.user, np.concatenate([frozen.target[:, None], frozen.negatives], axis=1)
+        else:
+            rows = dataset.inter_feat
+            user, items = rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()[:, None]
+        user_token, item_token = dataset.field2id_token[dataset.uid_field], dataset.field2id_token[dataset.iid_field]
+        lines = sorted("\t".join([str(number), user_token[u], *item_token[row]]) for u, row in zip(user, items, strict=True))
+        digest.update("\n".join(lines).encode())
+    return digest.hexdigest()

@@ -1,0 +1,103 @@
+"""Training batches: prompts, and for each target the items to score, the target first and its negatives after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from recbole.data.dataset import Dataset
+
+from recbole_sdpo.data.negatives import NegativeSampler
+from recbole_sdpo.data.prompts import Prompts, Units, candidate_prompts, history_windows
+from recbole_sdpo.data.sequences import histories, training_sequences
+from recbole_sdpo.ragged import segment_sums
+from recbole_sdpo.random import generator, recbole_draws
+
+
+class Examples(Protocol):
+    """What a stage trains on, cut into trees.
+
+    Attributes:
+        targets: int64 ``[trees]``, how many targets each tree serves.
+    """
+
+    targets: np.ndarray
+
+    def sizes(self, lengths: np.ndarray) -> np.ndarray:
+        """About how many tokens each tree takes, int64 ``[trees]``; ``lengths`` are the tokens of each unit."""
+
+    def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
+        """The prompts of ``trees`` and the items to score, ``[T, 1 + K]``; what is drawn depends on seed and purpose."""
+
+
+@dataclass
+class HistoryExamples:
+    """``history`` style: windows over whole sequences, in which every title is a target.
+
+    Args:
+        dataset: RecBole's training dataset.
+        window: titles in a window.
+        units: of the prompts.
+        sampler: of the negatives.
+        negatives: K, 0 for none.
+    """
+
+    dataset: Dataset
+    window: int
+    units: Units
+    sampler: NegativeSampler | None
+    negatives: int
+
+    def __post_init__(self) -> None:
+        self.prompts = history_windows(training_sequences(self.dataset), self.window, self.units.header)
+        self.targets = np.bincount(self.prompts.tree, minlength=len(self.prompts))
+
+    def sizes(self, lengths: np.ndarray) -> np.ndarray:
+        trunk = segment_sums(lengths[self.prompts.trunks.values], self.prompts.trunks.lengths)
+        title = lengths[1 : self.units.header].mean()
+        return (trunk + self.targets * self.negatives * (title - 1)).astype(np.int64)
+
+    def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
+        prompts = self.prompts.select(trees)
+        items = prompts.target[:, None]
+        if self.negatives:
+            with recbole_draws(seed, "negatives", *purpose):
+                items = np.concatenate([items, self.sampler.draw(prompts.user, prompts.target, self.negatives)], axis=1)
+        return prompts, items
+
+
+@dataclass
+class CandidateExamples:
+    """``candidates`` style: a prompt for each target, with the candidates in its text; the negatives are among them.
+
+    Args:
+        candidates: how many stand in the text, the target included.
+    """
+
+    dataset: Dataset
+    candidates: int
+    units: Units
+    sampler: NegativeSampler
+    negatives: int
+
+    def __post_init__(self) -> None:
+        rows = self.dataset.inter_feat
+        self.histories = histories(rows)
+        self.user, self.target = rows[self.dataset.uid_field].numpy(), rows[self.dataset.iid_field].numpy()
+        self.targets = np.ones(len(self.target), np.int64)
+
+    def sizes(self, lengths: np.ndarray) -> np.ndarray:
+        history = segment_sums(lengths[self.histories.values], self.histories.lengths)
+        title = lengths[1 : self.units.header].mean()
+        template = np.mean([lengths[[p for p in t if not isinstance(p, str)]].sum() for t in self.units.templates])
+        return (history + (self.candidates + self.negatives) * title + template).astype(np.int64)
+
+    def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
+        user, target = self.user[trees], self.target[trees]
+        with recbole_draws(seed, "negatives", *purpose):
+            drawn = self.sampler.draw(user, target, self.candidates - 1)
+        shown = generator(seed, "order", *purpose).permuted(np.concatenate([target[:, None], drawn], axis=1), axis=1)
+        template = generator(seed, "templates", *purpose).integers(len(self.units.templates), size=len(trees))
+        prompts = candidate_prompts(self.histories.take(trees), shown, target, user, self.units, template)
+        return prompts, np.concatenate([target[:, None], drawn[:, : self.negatives]], axis=1)

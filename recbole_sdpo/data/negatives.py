@@ -1,0 +1,92 @@
+"""Negatives from RecBole's samplers: distinct, of distinct titles, and never an item that the user has met."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from recbole.sampler.sampler import AbstractSampler
+
+from recbole_sdpo.data.catalogue import Catalogue
+
+
+@dataclass
+class NegativeSampler:
+    """Draws negatives for users and targets.
+
+    RecBole's samplers may repeat an item, draw an item of the history (``repeatable``), or one that reads like the target.
+    Here a sampler of RecBole proposes, by its own distribution, and what may not be is drawn anew.
+
+    Args:
+        sampler: a sampler of RecBole, whose ``sampling`` proposes item ids.
+        catalogue: items of one title count as one.
+        met: (users, items) that may not be drawn, as two int64 arrays.
+        setting: what asks for the negatives, for the error message.
+    """
+
+    sampler: AbstractSampler
+    catalogue: Catalogue
+    met: tuple[np.ndarray, np.ndarray]
+    setting: str
+
+    def __post_init__(self) -> None:
+        users, items = self.met
+        self._groups = int(self.catalogue.group.max()) + 1
+        self._met = np.unique(users * self._groups + self.catalogue.group[items])
+
+    def draw(self, user: np.ndarray, target: np.ndarray, number: int) -> np.ndarray:
+        """``number`` negatives for each of the given users and targets, int64 ``[len(user), number]``.
+
+        Raises:
+            ValueError: a user has fewer than ``number`` items to draw from.
+        """
+        self.check(user, target, number)
+        group = self.catalogue.group
+        drawn = np.zeros((len(user), number), np.int64)
+        todo = np.ones(drawn.shape, bool)
+        while todo.any():
+            drawn[todo] = self.sampler.sampling(int(todo.sum()))
+            rows = np.flatnonzero(todo.any(1))
+            titles = group[drawn[rows]]
+            # RecBole's alias table can give -1 where rounding leaves an item without a partner.
+            bad = (drawn[rows] < 1) | _repeats(titles) | (titles == group[target[rows], None])
+            bad |= _is_in(user[rows, None] * self._groups + titles, self._met)
+            todo[rows] = bad
+        return drawn
+
+    def check(self, user: np.ndarray, target: np.ndarray, number: int) -> None:
+        """Are there ``number`` items to draw for each of the given users and targets?
+
+        Raises:
+            ValueError: for some user there are fewer.
+        """
+        if self.sampler.distribution == "popularity":
+            drawable = np.unique(self.catalogue.group[list(self.sampler.prob)])
+        else:
+            drawable = np.unique(self.catalogue.group[1:])
+        met_user, met_title = np.divmod(self._met, self._groups)
+        pool = len(drawable) - np.bincount(met_user[_is_in(met_title, drawable)], minlength=int(user.max(initial=0)) + 1)[user]
+        title = self.catalogue.group[target]
+        pool = pool - (_is_in(title, drawable) & ~_is_in(user * self._groups + title, self._met))
+        if len(pool) and pool.min() < number:
+            raise ValueError(
+                f"{self.setting} asks for {number} negatives of distinct titles, but for user number {user[pool.argmin()]} "
+                f"only {pool.min()} are left that the user has not met; ask for at most {pool.min()}."
+            )
+
+
+def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Which ``values`` occur in the sorted array ``ordered``?"""
+    if len(ordered) == 0:
+        return np.zeros(values.shape, bool)
+    place = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return ordered[place] == values
+
+
+def _repeats(matrix: np.ndarray) -> np.ndarray:
+    """Marks each entry that equals an earlier one of its row."""
+    order = np.argsort(matrix, axis=1, kind="stable")
+    ranked = np.take_along_axis(matrix, order, 1)
+    repeat = np.zeros(matrix.shape, bool)
+    np.put_along_axis(repeat, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], 1)
+    return repeat

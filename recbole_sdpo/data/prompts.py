@@ -1,0 +1,186 @@
+"""Prompts as rows of text units, and which targets are asked after which of their units."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from recbole_sdpo.data.sequences import Sequences
+from recbole_sdpo.ragged import Ragged, exclusive_cumsum
+
+TEMPLATE_FOLDER = Path(__file__).parents[1] / "properties" / "prompts"
+SLOTS = ("{history}", "{candidates}")
+NO_FULL_RANKING = "prompt_style='candidates' cannot rank the whole catalogue; use prompt_style='history', or a mode such as uni19."
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Prompt templates of one domain.
+
+    Attributes:
+        header: what opens a prompt of the ``history`` style.
+        candidates: templates of the ``candidates`` style; each has ``{history}`` and ``{candidates}`` once. The first is
+            the one used at evaluation.
+    """
+
+    header: str
+    candidates: tuple[str, ...]
+
+    @classmethod
+    def load(cls, name: str) -> Templates:
+        """Read a domain that ships here, such as ``movies``, or a YAML file of one's own.
+
+        Raises:
+            ValueError: there is no such domain or file, or it does not hold a header and templates.
+        """
+        path = Path(name) if Path(name).suffix in (".yaml", ".yml") else TEMPLATE_FOLDER / f"{name}.yaml"
+        domains = sorted(file.stem for file in TEMPLATE_FOLDER.glob("*.yaml"))
+        if not path.is_file():
+            raise ValueError(f"prompt_templates={name!r} is not here; valid are {', '.join(domains)} or a .yaml file.")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or set(content) != {"header", "candidates"} or not content["candidates"]:
+            raise ValueError(f"prompt_templates={name!r} must hold the keys 'header' (text) and 'candidates' (a list).")
+        for template in content["candidates"]:
+            if any(template.count(slot) != 1 for slot in SLOTS):
+                raise ValueError(f"prompt_templates={name!r}: each of {SLOTS} must occur once in {template!r}.")
+        return cls(content["header"].strip() + "\n", tuple(t.strip() + "\n" for t in content["candidates"]))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts, as units, and the targets asked of them.
+
+    A unit is a title with its terminator, numbered by its item, or a piece of a template, numbered from ``units.PIECES``.
+
+    Attributes:
+        trunks: the units of each trunk.
+        tree: int64 ``[T]``, the trunk of each target.
+        before: int64 ``[T]``, how many of the trunk's units are the target's prompt.
+        target: int64 ``[T]``, the item asked for.
+        user: int64 ``[T]``.
+    """
+
+    trunks: Ragged
+    tree: np.ndarray
+    before: np.ndarray
+    target: np.ndarray
+    user: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.trunks)
+
+    def select(self, trees: np.ndarray) -> Prompts:
+        """The prompts of the given trees, in that order, with their targets."""
+        owned = Ragged(np.argsort(self.tree, kind="stable"), np.bincount(self.tree, minlength=len(self))).take(trees)
+        t = owned.values
+        tree = np.repeat(np.arange(len(trees)), owned.lengths)
+        return Prompts(self.trunks.take(trees), tree, self.before[t], self.target[t], self.user[t])
+
+    def target_index(self, trees: np.ndarray) -> np.ndarray:
+        """Which targets, by number in this batch, ``select(trees)`` holds, in its order."""
+        return Ragged(np.argsort(self.tree, kind="stable"), np.bincount(self.tree, minlength=len(self))).take(trees).values
+
+
+class Units:
+    """The numbering of units for a catalogue of ``items`` items: items first, then the pieces of the templates."""
+
+    def __init__(self, items: int, templates: Templates) -> None:
+        self.header = items
+        self.pieces: list[str] = [templates.header]
+        self.templates: list[list[int | str]] = []
+        for template in templates.candidates:
+            layout: list[int | str] = []
+            for part in re.split("|".join(f"({re.escape(slot)})" for slot in SLOTS), template):
+                if part in SLOTS:
+                    layout.append(part)
+                elif part:
+                    layout.append(items + len(self.pieces))
+                    self.pieces.append(part)
+            self.templates.append(layout)
+
+
+def history_windows(sequences: Sequences, window: int, header: int) -> Prompts:
+    """``history`` prompts in which every training target is asked for once.
+
+    A window holds at most ``window`` titles and moves on by half of that, so that each target has a history of between
+    half a window and a window, shorter only at the start of its sequence.
+
+    Args:
+        window: titles in a window, at least 2.
+        header: the unit that opens each prompt.
+    """
+    step = window // 2
+    length, opening = sequences.items.lengths, sequences.history
+    extra = np.maximum(length - np.maximum(window, opening + 1), 0)
+    windows = 1 + -(-extra // step)
+    owner = np.repeat(np.arange(len(length)), windows)
+    number = np.arange(len(owner)) - np.repeat(exclusive_cumsum(windows), windows)
+    first_end = np.minimum(np.maximum(window, opening + 1), length)[owner]
+    stop = np.minimum(first_end + number * step, length[owner])
+    first_target = np.where(number == 0, opening[owner], first_end + (number - 1) * step)
+    start = np.maximum(first_target - (window - step), 0)
+    start = np.where(number == 0, np.maximum(stop - window, 0), start)
+    span = stop - start
+    items = sequences.items.values[np.repeat(sequences.items.starts[owner] + start - exclusive_cumsum(span), span) + np.arange(span.sum())]
+    asked = stop - first_target
+    tree = np.repeat(np.arange(len(owner)), asked)
+    place = np.arange(asked.sum()) - np.repeat(exclusive_cumsum(asked), asked) + (first_target - start)[tree]
+    return Prompts(
+        _with_header(Ragged(items, span), header),
+        tree,
+        place + 1,
+        items[exclusive_cumsum(span)[tree] + place],
+        sequences.user[owner][tree],
+    )
+
+
+def history_prompts(histories: Ragged, target: np.ndarray, user: np.ndarray, header: int) -> Prompts:
+    """One ``history`` prompt for each row of ``histories``."""
+    trunks = _with_header(histories, header)
+    return Prompts(trunks, np.arange(len(trunks)), trunks.lengths, target, user)
+
+
+def candidate_prompts(
+    histories: Ragged, candidates: np.ndarray, target: np.ndarray, user: np.ndarray, units: Units, template: np.ndarray
+) -> Prompts:
+    """One ``candidates`` prompt for each row: template, history and the candidates in the order given.
+
+    Args:
+        candidates: int64 ``[rows, C]``, already shuffled.
+        template: int64 ``[rows]``, which of the templates to use.
+    """
+    rows: list[np.ndarray] = []
+    starts = histories.starts
+    for row, (choice, start, length) in enumerate(zip(template, starts, histories.lengths, strict=True)):
+        fill = {"{history}": histories.values[start : start + length], "{candidates}": candidates[row]}
+        rows.append(np.concatenate([fill[part] if isinstance(part, str) else [part] for part in units.templates[choice]]))
+    trunks = Ragged.from_rows(rows)
+    return Prompts(trunks, np.arange(len(trunks)), trunks.lengths, target, user)
+
+
+def _with_header(rows: Ragged, header: int) -> Ragged:
+    return Ragged(np.insert(rows.values, rows.starts, header), rows.lengths + 1)
+
+
+def batches(sizes: np.ndarray, budget: int, order: Sequence[int] | None = None) -> list[np.ndarray]:
+    """Cut rows into batches whose padded size (longest row times rows) stays within ``budget``; a longer row goes alone.
+
+    Args:
+        sizes: int ``[rows]``, tokens in each row.
+        order: the rows to use, in the order to take them; sorted by size if left out.
+    """
+    order = np.argsort(sizes, kind="stable") if order is None else np.asarray(order)
+    cut, first, longest = [], 0, 0
+    for place, row in enumerate(order):
+        longest = max(longest, int(sizes[row]))
+        if place > first and longest * (place - first + 1) > budget:
+            cut.append(order[first:place])
+            first, longest = place, int(sizes[row])
+    if first < len(order):
+        cut.append(order[first:])
+    return cut

@@ -1,0 +1,89 @@
+"""Users' sequences, put together again from RecBole's augmented rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from recbole.data.dataset import Dataset
+
+from recbole_sdpo.ragged import Ragged, exclusive_cumsum
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Item sequences and which of their items are training targets.
+
+    Attributes:
+        items: a row of item ids for each sequence, oldest first.
+        user: int64 ``[sequences]``, the user of each.
+        history: int64 ``[sequences]``, how many items open the sequence without being targets; all others are.
+    """
+
+    items: Ragged
+    user: np.ndarray
+    history: np.ndarray
+
+    @property
+    def targets(self) -> int:
+        """How many targets there are: as many as RecBole's rows."""
+        return int(self.items.lengths.sum() - self.history.sum())
+
+
+def histories(interaction) -> Ragged:
+    """The ``item_id_list`` of RecBole's rows (a dataset's ``inter_feat`` or a batch), without its padding."""
+    lists = interaction["item_id_list"].cpu().numpy()
+    lengths = interaction["item_length"].cpu().numpy().astype(np.int64)
+    return Ragged(lists[np.arange(lists.shape[1]) < lengths[:, None]].astype(np.int64), lengths)
+
+
+def training_sequences(dataset: Dataset) -> Sequences:
+    """Chain the rows (history, target) of a sequential dataset: a row that continues the one before it extends its sequence.
+
+    RecBole makes a row of each target with its history cut to ``MAX_ITEM_LIST_LENGTH``; this undoes it, so that one pass
+    over a sequence serves all its targets. Rows that continue nothing start a sequence of their own.
+    """
+    rows = dataset.inter_feat
+    user = rows[dataset.uid_field].numpy()
+    order = np.argsort(user, kind="stable")
+    rows, user = rows[order], user[order]
+    past, target = histories(rows), rows[dataset.iid_field].numpy()
+    if len(target) == 0:
+        return Sequences(Ragged.from_rows([]), user, np.empty(0, np.int64))
+    continues = np.zeros(len(target), bool)
+    continues[1:] = (user[1:] == user[:-1]) & _extends(past, target, dataset.max_item_list_len)
+    heads = np.flatnonzero(~continues)
+    targets_of = np.diff(np.append(heads, len(target)))
+    opening = past.take(heads)
+    lengths = opening.lengths + targets_of
+    items = np.empty(lengths.sum(), np.int64)
+    begins = exclusive_cumsum(lengths)
+    in_opening = np.arange(len(items)) - np.repeat(begins, lengths) < np.repeat(opening.lengths, lengths)
+    items[in_opening], items[~in_opening] = opening.values, target
+    return Sequences(Ragged(items, lengths), user[heads], opening.lengths)
+
+
+def _extends(past: Ragged, target: np.ndarray, longest: int) -> np.ndarray:
+    """Is each row's history the row before's and its target, cut to the ``longest`` last items? bool ``[rows - 1]``."""
+    before = past.padded(0, longest + 1)
+    before[np.arange(len(target)), past.lengths] = target
+    full = (past.lengths == longest)[:-1, None]
+    expected = np.where(full, before[:-1, 1:], before[:-1, :-1])
+    return (expected == past.padded(0, longest)[1:]).all(1)
+
+
+def met_items(*datasets: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct (user, item) pairs of the given parts of a split, histories included, as two int64 arrays.
+
+    A sequential dataset never has a user's first item as a target, only in histories.
+    """
+    pairs = []
+    for dataset in datasets:
+        rows = dataset.inter_feat
+        user = rows[dataset.uid_field].numpy()
+        pairs.append(np.stack([user, rows[dataset.iid_field].numpy()]))
+        if "item_id_list" in rows:
+            past = histories(rows)
+            pairs.append(np.stack([np.repeat(user, past.lengths), past.values]))
+    users, items = np.unique(np.concatenate(pairs, axis=1), axis=1) if pairs else np.empty((2, 0), np.int64)
+    return users, items

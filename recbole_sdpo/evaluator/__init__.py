@@ -1,0 +1,1 @@
+"""What RecBole's evaluator lacks."""

@@ -1,0 +1,23 @@
+"""Popularity, the floor under every table."""
+
+from __future__ import annotations
+
+import torch
+from recbole.config import Config
+from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+from recbole.model.general_recommender.pop import Pop
+from recbole.trainer import Trainer
+
+from recbole_sdpo.data.sequences import met_items
+
+
+def popularity_result(config: Config, train_data: AbstractDataLoader, eval_data: AbstractDataLoader) -> dict[str, float]:
+    """Metrics on ``eval_data`` of ranking by the number of users who met an item in training."""
+    dataset = train_data._dataset
+    pop = Pop(config, dataset)
+    counts = torch.bincount(torch.from_numpy(met_items(dataset)[1]), minlength=dataset.item_num)
+    pop.item_cnt = counts[:, None].to(pop.device)
+    pop.max_cnt = pop.item_cnt.max(dim=0)[0]
+    trainer = Trainer(config, pop.to(config["device"]))
+    trainer.eval_collector.data_collect(train_data)
+    return dict(trainer.evaluate(eval_data, load_best_model=False))

@@ -1,0 +1,1 @@
+"""From text to log-probabilities. Knows nothing of recommenders."""

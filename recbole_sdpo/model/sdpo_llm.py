@@ -1,0 +1,203 @@
+"""``SDPO-LLM``: a causal language model that recommends the next item by the log-probability of its title."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from recbole.config import Config
+from recbole.data.dataset import Dataset
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.sampler.sampler import AbstractSampler
+from recbole.utils import InputType
+from torch import Tensor
+
+from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.examples import CandidateExamples, Examples, HistoryExamples
+from recbole_sdpo.data.negatives import NegativeSampler
+from recbole_sdpo.data.prompts import NO_FULL_RANKING, Prompts, Templates, Units, batches, candidate_prompts, history_prompts
+from recbole_sdpo.data.sequences import histories, met_items, training_sequences
+from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
+from recbole_sdpo.model.encoder import Encoder
+from recbole_sdpo.objectives import OBJECTIVES
+from recbole_sdpo.random import derive_seed, generator
+from recbole_sdpo.settings import Settings
+
+
+class Logps(NamedTuple):
+    """Log-probabilities of a batch of T targets; the first two from the policy, the others from the reference."""
+
+    policy_pos: Tensor
+    policy_neg: Tensor
+    ref_pos: Tensor
+    ref_neg: Tensor
+
+
+class SDPOLLM(SequentialRecommender):
+    """Scores an item by log pi(title, terminator | prompt made of the user's history).
+
+    Args:
+        config: RecBole's configuration, with our settings in it.
+        dataset: RecBole's training dataset.
+
+    Raises:
+        ValueError: a setting is wrong, a title field is missing, or the backbone cannot be loaded.
+    """
+
+    input_type = InputType.PAIRWISE
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        super().__init__(config, dataset)
+        self.settings = settings = Settings.from_mapping(config.final_config_dict)
+        self.seed: int = config["seed"]
+        self.window: int = config["MAX_ITEM_LIST_LENGTH"] + 1
+        self.negatives: int = config["train_neg_sample_args"]["sample_num"] if OBJECTIVES[settings.objective].negatives else 0
+        self.objective = "sft"
+
+        self.catalogue = Catalogue.from_dataset(dataset, settings.title_fields, settings.title_article_first)
+        self.units = Units(len(self.catalogue.titles), Templates.load(settings.prompt_templates))
+        chosen = BackboneConfig(**{f.name: getattr(settings, f.name) for f in fields(BackboneConfig)})
+        self.backbone = chosen.resolve(torch.device(self.device))
+
+        def titles() -> list[str]:
+            # The root damps the most popular titles, so that the rarer ones get merges of their own, too.
+            seen = np.bincount(training_sequences(dataset).items.values, minlength=len(self.catalogue.titles))
+            return list(np.repeat(np.array(self.catalogue.titles, dtype=object), np.ceil(np.sqrt(seen)).astype(int)))
+
+        self.lm = load_backbone(self.backbone, self.device, titles, lambda purpose: derive_seed(self.seed, purpose))
+        self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer)
+        self._check_length()
+
+    def examples(self, dataset: Dataset, sampler: AbstractSampler | None, negatives: int) -> Examples:
+        """What a stage trains on.
+
+        Args:
+            sampler: RecBole's sampler of training negatives.
+            negatives: K, or 0 for a stage that needs none.
+        """
+        if self.settings.prompt_style == "history":
+            return HistoryExamples(dataset, self.window, self.units, self._negative_sampler(dataset, sampler), negatives)
+        return CandidateExamples(dataset, self.settings.prompt_candidates, self.units, self._negative_sampler(dataset, sampler), negatives)
+
+    def check_negatives(self, dataset: Dataset, sampler: AbstractSampler | None) -> None:
+        """Are there enough negatives for every user, in every stage?
+
+        Raises:
+            ValueError: some user has met too many items.
+        """
+        number = max(self.negatives, self.settings.prompt_candidates - 1 if self.settings.prompt_style == "candidates" else 0)
+        if number:
+            rows = dataset.inter_feat
+            self._negative_sampler(dataset, sampler).check(rows[self.USER_ID].numpy(), rows[self.ITEM_ID].numpy(), number)
+
+    def _negative_sampler(self, dataset: Dataset, sampler: AbstractSampler | None) -> NegativeSampler | None:
+        return NegativeSampler(sampler, self.catalogue, met_items(dataset), "train_neg_sample_args") if sampler else None
+
+    def logps(self, prompts: Prompts, items: np.ndarray, reference: bool) -> tuple[Logps, int]:
+        """Log-probabilities of ``items [T, 1 + K]``, target first, and the number of tokens that the forest held.
+
+        Args:
+            reference: also ask the reference; zeros stand in for it otherwise.
+        """
+        forest = self.encoder.forest(prompts, items)
+        policy = self.lm(forest).view(items.shape)
+        ref = self.lm.reference_logps(forest).view(items.shape) if reference else torch.zeros_like(policy)
+        return Logps(policy[:, 0], policy[:, 1:], ref[:, 0], ref[:, 1:]), forest.size
+
+    def calculate_loss(self, interaction: Interaction) -> Tensor:
+        """Mean loss of RecBole's batch under the current objective, for training by any RecBole trainer, ``[]``.
+
+        RecBole repeats the batch once for each negative; :class:`SDPOTrainer` does not, and serves whole sequences at once.
+        """
+        kind = OBJECTIVES[self.objective]
+        number = self.negatives if self.NEG_ITEM_ID in interaction else 1
+        rows = len(interaction) // number
+        target = interaction[self.ITEM_ID][:rows].cpu().numpy()
+        user = interaction[self.USER_ID][:rows].cpu().numpy()
+        items = target[:, None]
+        if kind.negatives:
+            items = np.concatenate([items, interaction[self.NEG_ITEM_ID].view(number, rows).T.cpu().numpy()], axis=1)
+        past = histories(interaction[:rows])
+        prompts = self._prompts(past, list(items), target, user)
+        found, _ = self.logps(prompts, items, kind.reference)
+        return kind.loss(*found, self.settings.beta).mean()
+
+    @torch.no_grad()
+    def predict(self, interaction: Interaction) -> Tensor:
+        """Scores of the rows' items, float32 ``[rows]``; rows of one user and history share their prompt.
+
+        In the ``candidates`` style, the items of the rows that share a prompt are its candidates.
+        """
+        user, item = interaction[self.USER_ID].cpu().numpy(), interaction[self.ITEM_ID].cpu().numpy()
+        past = histories(interaction)
+        key = np.concatenate([user[:, None], past.padded(0)], axis=1)
+        _, first, prompt = np.unique(key, axis=0, return_index=True, return_inverse=True)
+        prompt = prompt.reshape(-1)
+        shown = np.split(item[np.argsort(prompt, kind="stable")], np.cumsum(np.bincount(prompt))[:-1])
+        trees = self._prompts(past.take(first), shown, item[first], user[first])
+        asked = Prompts(trees.trunks, prompt, trees.trunks.lengths[prompt], item, user)
+        return self._score(asked, item[:, None]).view(-1)
+
+    @torch.no_grad()
+    def full_sort_predict(self, interaction: Interaction) -> Tensor:
+        """Scores of the whole catalogue for each row, float32 ``[rows * items]``; padding scores ``-inf``.
+
+        Raises:
+            ValueError: the prompt style needs candidates in its text.
+        """
+        if self.settings.prompt_style == "candidates":
+            raise ValueError(NO_FULL_RANKING)
+        user = interaction[self.USER_ID].cpu().numpy()
+        items = np.tile(np.arange(1, self.n_items), (len(user), 1))
+        prompts = history_prompts(histories(interaction), items[:, 0], user, self.units.header)
+        scores = torch.full((len(user), self.n_items), -torch.inf, device=self.lm.device)
+        scores[:, 1:] = self._score(prompts, items)
+        return scores.view(-1)
+
+    def _prompts(self, past, shown: list[np.ndarray], target: np.ndarray, user: np.ndarray) -> Prompts:
+        """Evaluation prompts; ``shown`` are the candidates in the text, in an order that does not tell the target."""
+        if self.settings.prompt_style == "history":
+            return history_prompts(past, target, user, self.units.header)
+        shuffled = [
+            generator(self.seed, "evaluation order", int(u)).permutation(np.sort(items)) for u, items in zip(user, shown, strict=True)
+        ]
+        return candidate_prompts(past, shuffled, target, user, self.units, np.zeros(len(user), np.int64))
+
+    def _score(self, prompts: Prompts, items: np.ndarray) -> Tensor:
+        """Log-probabilities of ``items [T, C]``, in batches of bounded size, dealt out to all processes and gathered."""
+        state = PartialState()
+        scores = torch.zeros(items.shape, device=self.lm.device)
+        sizes = self.encoder.sizes(prompts, items)
+        for trees in batches(sizes, self.settings.eval_tokens_per_batch)[state.process_index :: state.num_processes]:
+            rows = prompts.target_index(trees)
+            forest = self.encoder.forest(prompts.select(trees), items[rows])
+            scores[torch.from_numpy(rows).to(scores.device)] = self.lm(forest).view(len(rows), -1).to(scores.dtype)
+        return reduce(scores, "sum") if state.num_processes > 1 else scores
+
+    def _check_length(self) -> None:
+        """Can the backbone read the longest prompt there may be?"""
+        limit = getattr(self.lm.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = int(self.encoder.tokens.lengths[1 : self.units.header].max())
+        titles = self.window + (self.settings.prompt_candidates if self.settings.prompt_style == "candidates" else 0)
+        pieces = int(self.encoder.tokens.lengths[self.units.header :].sum())
+        if limit is not None and titles * longest + pieces > limit:
+            self.logger.warning(
+                f"MAX_ITEM_LIST_LENGTH={self.window - 1}: prompts could reach {titles * longest + pieces} tokens if all their titles "
+                f"were the longest one ({longest}), and the backbone was made for {limit}."
+            )
+
+    def __deepcopy__(self, memo: dict) -> SDPOLLM:
+        """A copy that shares the weights: RecBole copies a model to count its operations, which would double its memory."""
+        for tensor in chain(self.parameters(), self.buffers()):
+            memo[id(tensor)] = tensor
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return clone

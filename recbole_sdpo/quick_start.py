@@ -1,0 +1,257 @@
+"""Run one experiment: any model of RecBole, or ``SDPO-LLM``, on one split and one set of candidates."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+from recbole.trainer import Trainer
+from recbole.utils import ModelType, dict2str, get_model, get_trainer, init_logger, init_seed, set_color
+
+from recbole_sdpo import compat
+from recbole_sdpo.data.candidates import fingerprint, freeze, samples_candidates
+from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.evaluator.popularity import popularity_result
+from recbole_sdpo.objectives import OBJECTIVES
+from recbole_sdpo.registry import MODEL, add_defaults, check_settings, default_settings
+from recbole_sdpo.report.table import markdown_table
+from recbole_sdpo.settings import Settings
+from recbole_sdpo.trainer.sdpo_trainer import run_folder
+
+VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")
+
+
+class ExperimentConfig(Config):
+    """RecBole's configuration with our evaluation defaults under it, whichever the model.
+
+    Raises:
+        ValueError: an unknown or wrong setting of ours.
+    """
+
+    def _load_internal_config_dict(self, model: str, model_class: type, dataset: str) -> None:
+        super()._load_internal_config_dict(model, model_class, dataset)
+        if model == MODEL:
+            return
+        add_defaults(self, default_settings(dataset))
+        loss = self.external_config_dict.get("loss_type", self.internal_config_dict.get("loss_type"))
+        if loss == "CE" and model_class.type == ModelType.SEQUENTIAL:
+            # RecBole refuses such a model while its own default asks for negatives, which cross-entropy has no use for.
+            if self.external_config_dict.pop("train_neg_sample_args", None):
+                getLogger().warning(f"train_neg_sample_args has no use for {model}, whose loss is cross-entropy over all items.")
+            self.internal_config_dict["train_neg_sample_args"] = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings: Settings = check_settings(self)
+
+
+def run(
+    model: str | None = None,
+    dataset: str | None = None,
+    config_file_list: Sequence[str] | None = None,
+    config_dict: dict[str, Any] | None = None,
+    saved: bool = True,
+) -> dict[str, Any]:
+    """Train and evaluate one model and write ``result.json`` into its run folder; returns what the file holds.
+
+    Args:
+        model: a model of RecBole, or ``SDPO-LLM``.
+        dataset: its name; the files are in ``data_path``, but ml-100k comes with RecBole.
+        config_file_list, config_dict: settings, as in RecBole; the command line overrides both.
+        saved: keep checkpoints.
+
+    Raises:
+        ValueError: a setting is wrong; the message names it and what would be valid.
+    """
+    compat.quiet_warnings()
+    transformers.utils.logging.disable_progress_bar()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    config = ExperimentConfig(model, dataset, list(config_file_list or []), {**(config_dict or {}), **_process_settings(state)})
+    if state.num_processes > 1 and config["model"] != MODEL:
+        raise ValueError(
+            f"accelerate launch with {state.num_processes} processes serves {MODEL} only; start {config['model']} with plain python."
+        )
+    config["run_dir"] = str(run_folder(config))
+    init_seed(config["seed"], config["reproducibility"])
+    init_logger(config)
+    logger = getLogger()
+
+    raw = create_dataset(config)
+    catalogue = _catalogue(config, raw)
+    train_data, valid_data, test_data = data_preparation(config, raw)
+    seed = config["seed"] if config.settings.candidates_seed is None else config.settings.candidates_seed
+    parts = [loader._dataset for loader in (train_data, valid_data, test_data)]
+    for number, loader in ((2, valid_data), (3, test_data)):
+        freeze(loader, parts[:number], catalogue, seed, config.settings.candidates_exclude_history)
+    sha256 = fingerprint(valid_data, test_data)
+    _warn_of_shared_rows(test_data)
+
+    init_seed(config["seed"], config["reproducibility"])
+    recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, recommender)
+    run_dir = Path(config["run_dir"])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _log_head(config, recommender, train_data, test_data, sha256)
+    logger.info(raw)
+
+    stages = (_run_stages if config["model"] == MODEL else _fit)(trainer, train_data, valid_data, test_data, saved)
+    floor = popularity_result(config, train_data, test_data)
+    result = {
+        "model": config["model"],
+        "dataset": config["dataset"],
+        "seed": config["seed"],
+        "stages": stages,
+        "test_result": list(stages.values())[-1]["test"],
+        "popularity": floor,
+        "candidates_sha256": sha256,
+        "peak_memory_gib": _peak_memory_gib(),
+        "machine": {
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+            "device": str(trainer.device),
+            "processes": state.num_processes,
+        },
+        "versions": {name: _version(name) for name in VERSIONS},
+        "settings": {key: _plain(value) for key, value in sorted(config.final_config_dict.items())},
+        "command": sys.argv,
+        "run_dir": str(run_dir),
+    }
+    if config["model"] == MODEL:
+        result["settings"] |= config.settings.to_flat()
+    if state.is_main_process:
+        (run_dir / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+        logger.info(f"{set_color('result', 'yellow')}: {run_dir / 'result.json'}\n\n{_table(result)}\n")
+    return result
+
+
+def _process_settings(state: PartialState) -> dict[str, Any]:
+    """RecBole stays single-process; the other processes of ``accelerate`` are quiet."""
+    if state.num_processes == 1:
+        return {}
+    quiet = {} if state.is_main_process else {"state": "error", "show_progress": False}
+    devices = ",".join(map(str, range(torch.cuda.device_count())))
+    return quiet | ({"gpu_id": devices} if devices else {})
+
+
+def _catalogue(config: ExperimentConfig, dataset: Any) -> Catalogue:
+    settings = config.settings
+    try:
+        catalogue = Catalogue.from_dataset(dataset, settings.title_fields, settings.title_article_first)
+    except ValueError as error:
+        if config["model"] == MODEL:
+            raise
+        getLogger().warning(f"{error} {config['model']} needs no titles, but items of one title may meet in a candidate set.")
+        return Catalogue.without_titles(dataset)
+    getLogger().info(set_color("catalogue", "blue") + f": {catalogue.describe()}")
+    return catalogue
+
+
+def _run_stages(
+    trainer: Any,
+    train_data: AbstractDataLoader,
+    valid_data: AbstractDataLoader,
+    test_data: AbstractDataLoader,
+    saved: bool,
+) -> dict:
+    show = trainer.config["show_progress"]
+    stages = {}
+    for name in trainer.stages:
+        report = trainer.fit_stage(name, train_data, valid_data, saved=saved, show_progress=show)
+        test = trainer.evaluate(test_data, show_progress=show)
+        getLogger().info(set_color(f"{name} test", "yellow") + f": {dict2str(test)}")
+        stages[name] = {**vars(report), "valid": _plain(report.valid), "test": _plain(test)}
+    return stages
+
+
+def _fit(
+    trainer: Trainer,
+    train_data: AbstractDataLoader,
+    valid_data: AbstractDataLoader,
+    test_data: AbstractDataLoader,
+    saved: bool,
+) -> dict:
+    show = trainer.config["show_progress"]
+    began = time.time()
+    _, valid = trainer.fit(train_data, valid_data, saved=saved, show_progress=show)
+    wall = time.time() - began
+    if saved:
+        compat.load_best(trainer)
+    test = trainer.evaluate(test_data, load_best_model=False, show_progress=show)
+    getLogger().info(set_color("test", "yellow") + f": {dict2str(test)}")
+    targets = len(train_data._dataset) * len(trainer.train_loss_dict)
+    return {"fit": {"valid": _plain(valid), "test": _plain(test), "wall_s": wall, "targets": targets, "tokens": 0}}
+
+
+def _log_head(config: Config, model: torch.nn.Module, train_data: AbstractDataLoader, test_data: AbstractDataLoader, sha256: str) -> None:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lines = {
+        "model": config["model"],
+        "parameters trained": f"{trained:,}",
+        "training targets": f"{len(train_data._dataset):,}",
+    }
+    if config["model"] == MODEL:
+        total = sum(p.numel() for p in model.parameters())
+        backbone = model.backbone
+        why = f" (backbone=auto on {config['device']}; choose with --backbone=…)" if model.settings.backbone == "auto" else ""
+        lines["backbone"] = f"{backbone.backbone}{why}, {total:,} parameters in {backbone.dtype}, peft {backbone.peft}"
+        if model.negatives:
+            args = config["train_neg_sample_args"]
+            lines["negatives"] = f"{model.negatives} to a target, {args['distribution']}, never of the user's training items"
+    lines["device"] = str(config["device"])
+    lines["candidates"] = f"{config['eval_args']['mode']['test']}, {len(test_data._dataset):,} test targets, sha256 {sha256[:16]}…"
+    getLogger().info("\n".join(f"{set_color(key, 'blue')}: {value}" for key, value in lines.items()))
+
+
+def _warn_of_shared_rows(loader: AbstractDataLoader) -> None:
+    users = loader._dataset.inter_feat[loader._dataset.uid_field]
+    if samples_candidates(loader) and len(users.unique()) < len(users):
+        getLogger().warning(
+            "Some users have several test targets; RecBole then ranks all of a user's targets among all of their candidates together."
+        )
+
+
+def _table(result: dict[str, Any]) -> str:
+    metrics = [name for name in ("hit@1", "ndcg@5", "mrr@10") if name in result["test_result"]] or list(result["test_result"])[:3]
+    after = {"sft": "SFT", "sdpo": OBJECTIVES[result["settings"].get("objective", "sdpo")].title}
+    rows = [("popularity", result["popularity"])]
+    for stage, found in result["stages"].items():
+        rows.append((f"{result['model']} after {after[stage]}" if stage in after else result["model"], found["test"]))
+    head = ["test", *(name.upper().replace("HIT", "HR") for name in metrics)]
+    return markdown_table(head, [[label, *(found[name] for name in metrics)] for label, found in rows])
+
+
+def _peak_memory_gib() -> float:
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
+    return round(used / 2**30, 3)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON has it."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)

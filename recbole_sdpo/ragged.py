@@ -1,0 +1,69 @@
+"""Rows of unequal length in two flat arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Integer rows of unequal length.
+
+    Attributes:
+        values: int64 ``[sum of lengths]``, the rows one after another.
+        lengths: int64 ``[rows]``.
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Sequence[int]]) -> Ragged:
+        """Pack ``rows``, any of which may be empty."""
+        rows = [np.asarray(row, dtype=np.int64) for row in rows]
+        values = np.concatenate(rows) if rows else np.empty(0, np.int64)
+        return cls(values, np.array([len(row) for row in rows], dtype=np.int64))
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int64 ``[rows]``: where each row begins in ``values``."""
+        return exclusive_cumsum(self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        start = self.lengths[:row].sum()
+        return self.values[start : start + self.lengths[row]]
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The rows with the given indices, in that order, repeats allowed."""
+        lengths = self.lengths[rows]
+        shift = self.starts[rows] - exclusive_cumsum(lengths)
+        return Ragged(self.values[np.repeat(shift, lengths) + np.arange(lengths.sum())], lengths)
+
+    def join(self, counts: np.ndarray) -> Ragged:
+        """Concatenate the first ``counts[0]`` rows into one, the next ``counts[1]`` into another, and so on."""
+        return Ragged(self.values, segment_sums(self.lengths, counts))
+
+    def padded(self, fill: int, width: int | None = None) -> np.ndarray:
+        """int64 ``[rows, width]``, each row followed by ``fill``; ``width`` defaults to the longest row."""
+        width = int(self.lengths.max(initial=0)) if width is None else width
+        matrix = np.full((len(self), width), fill, dtype=np.int64)
+        matrix[np.arange(width) < self.lengths[:, None]] = self.values
+        return matrix
+
+
+def exclusive_cumsum(counts: np.ndarray) -> np.ndarray:
+    """``[0, c0, c0 + c1, …]`` with the length of ``counts``."""
+    return np.cumsum(counts) - counts
+
+
+def segment_sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums of the consecutive segments of ``values`` whose lengths are ``counts`` (0 for an empty one)."""
+    total = np.concatenate([[0], np.cumsum(values)])
+    ends = np.cumsum(counts)
+    return total[ends] - total[ends - counts]

@@ -1,0 +1,228 @@
+"""The plugin's own settings: each with a default, a type, a check and a line of explanation, all of them here.
+
+``python -m recbole_sdpo.settings`` prints them as a table. RecBole's settings (data, split, evaluation, seed) are RecBole's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from recbole_sdpo.objectives import OBJECTIVES
+
+
+def _setting(default: Any, help: str, check: Callable[[Any], bool] = lambda value: True, valid: str = "") -> Any:
+    metadata = {"help": help, "check": check, "valid": valid}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _choice(default: str, help: str, *choices: str) -> Any:
+    return _setting(default, help, choices.__contains__, "one of " + ", ".join(choices))
+
+
+def _above(bound: float, default: Any, help: str) -> Any:
+    return _setting(default, help, lambda value: value is None or value > bound, f"more than {bound}")
+
+
+def _at_least(bound: float, default: Any, help: str) -> Any:
+    return _setting(default, help, lambda value: value is None or value >= bound, f"{bound} or more")
+
+
+def _share(default: float, help: str) -> Any:
+    return _setting(default, help, lambda value: 0 <= value < 1, "from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """Settings of one training stage; in a configuration their names begin with ``sft_`` or ``sdpo_``."""
+
+    epochs: int = _at_least(0, 1, "passes over the training targets at most (RecBole's stopping_step may end it sooner)")
+    learning_rate: float = _at_least(0, 1e-3, "peak learning rate of AdamW")
+    schedule: str = _choice("cosine", "what the learning rate does after its warm-up", "cosine", "linear", "constant")
+    warmup: float = _share(0.05, "share of the stage's steps over which the learning rate rises to its peak")
+    tokens_per_batch: int = _at_least(1, 4096, "tokens in a batch over all processes, padding included")
+    gradient_accumulation: int = _at_least(1, 1, "batches to an optimizer step")
+    clip_norm: float | None = _above(0, 1.0, "largest norm of the gradient, or null for no limit")
+    weight_decay: float = _at_least(0, 0.01, "weight decay of AdamW")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of ``SDPO-LLM``."""
+
+    # Data and prompts; the first four also count for the baselines, which meet the same candidates.
+    title_fields: list[str] = _setting(
+        ["title"],
+        "columns of the .item file that make a title; what follows the first goes in parentheses",
+        bool,
+        "a non-empty list",
+    )
+    title_article_first: bool = _setting(True, "read 'Godfather, The' as 'The Godfather'")
+    candidates_exclude_history: bool = _setting(True, "keep items that the user has met out of the sampled candidates")
+    candidates_seed: int | None = _at_least(0, None, "seed of the candidates, or null for RecBole's seed")
+    prompt_style: str = _choice("history", "titles in order, or also the candidates in the text", "history", "candidates")
+    prompt_templates: str = _setting("items", "a domain of recbole_sdpo/properties/prompts, or a .yaml file of one's own", bool, "a name")
+    prompt_candidates: int = _at_least(2, 20, "candidates in the text of a training prompt (style 'candidates')")
+
+    # Backbone
+    backbone: str = _setting(
+        "auto",
+        "scratch, smollm2-135m, a folder, a Hugging Face id or a .gguf file; auto: smollm2-135m on a GPU, else scratch",
+        bool,
+        "a name or path",
+    )
+    trust_remote_code: bool = _setting(False, "run code that comes with a backbone's files")
+    backbone_cache: str = _setting("~/.cache/recbole_sdpo", "where converted GGUF files are kept", bool, "a folder")
+    dtype: str = _choice(
+        "auto",
+        "of the weights; auto: bfloat16 where a GPU has it, else float32",
+        "auto",
+        "float32",
+        "bfloat16",
+        "float16",
+    )
+    attention: str = _choice("sdpa", "attention implementation of transformers", "sdpa", "eager")
+    gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass to save memory")
+    peft: str = _choice("auto", "train an adapter or all weights; auto: lora, but none for scratch", "auto", "lora", "none")
+    lora_rank: int = _at_least(1, 16, "rank of the adapter")
+    lora_alpha: float = _above(0, 32, "scale of the adapter, divided by its rank")
+    lora_dropout: float = _share(0.0, "dropout before the adapter")
+    lora_target_modules: str | list[str] = _setting("all-linear", "modules to adapt, as in peft", bool, "'all-linear' or a list of names")
+    lora_layers: list[int] | None = _setting(None, "numbers of the layers to adapt, or null for all")
+    scratch_hidden_size: int = _at_least(8, 256, "width of the scratch backbone")
+    scratch_layers: int = _at_least(1, 4, "its layers")
+    scratch_heads: int = _at_least(1, 4, "its attention heads")
+    scratch_vocab_size: int = _at_least(258, 8192, "its vocabulary, bytes included")
+    scratch_dropout: float = _share(0.0, "its attention dropout")
+
+    # Training
+    objective: str = _choice("sdpo", "of the second stage; sft stops after the first", *OBJECTIVES)
+    beta: float = _above(0, 1.0, "scale of the rewards")
+    max_train_targets: int | None = _at_least(1, None, "targets to an epoch, drawn anew each epoch, or null for all")
+    sdpo_max_train_targets: int | None = _at_least(1, None, "the same for the second stage alone, or null for max_train_targets")
+    sft_checkpoint: str | None = _setting(None, "start at the second stage from this folder")
+    run_dir: str | None = _setting(None, "folder of the run, or null for <checkpoint_dir>/<model>-<dataset>-<time>")
+    eval_tokens_per_batch: int = _at_least(1, 8192, "tokens in a batch when scoring")
+
+    sft: StageSettings = field(default_factory=StageSettings)
+    sdpo: StageSettings = field(default_factory=lambda: StageSettings(learning_rate=3e-4))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
+        """Settings from a configuration, of which only the keys named here are read.
+
+        Raises:
+            ValueError: a value is of the wrong type or out of range.
+        """
+        defaults = cls()
+        own = _read(cls, values, "", defaults)
+        stages = {name: StageSettings(**_read(StageSettings, values, f"{name}_", getattr(defaults, name))) for name in ("sft", "sdpo")}
+        width, unit = own["scratch_hidden_size"], 2 * own["scratch_heads"]
+        if width % unit:
+            raise ValueError(
+                f"scratch_hidden_size={width} must be a multiple of twice scratch_heads={unit // 2}; "
+                f"valid is {max(unit, width - width % unit)}."
+            )
+        return cls(**own, **stages)
+
+    def to_flat(self) -> dict[str, Any]:
+        """All settings under the names that a configuration uses."""
+        flat = {f.name: getattr(self, f.name) for f in _own_fields(type(self))}
+        for stage in ("sft", "sdpo"):
+            flat |= {f"{stage}_{f.name}": getattr(getattr(self, stage), f.name) for f in fields(StageSettings)}
+        return flat
+
+    @property
+    def reaches_alignment(self) -> bool:
+        """Is there a second stage?"""
+        return self.objective != "sft"
+
+    def targets_limit(self, stage: str) -> int | None:
+        """Training targets to an epoch of ``stage``, or None for all."""
+        return (self.sdpo_max_train_targets if stage == "sdpo" else None) or self.max_train_targets
+
+
+def names() -> list[str]:
+    """Every key of ours."""
+    return list(Settings().to_flat())
+
+
+def check_unknown(given: Mapping[str, Any], known: set[str], only_near: bool = False) -> None:
+    """Refuse keys that nobody reads.
+
+    Args:
+        given: what the user set.
+        known: RecBole's keys.
+        only_near: refuse only what looks like a misspelt key of ours, for models that have keys of their own.
+
+    Raises:
+        ValueError: naming the key and the nearest right one.
+    """
+    ours = names()
+    for key in given:
+        if key in known or key in ours:
+            continue
+        near = difflib.get_close_matches(key, ours if only_near else [*ours, *sorted(known)], 1, 0.85 if only_near else 0.6)
+        if near or not only_near:
+            hint = f"did you mean {near[0]!r}?" if near else "python -m recbole_sdpo.settings lists ours."
+            raise ValueError(f"Unknown setting {key!r}={given[key]!r}; {hint}")
+
+
+def _own_fields(cls: type) -> list[Field]:
+    return [f for f in fields(cls) if f.metadata]
+
+
+def _read(cls: type, values: Mapping[str, Any], prefix: str, defaults: Any) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    read = {}
+    for f in _own_fields(cls):
+        name = prefix + f.name
+        value = values[name] if name in values else getattr(defaults, f.name)
+        if f.name == "title_fields" and isinstance(value, str):
+            value = [value]
+        if isinstance(value, tuple):
+            value = list(value)
+        if float in _kinds(hints[f.name]) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not any(_is_a(value, kind) for kind in _kinds(hints[f.name])):
+            raise ValueError(f"{name}={value!r} must be {_type_name(hints[f.name])}; for example {getattr(defaults, f.name)!r}.")
+        if not f.metadata["check"](value):
+            raise ValueError(f"{name}={value!r} is out of range; valid is {f.metadata['valid']}.")
+        read[f.name] = value
+    return read
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))  # Python's bool is an int
+
+
+def _type_name(hint: Any) -> str:
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    return " or ".join(words.get(kind) or f"a list of {words[get_args(kind)[0]]} values" for kind in _kinds(hint))
+
+
+def table() -> str:
+    """The settings as a Markdown table."""
+    defaults = Settings()
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for prefix, owner in (("", defaults), ("sft_", defaults.sft), ("sdpo_", defaults.sdpo)):
+        for f in _own_fields(type(owner)):
+            value = getattr(owner, f.name)
+            valid = f" ({f.metadata['valid']})" if f.metadata["valid"] else ""
+            rows.append(f"| `{prefix}{f.name}` | `{'null' if value is None else value}` | {f.metadata['help']}{valid} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,166 @@
+"""One stage's training loop: which batches, in which order, shared out how, and the optimizer's steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from recbole.utils import set_color
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from recbole_sdpo.data.examples import Examples
+from recbole_sdpo.data.prompts import Prompts, batches
+from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.objectives import OBJECTIVES, diagnostics
+from recbole_sdpo.random import derive_seed, generator
+from recbole_sdpo.settings import StageSettings
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+SORTED_TOGETHER = 256
+"""Trees that are sorted by size together, so that a batch holds trees of about one size: less padding."""
+
+
+@dataclass
+class Stage:
+    """Trains the policy of ``model`` on ``examples`` with one objective.
+
+    Args:
+        name: ``sft`` or ``sdpo``.
+        objective: a key of ``OBJECTIVES``.
+        limit: targets to an epoch, or None for all.
+        writer: a TensorBoard writer, or None.
+    """
+
+    name: str
+    objective: str
+    settings: StageSettings
+    limit: int | None
+    model: SDPOLLM
+    examples: Examples
+    accelerator: Accelerator
+    writer: object | None
+    targets: int = field(default=0, init=False)
+    tokens: int = field(default=0, init=False)
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._sizes = self.examples.sizes(self.model.encoder.tokens.lengths)
+        self._parameters = list(self.model.lm.trainable().values())
+        decayed = [p for p in self._parameters if p.ndim > 1]
+        other = [p for p in self._parameters if p.ndim <= 1]
+        groups = [{"params": decayed}, {"params": other, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, betas=(0.9, 0.98)
+        )
+        steps = sum(len(self.plan(epoch)) for epoch in range(self.settings.epochs))
+        self.scheduler = get_scheduler(SCHEDULES[self.settings.schedule], self.optimizer, int(self.settings.warmup * steps), steps)
+
+    @property
+    def targets_per_epoch(self) -> int:
+        """Training targets in an epoch."""
+        total = int(self.examples.targets.sum())
+        return min(total, self.limit or total)
+
+    def plan(self, epoch: int) -> list[list[np.ndarray]]:
+        """The trees of each batch of each optimizer step, the same on every process."""
+        rng = generator(self.model.seed, "batches", self.name, epoch)
+        order = rng.permutation(len(self.examples.targets))
+        if self.limit is not None:
+            order = order[: 1 + int(np.searchsorted(np.cumsum(self.examples.targets[order]), self.limit))]
+        pools = np.array_split(order, max(1, round(len(order) / SORTED_TOGETHER)))
+        order = np.concatenate([pool[np.argsort(self._sizes[pool], kind="stable")] for pool in pools])
+        cut = batches(self._sizes, self.settings.tokens_per_batch, order)
+        cut = [cut[i] for i in rng.permutation(len(cut))]
+        each = self.settings.gradient_accumulation
+        return [cut[i : i + each] for i in range(0, len(cut), each)]
+
+    def run_epoch(self, epoch: int, show_progress: bool) -> float:
+        """Train for an epoch; returns the mean loss over its targets.
+
+        Raises:
+            FloatingPointError: the loss is no longer finite.
+        """
+        model, seed = self.model, self.model.seed
+        model.train()
+        model.objective = self.objective
+        torch.manual_seed(derive_seed(seed, "dropout", self.name, epoch, self.accelerator.process_index))
+        plan = self.plan(epoch)
+        bar = tqdm(
+            total=sum(int(self.examples.targets[trees].sum()) for step in plan for trees in step),
+            ncols=110,
+            unit="target",
+            disable=not show_progress,
+            desc=set_color(f"{self.name} epoch {epoch}", "pink"),
+        )
+        total, count, began, tokens_before = 0.0, 0, time.time(), self.tokens
+        for step in plan:
+            losses, targets = self._step(step, epoch)
+            total, count = total + losses, count + targets
+            bar.update(targets)
+            rate = (self.tokens - tokens_before) / (time.time() - began)
+            bar.set_postfix_str(f"loss {losses / targets:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        bar.close()
+        return total / max(count, 1)
+
+    def _step(self, step: list[np.ndarray], epoch: int) -> tuple[float, int]:
+        """One optimizer step; returns the sum of the losses and the number of targets, over all processes."""
+        kind, model, settings = OBJECTIVES[self.objective], self.model, self.settings
+        targets = sum(int(self.examples.targets[trees].sum()) for trees in step)
+        self.optimizer.zero_grad()
+        watched = torch.zeros(8, device=model.lm.device, dtype=torch.float64)  # loss, tokens, six diagnostics; sums
+        for number, trees in enumerate(step):
+            batch = self.examples.batch(trees, model.seed, self.name, epoch, self.step, number)
+            for prompts, items in self._share(*batch):
+                with self.accelerator.autocast():
+                    found, tokens = model.logps(prompts, items, kind.reference)
+                losses = kind.loss(*found, model.settings.beta)
+                # Summed over batches and processes, this is the mean over the step's targets.
+                self.accelerator.backward(losses.sum() / targets)
+                watched[0] += losses.detach().sum()
+                watched[1] += tokens
+                if kind.negatives:
+                    shown = diagnostics(*(part.detach() for part in found), model.settings.beta)
+                    watched[2:] += torch.stack(shown).double() * len(losses)
+        if self.accelerator.num_processes > 1:
+            for parameter in self._parameters:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(grad, "sum")
+            watched = self.accelerator.reduce(watched, "sum")
+        norm = clip_grad_norm_(self._parameters, settings.clip_norm or float("inf"))
+        loss, tokens, *shown = watched.tolist()
+        if not np.isfinite(loss) or not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"{self.name} step {self.step}: the loss is {loss / targets} and the gradient's norm {float(norm)}; lower "
+                f"{self.name}_learning_rate (now {settings.learning_rate}) or set dtype=float32."
+            )
+        self.optimizer.step()
+        if self.writer is not None:
+            self._write(loss / targets, [value / targets for value in shown] if kind.negatives else [], float(norm))
+        self.scheduler.step()
+        self.step, self.targets, self.tokens = self.step + 1, self.targets + targets, self.tokens + int(tokens)
+        return loss, targets
+
+    def _share(self, prompts: Prompts, items: np.ndarray) -> Iterator[tuple[Prompts, np.ndarray]]:
+        """This process's part of a batch: every n-th tree of it, or nothing."""
+        state = self.accelerator
+        trees = np.arange(len(prompts))[state.process_index :: state.num_processes]
+        if len(trees):
+            yield prompts.select(trees), items[prompts.target_index(trees)]
+
+    def _write(self, loss: float, shown: list[float], norm: float) -> None:
+        rate = self.scheduler.get_last_lr()[0]
+        names = ("reward_positive", "reward_negative", "margin", "accuracy", "logp_positive", "hardest_negative_weight")
+        for name, value in {
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            **dict(zip(names, shown)),
+        }.items():
+            self.writer.add_scalar(f"{self.name}/{name}", value, self.step)

@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+from recbole.data import create_dataset, data_preparation
+from scipy import stats
+
+from recbole_sdpo.data.candidates import PopulationSampler, fingerprint, freeze
+from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.negatives import NegativeSampler
+from recbole_sdpo.data.sequences import met_items
+from recbole_sdpo.quick_start import ExperimentConfig
+from recbole_sdpo.random import generator, recbole_draws
+from tests.conftest import TINY, write_dataset
+
+TWINS = (1, 2)
+
+
+@pytest.fixture
+def path(tmp_path):
+    rng = np.random.default_rng(0)
+    sequences = [(1 + rng.permutation(40)[: rng.integers(6, 15)]).tolist() for _ in range(50)]
+    titles = {i: f"title {i}" for i in range(1, 41)} | {2: "title 1"}
+    return write_dataset(tmp_path / "d", sequences, titles)
+
+
+def frozen(path, model, disturb=False, **settings):
+    config = ExperimentConfig(model, "toy", config_dict=TINY | {"data_path": str(path)} | settings)
+    dataset = create_dataset(config)
+    catalogue = Catalogue.from_dataset(dataset, ["title"])
+    loaders = data_preparation(config, dataset)
+    if disturb:
+        np.random.seed(99)
+        np.random.random(17)
+    parts = [loader._dataset for loader in loaders]
+    for number, loader in ((2, loaders[1]), (3, loaders[2])):
+        freeze(loader, parts[:number], catalogue, 5, settings.get("candidates_exclude_history", True))
+    return loaders, catalogue
+
+
+@pytest.mark.parametrize("mode", ["uni5", "pop5"])
+def test_candidates_are_distinct_unmet_and_of_distinct_titles(path, mode):
+    loaders, catalogue = frozen(path, "GRU4Rec", eval_args={"mode": mode})
+    met = {p: set(zip(*met_items(*[x._dataset for x in loaders[:n]]), strict=True)) for p, n in (("valid", 2), ("test", 3))}
+    for loader in loaders[1:]:
+        sampler = loader._sampler
+        assert len(sampler.user) == 50
+        for user, target, negatives in zip(sampler.user, sampler.target, sampler.negatives, strict=True):
+            titles = [catalogue.titles[i] for i in [target, *negatives]]
+            assert len(set(titles)) == 6
+            assert not {(user, item) for item in negatives} & met[sampler.phase]
+
+
+def test_history_items_may_be_candidates_if_asked(path):
+    loaders, _ = frozen(path, "GRU4Rec", candidates_exclude_history=False)
+    sampler = loaders[2]._sampler
+    met = set(zip(*met_items(*[x._dataset for x in loaders]), strict=True))
+    assert any((u, i) in met for u, row in zip(sampler.user, sampler.negatives, strict=True) for i in row)
+    assert all(t not in row for t, row in zip(sampler.target, sampler.negatives, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["uni5", "pop5", "full"])
+def test_all_kinds_of_models_meet_the_same_candidates_whatever_else_is_drawn(path, mode):
+    settings = {"eval_args": {"mode": mode}}
+    hashes = [
+        fingerprint(*frozen(path, "GRU4Rec", **settings)[0][1:]),
+        fingerprint(*frozen(path, "GRU4Rec", MAX_ITEM_LIST_LENGTH=3, **settings)[0][1:]),
+        fingerprint(*frozen(path, "BPR", disturb=True, **settings)[0][1:]),
+        fingerprint(*frozen(path, "SDPO-LLM", train_neg_sample_args={"distribution": "popularity", "alpha": 0.3}, **settings)[0][1:]),
+    ]
+    assert len(set(hashes)) == 1
+
+
+def test_another_split_or_mode_has_another_fingerprint(path):
+    hashes = {fingerprint(*frozen(path, "GRU4Rec", eval_args={"mode": mode})[0][1:]) for mode in ("uni5", "uni6", "pop5", "full")}
+    assert len(hashes) == 4
+
+
+def test_every_pass_over_a_loader_gives_the_same_candidates(path):
+    loader = frozen(path, "GRU4Rec")[0][2]
+    first, second = ([batch[0]["item_id"].tolist() for batch in loader] for _ in range(2))
+    assert first == second
+    user, item = (next(iter(loader))[0][key].tolist() for key in ("user_id", "item_id"))
+    sampler = loader._sampler
+    rows = {u: [t, *n] for u, t, n in zip(sampler.user, sampler.target, sampler.negatives.tolist(), strict=True)}
+    assert all(rows[u] == [i for v, i in zip(user, item, strict=True) if v == u] for u in set(user))
+
+
+def test_too_many_negatives_say_how_many_there_are(path):
+    with pytest.raises(ValueError, match=r"mode='uni39' asks for 39 negatives.*ask for at most \d+"):
+        frozen(path, "GRU4Rec", eval_args={"mode": "uni39"})
+
+
+def test_the_pool_is_counted_exactly(path):
+    loaders, catalogue = frozen(path, "GRU4Rec")
+    user, target, met = np.array([1]), np.array([4]), (np.array([1, 1]), np.array([4, 5]))
+    sampler = NegativeSampler(PopulationSampler(np.arange(1, 41), 41, "uniform"), catalogue, met, "x")
+    left = len({catalogue.titles[i] for i in range(1, 41)} - {catalogue.titles[4], catalogue.titles[5]})
+    with recbole_draws(0, "test"):
+        assert len(set(catalogue.group[sampler.draw(user, target, left)[0]])) == left
+        with pytest.raises(ValueError, match=f"at most {left}"):
+            sampler.draw(user, target, left + 1)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "popularity"])
+def test_draws_follow_recboles_distribution(distribution):
+    catalogue = Catalogue(("", *"abcdefgh"), np.array([]))
+    population = np.repeat(np.arange(1, 9), [1, 2, 3, 4, 5, 6, 7, 8])
+    sampler = NegativeSampler(PopulationSampler(population, 9, distribution), catalogue, (np.array([0]), np.array([3])), "x")
+    with recbole_draws(1, "test"):
+        drawn = sampler.draw(np.zeros(20_000, int), np.full(20_000, 5), 1)[:, 0]
+    seen = np.bincount(drawn, minlength=9)
+    allowed = [1, 2, 4, 6, 7, 8]
+    weight = np.bincount(population)[allowed] if distribution == "popularity" else np.ones(6)
+    assert seen[[0, 3, 5]].sum() == 0
+    assert stats.chisquare(seen[allowed], weight / weight.sum() * len(drawn)).pvalue > 1e-3
+
+
+def test_purposes_have_generators_of_their_own():
+    assert generator(1, "a").random() == generator(1, "a").random() != generator(1, "b").random()
+    np.random.seed(3)
+    expected = np.random.RandomState(3).random()
+    with recbole_draws(1, "a"):
+        np.random.random()
+    assert np.random.random() == expected

@@ -1,0 +1,101 @@
+"""Sequences and windows against the rows that RecBole makes."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recbole.data import create_dataset, data_preparation
+
+from recbole_sdpo.data.prompts import batches, history_windows
+from recbole_sdpo.data.sequences import Sequences, histories, met_items, training_sequences
+from recbole_sdpo.quick_start import ExperimentConfig
+from recbole_sdpo.ragged import Ragged
+from tests.conftest import TINY, write_dataset
+
+HEADER = 10_000
+
+
+@pytest.fixture
+def loaders(tmp_path):
+    # At least four items each: of three, RecBole gives a general model a validation target and a sequential one none.
+    rng = np.random.default_rng(0)
+    content = [rng.integers(1, 30, length).tolist() for length in (20, 5, 4, 9, 15)]
+    path = write_dataset(tmp_path / "d", content, None)
+
+    def load(model):
+        config = ExperimentConfig(model, "toy", config_dict=TINY | {"data_path": str(path), "MAX_ITEM_LIST_LENGTH": 5})
+        return data_preparation(config, create_dataset(config))
+
+    return content, load
+
+
+def tokens(dataset, field, ids):
+    return [int(dataset.field2id_token[field][i][1:]) for i in ids]
+
+
+def test_sequences_are_the_users_items_without_the_last_two(loaders):
+    content, load = loaders
+    dataset = load("GRU4Rec")[0]._dataset
+    sequences = training_sequences(dataset)
+    found = {u: tokens(dataset, "item_id", sequences.items[i]) for i, u in enumerate(tokens(dataset, "user_id", sequences.user))}
+    assert found == {u: items[:-2] for u, items in enumerate(content)}
+    assert sequences.targets == len(dataset)
+    assert (sequences.history == 1).all()
+
+
+def test_rows_that_do_not_chain_stand_alone(loaders):
+    dataset = loaders[1]("GRU4Rec")[0]._dataset
+    dataset.inter_feat = dataset.inter_feat[np.arange(len(dataset))[::-1].copy()]
+    sequences = training_sequences(dataset)
+    assert sequences.targets == len(dataset)
+    assert len(sequences.items) == len(dataset)
+
+
+def test_met_items_are_the_same_for_general_and_sequential_models(loaders):
+    content, load = loaders
+    found = []
+    for model in ("GRU4Rec", "BPR"):
+        parts = [loader._dataset for loader in load(model)]
+        for until, cut in ((1, -2), (2, -1), (3, None)):
+            users, items = met_items(*parts[:until])
+            pairs = set(zip(tokens(parts[0], "user_id", users), tokens(parts[0], "item_id", items), strict=True))
+            expected = {(u, i) for u, sequence in enumerate(content) for i in sequence[:cut]}
+            found.append(pairs == expected)
+    assert all(found)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(2, 60), st.integers(1, 59)), min_size=1, max_size=5), st.integers(2, 20))
+def test_windows_ask_for_each_target_once_with_half_a_window_of_history(shapes, window):
+    lengths, opening = zip(*((n, min(h, n - 1)) for n, h in shapes), strict=True)
+    rows = [np.arange(100 * i, 100 * i + n) for i, n in enumerate(lengths)]
+    prompts = history_windows(Sequences(Ragged.from_rows(rows), np.arange(len(rows)), np.array(opening)), window, HEADER)
+    assert sorted(prompts.target) == sorted(item for row, h in zip(rows, opening, strict=True) for item in row[h:])
+    for tree, before, target, user in zip(prompts.tree, prompts.before, prompts.target, prompts.user, strict=True):
+        trunk, place = prompts.trunks[tree], target % 100
+        assert trunk[0] == HEADER and trunk[before] == target and user == target // 100
+        assert trunk[1:before].tolist() == list(range(target - (before - 1), target))  # the items just before the target
+        assert min(place, window // 2) <= before - 1 < max(window, opening[user] + 1)
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 100))
+def test_batches_hold_every_row_once_within_the_budget(sizes, budget):
+    sizes = np.array(sizes, int)
+    cut = batches(sizes, budget)
+    assert sorted(np.concatenate(cut).tolist() if cut else []) == list(range(len(sizes)))
+    assert all(len(rows) == 1 or sizes[rows].max() * len(rows) <= budget for rows in cut)
+
+
+def test_select_keeps_targets_with_their_trees():
+    rows = [np.arange(1, 12), np.arange(20, 26)]
+    prompts = history_windows(Sequences(Ragged.from_rows(rows), np.array([7, 8]), np.array([1, 1])), 4, HEADER)
+    chosen = np.array([len(prompts) - 1, 0])
+    picked = prompts.select(chosen)
+    assert picked.target.tolist() == prompts.target[prompts.target_index(chosen)].tolist()
+    assert [picked.trunks[t][b] for t, b in zip(picked.tree, picked.before, strict=True)] == picked.target.tolist()
+
+
+def test_histories_drop_the_padding(loaders):
+    rows = loaders[1]("GRU4Rec")[2]._dataset.inter_feat
+    past = histories(rows)
+    assert past.lengths.max() <= 5 and (past.values > 0).all() and past.lengths.tolist() == rows["item_length"].tolist()

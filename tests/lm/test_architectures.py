@@ -1,0 +1,154 @@
+"""Forest log-probabilities and gradients against one full sequence at a time, on every supported architecture."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from recbole_sdpo.lm import language_model
+from recbole_sdpo.lm.forest import plant
+from recbole_sdpo.lm.language_model import LanguageModel
+from recbole_sdpo.ragged import Ragged
+
+VOCAB = 97
+BASE = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SPECIAL = {
+    "Mistral": {"sliding_window": 4},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "Qwen3": {"head_dim": 8},
+    "Gemma": {"head_dim": 8},
+    "Gemma3": {
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 8,
+    },
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "GPT2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "Phi3": {"sliding_window": 4},
+    "Gemma2": {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
+}
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+NAMES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3", "GPT2", "GPTNeoX", "OPT", "Phi3", "Olmo2"]
+# One-by-one sequences are the judge: with soft-capped attention only eager computes what the model means.
+EAGER_ONLY = ["Gemma2"]
+
+
+@pytest.fixture
+def true_float64(monkeypatch):
+    """Norms and eager softmax of transformers pass through float32 in any model; keep float64 tensors as they are.
+
+    Their rounding would differ between the two orders of summing gradients by more than the tolerance.
+    """
+    to, to_float, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
+
+    def keep(self, *args, **kwargs):
+        return self if self.dtype == torch.float64 and torch.float32 in args else to(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", keep)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else to_float(self))
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None, **_: softmax(x, dim))
+
+
+def build(name: str, attention: str, lora: bool, dtype: torch.dtype, seed: int = 0):
+    torch.manual_seed(seed)
+    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**BASE | SPECIAL.get(name, {}))
+    config._attn_implementation = attention
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    for parameter in model.parameters():  # so that norms, biases and tied heads matter, too
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    if lora:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.data.normal_(std=0.1)
+    return model.to(dtype).eval()
+
+
+def sample(rng: np.random.Generator):
+    trunks = [rng.integers(3, VOCAB, size) for size in (12, 7, 9)]
+    tree = rng.integers(0, 3, 20)
+    start = np.array([rng.integers(1, len(trunks[t]) + 1) for t in tree])
+    responses = [rng.integers(3, 6, rng.integers(1, 6)) for _ in tree]
+    # Some follow their trunk for a while, as a target in a history does.
+    responses += [np.append(trunks[t][s : s + 3], 5) for t, s in zip(tree, start, strict=True)]
+    return trunks, np.tile(tree, 2), np.tile(start, 2), responses
+
+
+def one_by_one(model, trunks, tree, start, responses) -> torch.Tensor:
+    found = []
+    for t, s, response in zip(tree, start, responses, strict=True):
+        ids = torch.from_numpy(np.concatenate([trunks[t][:s], response]))
+        logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        found.append(logps[torch.arange(s - 1, len(ids) - 1), ids[s:]].sum())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(("name", "attention"), [*((n, a) for n in NAMES for a in ("sdpa", "eager")), *((n, "eager") for n in EAGER_ONLY)])
+def test_forest_equals_one_by_one(name, attention, lora, dtype, monkeypatch, request):
+    if dtype == torch.float64:
+        request.getfixturevalue("true_float64")
+    monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", (7 * VOCAB, 7 * VOCAB))  # several chunks
+    rng = np.random.default_rng(5)
+    model = build(name, attention, lora, dtype)
+    trunks, tree, start, responses = sample(rng)
+    lm = LanguageModel(model, tokenizer=None)
+    weights = torch.from_numpy(rng.normal(size=len(tree))).to(dtype)
+    atol = 1e-9 if dtype == torch.float64 else 1e-4
+
+    slow = one_by_one(model, trunks, tree, start, responses)
+    (slow * weights).sum().backward()
+    expected = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    fast = lm(plant(Ragged.from_rows(trunks), tree, start, Ragged.from_rows(responses)))
+    (fast * weights).sum().backward()
+    torch.testing.assert_close(fast.to(dtype), slow, rtol=0, atol=atol)
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=atol)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chains_take_the_causal_path_and_agree(name):
+    model = build(name, "sdpa", False, torch.float64)
+    trunks = [np.arange(3, 15), np.arange(20, 25)]
+    tree, start = np.array([0, 0, 1]), np.array([2, 6, 1])
+    responses = [trunks[t][s : s + 4] for t, s in zip(tree, start, strict=True)]
+    forest = plant(Ragged.from_rows(trunks), tree, start, Ragged.from_rows(responses))
+    assert forest.chains
+    torch.testing.assert_close(LanguageModel(model, None)(forest), one_by_one(model, trunks, tree, start, responses), rtol=0, atol=1e-9)
+
+
+def test_a_model_that_reworks_its_logits_is_refused():
+    config = transformers.CohereConfig(**BASE | {"logit_scale": 0.1})
+    with pytest.raises(ValueError, match="changes its logits"):
+        LanguageModel(transformers.AutoModelForCausalLM.from_config(config), None)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_reference_stays_while_the_policy_moves(lora):
+    lm = LanguageModel(build("Llama", "sdpa", lora, torch.float64), None)
+    forest = plant(Ragged.from_rows([[3, 4, 5]]), np.array([0, 0]), np.array([2, 3]), Ragged.from_rows([[7, 8], [9]]))
+    with pytest.raises(RuntimeError, match="no reference yet"):
+        lm.reference_logps(forest)
+    names = set(lm.trainable())
+    lm.freeze_reference()
+    before = lm(forest)
+    torch.testing.assert_close(lm.reference_logps(forest), before, rtol=0, atol=1e-12)
+    before.sum().backward()
+    assert set(lm.trainable()) == names
+    with torch.no_grad():
+        for parameter in lm.trainable().values():
+            parameter -= 0.1 * parameter.grad
+    assert (lm(forest) - before).abs().max() > 1e-3
+    torch.testing.assert_close(lm.reference_logps(forest), before, rtol=0, atol=1e-12)
+    lm.freeze_reference()
+    torch.testing.assert_close(lm.reference_logps(forest), lm(forest), rtol=0, atol=1e-12)

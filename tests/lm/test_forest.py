@@ -1,0 +1,66 @@
+"""The forest against a slow reading of it: follow each response through the tree, token by token."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recbole_sdpo.lm.forest import plant
+from recbole_sdpo.ragged import Ragged
+
+tokens = st.lists(st.integers(0, 3), min_size=1, max_size=7)
+
+
+@st.composite
+def batches(draw):
+    """Trunks, and responses that start somewhere on them; few distinct tokens, so that much is shared."""
+    trunks = draw(st.lists(tokens, min_size=1, max_size=3))
+    trees = draw(st.lists(st.integers(0, len(trunks) - 1), max_size=12))
+    starts = [draw(st.integers(1, len(trunks[tree]))) for tree in trees]
+    return trunks, trees, starts, [draw(tokens) for _ in trees]
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches())
+def test_every_response_sees_its_sequence_and_every_prefix_is_there_once(batch):
+    trunks, trees, starts, responses = batch
+    forest = plant(Ragged.from_rows(trunks), np.array(trees, int), np.array(starts, int), Ragged.from_rows(responses))
+    visible, width = forest.attention().numpy(), forest.tokens.shape[1]
+    prefixes = set()
+    for number, (tree, start, response) in enumerate(zip(trees, starts, responses, strict=True)):
+        edges = np.flatnonzero(forest.edge_response.numpy() == number)
+        edges = edges[np.argsort(forest.edge_step.numpy()[edges])]
+        assert forest.edge_token[edges].tolist() == response
+        sequence = trunks[tree][:start]
+        for edge, token in zip(edges, response, strict=True):
+            row, column = divmod(int(forest.states[forest.edge_state[edge]]), width)
+            seen = np.flatnonzero(visible[row, column])
+            assert row == tree
+            assert forest.tokens[row, seen].tolist() == sequence
+            assert forest.positions[row, seen].tolist() == list(range(len(sequence)))
+            prefixes |= {(tree, *sequence[:n]) for n in range(1, len(sequence) + 1)}
+            sequence = [*sequence, token]
+    assert forest.size == len(prefixes)
+    assert (np.diff(forest.edge_state) >= 0).all() and (np.diff(forest.states) > 0).all()
+
+
+def test_padding_sees_itself_and_nothing_real_sees_padding():
+    forest = plant(Ragged.from_rows([[1, 2, 3, 4], [5]]), np.array([0, 1]), np.array([4, 1]), Ragged.from_rows([[6], [7]]))
+    visible = forest.attention().numpy()[1]
+    assert visible[1:, 1:].sum() == 3 and np.diag(visible).all() and not visible[0, 1:].any()
+
+
+def test_sliding_window_counts_depth_not_columns():
+    forest = plant(Ragged.from_rows([[1, 2, 3]]), np.array([0, 0]), np.array([1, 3]), Ragged.from_rows([[8, 9, 9, 9], [7, 7]]))
+    visible = forest.attention(window=2).numpy()[0]
+    assert all((forest.positions[0, i] - forest.positions[0, np.flatnonzero(row)]).max() <= 1 for i, row in enumerate(visible))
+    assert visible.sum(1).max() == 2
+
+
+@pytest.mark.parametrize(
+    ("start", "response", "message"),
+    [(0, [1], "starts after 0 tokens"), (3, [1], "starts after 3 tokens of a trunk of 2"), (1, [], "has no token")],
+)
+def test_what_cannot_be_planted_is_refused(start, response, message):
+    with pytest.raises(ValueError, match=message):
+        plant(Ragged.from_rows([[1, 2]]), np.array([0]), np.array([start]), Ragged.from_rows([response]))

@@ -1,0 +1,112 @@
+"""The recommender's scores against one full sequence at a time."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from recbole.data import create_dataset, data_preparation
+
+from recbole_sdpo.data.sequences import histories
+from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.objectives import sdpo
+from recbole_sdpo.quick_start import ExperimentConfig
+
+
+def build(settings):
+    config = ExperimentConfig("SDPO-LLM", "toy", config_dict=settings)
+    loaders = data_preparation(config, create_dataset(config))
+    return SDPOLLM(config, loaders[0]._dataset).to(config["device"]).double(), loaders
+
+
+def slow_score(model, past, item, shown=None):
+    """log pi of a title and its terminator after the prompt, from the model's logits alone."""
+    units, tokens = model.units, model.encoder.tokens
+    if shown is None:
+        prompt = [units.header, *past]
+    else:
+        fill = {"{history}": past, "{candidates}": shown}
+        prompt = [u for part in units.templates[0] for u in (fill[part] if isinstance(part, str) else [part])]
+    prompt = np.concatenate([tokens[u] for u in prompt])
+    ids = torch.from_numpy(np.concatenate([prompt, tokens[item]]))
+    logps = model.lm.model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    return float(logps[torch.arange(len(prompt) - 1, len(ids) - 1), ids[len(prompt) :]].sum())
+
+
+def test_predict_is_the_log_probability_of_the_title(ring):
+    model, (_, _, test) = build(ring)
+    interaction = next(iter(test))[0][:40]
+    scores = model.eval().predict(interaction)
+    past = histories(interaction)
+    expected = [slow_score(model, past[row].tolist(), int(item)) for row, item in enumerate(interaction["item_id"])]
+    torch.testing.assert_close(scores.double(), torch.tensor(expected).double(), rtol=0, atol=1e-5)
+
+
+def test_predict_does_not_depend_on_order_or_company(ring):
+    model, (_, _, test) = build(ring | {"eval_tokens_per_batch": 64})
+    interaction = next(iter(test))[0][:60]
+    scores = model.eval().predict(interaction)
+    order = torch.randperm(60)
+    torch.testing.assert_close(model.predict(interaction[order]), scores[order], rtol=0, atol=1e-5)
+
+
+def test_full_sort_predict_is_predict_for_every_item(ring):
+    model, (*_, test) = build(ring)
+    interaction = next(iter(test))[0][::6][:3]
+    scores = model.eval().full_sort_predict(interaction).view(3, -1)
+    assert scores.shape[1] == model.n_items and (scores[:, 0] == -torch.inf).all()
+    past = histories(interaction)
+    for row in range(3):
+        expected = [slow_score(model, past[row].tolist(), item) for item in range(1, model.n_items)]
+        torch.testing.assert_close(scores[row, 1:].double(), torch.tensor(expected).double(), rtol=0, atol=1e-5)
+
+
+def test_candidate_prompts_show_the_candidates_in_an_order_that_hides_the_target(ring):
+    model, (*_, test) = build(ring | {"prompt_style": "candidates", "prompt_candidates": 6})
+    interaction = next(iter(test))[0]
+    width = 6
+    users = interaction["user_id"].numpy()
+    mine = np.flatnonzero(users == users[0])
+    assert len(mine) == width
+    rows = interaction[torch.from_numpy(mine)]
+    scores = model.eval().predict(rows)
+    turned = model.predict(rows[torch.arange(width - 1, -1, -1)]).flip(0)
+    torch.testing.assert_close(scores, turned, rtol=0, atol=1e-6)
+    from recbole_sdpo.random import generator
+
+    shown = generator(model.seed, "evaluation order", int(users[0])).permutation(np.sort(rows["item_id"].numpy()))
+    expected = [slow_score(model, histories(rows)[0].tolist(), int(item), shown.tolist()) for item in rows["item_id"]]
+    torch.testing.assert_close(scores.double(), torch.tensor(expected).double(), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="prompt_style='candidates' cannot rank the whole catalogue"):
+        model.full_sort_predict(rows)
+
+
+@pytest.mark.parametrize("style", ["history", "candidates"])
+def test_calculate_loss_serves_any_recbole_trainer(ring, style):
+    model, (train, *_) = build(ring | {"prompt_style": style, "prompt_candidates": 6, "train_batch_size": 12})
+    batch = next(iter(train))
+    first = float(model.calculate_loss(batch))
+    assert np.isfinite(first)
+    model.lm.freeze_reference()
+    model.objective = "sdpo"
+    assert float(model.calculate_loss(batch)) == pytest.approx(np.log(4), abs=1e-6)
+    if style == "history":
+        rows = len(batch) // 3
+        past = histories(batch)
+        pos = torch.tensor([slow_score(model, past[r].tolist(), int(batch["item_id"][r])) for r in range(rows)])
+        neg = torch.tensor(
+            [[slow_score(model, past[r].tolist(), int(batch["neg_item_id"][k * rows + r])) for k in range(3)] for r in range(rows)]
+        )
+        model.objective = "softmax"
+        expected = sdpo(pos, neg, torch.zeros_like(pos), torch.zeros_like(neg), 1.0).mean()
+        assert float(model.calculate_loss(batch)) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_deep_copy_shares_the_weights(ring):
+    model, _ = build(ring)
+    clone = copy.deepcopy(model)
+    assert clone is not model and clone.lm is not model.lm
+    mine, theirs = dict(model.named_parameters()), dict(clone.named_parameters())
+    assert all(mine[name] is theirs[name] for name in mine)
+    clone.lm.register_buffer("total_ops", torch.zeros(1))
+    assert "total_ops" not in dict(model.named_buffers())

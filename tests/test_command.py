@@ -1,0 +1,39 @@
+import pytest
+
+from recbole_sdpo import command
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["run_recbole_sdpo.py", *arguments])
+    command.main()
+
+
+@pytest.mark.parametrize("argument", ["--beta", "0.3", "beta=0.3", "--beta=a=b"])
+def test_an_argument_that_nobody_reads_is_an_error(monkeypatch, argument):
+    with pytest.raises(SystemExit, match=r"error: cannot read .*--name=value"):
+        call(monkeypatch, "--model=SDPO-LLM", argument)
+
+
+def test_a_wrong_setting_ends_in_one_line(monkeypatch):
+    with pytest.raises(SystemExit, match="error: Unknown setting 'betta'=0.3; did you mean 'beta'"):
+        call(monkeypatch, "--dataset=ml-100k", "--betta=0.3")
+
+
+def test_an_unknown_model_ends_in_one_line(monkeypatch):
+    with pytest.raises(SystemExit, match="error: .*GRU5Rec"):
+        call(monkeypatch, "--model=GRU5Rec")
+
+
+def test_files_and_arguments_reach_the_configuration(monkeypatch, tmp_path, ring):
+    import yaml
+
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(ring | {"beta": 0.1, "objective": "sft", "sft_epochs": 0}))
+    (tmp_path / "b.yaml").write_text("beta: 0.2\n")
+    seen = {}
+    monkeypatch.setattr(command, "run", lambda *args: seen.update(config=args))
+    call(monkeypatch, "--dataset=toy", f"--config_files={tmp_path / 'a.yaml'} {tmp_path / 'b.yaml'}", "--sft_epochs=0")
+    assert seen["config"] == ("SDPO-LLM", "toy", [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])
+    from recbole_sdpo.quick_start import ExperimentConfig
+
+    config = ExperimentConfig(*seen["config"])
+    assert config.settings.beta == 0.2 and config.settings.sft.epochs == 0

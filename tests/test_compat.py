@@ -1,0 +1,40 @@
+"""Each test fails when the entry of compat.py, or the pin, that it guards is no longer needed."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import setuptools
+import torch
+from recbole.data import create_dataset, data_preparation
+from recbole.model.general_recommender.bpr import BPR
+from recbole.trainer import Trainer
+
+from recbole_sdpo import compat
+from recbole_sdpo.quick_start import ExperimentConfig
+
+
+def test_recbole_still_cannot_load_its_own_checkpoints(ring):
+    config = ExperimentConfig("BPR", "toy", config_dict=ring | {"epochs": 1})
+    train, valid, test = data_preparation(config, create_dataset(config))
+    trainer = Trainer(config, BPR(config, train._dataset))
+    trainer.fit(train, valid)
+    best = {name: p.clone() for name, p in trainer.model.state_dict().items()}
+    with torch.no_grad():
+        next(trainer.model.parameters()).zero_()
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        trainer.evaluate(test, load_best_model=True)
+    compat.load_best(trainer)
+    assert all(torch.equal(p, best[name]) for name, p in trainer.model.state_dict().items())
+
+
+def test_pins_are_still_needed():
+    """ray's np.bool8, RecBole's fillna(inplace=True) on a column, and pkg_resources: what numpy<2, pandas<3, setuptools<81 keep."""
+    import ray
+    import recbole.data.dataset.dataset as dataset
+
+    assert ray.__version__ == "2.6.3" and np.__version__ < "2" and int(setuptools.__version__.split(".")[0]) < 81
+    with open(dataset.__file__, encoding="utf-8") as stream:
+        assert re.search(r"\]\.fillna\(.*inplace=True\)", stream.read())
+    assert int(pd.__version__.split(".")[0]) < 3

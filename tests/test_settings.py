@@ -1,0 +1,119 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recbole_sdpo import settings as module
+from recbole_sdpo.data.prompts import TEMPLATE_FOLDER
+from recbole_sdpo.quick_start import ExperimentConfig, run
+from recbole_sdpo.settings import Settings, check_unknown, names
+from tests.conftest import write_dataset
+
+
+def test_defaults_are_valid_and_round_trip():
+    assert Settings.from_mapping({}) == Settings() == Settings.from_mapping(Settings().to_flat())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"beta": -1}, "beta=-1.0 is out of range; valid is more than 0"),
+        ({"beta": "high"}, "beta='high' must be a number; for example 1.0"),
+        ({"beta": True}, "beta=True must be a number"),
+        ({"beta": float("nan")}, "beta=nan is out of range"),
+        ({"sft_epochs": 1.5}, "sft_epochs=1.5 must be a whole number"),
+        ({"sdpo_schedule": "cos"}, "sdpo_schedule='cos' is out of range; valid is one of cosine, linear, constant"),
+        ({"title_fields": [1]}, "title_fields=.1. must be a list of text values"),
+        ({"title_fields": []}, "valid is a non-empty list"),
+        ({"objective": "ppo"}, "valid is one of sft, sdpo, dpo, dpo_multi, softmax"),
+        ({"trust_remote_code": 1}, "trust_remote_code=1 must be true or false"),
+        ({"max_train_targets": 0}, "valid is 1 or more"),
+        ({"lora_target_modules": 3}, "lora_target_modules=3 must be text or a list of text values"),
+        ({"scratch_hidden_size": 100, "scratch_heads": 3}, "must be a multiple of twice scratch_heads=3; valid is 96"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_with_setting_value_and_remedy(given, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Settings.from_mapping(given)
+    assert str(error.value).count("\n") == 0
+
+
+def test_whole_numbers_serve_as_numbers_and_null_as_null():
+    read = Settings.from_mapping({"beta": 2, "sft_clip_norm": None, "title_fields": "name", "lora_layers": (1, 2)})
+    assert (read.beta, read.sft.clip_norm, read.title_fields, read.lora_layers) == (2.0, None, ["name"], [1, 2])
+
+
+@given(st.sampled_from(names()), st.data())
+def test_a_slip_of_one_letter_finds_its_setting(name, data):
+    place = data.draw(st.integers(1, len(name) - 1))
+    wrong = name[:place] + name[place + 1 :]
+    if wrong in names():
+        return
+    with pytest.raises(ValueError, match="Unknown setting.*did you mean"):
+        check_unknown({wrong: 1}, set())
+
+
+def test_every_setting_is_explained():
+    rows = module.table().splitlines()[2:]
+    assert len(rows) == len(names())
+    assert all(len(row.split("|")[3].strip()) > 8 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"betta": 1}, "Unknown setting 'betta'=1; did you mean 'beta'"),
+        ({"topkk": 1}, "did you mean 'topk'"),
+        ({"backbone": "no/such-model"}, "backbone='no/such-model' cannot be loaded.*valid are scratch, smollm2-135m"),
+        ({"backbone": "nowhere.gguf"}, "backbone='nowhere.gguf' is a file that does not exist"),
+        ({"title_fields": ["name"]}, "has no column 'name'; valid are title"),
+        ({"prompt_templates": "flims"}, "prompt_templates='flims' is not here"),
+        ({"train_neg_sample_args": {"sample_num": 23}}, "train_neg_sample_args asks for 23 negatives.*ask for at most"),
+        ({"train_neg_sample_args": {"sample_num": 0}}, "needs 1 or more negatives; or set objective=sft"),
+        ({"train_neg_sample_args": None}, "needs 1 or more negatives; or set objective=sft"),
+        ({"train_neg_sample_args": {"dynamic": True}}, "dynamic=True is not there"),
+        ({"prompt_style": "candidates", "prompt_candidates": 3}, "valid is 1 to 2"),
+        ({"eval_args": {"mode": "uni23"}}, "mode='uni23' asks for 23 negatives"),
+        ({"peft": "lora", "lora_layers": [5]}, "valid are 0 to 1"),
+        ({"peft": "lora", "lora_target_modules": ["nope"]}, "lora_target_modules=.*does not fit the backbone"),
+        ({"prompt_style": "candidates", "eval_args": {"mode": "full"}}, "cannot rank the whole catalogue"),
+        ({"sft_checkpoint": "nowhere"}, "checkpoint 'nowhere' has no config.json"),
+    ],
+)
+def test_errors_come_before_training(ring, change, message, monkeypatch):
+    from recbole_sdpo.trainer.stage import Stage
+
+    monkeypatch.setattr(Stage, "run_epoch", lambda *_: pytest.fail("training began"))
+    with pytest.raises(ValueError, match=message):
+        run("SDPO-LLM", "toy", config_dict=ring | change)
+
+
+def test_a_baseline_refuses_what_looks_like_a_setting_of_ours(ring):
+    with pytest.raises(ValueError, match="Unknown setting 'title_field'=.* did you mean 'title_fields'"):
+        ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"title_field": "name"})
+    ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"its_own": 1})
+
+
+def test_half_a_dictionary_keeps_the_other_half():
+    config = ExperimentConfig("BPR", "ml-100k", config_dict={"eval_args": {"mode": "pop19"}})
+    assert config["eval_args"]["order"] == "TO" and config["eval_args"]["split"] == {"LS": "valid_and_test"}
+    config = ExperimentConfig("SDPO-LLM", "ml-100k", config_dict={"train_neg_sample_args": {"sample_num": 7}})
+    assert config["train_neg_sample_args"] == {
+        "distribution": "uniform",
+        "sample_num": 7,
+        "alpha": 1.0,
+        "dynamic": False,
+        "candidate_num": 0,
+    }
+
+
+def test_a_baseline_without_titles_runs_with_a_warning(tmp_path, caplog, ring):
+    path = write_dataset(tmp_path / "untitled", [[1 + (u + s) % 20 for s in range(8)] for u in range(20)], None)
+    result = run("Pop", "toy", config_dict=ring | {"data_path": str(path)})
+    assert result["test_result"]["hit@10"] > 0
+    assert "title_fields" in caplog.text
+    with pytest.raises(ValueError, match="title_fields"):
+        run("SDPO-LLM", "toy", config_dict=ring | {"data_path": str(path)})
+
+
+def test_templates_ship_with_the_package():
+    assert {file.stem for file in TEMPLATE_FOLDER.glob("*.yaml")} >= {"items", "movies", "games"}

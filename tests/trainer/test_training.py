@@ -1,0 +1,263 @@
+"""Both stages on a dataset with a rule: item n is followed by n + 1."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from recbole.data import create_dataset, data_preparation
+from recbole.quick_start import run_recbole
+from recbole.utils import get_trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recbole_sdpo import quick_start
+from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.quick_start import ExperimentConfig
+from recbole_sdpo.trainer.stage import Stage
+
+
+def start(settings):
+    config = ExperimentConfig("SDPO-LLM", "toy", config_dict=settings)
+    loaders = data_preparation(config, create_dataset(config))
+    model = SDPOLLM(config, loaders[0]._dataset).to(config["device"])
+    return get_trainer(config["MODEL_TYPE"], config["model"])(config, model), loaders
+
+
+class Recorder:
+    """Stands in for a TensorBoard writer."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def add_scalar(self, name, value, step):
+        self.seen.setdefault(name, []).append(value)
+
+    def add_hparams(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One full run on the rule, with a record of every step."""
+    from tests.conftest import TINY, write_dataset
+
+    folder = tmp_path_factory.mktemp("trained")
+    items = 24
+    sequences = [[1 + (s + step) % items for step in range(12)] for s in range(items) for _ in range(3)]
+    titles = {i + 1: f"{'abcdef'[i % 6]}{'wxyz'[i // 6]} film" for i in range(items)}
+    settings = TINY | {
+        "data_path": str(write_dataset(folder / "data", sequences, titles)),
+        "checkpoint_dir": str(folder / "saved"),
+        "run_dir": str(folder / "run"),
+        "sft_epochs": 15,
+        "sft_learning_rate": 5e-3,
+        "sft_tokens_per_batch": 256,
+        "stopping_step": 20,
+        "sdpo_epochs": 3,
+        "sdpo_learning_rate": 1e-3,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["pytest"])
+        patch.chdir(folder)
+        trainer, loaders = start(settings)
+        trainer.tensorboard = recorder = Recorder()
+        zero_shot = dict(trainer.evaluate(loaders[2]))
+        trainer.fit_stage("sft", loaders[0], loaders[1])
+        after_sft = dict(trainer.evaluate(loaders[2]))
+        trainer.fit_stage("sdpo", loaders[0], loaders[1])
+        after_sdpo = dict(trainer.evaluate(loaders[2]))
+    return settings, recorder.seen, zero_shot, after_sft, after_sdpo
+
+
+def test_sft_learns_the_rule(trained):
+    _, _, zero_shot, after_sft, _ = trained
+    assert zero_shot["hit@1"] < 0.5
+    assert after_sft["hit@1"] > 0.9
+
+
+def test_sdpo_raises_the_margin_and_keeps_the_rule(trained):
+    _, seen, _, _, after_sdpo = trained
+    assert seen["sdpo/loss"][0] == pytest.approx(math.log(4), abs=1e-3)
+    assert seen["sdpo/margin"][0] == pytest.approx(0, abs=1e-3)
+    assert np.mean(seen["sdpo/margin"][-5:]) > 1
+    assert np.mean(seen["sdpo/accuracy"][-5:]) > 0.95
+    assert after_sdpo["hit@1"] > 0.9
+
+
+def test_everything_worth_watching_is_logged_each_step(trained):
+    seen = trained[1]
+    names = {"loss", "gradient_norm", "learning_rate", "reward_positive", "reward_negative", "margin", "accuracy"}
+    names |= {"logp_positive", "hardest_negative_weight"}
+    assert {f"sdpo/{name}" for name in names} <= set(seen)
+    assert {f"sft/{name}" for name in ("loss", "gradient_norm", "learning_rate")} <= set(seen)
+    assert len({len(seen[f"sdpo/{name}"]) for name in names}) == 1
+    assert max(seen["sft/learning_rate"]) == pytest.approx(5e-3, rel=0.05)
+    assert seen["sft/learning_rate"][-1] < 1e-3
+
+
+def test_checkpoints_are_what_transformers_loads_and_hold_no_pickle(trained):
+    settings = trained[0]
+    run = Path(settings["run_dir"])
+    for stage in ("sft", "sdpo"):
+        files = {file.name for file in (run / stage).iterdir()}
+        assert "model.safetensors" in files and "settings.json" in files
+        assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(run / stage), AutoTokenizer.from_pretrained(run / stage)
+        prompt = "Chosen so far, in order:\naw film\nbw film\n"
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        answer = tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :])
+        assert answer.startswith("cw film\n")
+        assert json.loads((run / stage / "settings.json").read_text())["beta"] == 1.0
+
+
+def test_a_run_may_start_at_the_second_stage(trained):
+    settings, _, _, after_sft, _ = trained
+    trainer, loaders = start(settings | {"sft_checkpoint": settings["run_dir"], "run_dir": None, "sdpo_epochs": 1})
+    report = trainer.fit_stage("sft", *loaders[:2])
+    assert report.targets == 0 and report.valid is not None
+    assert dict(trainer.evaluate(loaders[2])) == after_sft
+    assert trainer.fit_stage("sdpo", *loaders[:2]).targets > 0
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
+    settings = trained[0]
+    for change, message in (
+        ({"scratch_layers": 1}, "does not fit this backbone at|use the settings it was made with"),
+        ({"scratch_hidden_size": 16}, "does not fit this backbone at"),
+        ({"scratch_vocab_size": 280}, "has another tokenizer"),
+        ({"sft_checkpoint": str(tmp_path)}, "has no config.json; valid is a folder 'sft' or 'sdpo'"),
+        ({"peft": "lora"}, "has no adapter_config.json"),
+    ):
+        trainer, loaders = start(settings | {"sft_checkpoint": settings["run_dir"], "run_dir": None} | change)
+        with pytest.raises(ValueError, match=message):
+            trainer.fit_stage("sft", *loaders[:2])
+
+
+def test_without_a_learning_rate_nothing_moves(ring):
+    trainer, loaders = start(ring | {"sft_epochs": 0, "sdpo_learning_rate": 0.0, "sdpo_weight_decay": 0.0})
+    trainer.tensorboard = recorder = Recorder()
+    before = {name: p.clone() for name, p in trainer.model.lm.trainable().items()}
+    trainer.fit(*loaders[:2])
+    assert recorder.seen["sdpo/loss"] == pytest.approx([math.log(4)] * len(recorder.seen["sdpo/loss"]), abs=1e-5)
+    assert recorder.seen["sdpo/margin"] == pytest.approx([0] * len(recorder.seen["sdpo/margin"]), abs=1e-4)
+    assert all(torch.equal(before[name], p) for name, p in trainer.model.lm.trainable().items())
+
+
+@pytest.mark.parametrize("objective", ["sdpo", "dpo", "dpo_multi", "softmax"])
+def test_every_objective_trains_with_an_adapter(ring, objective):
+    trainer, loaders = start(ring | {"peft": "lora", "lora_rank": 2, "lora_layers": [1], "objective": objective, "max_train_targets": 60})
+    base = {n: p.clone() for n, p in trainer.model.lm.model.named_parameters() if "lora" not in n}
+    assert all("layers.1" in name for name in trainer.model.lm.trainable())
+    trainer.fit(*loaders[:2])
+    now = dict(trainer.model.lm.model.named_parameters())
+    assert all(torch.equal(p, now[name]) for name, p in base.items())
+    folder = trainer.run_dir / "sdpo"
+    assert (folder / "adapter_model.safetensors").is_file() and not (folder / "reference").exists()
+    plain = AutoModelForCausalLM.from_config(trainer.model.lm.model.get_base_model().config)
+    assert isinstance(PeftModel.from_pretrained(plain, folder), PeftModel)
+
+
+def test_alignment_that_only_harms_is_undone(trained):
+    settings, _, _, after_sft, _ = trained
+    trainer, loaders = start(settings | {"sft_checkpoint": settings["run_dir"], "run_dir": None, "sdpo_learning_rate": 1.0})
+    trainer.fit(*loaders[:2])
+    assert dict(trainer.evaluate(loaders[2])) == after_sft
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_another(ring):
+    def weights(seed):
+        trainer, loaders = start(ring | {"seed": seed, "scratch_dropout": 0.1})
+        trainer.fit(*loaders[:2])
+        return torch.cat([p.flatten() for p in trainer.model.lm.trainable().values()])
+
+    first = weights(3)
+    assert torch.equal(first, weights(3))
+    assert not torch.equal(first, weights(4))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(ring):
+    trainer, loaders = start(ring)
+    with torch.no_grad():
+        next(iter(trainer.model.lm.trainable().values())).fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="lower sft_learning_rate"):
+        trainer.fit(*loaders[:2])
+
+
+@pytest.mark.parametrize("style", ["history", "candidates"])
+def test_accumulated_batches_step_like_one(ring, style):
+    """The gradient of two batches accumulated is the mean over all their targets, unequal batches included."""
+    trainer, loaders = start(ring | {"prompt_style": style, "prompt_candidates": 5, "max_train_targets": 50})
+    model = trainer.model
+    examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 0)
+    stage = Stage("sft", "sft", model.settings.sft, None, model, examples, trainer.accelerator, None)
+    trees = np.arange(3)
+    grads = []
+    for step in ([trees], [trees[:1], trees[1:]]):
+        stage.optimizer.step = lambda: None
+        if style == "candidates":  # the same draws for both
+            examples.batch = lambda t, *_, made=examples.__class__.batch: made(examples, t, 0, "same", int(t[0]))
+            step = [np.array([t]) for t in trees] if len(step) == 1 else [np.array([t]) for t in trees[::-1]]
+        stage._step(step, 0)
+        grads.append(torch.cat([p.grad.flatten() for p in stage._parameters]))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+
+
+def test_epochs_shuffle_and_limits_hold(ring):
+    trainer, loaders = start(ring | {"sft_epochs": 2, "sft_gradient_accumulation": 2})
+    model = trainer.model
+    examples = model.examples(loaders[0]._dataset, None, 0)
+    stage = Stage("sft", "sft", model.settings.sft, None, model, examples, trainer.accelerator, None)
+    plans = [np.concatenate([t for step in stage.plan(epoch) for t in step]) for epoch in (0, 1)]
+    assert all(sorted(plan.tolist()) == list(range(len(examples.targets))) for plan in plans)
+    assert plans[0].tolist() != plans[1].tolist()
+    assert all(len(step) == 2 for step in stage.plan(0)[:-1])
+    stage.limit = 40
+    some = np.concatenate([t for step in stage.plan(0) for t in step])
+    assert 40 <= examples.targets[some].sum() < 40 + examples.targets.max()
+
+
+def test_recboles_own_quick_start_runs_it(ring):
+    result = run_recbole(model="SDPO-LLM", dataset="toy", config_dict=ring | {"max_train_targets": 50})
+    assert {"hit@1", "ndcg@5", "mrr@10"} <= set(result["test_result"])
+    ours = quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"max_train_targets": 50})
+    assert dict(result["test_result"]) == ours["test_result"]
+
+
+def test_result_json_says_what_was_run(ring):
+    result = quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"max_train_targets": 50, "run_dir": "here"})
+    stored = json.loads(Path("here/result.json").read_text())
+    assert stored == json.loads(json.dumps(result))
+    assert list(stored["stages"]) == ["sft", "sdpo"]
+    for stage in stored["stages"].values():
+        assert set(stage) == {"valid", "test", "wall_s", "targets", "tokens"}
+        assert stage["targets"] >= 50 and stage["tokens"] > stage["targets"]
+    assert stored["test_result"] == stored["stages"]["sdpo"]["test"]
+    assert stored["settings"]["beta"] == 1.0 and stored["settings"]["seed"] == 2020
+    assert stored["versions"]["recbole"] == "1.2.1" and stored["peak_memory_gib"] > 0
+    assert 0 <= stored["popularity"]["hit@1"] <= 1
+
+
+@pytest.mark.parametrize("model", ["GRU4Rec", "SASRec", "Caser", "BERT4Rec", "Pop", "BPR"])
+def test_baselines_run_on_the_same_candidates(ring, model):
+    sha = ExperimentShas.of_sdpo_llm(ring)
+    result = quick_start.run(
+        model, "toy", config_dict=ring | {"epochs": 1, "train_neg_sample_args": None} if model not in ("BPR",) else ring | {"epochs": 1}
+    )
+    assert result["candidates_sha256"] == sha
+    assert set(result["stages"]) == {"fit"} and set(result["stages"]["fit"]) == {"valid", "test", "wall_s", "targets", "tokens"}
+    if model == "Pop":
+        assert result["test_result"] == result["popularity"]
+
+
+class ExperimentShas:
+    @staticmethod
+    def of_sdpo_llm(settings):
+        return quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"sft_epochs": 0, "objective": "sft"})["candidates_sha256"]
+
+
+def test_full_ranking_runs(ring):
+    result = quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"eval_args": {"mode": "full"}, "max_train_targets": 50})
+    assert result["test_result"]["hit@10"] > 0
