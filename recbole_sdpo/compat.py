@@ -1,4 +1,4 @@
-"""What RecBole 1.2.1 needs on today's libraries, an entry each. tests/test_compat.py tells when one is no longer needed.
+"""What must be worked round in RecBole 1.2.1 and its neighbours. tests/test_compat.py tells when an entry is no longer needed.
 
 What a version pin cures is in setup.cfg: numpy<2 (ray 2.6 uses ``np.bool8``), setuptools<81 (``pkg_resources``),
 pandas<3 (in-place ``fillna`` on a column).
@@ -6,6 +6,7 @@ pandas<3 (in-place ``fillna`` on a column).
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import torch
@@ -21,6 +22,21 @@ def load_best(trainer: Trainer) -> None:
     checkpoint = torch.load(trainer.saved_model_file, map_location=trainer.device, weights_only=False)
     trainer.model.load_state_dict(checkpoint["state_dict"])
     trainer.model.load_other_parameter(checkpoint.get("other_parameter"))
+
+
+def check_launcher() -> None:
+    """Refuse ``accelerate launch --cpu --num_processes 2``, which starts a single process.
+
+    It leaves a master address without a world size (https://github.com/huggingface/accelerate/issues/2741).
+
+    Raises:
+        ValueError: naming the command that does start several.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "accelerate launch --cpu starts one process whatever --num_processes says; use torchrun --nproc_per_node=2 "
+            "run_recbole_sdpo.py …, which accelerate joins."
+        )
 
 
 def quiet_warnings() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+import recbole
 import torch
 import transformers
 from accelerate import PartialState
@@ -55,6 +57,17 @@ class ExperimentConfig(Config):
                 getLogger().warning(f"train_neg_sample_args has no use for {model}, whose loss is cross-entropy over all items.")
             self.internal_config_dict["train_neg_sample_args"] = None
 
+    def _get_model_and_dataset(self, model: str | None, dataset: str | None) -> tuple:
+        try:
+            return super()._get_model_and_dataset(model, dataset)
+        except (ValueError, AttributeError, ModuleNotFoundError) as error:
+            # RecBole looks for an unknown name among models whose libraries are not installed, and stumbles over those.
+            names = [MODEL, *(file.stem for file in Path(recbole.__path__[0]).glob("properties/model/*.yaml"))]
+            folded = {name.lower(): name for name in names}
+            near = [folded[name] for name in difflib.get_close_matches(str(model).lower(), folded, 1)]
+            hint = f"did you mean {near[0]!r}?" if near else f"valid are {MODEL} and the models of RecBole, such as GRU4Rec."
+            raise ValueError(f"model={model!r} cannot be found; {hint}") from error
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings: Settings = check_settings(self)
@@ -80,13 +93,15 @@ def run(
     """
     compat.quiet_warnings()
     transformers.utils.logging.disable_progress_bar()
+    compat.check_launcher()
     state = PartialState(cpu=not torch.cuda.is_available())
     config = ExperimentConfig(model, dataset, list(config_file_list or []), {**(config_dict or {}), **_process_settings(state)})
     if state.num_processes > 1 and config["model"] != MODEL:
-        raise ValueError(
-            f"accelerate launch with {state.num_processes} processes serves {MODEL} only; start {config['model']} with plain python."
-        )
-    config["run_dir"] = str(run_folder(config))
+        raise ValueError(f"A launch of {state.num_processes} processes serves {MODEL} only; start {config['model']} with plain python.")
+    run_dir = run_folder(config)
+    if not config["resume"] and any((run_dir / part).exists() for part in ("result.json", "sft", "state")):
+        raise ValueError(f"run_dir={str(run_dir)!r} holds a run already; give another folder, or resume={str(run_dir)!r}.")
+    config["run_dir"] = str(run_dir)
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     logger = getLogger()
@@ -104,7 +119,6 @@ def run(
     init_seed(config["seed"], config["reproducibility"])
     recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, recommender)
-    run_dir = Path(config["run_dir"])
     run_dir.mkdir(parents=True, exist_ok=True)
     _log_head(config, recommender, train_data, test_data, sha256)
     logger.info(raw)

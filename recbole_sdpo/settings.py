@@ -106,6 +106,8 @@ class Settings:
     max_train_targets: int | None = _at_least(1, None, "targets to an epoch, drawn anew each epoch, or null for all")
     sdpo_max_train_targets: int | None = _at_least(1, None, "the same for the second stage alone, or null for max_train_targets")
     sft_checkpoint: str | None = _setting(None, "start at the second stage from this folder")
+    resume: str | None = _setting(None, "folder of an interrupted run to go on with, under the settings that it had")
+    save_minutes: float = _at_least(0, 10.0, "minutes between two savings of the state that resume needs; also after each epoch")
     run_dir: str | None = _setting(None, "folder of the run, or null for <checkpoint_dir>/<model>-<dataset>-<time>")
     eval_tokens_per_batch: int = _at_least(1, 8192, "tokens in a batch when scoring")
 

@@ -19,9 +19,10 @@ def test_a_wrong_setting_ends_in_one_line(monkeypatch):
         call(monkeypatch, "--dataset=ml-100k", "--betta=0.3")
 
 
-def test_an_unknown_model_ends_in_one_line(monkeypatch):
-    with pytest.raises(SystemExit, match="error: .*GRU5Rec"):
-        call(monkeypatch, "--model=GRU5Rec")
+@pytest.mark.parametrize(("wrong", "right"), [("GRU5Rec", "GRU4Rec"), ("gru4rec", "GRU4Rec"), ("SDPO-LM", "SDPO-LLM")])
+def test_an_unknown_model_ends_in_one_line(monkeypatch, wrong, right):
+    with pytest.raises(SystemExit, match=f"error: model='{wrong}' cannot be found; did you mean '{right}'"):
+        call(monkeypatch, f"--model={wrong}")
 
 
 def test_files_and_arguments_reach_the_configuration(monkeypatch, tmp_path, ring):

@@ -1,6 +1,8 @@
 """Each test fails when the entry of compat.py, or the pin, that it guards is no longer needed."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -27,6 +29,24 @@ def test_recbole_still_cannot_load_its_own_checkpoints(ring):
         trainer.evaluate(test, load_best_model=True)
     compat.load_best(trainer)
     assert all(torch.equal(p, best[name]) for name, p in trainer.model.state_dict().items())
+
+
+def test_accelerate_launch_still_starts_one_process_on_cpus(tmp_path):
+    (tmp_path / "who.py").write_text("import os; print('world', os.environ.get('WORLD_SIZE'), 'master', 'MASTER_ADDR' in os.environ)")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "who.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["world None master True"]
+
+
+def test_such_a_launch_is_refused(monkeypatch):
+    compat.check_launcher()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ValueError, match="use torchrun --nproc_per_node=2"):
+        compat.check_launcher()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    compat.check_launcher()
 
 
 def test_pins_are_still_needed():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,19 @@ from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.trainer.stage import Stage
+from recbole_sdpo.trainer.state import load_state, read_state, save_state
+
+RECBOLE_IDENTITY = (
+    "dataset",
+    "seed",
+    "eval_args",
+    "train_neg_sample_args",
+    "MAX_ITEM_LIST_LENGTH",
+    "valid_metric",
+    "stopping_step",
+    "eval_step",
+)
+FREE_TO_CHANGE = {"resume", "run_dir", "save_minutes", "eval_tokens_per_batch", "backbone_cache"}
 
 
 @dataclass
@@ -93,81 +107,127 @@ class SDPOTrainer(Trainer):
 
         The second stage is judged against its own start: if no epoch improves on it, the start is kept.
         """
-        began = time.time()
         self._prepare(train_data, valid_data)
-        settings = self.model.settings
-        given = settings.sft_checkpoint if name == "sft" else None
-        if given:
-            folder = Path(given).expanduser()
+        resumed = self._resumed()
+        if name in resumed.get("reports", {}):
+            restore_policy(self.model.lm, self.run_dir / name)
+            self.reports[name] = StageReport(**resumed["reports"][name])
+            self._log(f"{name}: already done in {self.run_dir}.", verbose)
+            return self.reports[name]
+        main = self.accelerator.is_main_process
+        stage = self._open(name, train_data, verbose)
+        self._start_score(name, valid_data if stage.settings.epochs == 0 else None, show_progress)
+        began = saved_at = time.time()
+        best, kept = self._snapshot(), False
+        if resumed.get("stage") == name:
+            if (self.run_dir / name).is_dir():
+                restore_policy(self.model.lm, self.run_dir / name)
+                best, kept = self._snapshot(), True
+            load_state(self.run_dir, stage)
+            self.best_valid_score, self.best_valid_result, self.cur_step = resumed["best"]
+            began -= resumed["wall_s"]
+            self._log(f"{name}: resumed at step {stage.step}, epoch {stage.epoch}.", verbose)
+
+        def keep_state(now: bool = False) -> None:
+            nonlocal saved_at
+            if saved and main and (now or time.time() - saved_at > 60 * self.model.settings.save_minutes):
+                self._save_state(stage, time.time() - began)
+                saved_at = time.time()
+
+        stop = False
+        while stage.epoch < stage.settings.epochs and not stop:
+            epoch, epoch_began = stage.epoch, time.time()
+            loss = stage.run_epoch(show_progress and main, keep_state)
+            self.train_loss_dict[len(self.train_loss_dict)] = loss
+            self._log(f"{name} " + self._generate_train_loss_output(epoch, epoch_began, time.time(), loss), verbose)
+            better = not valid_data
+            if valid_data and (stage.epoch % self.config["eval_step"] == 0 or stage.epoch == stage.settings.epochs):
+                score, result = self._valid_epoch(valid_data, show_progress and main)
+                self._log(set_color(f"{name} epoch {epoch} valid", "blue") + f": {dict2str(result)}", verbose)
+                self.best_valid_score, self.cur_step, stop, better = early_stopping(
+                    score, self.best_valid_score, self.cur_step, max_step=self.stopping_step, bigger=self.valid_metric_bigger
+                )
+                if better:
+                    self.best_valid_result = dict(result)
+                if callback_fn:
+                    callback_fn(epoch, score)
+                if stop:
+                    self._log(f"{name}: no better {self.valid_metric} in {self.cur_step} evaluations; stopping.", verbose)
+            if better:
+                best, kept = self._snapshot(), True
+                self._save(name, saved)
+            keep_state(now=True)
+        self._restore(best)
+        if not kept:
+            self._log(f"{name}: its start is kept, as no epoch was better.", verbose and stage.settings.epochs > 0)
+            self._save(name, saved)
+        self.reports[name] = StageReport(self.best_valid_result, time.time() - began, stage.targets, stage.tokens)
+        keep_state(now=True)
+        return self.reports[name]
+
+    def _open(self, name: str, train_data: AbstractDataLoader, verbose: bool) -> Stage:
+        """The stage before its first step: policy and reference in place, examples and optimizer built."""
+        settings, stage_settings = self.model.settings, getattr(self.model.settings, name)
+        if name == "sft" and settings.sft_checkpoint:
+            folder = Path(settings.sft_checkpoint).expanduser()
             restore_policy(self.model.lm, folder / "sft" if (folder / "sft").is_dir() else folder)
-        aligning = name == "sdpo"
-        objective = settings.objective if aligning else "sft"
+            stage_settings = replace(stage_settings, epochs=0)
+        objective = settings.objective if name == "sdpo" else "sft"
         kind = OBJECTIVES[objective]
         if kind.reference:
             self.model.lm.freeze_reference()
         examples = self.model.examples(train_data._dataset, train_data._sampler, self.model.negatives if kind.negatives else 0)
-        stage = Stage(
-            name,
-            objective,
-            getattr(settings, name),
-            settings.targets_limit(name),
-            self.model,
-            examples,
-            self.accelerator,
-            self.tensorboard,
-        )
-        epochs = 0 if given else stage.settings.epochs
+        limit = settings.targets_limit(name)
+        stage = Stage(name, objective, stage_settings, limit, self.model, examples, self.accelerator, self.tensorboard)
+        negatives = f", {self.model.negatives} negatives each ({self.config['train_neg_sample_args']['distribution']})"
         self._log(
-            f"{name}: objective {objective}, {epochs} epochs at most of {stage.targets_per_epoch:,} targets"
-            + (
-                f", {self.model.negatives} negatives each ({self.config['train_neg_sample_args']['distribution']})"
-                if kind.negatives
-                else ""
-            ),
+            f"{name}: objective {objective}, {stage_settings.epochs} epochs at most of {stage.targets_per_epoch:,} targets"
+            + negatives * kind.negatives,
             verbose,
         )
-        best = self._snapshot()
+        return stage
+
+    def _start_score(self, name: str, valid_data: AbstractDataLoader | None, show_progress: bool) -> None:
+        """The score to beat: of the SFT model for alignment, of the start for a stage that will not train, else the worst."""
         self.best_valid_score = -float("inf") if self.valid_metric_bigger else float("inf")
         self.best_valid_result, self.cur_step = None, 0
-        if aligning and self.reports.get("sft") and self.reports["sft"].valid:
-            self.best_valid_result = self.reports["sft"].valid
-            self.best_valid_score = calculate_valid_score(self.best_valid_result, self.valid_metric)
-        elif valid_data and epochs == 0:
-            self.best_valid_score, self.best_valid_result = self._valid_epoch(valid_data, show_progress)
-        for epoch in range(epochs):
-            epoch_began = time.time()
-            loss = stage.run_epoch(epoch, show_progress and self.accelerator.is_main_process)
-            self.train_loss_dict[len(self.train_loss_dict)] = loss
-            self._log(self._generate_train_loss_output(epoch, epoch_began, time.time(), loss), verbose)
-            if not valid_data:
-                best = self._snapshot()
-                self._save(name, saved)
-                continue
-            if (epoch + 1) % max(self.config["eval_step"], 1) and epoch + 1 < epochs:
-                continue
-            score, result = self._valid_epoch(valid_data, show_progress and self.accelerator.is_main_process)
-            self._log(set_color(f"{name} epoch {epoch} valid", "blue") + f": {dict2str(result)}", verbose)
-            self.best_valid_score, self.cur_step, stop, better = early_stopping(
-                score,
-                self.best_valid_score,
-                self.cur_step,
-                max_step=self.stopping_step,
-                bigger=self.valid_metric_bigger,
-            )
-            if better:
-                self.best_valid_result, best = result, self._snapshot()
-                self._save(name, saved)
-            if callback_fn:
-                callback_fn(epoch, score)
-            if stop:
-                self._log(f"{name}: {self.stopping_step} evaluations without a better {self.valid_metric}; stopping.", verbose)
-                break
-        self._restore(best)
-        if not (self.run_dir / name).is_dir():  # no epoch was better than the start
-            self._save(name, saved)
-        report = StageReport(self.best_valid_result, time.time() - began, stage.targets, stage.tokens)
-        self.reports[name] = report
-        return report
+        sft = self.reports.get("sft")
+        if name == "sdpo" and sft and sft.valid:
+            self.best_valid_result = sft.valid
+            self.best_valid_score = calculate_valid_score(sft.valid, self.valid_metric)
+        elif valid_data:
+            self.best_valid_score, result = self._valid_epoch(valid_data, show_progress)
+            self.best_valid_result = dict(result)
+
+    def _save_state(self, stage: Stage, wall_s: float) -> None:
+        rest = {
+            "best": [self.best_valid_score, self.best_valid_result, self.cur_step],
+            "reports": {name: asdict(report) for name, report in self.reports.items()},
+            "wall_s": wall_s,
+            "settings": self._identity(),
+        }
+        save_state(self.run_dir, stage, rest)
+
+    def _identity(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with the interrupted one, as JSON has them."""
+        flat = {key: self.config[key] for key in RECBOLE_IDENTITY} | self.model.settings.to_flat()
+        return json.loads(json.dumps({key: value for key, value in flat.items() if key not in FREE_TO_CHANGE}))
+
+    def _resumed(self) -> dict[str, Any]:
+        """The state of the run to resume, or nothing.
+
+        Raises:
+            ValueError: it had other settings.
+        """
+        if not self.model.settings.resume:
+            return {}
+        state, now = read_state(self.run_dir), self._identity()
+        for key, value in state["settings"].items():
+            if now.get(key) != value:
+                raise ValueError(
+                    f"resume={str(self.run_dir)!r}: its run had {key}={value!r}, and this one has {now.get(key)!r}; give {key} as it was."
+                )
+        return state
 
     def evaluate(
         self,
@@ -190,7 +250,7 @@ class SDPOTrainer(Trainer):
         return self.model.predict(interaction.to(self.device))
 
     def resume_checkpoint(self, resume_file: str) -> None:
-        """Load a policy that a run saved; its folder ``sft`` or ``sdpo``."""
+        """Load a policy that a run saved, from its folder ``sft`` or ``sdpo``; the setting ``resume`` continues a run."""
         restore_policy(self.model.lm, Path(resume_file))
 
     def _prepare(self, train_data: AbstractDataLoader, valid_data: AbstractDataLoader | None) -> None:
@@ -229,7 +289,9 @@ class SDPOTrainer(Trainer):
 
 
 def run_folder(config: Config) -> Path:
-    """Where a run keeps its checkpoints and its result."""
+    """Where a run keeps its checkpoints and its result: the run that it resumes, the folder it was given, or a new one."""
+    if config["resume"]:
+        return Path(config["resume"])
     name = f"{config['model']}-{config['dataset']}-{get_local_time()}"
     return Path(config["run_dir"] or Path(config["checkpoint_dir"]) / name)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,10 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 
 SORTED_TOGETHER = 256
 """Trees that are sorted by size together, so that a batch holds trees of about one size: less padding."""
+
+
+PROGRESS = ("targets", "tokens", "step", "epoch", "epoch_steps", "epoch_targets", "epoch_loss")
+"""What of a stage changes as it runs, but for weights and optimizer; sums and counts."""
 
 
 @dataclass
@@ -49,6 +53,10 @@ class Stage:
     targets: int = field(default=0, init=False)
     tokens: int = field(default=0, init=False)
     step: int = field(default=0, init=False)
+    epoch: int = field(default=0, init=False)
+    epoch_steps: int = field(default=0, init=False)
+    epoch_targets: int = field(default=0, init=False)
+    epoch_loss: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self._sizes = self.examples.sizes(self.model.encoder.tokens.lengths)
@@ -81,42 +89,60 @@ class Stage:
         each = self.settings.gradient_accumulation
         return [cut[i : i + each] for i in range(0, len(cut), each)]
 
-    def run_epoch(self, epoch: int, show_progress: bool) -> float:
-        """Train for an epoch; returns the mean loss over its targets.
+    def progress(self) -> dict[str, float]:
+        """How far the stage is, for :meth:`continue_from`."""
+        return {name: getattr(self, name) for name in PROGRESS}
+
+    def continue_from(self, progress: dict[str, float]) -> None:
+        """Go on where ``progress`` was taken."""
+        for name in PROGRESS:
+            setattr(self, name, progress[name])
+        for _ in range(self.step):
+            self.scheduler.step()
+
+    def run_epoch(self, show_progress: bool, after_step: Callable[[], None] = lambda: None) -> float:
+        """Train for an epoch, or for what is left of it; returns the mean loss over its targets.
+
+        Args:
+            after_step: called after each optimizer step.
 
         Raises:
             FloatingPointError: the loss is no longer finite.
         """
-        model, seed = self.model, self.model.seed
-        model.train()
-        model.objective = self.objective
-        torch.manual_seed(derive_seed(seed, "dropout", self.name, epoch, self.accelerator.process_index))
-        plan = self.plan(epoch)
+        self.model.train()
+        self.model.objective = self.objective
+        plan = self.plan(self.epoch)
         bar = tqdm(
             total=sum(int(self.examples.targets[trees].sum()) for step in plan for trees in step),
+            initial=self.epoch_targets,
             ncols=110,
             unit="target",
             disable=not show_progress,
-            desc=set_color(f"{self.name} epoch {epoch}", "pink"),
+            desc=set_color(f"{self.name} epoch {self.epoch}", "pink"),
         )
-        total, count, began, tokens_before = 0.0, 0, time.time(), self.tokens
-        for step in plan:
-            losses, targets = self._step(step, epoch)
-            total, count = total + losses, count + targets
+        began, tokens_before = time.time(), self.tokens
+        for step in plan[self.epoch_steps :]:
+            loss, targets = self._step(step)
+            self.epoch_steps, self.epoch_loss = self.epoch_steps + 1, self.epoch_loss + loss
+            self.epoch_targets += targets
             bar.update(targets)
             rate = (self.tokens - tokens_before) / (time.time() - began)
-            bar.set_postfix_str(f"loss {losses / targets:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss / targets:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            after_step()
         bar.close()
-        return total / max(count, 1)
+        mean = self.epoch_loss / max(self.epoch_targets, 1)
+        self.epoch, self.epoch_steps, self.epoch_loss, self.epoch_targets = self.epoch + 1, 0, 0.0, 0
+        return mean
 
-    def _step(self, step: list[np.ndarray], epoch: int) -> tuple[float, int]:
+    def _step(self, step: list[np.ndarray]) -> tuple[float, int]:
         """One optimizer step; returns the sum of the losses and the number of targets, over all processes."""
         kind, model, settings = OBJECTIVES[self.objective], self.model, self.settings
         targets = sum(int(self.examples.targets[trees].sum()) for trees in step)
+        torch.manual_seed(derive_seed(model.seed, "dropout", self.name, self.step, self.accelerator.process_index))
         self.optimizer.zero_grad()
         watched = torch.zeros(8, device=model.lm.device, dtype=torch.float64)  # loss, tokens, six diagnostics; sums
         for number, trees in enumerate(step):
-            batch = self.examples.batch(trees, model.seed, self.name, epoch, self.step, number)
+            batch = self.examples.batch(trees, model.seed, self.name, self.step, number)
             for prompts, items in self._share(*batch):
                 with self.accelerator.autocast():
                     found, tokens = model.logps(prompts, items, kind.reference)
