@@ -30,9 +30,9 @@ from recbole_sdpo.data.candidates import fingerprint, freeze, samples_candidates
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.objectives import OBJECTIVES
-from recbole_sdpo.registry import MODEL, add_defaults, check_settings, default_settings
+from recbole_sdpo.registry import add_defaults, default_settings
 from recbole_sdpo.report.table import markdown_table
-from recbole_sdpo.settings import Settings
+from recbole_sdpo.settings import MODEL, Settings, check_settings
 from recbole_sdpo.trainer.sdpo_trainer import run_folder
 
 VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")

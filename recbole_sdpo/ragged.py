@@ -41,9 +41,11 @@ class Ragged:
 
     def take(self, rows: np.ndarray) -> Ragged:
         """The rows with the given indices, in that order, repeats allowed."""
-        lengths = self.lengths[rows]
-        shift = self.starts[rows] - exclusive_cumsum(lengths)
-        return Ragged(self.values[np.repeat(shift, lengths) + np.arange(lengths.sum())], lengths)
+        return self.cut(rows, np.zeros_like(rows), self.lengths[rows])
+
+    def cut(self, rows: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> Ragged:
+        """From each of the given rows, ``lengths`` entries from place ``first`` on."""
+        return Ragged(self.values[np.repeat(self.starts[rows] + first, lengths) + steps(lengths)], lengths)
 
     def join(self, counts: np.ndarray) -> Ragged:
         """Concatenate the first ``counts[0]`` rows into one, the next ``counts[1]`` into another, and so on."""
@@ -60,6 +62,11 @@ class Ragged:
 def exclusive_cumsum(counts: np.ndarray) -> np.ndarray:
     """``[0, c0, c0 + c1, …]`` with the length of ``counts``."""
     return np.cumsum(counts) - counts
+
+
+def steps(counts: np.ndarray) -> np.ndarray:
+    """``0 … c0 - 1, 0 … c1 - 1, …``: the place of each entry in its segment."""
+    return np.arange(counts.sum()) - np.repeat(exclusive_cumsum(counts), counts)
 
 
 def segment_sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:

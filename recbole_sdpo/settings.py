@@ -8,10 +8,34 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
+from logging import getLogger
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from recbole.config import Config
+
 from recbole_sdpo.objectives import OBJECTIVES
+
+MODEL = "SDPO-LLM"
+"""The name under which RecBole knows the model."""
+
+NO_FULL_RANKING = "prompt_style='candidates' cannot rank the whole catalogue; use prompt_style='history', or a mode such as uni19."
+
+# Keys that RecBole reads without naming them in its defaults.
+RECBOLE_KEYS = {
+    "model",
+    "dataset",
+    "config_files",
+    "nproc",
+    "world_size",
+    "ip",
+    "port",
+    "group_offset",
+    "wandb_project",
+}
+
+# Settings of RecBole's training loop that our two stages have for themselves.
+WITHOUT_EFFECT = {"epochs", "learning_rate", "weight_decay"}
 
 
 def _setting(default: Any, help: str, check: Callable[[Any], bool] = lambda value: True, valid: str = "") -> Any:
@@ -152,6 +176,41 @@ class Settings:
 def names() -> list[str]:
     """Every key of ours."""
     return list(Settings().to_flat())
+
+
+def check_settings(config: Config) -> Settings:
+    """Our settings from a configuration, checked, together with what they ask of RecBole's.
+
+    Raises:
+        ValueError: a key that nobody reads, or a value that is wrong or does not go with another.
+    """
+    known = set(config.internal_config_dict) | {key for keys in config.parameters.values() for key in keys} | RECBOLE_KEYS
+    ours = config["model"] == MODEL
+    check_unknown(config.external_config_dict, known, only_near=not ours)
+    settings = Settings.from_mapping(config.final_config_dict)
+    if not ours:
+        return settings
+    for key in WITHOUT_EFFECT & set(config.external_config_dict):
+        getLogger().warning(f"{key}={config[key]!r} has no effect on {MODEL}: its stages have sft_{key} and sdpo_{key}.")
+    in_text = settings.prompt_style == "candidates"
+    if OBJECTIVES[settings.objective].negatives or in_text:
+        args = config["train_neg_sample_args"]
+        number = args["sample_num"]
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(
+                f"train_neg_sample_args.sample_num={number!r}: objective={settings.objective!r} with prompt_style="
+                f"{settings.prompt_style!r} needs 1 or more negatives; or set objective=sft and prompt_style=history."
+            )
+        if args["dynamic"]:
+            raise ValueError(f"train_neg_sample_args.dynamic={args['dynamic']!r} is not there for {MODEL}; valid is False.")
+        if in_text and number >= settings.prompt_candidates:
+            raise ValueError(
+                f"train_neg_sample_args.sample_num={number}: the negatives are among the {settings.prompt_candidates} candidates "
+                f"of the prompt (prompt_candidates); valid is 1 to {settings.prompt_candidates - 1}."
+            )
+    if in_text and "full" in config["eval_args"]["mode"].values():
+        raise ValueError(f"eval_args.mode={config['eval_args']['mode']}: {NO_FULL_RANKING}")
+    return settings
 
 
 def check_unknown(given: Mapping[str, Any], known: set[str], only_near: bool = False) -> None:

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recbole.quick_start import run_recbole
 
 from recbole_sdpo import settings as module
 from recbole_sdpo.data.prompts import TEMPLATE_FOLDER
@@ -85,6 +86,11 @@ def test_errors_come_before_training(ring, change, message, monkeypatch):
     monkeypatch.setattr(Stage, "run_epoch", lambda *_: pytest.fail("training began"))
     with pytest.raises(ValueError, match=message):
         run("SDPO-LLM", "toy", config_dict=ring | change)
+
+
+def test_recboles_own_entry_checks_the_same(ring):
+    with pytest.raises(ValueError, match="Unknown setting 'betta'=1; did you mean 'beta'"):
+        run_recbole(model="SDPO-LLM", dataset="toy", config_dict=ring | {"betta": 1})
 
 
 def test_a_baseline_refuses_what_looks_like_a_setting_of_ours(ring):

@@ -27,6 +27,9 @@ class Examples(Protocol):
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
         """About how many tokens each tree takes, int64 ``[trees]``; ``lengths`` are the tokens of each unit."""
 
+    def longest(self, lengths: np.ndarray) -> int:
+        """No sequence, prompt and response together, has more tokens than this."""
+
     def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
         """The prompts of ``trees`` and the items to score, ``[T, 1 + K]``; what is drawn depends on seed and purpose."""
 
@@ -54,9 +57,14 @@ class HistoryExamples:
         self.targets = np.bincount(self.prompts.tree, minlength=len(self.prompts))
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
-        trunk = segment_sums(lengths[self.prompts.trunks.values], self.prompts.trunks.lengths)
         title = lengths[1 : self.units.header].mean()
-        return (trunk + self.targets * self.negatives * (title - 1)).astype(np.int64)
+        return (self._trunks(lengths) + self.targets * self.negatives * (title - 1)).astype(np.int64)
+
+    def longest(self, lengths: np.ndarray) -> int:
+        return int(self._trunks(lengths).max(initial=0) + lengths[1 : self.units.header].max())
+
+    def _trunks(self, lengths: np.ndarray) -> np.ndarray:
+        return segment_sums(lengths[self.prompts.trunks.values], self.prompts.trunks.lengths)
 
     def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
         prompts = self.prompts.select(trees)
@@ -88,10 +96,18 @@ class CandidateExamples:
         self.targets = np.ones(len(self.target), np.int64)
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
-        history = segment_sums(lengths[self.histories.values], self.histories.lengths)
         title = lengths[1 : self.units.header].mean()
-        template = np.mean([lengths[[p for p in t if not isinstance(p, str)]].sum() for t in self.units.templates])
-        return (history + (self.candidates + self.negatives) * title + template).astype(np.int64)
+        return (self._histories(lengths) + (self.candidates + self.negatives) * title + self._templates(lengths).mean()).astype(np.int64)
+
+    def longest(self, lengths: np.ndarray) -> int:
+        titles = (self.candidates + 1) * lengths[1 : self.units.header].max()
+        return int(self._histories(lengths).max(initial=0) + titles + self._templates(lengths).max())
+
+    def _histories(self, lengths: np.ndarray) -> np.ndarray:
+        return segment_sums(lengths[self.histories.values], self.histories.lengths)
+
+    def _templates(self, lengths: np.ndarray) -> np.ndarray:
+        return np.array([lengths[[part for part in template if not isinstance(part, str)]].sum() for template in self.units.templates])
 
     def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
         user, target = self.user[trees], self.target[trees]

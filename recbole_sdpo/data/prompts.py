@@ -11,11 +11,10 @@ import numpy as np
 import yaml
 
 from recbole_sdpo.data.sequences import Sequences
-from recbole_sdpo.ragged import Ragged, exclusive_cumsum
+from recbole_sdpo.ragged import Ragged, steps
 
 TEMPLATE_FOLDER = Path(__file__).parents[1] / "properties" / "prompts"
 SLOTS = ("{history}", "{candidates}")
-NO_FULL_RANKING = "prompt_style='candidates' cannot rank the whole catalogue; use prompt_style='history', or a mode such as uni19."
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,9 @@ class Prompts:
 
     def select(self, trees: np.ndarray) -> Prompts:
         """The prompts of the given trees, in that order, with their targets."""
-        owned = Ragged(np.argsort(self.tree, kind="stable"), np.bincount(self.tree, minlength=len(self))).take(trees)
-        t = owned.values
-        tree = np.repeat(np.arange(len(trees)), owned.lengths)
-        return Prompts(self.trunks.take(trees), tree, self.before[t], self.target[t], self.user[t])
+        targets = self.target_index(trees)
+        tree = np.repeat(np.arange(len(trees)), np.bincount(self.tree, minlength=len(self))[trees])
+        return Prompts(self.trunks.take(trees), tree, self.before[targets], self.target[targets], self.user[targets])
 
     def target_index(self, trees: np.ndarray) -> np.ndarray:
         """Which targets, by number in this batch, ``select(trees)`` holds, in its order."""
@@ -116,27 +114,18 @@ def history_windows(sequences: Sequences, window: int, header: int) -> Prompts:
     """
     step = window // 2
     length, opening = sequences.items.lengths, sequences.history
-    extra = np.maximum(length - np.maximum(window, opening + 1), 0)
-    windows = 1 + -(-extra // step)
-    owner = np.repeat(np.arange(len(length)), windows)
-    number = np.arange(len(owner)) - np.repeat(exclusive_cumsum(windows), windows)
-    first_end = np.minimum(np.maximum(window, opening + 1), length)[owner]
-    stop = np.minimum(first_end + number * step, length[owner])
-    first_target = np.where(number == 0, opening[owner], first_end + (number - 1) * step)
-    start = np.maximum(first_target - (window - step), 0)
-    start = np.where(number == 0, np.maximum(stop - window, 0), start)
-    span = stop - start
-    items = sequences.items.values[np.repeat(sequences.items.starts[owner] + start - exclusive_cumsum(span), span) + np.arange(span.sum())]
+    # The first window of a sequence ends here, with at least one target; each further one ends a step later.
+    first_stop = np.minimum(np.maximum(window, opening + 1), length)
+    windows = 1 - (first_stop - length) // step
+    owner, number = np.repeat(np.arange(len(length)), windows), steps(windows)
+    stop = np.minimum(first_stop[owner] + number * step, length[owner])
+    first_target = np.where(number == 0, opening[owner], first_stop[owner] + (number - 1) * step)
+    start = np.maximum(np.where(number == 0, stop - window, first_target - (window - step)), 0)
+    shown = sequences.items.cut(owner, start, stop - start)
     asked = stop - first_target
     tree = np.repeat(np.arange(len(owner)), asked)
-    place = np.arange(asked.sum()) - np.repeat(exclusive_cumsum(asked), asked) + (first_target - start)[tree]
-    return Prompts(
-        _with_header(Ragged(items, span), header),
-        tree,
-        place + 1,
-        items[exclusive_cumsum(span)[tree] + place],
-        sequences.user[owner][tree],
-    )
+    place = steps(asked) + (first_target - start)[tree]
+    return Prompts(_with_header(shown, header), tree, place + 1, shown.values[shown.starts[tree] + place], sequences.user[owner][tree])
 
 
 def history_prompts(histories: Ragged, target: np.ndarray, user: np.ndarray, header: int) -> Prompts:
@@ -154,10 +143,9 @@ def candidate_prompts(
         candidates: int64 ``[rows, C]``, already shuffled.
         template: int64 ``[rows]``, which of the templates to use.
     """
-    rows: list[np.ndarray] = []
-    starts = histories.starts
-    for row, (choice, start, length) in enumerate(zip(template, starts, histories.lengths, strict=True)):
-        fill = {"{history}": histories.values[start : start + length], "{candidates}": candidates[row]}
+    rows = []
+    for row, choice in enumerate(template):
+        fill = {"{history}": histories[row], "{candidates}": candidates[row]}
         rows.append(np.concatenate([fill[part] if isinstance(part, str) else [part] for part in units.templates[choice]]))
     trunks = Ragged.from_rows(rows)
     return Prompts(trunks, np.arange(len(trunks)), trunks.lengths, target, user)

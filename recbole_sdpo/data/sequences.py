@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from recbole.data.dataset import Dataset
 
-from recbole_sdpo.ragged import Ragged, exclusive_cumsum
+from recbole_sdpo.ragged import Ragged, steps
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ def training_sequences(dataset: Dataset) -> Sequences:
     opening = past.take(heads)
     lengths = opening.lengths + targets_of
     items = np.empty(lengths.sum(), np.int64)
-    begins = exclusive_cumsum(lengths)
-    in_opening = np.arange(len(items)) - np.repeat(begins, lengths) < np.repeat(opening.lengths, lengths)
+    in_opening = steps(lengths) < np.repeat(opening.lengths, lengths)
     items[in_opening], items[~in_opening] = opening.values, target
     return Sequences(Ragged(items, lengths), user[heads], opening.lengths)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recbole_sdpo.ragged import Ragged, exclusive_cumsum
+from recbole_sdpo.ragged import Ragged, exclusive_cumsum, steps
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def plant(trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged
     end = np.tile(np.arange(1, length + 1), (trees, 1))
 
     trunk_row = np.repeat(np.arange(trees), kept)
-    trunk_depth = np.arange(kept.sum()) - np.repeat(exclusive_cumsum(kept), kept)
+    trunk_depth = steps(kept)
     span = length + 1  # one key per (tree, site), in order
     trunk_column = trunk_depth + (
         np.searchsorted(node_row * span + node_site, trunk_row * span + trunk_depth, side="right") - before_tree[trunk_row]

@@ -22,13 +22,13 @@ from torch import Tensor
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.examples import CandidateExamples, Examples, HistoryExamples
 from recbole_sdpo.data.negatives import NegativeSampler
-from recbole_sdpo.data.prompts import NO_FULL_RANKING, Prompts, Templates, Units, batches, candidate_prompts, history_prompts
+from recbole_sdpo.data.prompts import Prompts, Templates, Units, batches, candidate_prompts, history_prompts
 from recbole_sdpo.data.sequences import histories, met_items, training_sequences
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
 from recbole_sdpo.model.encoder import Encoder
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.random import derive_seed, generator
-from recbole_sdpo.settings import Settings
+from recbole_sdpo.settings import NO_FULL_RANKING, Settings, check_settings
 
 
 class Logps(NamedTuple):
@@ -55,7 +55,8 @@ class SDPOLLM(SequentialRecommender):
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        self.settings = settings = Settings.from_mapping(config.final_config_dict)
+        self.settings: Settings = check_settings(config)
+        settings = self.settings
         self.seed: int = config["seed"]
         self.window: int = config["MAX_ITEM_LIST_LENGTH"] + 1
         self.negatives: int = config["train_neg_sample_args"]["sample_num"] if OBJECTIVES[settings.objective].negatives else 0
@@ -73,7 +74,6 @@ class SDPOLLM(SequentialRecommender):
 
         self.lm = load_backbone(self.backbone, self.device, titles, lambda purpose: derive_seed(self.seed, purpose))
         self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer)
-        self._check_length()
 
     def examples(self, dataset: Dataset, sampler: AbstractSampler | None, negatives: int) -> Examples:
         """What a stage trains on.
@@ -81,10 +81,17 @@ class SDPOLLM(SequentialRecommender):
         Args:
             sampler: RecBole's sampler of training negatives.
             negatives: K, or 0 for a stage that needs none.
+
+        Raises:
+            ValueError: prompts are longer than the backbone can read.
         """
-        if self.settings.prompt_style == "history":
-            return HistoryExamples(dataset, self.window, self.units, self._negative_sampler(dataset, sampler), negatives)
-        return CandidateExamples(dataset, self.settings.prompt_candidates, self.units, self._negative_sampler(dataset, sampler), negatives)
+        drawn, settings = self._negative_sampler(dataset, sampler), self.settings
+        if settings.prompt_style == "history":
+            examples = HistoryExamples(dataset, self.window, self.units, drawn, negatives)
+        else:
+            examples = CandidateExamples(dataset, settings.prompt_candidates, self.units, drawn, negatives)
+        self._check_length(examples.longest(self.encoder.tokens.lengths))
+        return examples
 
     def check_negatives(self, dataset: Dataset, sampler: AbstractSampler | None) -> None:
         """Are there enough negatives for every user, in every stage?
@@ -181,17 +188,19 @@ class SDPOLLM(SequentialRecommender):
             scores[torch.from_numpy(rows).to(scores.device)] = self.lm(forest).view(len(rows), -1).to(scores.dtype)
         return reduce(scores, "sum") if state.num_processes > 1 else scores
 
-    def _check_length(self) -> None:
-        """Can the backbone read the longest prompt there may be?"""
-        limit = getattr(self.lm.model.config.get_text_config(), "max_position_embeddings", None)
-        longest = int(self.encoder.tokens.lengths[1 : self.units.header].max())
-        titles = self.window + (self.settings.prompt_candidates if self.settings.prompt_style == "candidates" else 0)
-        pieces = int(self.encoder.tokens.lengths[self.units.header :].sum())
-        if limit is not None and titles * longest + pieces > limit:
-            self.logger.warning(
-                f"MAX_ITEM_LIST_LENGTH={self.window - 1}: prompts could reach {titles * longest + pieces} tokens if all their titles "
-                f"were the longest one ({longest}), and the backbone was made for {limit}."
-            )
+    def _check_length(self, longest: int) -> None:
+        """Can the backbone read the longest prompt? One with learned positions cannot read on; one with rotary ones gets worse."""
+        config = self.lm.model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is None or longest <= limit:
+            return
+        message = (
+            f"MAX_ITEM_LIST_LENGTH={self.window - 1} with prompt_style={self.settings.prompt_style!r} makes prompts of up to {longest} "
+            f"tokens, and backbone={self.backbone.backbone!r} was made for {limit}; give a smaller MAX_ITEM_LIST_LENGTH."
+        )
+        if getattr(config, "rope_parameters", None) is None:
+            raise ValueError(message)
+        self.logger.warning(message)
 
     def __deepcopy__(self, memo: dict) -> SDPOLLM:
         """A copy that shares the weights: RecBole copies a model to count its operations, which would double its memory."""

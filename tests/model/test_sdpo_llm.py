@@ -110,3 +110,27 @@ def test_a_deep_copy_shares_the_weights(ring):
     assert all(mine[name] is theirs[name] for name in mine)
     clone.lm.register_buffer("total_ops", torch.zeros(1))
     assert "total_ops" not in dict(model.named_buffers())
+
+
+def test_prompts_longer_than_learned_positions_are_refused(ring, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from recbole_sdpo.lm.scratch import train_tokenizer
+
+    tokenizer = train_tokenizer(["a b c"], 280)
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    model, (train, *_) = build(ring | {"backbone": str(tmp_path / "gpt2"), "peft": "none"})
+    with pytest.raises(ValueError, match=r"MAX_ITEM_LIST_LENGTH=8.*up to \d+ tokens.*was made for 64"):
+        model.examples(train._dataset, train._sampler, 3)
+
+
+@pytest.mark.parametrize("style", ["history", "candidates"])
+def test_longest_bounds_every_training_prompt(ring, style):
+    model, (train, *_) = build(ring | {"prompt_style": style, "prompt_candidates": 6})
+    examples = model.examples(train._dataset, train._sampler, 3)
+    forest = model.encoder.forest(*examples.batch(np.arange(len(examples.targets)), 0, "test"))
+    longest = examples.longest(model.encoder.tokens.lengths)
+    assert int(forest.positions.max()) + 1 < longest <= 3 * int(forest.positions.max())
