@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+import yaml
+
 from recbole_sdpo.quick_start import run
 
 
@@ -28,5 +30,5 @@ def main() -> None:
             sys.exit(f"error: cannot read {argument!r}; settings are given as --name=value, without blanks around '='.")
     try:
         run(args.model, args.dataset, args.config_files.split())
-    except ValueError as error:
+    except (ValueError, NotImplementedError, SyntaxError, FileNotFoundError, FloatingPointError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")

@@ -33,7 +33,7 @@ from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.registry import add_defaults, default_settings
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.settings import MODEL, Settings, check_settings
-from recbole_sdpo.trainer.sdpo_trainer import run_folder
+from recbole_sdpo.trainer.sdpo_trainer import new_run_folder
 
 VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")
 
@@ -66,6 +66,8 @@ class ExperimentConfig(Config):
             folded = {name.lower(): name for name in names}
             near = [folded[name] for name in difflib.get_close_matches(str(model).lower(), folded, 1)]
             hint = f"did you mean {near[0]!r}?" if near else f"valid are {MODEL} and the models of RecBole, such as GRU4Rec."
+            if near == [model]:
+                hint = f"RecBole has it, but: {error}."
             raise ValueError(f"model={model!r} cannot be found; {hint}") from error
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -98,9 +100,7 @@ def run(
     config = ExperimentConfig(model, dataset, list(config_file_list or []), {**(config_dict or {}), **_process_settings(state)})
     if state.num_processes > 1 and config["model"] != MODEL:
         raise ValueError(f"A launch of {state.num_processes} processes serves {MODEL} only; start {config['model']} with plain python.")
-    run_dir = run_folder(config)
-    if not config["resume"] and any((run_dir / part).exists() for part in ("result.json", "sft", "state")):
-        raise ValueError(f"run_dir={str(run_dir)!r} holds a run already; give another folder, or resume={str(run_dir)!r}.")
+    run_dir = new_run_folder(config) if not config["resume"] else Path(config["resume"])
     config["run_dir"] = str(run_dir)
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
@@ -119,7 +119,6 @@ def run(
     init_seed(config["seed"], config["reproducibility"])
     recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, recommender)
-    run_dir.mkdir(parents=True, exist_ok=True)
     _log_head(config, recommender, train_data, test_data, sha256)
     logger.info(raw)
 
@@ -183,6 +182,7 @@ def _run_stages(
     saved: bool,
 ) -> dict:
     show = trainer.config["show_progress"]
+    trainer.prepare(train_data, valid_data, test_data)
     stages = {}
     for name in trainer.stages:
         report = trainer.fit_stage(name, train_data, valid_data, saved=saved, show_progress=show)

@@ -58,6 +58,9 @@ def add_defaults(config: Config, defaults: dict[str, Any]) -> None:
     if internal["load_col"] == RECBOLE_LOADS:
         fields = [given.get(key, internal[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
         internal["load_col"] = {"inter": fields}
+    if internal["train_neg_sample_args"] is None and internal["eval_args"]["mode"] != "labeled":
+        # RecBole's context-aware models learn from labels of their own data; ranked among samples, they learn from samples.
+        internal["train_neg_sample_args"] = {"distribution": "uniform", "sample_num": 1}
     for key in MERGED:
         if isinstance(given.get(key), dict) and isinstance(internal.get(key), dict):
             given[key] = internal[key] | given[key]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from logging import getLogger
@@ -13,6 +14,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from recbole.config import Config
+from recbole.utils import EvaluatorType
 
 from recbole_sdpo.objectives import OBJECTIVES
 
@@ -26,16 +28,22 @@ RECBOLE_KEYS = {
     "model",
     "dataset",
     "config_files",
-    "nproc",
-    "world_size",
-    "ip",
-    "port",
-    "group_offset",
+    "config_file",
+    "encoding",
+    "tail_ratio",
     "wandb_project",
+    "embedding_size",
+    "reg_weight",
 }
 
-# Settings of RecBole's training loop that our two stages have for themselves.
-WITHOUT_EFFECT = {"epochs", "learning_rate", "weight_decay"}
+# Keys of RecBole's training loop that our stages do without: what they have in place of each is among their own settings.
+WITHOUT_EFFECT = {"epochs", "learning_rate", "weight_decay", "train_batch_size", "learner", "clip_grad_norm", "enable_amp", "enable_scaler"}
+
+# What RecBole's dictionaries may hold; it ignores anything else.
+PARTS = {
+    "eval_args": {"split", "order", "group_by", "mode"},
+    "train_neg_sample_args": {"distribution", "sample_num", "alpha", "dynamic", "candidate_num"},
+}
 
 
 def _setting(default: Any, help: str, check: Callable[[Any], bool] = lambda value: True, valid: str = "") -> Any:
@@ -108,7 +116,6 @@ class Settings:
         "auto",
         "float32",
         "bfloat16",
-        "float16",
     )
     attention: str = _choice("sdpa", "attention implementation of transformers", "sdpa", "eager")
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass to save memory")
@@ -187,11 +194,14 @@ def check_settings(config: Config) -> Settings:
     known = set(config.internal_config_dict) | {key for keys in config.parameters.values() for key in keys} | RECBOLE_KEYS
     ours = config["model"] == MODEL
     check_unknown(config.external_config_dict, known, only_near=not ours)
+    _check_recbole(config)
     settings = Settings.from_mapping(config.final_config_dict)
     if not ours:
+        if settings.resume:
+            raise ValueError(f"resume={settings.resume!r} is for {MODEL}; {config['model']} starts anew.")
         return settings
-    for key in WITHOUT_EFFECT & set(config.external_config_dict):
-        getLogger().warning(f"{key}={config[key]!r} has no effect on {MODEL}: its stages have sft_{key} and sdpo_{key}.")
+    for key in sorted(WITHOUT_EFFECT & set(config.external_config_dict)):
+        getLogger().warning(f"{key}={config[key]!r} has no effect on {MODEL}; python -m recbole_sdpo.settings lists what its stages have.")
     in_text = settings.prompt_style == "candidates"
     if OBJECTIVES[settings.objective].negatives or in_text:
         args = config["train_neg_sample_args"]
@@ -211,6 +221,27 @@ def check_settings(config: Config) -> Settings:
     if in_text and "full" in config["eval_args"]["mode"].values():
         raise ValueError(f"eval_args.mode={config['eval_args']['mode']}: {NO_FULL_RANKING}")
     return settings
+
+
+def _check_recbole(config: Config) -> None:
+    """Check what RecBole would find out late, or never."""
+    for key, least in (("seed", 0), ("MAX_ITEM_LIST_LENGTH", 1), ("eval_batch_size", 1), ("stopping_step", 0), ("eval_step", -1)):
+        value = config[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{key}={value!r} must be a whole number, {least} or more.")
+    for key, parts in PARTS.items():
+        for part in config.external_config_dict.get(key) or ():
+            if part not in parts:
+                raise ValueError(f"{key} has no part {part!r}; valid are {', '.join(sorted(parts))}.")
+    for mode in config["eval_args"]["mode"].values():
+        if not re.fullmatch(r"full|labeled|(uni|pop)[1-9][0-9]*", mode):
+            raise ValueError(f"eval_args.mode={mode!r}: valid are full, labeled, and uniN or popN for N sampled items, such as uni19.")
+    metrics = [metric.lower() for metric in config["metrics"]]
+    computed = [f"{metric}@{k}" for metric in metrics for k in config["topk"]] if config["eval_type"] == EvaluatorType.RANKING else metrics
+    if str(config["valid_metric"]).lower() not in computed:
+        raise ValueError(
+            f"valid_metric={config['valid_metric']!r} is not computed; with these metrics and topk, valid are {', '.join(computed)}."
+        )
 
 
 def check_unknown(given: Mapping[str, Any], known: set[str], only_near: bool = False) -> None:

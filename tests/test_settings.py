@@ -78,6 +78,16 @@ def test_every_setting_is_explained():
         ({"peft": "lora", "lora_target_modules": ["nope"]}, "lora_target_modules=.*does not fit the backbone"),
         ({"prompt_style": "candidates", "eval_args": {"mode": "full"}}, "cannot rank the whole catalogue"),
         ({"sft_checkpoint": "nowhere"}, "checkpoint 'nowhere' has no config.json"),
+        ({"resume": "nowhere"}, "resume='nowhere' holds no state"),
+        ({"valid_metric": "NDCG@20"}, "valid_metric='NDCG@20' is not computed.*valid are hit@1, hit@5"),
+        ({"topk": [10]}, "valid_metric='NDCG@5' is not computed"),
+        ({"valid_metric": None}, "valid_metric=None is not computed"),
+        ({"eval_args": {"mode": "uni"}}, "eval_args.mode='uni': valid are full"),
+        ({"eval_args": {"mode": "uni0"}}, "eval_args.mode='uni0'"),
+        ({"eval_args": {"mod": "full"}}, "eval_args has no part 'mod'; valid are group_by, mode, order, split"),
+        ({"train_neg_sample_args": {"sample_nums": 7}}, "train_neg_sample_args has no part 'sample_nums'"),
+        ({"MAX_ITEM_LIST_LENGTH": 0}, "MAX_ITEM_LIST_LENGTH=0 must be a whole number, 1 or more"),
+        ({"seed": "abc"}, "seed='abc' must be a whole number"),
     ],
 )
 def test_errors_come_before_training(ring, change, message, monkeypatch):
@@ -97,6 +107,12 @@ def test_a_baseline_refuses_what_looks_like_a_setting_of_ours(ring):
     with pytest.raises(ValueError, match="Unknown setting 'title_field'=.* did you mean 'title_fields'"):
         ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"title_field": "name"})
     ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"its_own": 1})
+    with pytest.raises(ValueError, match="resume='x' is for SDPO-LLM"):
+        ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"resume": "x"})
+
+
+def test_context_aware_models_run(ring):
+    assert run("FM", "toy", config_dict=ring | {"epochs": 1})["test_result"]["hit@10"] > 0
 
 
 def test_half_a_dictionary_keeps_the_other_half():

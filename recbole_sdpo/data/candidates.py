@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader, NegSampleDataLoader
 from recbole.data.dataset import Dataset
 from recbole.sampler.sampler import AbstractSampler
@@ -99,7 +100,7 @@ def samples_candidates(loader: AbstractDataLoader) -> bool:
 def fingerprint(*loaders: AbstractDataLoader) -> str:
     """sha256 over who is asked for what against what, in the data's own ids: equal for equal candidates.
 
-    A loader that ranks the whole catalogue, or labelled items, counts with its users and targets.
+    A loader that ranks the whole catalogue counts with all its items.
     """
     digest = hashlib.sha256()
     for number, loader in enumerate(loaders):
@@ -111,6 +112,8 @@ def fingerprint(*loaders: AbstractDataLoader) -> str:
             rows = dataset.inter_feat
             user, items = rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()[:, None]
         user_token, item_token = dataset.field2id_token[dataset.uid_field], dataset.field2id_token[dataset.iid_field]
+        if isinstance(loader, FullSortEvalDataLoader):  # its candidates are all items that there are
+            digest.update("\n".join(sorted(item_token[1:])).encode())
         lines = sorted("\t".join([str(number), user_token[u], *item_token[row]]) for u, row in zip(user, items, strict=True))
         digest.update("\n".join(lines).encode())
     return digest.hexdigest()

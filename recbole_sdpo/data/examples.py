@@ -27,9 +27,6 @@ class Examples(Protocol):
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
         """About how many tokens each tree takes, int64 ``[trees]``; ``lengths`` are the tokens of each unit."""
 
-    def longest(self, lengths: np.ndarray) -> int:
-        """No sequence, prompt and response together, has more tokens than this."""
-
     def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
         """The prompts of ``trees`` and the items to score, ``[T, 1 + K]``; what is drawn depends on seed and purpose."""
 
@@ -58,13 +55,8 @@ class HistoryExamples:
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
         title = lengths[1 : self.units.header].mean()
-        return (self._trunks(lengths) + self.targets * self.negatives * (title - 1)).astype(np.int64)
-
-    def longest(self, lengths: np.ndarray) -> int:
-        return int(self._trunks(lengths).max(initial=0) + lengths[1 : self.units.header].max())
-
-    def _trunks(self, lengths: np.ndarray) -> np.ndarray:
-        return segment_sums(lengths[self.prompts.trunks.values], self.prompts.trunks.lengths)
+        trunk = segment_sums(lengths[self.prompts.trunks.values], self.prompts.trunks.lengths)
+        return (trunk + self.targets * self.negatives * (title - 1)).astype(np.int64)
 
     def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
         prompts = self.prompts.select(trees)
@@ -91,23 +83,15 @@ class CandidateExamples:
 
     def __post_init__(self) -> None:
         rows = self.dataset.inter_feat
-        self.histories = histories(rows)
+        self.histories = histories(rows, self.dataset.config)
         self.user, self.target = rows[self.dataset.uid_field].numpy(), rows[self.dataset.iid_field].numpy()
         self.targets = np.ones(len(self.target), np.int64)
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
         title = lengths[1 : self.units.header].mean()
-        return (self._histories(lengths) + (self.candidates + self.negatives) * title + self._templates(lengths).mean()).astype(np.int64)
-
-    def longest(self, lengths: np.ndarray) -> int:
-        titles = (self.candidates + 1) * lengths[1 : self.units.header].max()
-        return int(self._histories(lengths).max(initial=0) + titles + self._templates(lengths).max())
-
-    def _histories(self, lengths: np.ndarray) -> np.ndarray:
-        return segment_sums(lengths[self.histories.values], self.histories.lengths)
-
-    def _templates(self, lengths: np.ndarray) -> np.ndarray:
-        return np.array([lengths[[part for part in template if not isinstance(part, str)]].sum() for template in self.units.templates])
+        history = segment_sums(lengths[self.histories.values], self.histories.lengths)
+        template = np.mean([lengths[[part for part in template if not isinstance(part, str)]].sum() for template in self.units.templates])
+        return (history + (self.candidates + self.negatives) * title + template).astype(np.int64)
 
     def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
         user, target = self.user[trees], self.target[trees]

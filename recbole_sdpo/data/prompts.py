@@ -42,11 +42,15 @@ class Templates:
         if not path.is_file():
             raise ValueError(f"prompt_templates={name!r} is not here; valid are {', '.join(domains)} or a .yaml file.")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or set(content) != {"header", "candidates"} or not content["candidates"]:
-            raise ValueError(f"prompt_templates={name!r} must hold the keys 'header' (text) and 'candidates' (a list).")
-        for template in content["candidates"]:
+        templates = content.get("candidates") if isinstance(content, dict) else None
+        texts = [content.get("header"), *templates] if isinstance(templates, list) and templates else [None]
+        if not all(isinstance(text, str) for text in texts) or set(content) != {"header", "candidates"}:
+            raise ValueError(f"prompt_templates={name!r} must hold the keys 'header' (text) and 'candidates' (a list of texts).")
+        for template in templates:
             if any(template.count(slot) != 1 for slot in SLOTS):
                 raise ValueError(f"prompt_templates={name!r}: each of {SLOTS} must occur once in {template!r}.")
+            if template.lstrip().startswith(SLOTS):
+                raise ValueError(f"prompt_templates={name!r}: {template!r} must begin with text.")
         return cls(content["header"].strip() + "\n", tuple(t.strip() + "\n" for t in content["candidates"]))
 
 

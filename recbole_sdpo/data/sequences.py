@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from recbole.config import Config
 from recbole.data.dataset import Dataset
+from recbole.data.interaction import Interaction
 
 from recbole_sdpo.ragged import Ragged, steps
 
@@ -30,10 +32,10 @@ class Sequences:
         return int(self.items.lengths.sum() - self.history.sum())
 
 
-def histories(interaction) -> Ragged:
-    """The ``item_id_list`` of RecBole's rows (a dataset's ``inter_feat`` or a batch), without its padding."""
-    lists = interaction["item_id_list"].cpu().numpy()
-    lengths = interaction["item_length"].cpu().numpy().astype(np.int64)
+def histories(rows: Interaction, config: Config) -> Ragged:
+    """The item lists of RecBole's rows (a dataset's ``inter_feat``, or a batch), without their padding."""
+    lists = rows[config["ITEM_ID_FIELD"] + config["LIST_SUFFIX"]].cpu().numpy()
+    lengths = rows[config["ITEM_LIST_LENGTH_FIELD"]].cpu().numpy().astype(np.int64)
     return Ragged(lists[np.arange(lists.shape[1]) < lengths[:, None]].astype(np.int64), lengths)
 
 
@@ -47,7 +49,7 @@ def training_sequences(dataset: Dataset) -> Sequences:
     user = rows[dataset.uid_field].numpy()
     order = np.argsort(user, kind="stable")
     rows, user = rows[order], user[order]
-    past, target = histories(rows), rows[dataset.iid_field].numpy()
+    past, target = histories(rows, dataset.config), rows[dataset.iid_field].numpy()
     if len(target) == 0:
         return Sequences(Ragged.from_rows([]), user, np.empty(0, np.int64))
     continues = np.zeros(len(target), bool)
@@ -81,8 +83,8 @@ def met_items(*datasets: Dataset) -> tuple[np.ndarray, np.ndarray]:
         rows = dataset.inter_feat
         user = rows[dataset.uid_field].numpy()
         pairs.append(np.stack([user, rows[dataset.iid_field].numpy()]))
-        if "item_id_list" in rows:
-            past = histories(rows)
+        if dataset.iid_field + dataset.config["LIST_SUFFIX"] in rows:
+            past = histories(rows, dataset.config)
             pairs.append(np.stack([np.repeat(user, past.lengths), past.values]))
     users, items = np.unique(np.concatenate(pairs, axis=1), axis=1) if pairs else np.empty((2, 0), np.int64)
     return users, items

@@ -54,7 +54,7 @@ class LanguageModel(nn.Module):
         if not self.has_reference:
             raise RuntimeError("There is no reference yet; call freeze_reference() first.")
         if not isinstance(self.model, PeftModel):
-            return response_logps(self._frozen, forest)
+            return response_logps(self._frozen.eval(), forest)  # train() reaches it, as it does every submodule
         training = self.model.training
         self.model.eval()
         self.model.set_adapter(REFERENCE, inference_mode=True)

@@ -27,6 +27,7 @@ from recbole_sdpo.data.sequences import histories, met_items, training_sequences
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
 from recbole_sdpo.model.encoder import Encoder
 from recbole_sdpo.objectives import OBJECTIVES
+from recbole_sdpo.ragged import segment_sums
 from recbole_sdpo.random import derive_seed, generator
 from recbole_sdpo.settings import NO_FULL_RANKING, Settings, check_settings
 
@@ -56,7 +57,7 @@ class SDPOLLM(SequentialRecommender):
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
         self.settings: Settings = check_settings(config)
-        settings = self.settings
+        settings, self.config = self.settings, config
         self.seed: int = config["seed"]
         self.window: int = config["MAX_ITEM_LIST_LENGTH"] + 1
         self.negatives: int = config["train_neg_sample_args"]["sample_num"] if OBJECTIVES[settings.objective].negatives else 0
@@ -81,17 +82,25 @@ class SDPOLLM(SequentialRecommender):
         Args:
             sampler: RecBole's sampler of training negatives.
             negatives: K, or 0 for a stage that needs none.
-
-        Raises:
-            ValueError: prompts are longer than the backbone can read.
         """
         drawn, settings = self._negative_sampler(dataset, sampler), self.settings
         if settings.prompt_style == "history":
             examples = HistoryExamples(dataset, self.window, self.units, drawn, negatives)
         else:
             examples = CandidateExamples(dataset, settings.prompt_candidates, self.units, drawn, negatives)
-        self._check_length(examples.longest(self.encoder.tokens.lengths))
         return examples
+
+    def check_prompts(self, dataset: Dataset, candidates: int) -> None:
+        """Can the backbone read the prompts of ``dataset``'s rows, with so many candidates in the text if they stand there?
+
+        Raises:
+            ValueError: one is too long.
+        """
+        title = self.encoder.tokens.lengths[1 : self.units.header].max()
+        past = histories(dataset.inter_feat, self.config)
+        history = segment_sums(self.encoder.tokens.lengths[past.values], past.lengths).max(initial=0)
+        shown = candidates if self.settings.prompt_style == "candidates" else 0
+        self._check_length(int(history + (shown + 1) * title + self.encoder.tokens.lengths[self.units.header :].max()))
 
     def check_negatives(self, dataset: Dataset, sampler: AbstractSampler | None) -> None:
         """Are there enough negatives for every user, in every stage?
@@ -124,14 +133,14 @@ class SDPOLLM(SequentialRecommender):
         RecBole repeats the batch once for each negative; :class:`SDPOTrainer` does not, and serves whole sequences at once.
         """
         kind = OBJECTIVES[self.objective]
-        number = self.negatives if self.NEG_ITEM_ID in interaction else 1
+        number = max(self.negatives, 1) if self.NEG_ITEM_ID in interaction else 1
         rows = len(interaction) // number
         target = interaction[self.ITEM_ID][:rows].cpu().numpy()
         user = interaction[self.USER_ID][:rows].cpu().numpy()
         items = target[:, None]
         if kind.negatives:
             items = np.concatenate([items, interaction[self.NEG_ITEM_ID].view(number, rows).T.cpu().numpy()], axis=1)
-        past = histories(interaction[:rows])
+        past = histories(interaction[:rows], self.config)
         prompts = self._prompts(past, list(items), target, user)
         found, _ = self.logps(prompts, items, kind.reference)
         return kind.loss(*found, self.settings.beta).mean()
@@ -143,7 +152,7 @@ class SDPOLLM(SequentialRecommender):
         In the ``candidates`` style, the items of the rows that share a prompt are its candidates.
         """
         user, item = interaction[self.USER_ID].cpu().numpy(), interaction[self.ITEM_ID].cpu().numpy()
-        past = histories(interaction)
+        past = histories(interaction, self.config)
         key = np.concatenate([user[:, None], past.padded(0)], axis=1)
         _, first, prompt = np.unique(key, axis=0, return_index=True, return_inverse=True)
         prompt = prompt.reshape(-1)
@@ -161,11 +170,18 @@ class SDPOLLM(SequentialRecommender):
         """
         if self.settings.prompt_style == "candidates":
             raise ValueError(NO_FULL_RANKING)
-        user = interaction[self.USER_ID].cpu().numpy()
-        items = np.tile(np.arange(1, self.n_items), (len(user), 1))
-        prompts = history_prompts(histories(interaction), items[:, 0], user, self.units.header)
+        user, past = interaction[self.USER_ID].cpu().numpy(), histories(interaction, self.config)
+        # A prompt comes once for each part of the catalogue that fits into a batch beside it.
+        tokens = self.encoder.tokens.lengths[1 : self.n_items] - 1
+        room = self.settings.eval_tokens_per_batch - self.encoder.tokens.take(past.values).lengths.sum() // max(len(user), 1)
+        parts = max(1, -(-int(tokens.sum()) // max(int(room), self.settings.eval_tokens_per_batch // 2)))
+        width = -(-len(tokens) // parts)
+        catalogue = np.minimum(np.arange(1, parts * width + 1), len(tokens)).reshape(parts, width)
+        rows = np.arange(len(user)).repeat(parts)
+        items = np.tile(catalogue, (len(user), 1))
+        prompts = history_prompts(past.take(rows), items[:, 0], user[rows], self.units.header)
         scores = torch.full((len(user), self.n_items), -torch.inf, device=self.lm.device)
-        scores[:, 1:] = self._score(prompts, items)
+        scores[:, 1:] = self._score(prompts, items).view(len(user), -1)[:, : len(tokens)]
         return scores.view(-1)
 
     def _prompts(self, past, shown: list[np.ndarray], target: np.ndarray, user: np.ndarray) -> Prompts:
@@ -178,7 +194,11 @@ class SDPOLLM(SequentialRecommender):
         return candidate_prompts(past, shuffled, target, user, self.units, np.zeros(len(user), np.int64))
 
     def _score(self, prompts: Prompts, items: np.ndarray) -> Tensor:
-        """Log-probabilities of ``items [T, C]``, in batches of bounded size, dealt out to all processes and gathered."""
+        """Log-probabilities of ``items [T, C]``, in batches of bounded size, dealt out to all processes and gathered.
+
+        Raises:
+            FloatingPointError: one of them is not finite.
+        """
         state = PartialState()
         scores = torch.zeros(items.shape, device=self.lm.device)
         sizes = self.encoder.sizes(prompts, items)
@@ -186,7 +206,10 @@ class SDPOLLM(SequentialRecommender):
             rows = prompts.target_index(trees)
             forest = self.encoder.forest(prompts.select(trees), items[rows])
             scores[torch.from_numpy(rows).to(scores.device)] = self.lm(forest).view(len(rows), -1).to(scores.dtype)
-        return reduce(scores, "sum") if state.num_processes > 1 else scores
+        scores = reduce(scores, "sum") if state.num_processes > 1 else scores
+        if not scores.isfinite().all():
+            raise FloatingPointError(f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores are not finite; set dtype=float32.")
+        return scores
 
     def _check_length(self, longest: int) -> None:
         """Can the backbone read the longest prompt? One with learned positions cannot read on; one with rotary ones gets worse."""

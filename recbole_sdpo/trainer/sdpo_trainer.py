@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import OrderedDict
@@ -10,31 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from recbole.config import Config
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
-from recbole.utils import calculate_valid_score, dict2str, early_stopping, get_local_time, set_color
+from recbole.utils import calculate_valid_score, dict2str, get_local_time, set_color
 
-from recbole_sdpo.data.candidates import freeze
+from recbole_sdpo.data.candidates import freeze, samples_candidates
+from recbole_sdpo.data.sequences import training_sequences
 from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.trainer.stage import Stage
 from recbole_sdpo.trainer.state import load_state, read_state, save_state
 
-RECBOLE_IDENTITY = (
-    "dataset",
-    "seed",
-    "eval_args",
-    "train_neg_sample_args",
-    "MAX_ITEM_LIST_LENGTH",
-    "valid_metric",
-    "stopping_step",
-    "eval_step",
-)
+# What makes a run what it is, beside our own settings; and what of those a resumed run may change.
+RECBOLE_IDENTITY = ("dataset", "seed", "eval_args", "train_neg_sample_args", "MAX_ITEM_LIST_LENGTH", "valid_metric", "stopping_step")
 FREE_TO_CHANGE = {"resume", "run_dir", "save_minutes", "eval_tokens_per_batch", "backbone_cache"}
+
+# What a policy must share with a checkpoint that it is loaded from, beside its tokenizer and the shapes of its weights.
+POLICY = ("backbone", "peft", "prompt_style", "prompt_templates", "title_fields", "title_article_first")
+ADAPTER = ("lora_rank", "lora_alpha", "lora_target_modules", "lora_layers")
 
 
 @dataclass
@@ -66,7 +65,7 @@ class SDPOTrainer(Trainer):
         self.accelerator = Accelerator(cpu=model.lm.device.type == "cpu", mixed_precision=mixed)
         self.device = self.accelerator.device
         self.model.to(self.device)
-        self.run_dir = run_folder(config)
+        self.run_dir = Path(config["resume"] or config["run_dir"] or new_run_folder(config))
         self.saved_model_file = str(self.run_dir)
         self.reports: dict[str, StageReport] = {}
         self._parts: list = []
@@ -107,7 +106,9 @@ class SDPOTrainer(Trainer):
 
         The second stage is judged against its own start: if no epoch improves on it, the start is kept.
         """
-        self._prepare(train_data, valid_data)
+        if self.config["eval_step"] < 1:  # as in RecBole: no validation, the last weights count
+            valid_data = None
+        self.prepare(train_data, valid_data)
         resumed = self._resumed()
         if name in resumed.get("reports", {}):
             restore_policy(self.model.lm, self.run_dir / name)
@@ -134,7 +135,7 @@ class SDPOTrainer(Trainer):
                 self._save_state(stage, time.time() - began)
                 saved_at = time.time()
 
-        stop = False
+        stop = self.cur_step > self.stopping_step
         while stage.epoch < stage.settings.epochs and not stop:
             epoch, epoch_began = stage.epoch, time.time()
             loss = stage.run_epoch(show_progress and main, keep_state)
@@ -144,11 +145,12 @@ class SDPOTrainer(Trainer):
             if valid_data and (stage.epoch % self.config["eval_step"] == 0 or stage.epoch == stage.settings.epochs):
                 score, result = self._valid_epoch(valid_data, show_progress and main)
                 self._log(set_color(f"{name} epoch {epoch} valid", "blue") + f": {dict2str(result)}", verbose)
-                self.best_valid_score, self.cur_step, stop, better = early_stopping(
-                    score, self.best_valid_score, self.cur_step, max_step=self.stopping_step, bigger=self.valid_metric_bigger
-                )
+                # As RecBole's early stopping, but that an equal score is no better one.
+                better = score > self.best_valid_score if self.valid_metric_bigger else score < self.best_valid_score
+                self.cur_step = 0 if better else self.cur_step + 1
+                stop = self.cur_step > self.stopping_step
                 if better:
-                    self.best_valid_result = dict(result)
+                    self.best_valid_score, self.best_valid_result = score, dict(result)
                 if callback_fn:
                     callback_fn(epoch, score)
                 if stop:
@@ -170,7 +172,7 @@ class SDPOTrainer(Trainer):
         settings, stage_settings = self.model.settings, getattr(self.model.settings, name)
         if name == "sft" and settings.sft_checkpoint:
             folder = Path(settings.sft_checkpoint).expanduser()
-            restore_policy(self.model.lm, folder / "sft" if (folder / "sft").is_dir() else folder)
+            self._load_policy(folder / "sft" if (folder / "sft").is_dir() else folder)
             stage_settings = replace(stage_settings, epochs=0)
         objective = settings.objective if name == "sdpo" else "sft"
         kind = OBJECTIVES[objective]
@@ -209,8 +211,11 @@ class SDPOTrainer(Trainer):
         save_state(self.run_dir, stage, rest)
 
     def _identity(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with the interrupted one, as JSON has them."""
-        flat = {key: self.config[key] for key in RECBOLE_IDENTITY} | self.model.settings.to_flat()
+        """What a resumed run must share with the interrupted one, as JSON has it."""
+        sequences = training_sequences(self._parts[0])
+        data = hashlib.sha256(b"".join(part.tobytes() for part in (sequences.items.values, sequences.items.lengths, sequences.user)))
+        here = {"training data": data.hexdigest(), "processes": self.accelerator.num_processes}
+        flat = {key: self.config[key] for key in RECBOLE_IDENTITY} | self.model.settings.to_flat() | here
         return json.loads(json.dumps({key: value for key, value in flat.items() if key not in FREE_TO_CHANGE}))
 
     def _resumed(self) -> dict[str, Any]:
@@ -240,7 +245,7 @@ class SDPOTrainer(Trainer):
         if not eval_data:
             return None
         if model_file is not None:
-            restore_policy(self.model.lm, Path(model_file))
+            self._load_policy(Path(model_file))
         self._freeze(eval_data)
         with self.accelerator.autocast():
             return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
@@ -251,23 +256,60 @@ class SDPOTrainer(Trainer):
 
     def resume_checkpoint(self, resume_file: str) -> None:
         """Load a policy that a run saved, from its folder ``sft`` or ``sdpo``; the setting ``resume`` continues a run."""
-        restore_policy(self.model.lm, Path(resume_file))
+        self._load_policy(Path(resume_file))
 
-    def _prepare(self, train_data: AbstractDataLoader, valid_data: AbstractDataLoader | None) -> None:
+    def _policy_identity(self) -> dict[str, Any]:
+        """What a checkpoint's policy was made with, as JSON has it."""
+        flat, backbone = self.model.settings.to_flat(), self.model.backbone
+        identity = {key: flat[key] for key in POLICY} | {"backbone": backbone.backbone, "peft": backbone.peft}
+        if backbone.peft == "lora":
+            identity |= {key: flat[key] for key in ADAPTER}
+            if backbone.backbone == "scratch":
+                identity["seed"] = self.config["seed"]  # of the random weights under the adapter
+        return json.loads(json.dumps(identity))
+
+    def _load_policy(self, folder: Path) -> None:
+        """Load a checkpoint, if its policy was made as this one.
+
+        Raises:
+            ValueError: it was made otherwise, or is none.
+        """
+        file = folder / "settings.json"
+        made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for key, value in self._policy_identity().items():
+            if made.get(key, value) != value:
+                raise ValueError(
+                    f"checkpoint {str(folder)!r} was made with {key}={made[key]!r}, and this run has {value!r}; "
+                    "use the settings it was made with."
+                )
+        restore_policy(self.model.lm, folder)
+
+    def prepare(self, train_data: AbstractDataLoader, *eval_data: AbstractDataLoader | None) -> None:
+        """Check what could fail late, and freeze the candidates of the given loaders, in the order of the split.
+
+        Raises:
+            ValueError: a user has too few negatives left, or a prompt is too long for the backbone.
+        """
         if not self._parts:
             self.eval_collector.data_collect(train_data)
             self._parts = [train_data._dataset]
             self.model.check_negatives(train_data._dataset, train_data._sampler)
-        if valid_data:
-            self._freeze(valid_data)
+            self.model.check_prompts(train_data._dataset, self.model.settings.prompt_candidates)
+        for loader in eval_data:
+            if loader:
+                self._freeze(loader)
 
     def _freeze(self, loader: AbstractDataLoader) -> None:
-        """Freeze candidates where ``run_recbole`` of RecBole itself called us; our own command has done it."""
-        if loader._dataset not in self._parts:
-            self._parts.append(loader._dataset)
+        """Candidates are frozen here where RecBole's ``run_recbole`` called us; our own command has done it before."""
+        if loader._dataset in self._parts:
+            return
+        if not self._parts:
+            raise RuntimeError("The candidates depend on what users met in training; call fit() or prepare() before evaluate().")
+        self._parts.append(loader._dataset)
         settings = self.model.settings
         seed = self.config["seed"] if settings.candidates_seed is None else settings.candidates_seed
         freeze(loader, self._parts, self.model.catalogue, seed, settings.candidates_exclude_history)
+        self.model.check_prompts(loader._dataset, loader.times if samples_candidates(loader) else 0)
 
     def _snapshot(self) -> dict[str, torch.Tensor]:
         return {name: weight.detach().cpu().clone() for name, weight in self.model.lm.trainable().items()}
@@ -281,19 +323,39 @@ class SDPOTrainer(Trainer):
         if saved and self.accelerator.is_main_process:
             folder = self.run_dir / stage
             save_backbone(self.model.lm, folder)
-            (folder / "settings.json").write_text(json.dumps(self.model.settings.to_flat(), indent=2), encoding="utf-8")
+            made = self.model.settings.to_flat() | self._policy_identity()
+            (folder / "settings.json").write_text(json.dumps(made, indent=2), encoding="utf-8")
 
     def _log(self, message: str, verbose: bool) -> None:
         if verbose:
             self.logger.info(message)
 
 
-def run_folder(config: Config) -> Path:
-    """Where a run keeps its checkpoints and its result: the run that it resumes, the folder it was given, or a new one."""
-    if config["resume"]:
-        return Path(config["resume"])
-    name = f"{config['model']}-{config['dataset']}-{get_local_time()}"
-    return Path(config["run_dir"] or Path(config["checkpoint_dir"]) / name)
+def new_run_folder(config: Config) -> Path:
+    """Make the folder of a run, for all its processes; the one that was asked for, or one named by model, data and time.
+
+    Raises:
+        ValueError: the folder asked for holds a run.
+    """
+    wanted = Path(config["run_dir"]) if config["run_dir"] else None
+    if wanted and any((wanted / part).exists() for part in ("result.json", "sft", "state")):
+        raise ValueError(f"run_dir={str(wanted)!r} holds a run already; give another folder, or resume={str(wanted)!r}.")
+    state, chosen = PartialState(), [None]
+    if state.is_main_process:
+        name = f"{config['model']}-{config['dataset']}-{get_local_time()}"
+        tries = (
+            [wanted]
+            if wanted
+            else (Path(config["checkpoint_dir"]) / (name + suffix) for suffix in ("", *map("-{}".format, range(2, 1000))))
+        )
+        for folder in tries:
+            try:
+                folder.mkdir(parents=True, exist_ok=folder == wanted)  # another run may have begun in the same second
+                chosen = [str(folder)]
+                break
+            except FileExistsError:
+                continue
+    return Path(broadcast_object_list(chosen)[0] if state.num_processes > 1 else chosen[0])
 
 
 def _bf16(device: torch.device) -> bool:

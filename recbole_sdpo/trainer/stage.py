@@ -73,8 +73,7 @@ class Stage:
     @property
     def targets_per_epoch(self) -> int:
         """Training targets in an epoch."""
-        total = int(self.examples.targets.sum())
-        return min(total, self.limit or total)
+        return sum(int(self.examples.targets[trees].sum()) for step in self.plan(0) for trees in step)
 
     def plan(self, epoch: int) -> list[list[np.ndarray]]:
         """The trees of each batch of each optimizer step, the same on every process."""

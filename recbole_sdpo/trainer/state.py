@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def save_state(run_dir: Path, stage: Stage, rest: dict[str, Any]) -> None:
         tensors[f"weight/{name}"] = weight.detach().contiguous()
         for moment, value in stage.optimizer.state.get(weight, {}).items():
             tensors[f"{moment}/{name}"] = value.contiguous()
-    file = f"{stage.name}-{stage.step}.safetensors"
+    file = f"{stage.name}-{stage.step}-{time.time_ns()}.safetensors"  # never the one that state.json now points to
     save_file(tensors, folder / file)
     state = {"tensors": file, "stage": stage.name, "progress": stage.progress(), **rest}
     (folder / "next.json").write_text(json.dumps(state, indent=2), encoding="utf-8")

@@ -74,6 +74,16 @@ def test_another_split_or_mode_has_another_fingerprint(path):
     assert len(hashes) == 4
 
 
+def test_a_full_ranking_counts_with_its_catalogue(path):
+    hashes = []
+    for extra in ("", "i99\ttitle 99\n"):
+        file = path / "toy" / "toy.item"
+        file.write_text(file.read_text() + extra)
+        loaded = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "title"]}
+        hashes.append(fingerprint(*frozen(path, "GRU4Rec", eval_args={"mode": "full"}, load_col=loaded)[0][1:]))
+    assert hashes[0] != hashes[1]
+
+
 def test_every_pass_over_a_loader_gives_the_same_candidates(path):
     loader = frozen(path, "GRU4Rec")[0][2]
     first, second = ([batch[0]["item_id"].tolist() for batch in loader] for _ in range(2))

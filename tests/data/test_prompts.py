@@ -33,7 +33,11 @@ def test_shipped_templates_load():
     ("content", "message"),
     [
         ("header: x\n", "must hold the keys"),
-        ("header: x\ncandidates: ['{history} only']\n", r"must occur once in '\{history\} only'"),
+        ("header: x\ncandidates: ['a {history} only']\n", r"must occur once in 'a \{history\} only'"),
+        ("header: x\ncandidates: ['{history}{candidates}']\n", "must begin with text"),
+        ("header: 5\ncandidates: ['a {history}{candidates}']\n", "must hold the keys"),
+        ("header: x\ncandidates: [3]\n", "must hold the keys"),
+        ("header: x\ncandidates: text\n", "must hold the keys"),
     ],
 )
 def test_broken_templates_are_refused(tmp_path, content, message):

@@ -97,5 +97,5 @@ def test_select_keeps_targets_with_their_trees():
 
 def test_histories_drop_the_padding(loaders):
     rows = loaders[1]("GRU4Rec")[2]._dataset.inter_feat
-    past = histories(rows)
+    past = histories(rows, {"ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "item_length"})
     assert past.lengths.max() <= 5 and (past.values > 0).all() and past.lengths.tolist() == rows["item_length"].tolist()

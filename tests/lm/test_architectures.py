@@ -54,9 +54,10 @@ def true_float64(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None, **_: softmax(x, dim))
 
 
-def build(name: str, attention: str, lora: bool, dtype: torch.dtype, seed: int = 0):
-    torch.manual_seed(seed)
-    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**BASE | SPECIAL.get(name, {}))
+def build(name: str, attention: str, lora: bool, dtype: torch.dtype, dropout: float = 0.0):
+    torch.manual_seed(0)
+    special = SPECIAL.get(name, {}) | ({"resid_pdrop": dropout} if dropout else {})
+    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**BASE | special)
     config._attn_implementation = attention
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     for parameter in model.parameters():  # so that norms, biases and tied heads matter, too
@@ -135,7 +136,7 @@ def test_a_model_that_reworks_its_logits_is_refused():
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_reference_stays_while_the_policy_moves(lora):
-    lm = LanguageModel(build("Llama", "sdpa", lora, torch.float64), None)
+    lm = LanguageModel(build("GPT2", "sdpa", lora, torch.float64, dropout=0.5), None)
     forest = plant(Ragged.from_rows([[3, 4, 5]]), np.array([0, 0]), np.array([2, 3]), Ragged.from_rows([[7, 8], [9]]))
     with pytest.raises(RuntimeError, match="no reference yet"):
         lm.reference_logps(forest)
@@ -150,5 +151,9 @@ def test_reference_stays_while_the_policy_moves(lora):
             parameter -= 0.1 * parameter.grad
     assert (lm(forest) - before).abs().max() > 1e-3
     torch.testing.assert_close(lm.reference_logps(forest), before, rtol=0, atol=1e-12)
+    lm.train()
+    torch.testing.assert_close(lm.reference_logps(forest), before, rtol=0, atol=1e-12)
+    assert lm.model.training
+    lm.eval()
     lm.freeze_reference()
     torch.testing.assert_close(lm.reference_logps(forest), lm(forest), rtol=0, atol=1e-12)

@@ -1,12 +1,15 @@
 """The recommender's scores against one full sequence at a time."""
 
 import copy
+import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from recbole.data import create_dataset, data_preparation
 
+from recbole_sdpo import quick_start
 from recbole_sdpo.data.sequences import histories
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import sdpo
@@ -37,7 +40,7 @@ def test_predict_is_the_log_probability_of_the_title(ring):
     model, (_, _, test) = build(ring)
     interaction = next(iter(test))[0][:40]
     scores = model.eval().predict(interaction)
-    past = histories(interaction)
+    past = histories(interaction, model.config)
     expected = [slow_score(model, past[row].tolist(), int(item)) for row, item in enumerate(interaction["item_id"])]
     torch.testing.assert_close(scores.double(), torch.tensor(expected).double(), rtol=0, atol=1e-5)
 
@@ -55,7 +58,7 @@ def test_full_sort_predict_is_predict_for_every_item(ring):
     interaction = next(iter(test))[0][::6][:3]
     scores = model.eval().full_sort_predict(interaction).view(3, -1)
     assert scores.shape[1] == model.n_items and (scores[:, 0] == -torch.inf).all()
-    past = histories(interaction)
+    past = histories(interaction, model.config)
     for row in range(3):
         expected = [slow_score(model, past[row].tolist(), item) for item in range(1, model.n_items)]
         torch.testing.assert_close(scores[row, 1:].double(), torch.tensor(expected).double(), rtol=0, atol=1e-5)
@@ -75,7 +78,7 @@ def test_candidate_prompts_show_the_candidates_in_an_order_that_hides_the_target
     from recbole_sdpo.random import generator
 
     shown = generator(model.seed, "evaluation order", int(users[0])).permutation(np.sort(rows["item_id"].numpy()))
-    expected = [slow_score(model, histories(rows)[0].tolist(), int(item), shown.tolist()) for item in rows["item_id"]]
+    expected = [slow_score(model, histories(rows, model.config)[0].tolist(), int(item), shown.tolist()) for item in rows["item_id"]]
     torch.testing.assert_close(scores.double(), torch.tensor(expected).double(), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="prompt_style='candidates' cannot rank the whole catalogue"):
         model.full_sort_predict(rows)
@@ -92,7 +95,7 @@ def test_calculate_loss_serves_any_recbole_trainer(ring, style):
     assert float(model.calculate_loss(batch)) == pytest.approx(np.log(4), abs=1e-6)
     if style == "history":
         rows = len(batch) // 3
-        past = histories(batch)
+        past = histories(batch, model.config)
         pos = torch.tensor([slow_score(model, past[r].tolist(), int(batch["item_id"][r])) for r in range(rows)])
         neg = torch.tensor(
             [[slow_score(model, past[r].tolist(), int(batch["neg_item_id"][k * rows + r])) for k in range(3)] for r in range(rows)]
@@ -119,18 +122,44 @@ def test_prompts_longer_than_learned_positions_are_refused(ring, tmp_path):
 
     tokenizer = train_tokenizer(["a b c"], 280)
     tokenizer.save_pretrained(tmp_path / "gpt2")
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(
-        tmp_path / "gpt2"
-    )
-    model, (train, *_) = build(ring | {"backbone": str(tmp_path / "gpt2"), "peft": "none"})
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    model, (_, _, test) = build(ring | {"backbone": str(tmp_path / "gpt2"), "peft": "none"})
     with pytest.raises(ValueError, match=r"MAX_ITEM_LIST_LENGTH=8.*up to \d+ tokens.*was made for 64"):
-        model.examples(train._dataset, train._sampler, 3)
+        model.check_prompts(test._dataset, 6)
 
 
-@pytest.mark.parametrize("style", ["history", "candidates"])
-def test_longest_bounds_every_training_prompt(ring, style):
-    model, (train, *_) = build(ring | {"prompt_style": style, "prompt_candidates": 6})
-    examples = model.examples(train._dataset, train._sampler, 3)
-    forest = model.encoder.forest(*examples.batch(np.arange(len(examples.targets)), 0, "test"))
-    longest = examples.longest(model.encoder.tokens.lengths)
-    assert int(forest.positions.max()) + 1 < longest <= 3 * int(forest.positions.max())
+def test_a_large_catalogue_is_ranked_in_parts(ring):
+    model, (*_, test) = build(ring)
+    interaction = next(iter(test))[0][::6][:5]
+    whole = model.eval().full_sort_predict(interaction)
+    model.settings = dataclasses.replace(model.settings, eval_tokens_per_batch=16)
+    forests = []
+    plant = model.encoder.forest
+    model.encoder.forest = lambda *args: forests.append(plant(*args)) or forests[-1]
+    torch.testing.assert_close(model.full_sort_predict(interaction), whole, rtol=0, atol=1e-5)
+    assert len(forests) > 5 and max(f.responses for f in forests) < 24
+
+
+def test_scores_that_are_not_finite_are_no_scores(ring):
+    model, (*_, test) = build(ring)
+    with torch.no_grad():
+        next(iter(model.lm.trainable().values())).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="scores are not finite"):
+        model.eval().predict(next(iter(test))[0][:6])
+
+
+def test_fields_may_have_other_names(tmp_path, ring):
+    folder = tmp_path / "renamed" / "toy"
+    folder.mkdir(parents=True)
+    source = Path(ring["data_path"]) / "toy"
+    for end in ("inter", "item"):
+        text = (source / f"toy.{end}").read_text()
+        (folder / f"toy.{end}").write_text(text.replace("item_id:", "asin:").replace("user_id:", "who:").replace("timestamp:", "when:"))
+    names = {"ITEM_ID_FIELD": "asin", "USER_ID_FIELD": "who", "TIME_FIELD": "when", "ITEM_LIST_LENGTH_FIELD": "n", "LIST_SUFFIX": "_seq"}
+    small = ring | {"max_train_targets": 30}
+    plain = quick_start.run("SDPO-LLM", "toy", config_dict=small)
+    renamed = quick_start.run("SDPO-LLM", "toy", config_dict=small | names | {"data_path": str(folder.parent)})
+    baseline = quick_start.run("GRU4Rec", "toy", config_dict=ring | names | {"data_path": str(folder.parent), "epochs": 1})
+    assert renamed["test_result"] == plain["test_result"] and renamed["popularity"] == plain["popularity"]
+    assert len({result["candidates_sha256"] for result in (plain, renamed, baseline)}) == 1

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recbole_sdpo import quick_start
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.quick_start import ExperimentConfig
+from recbole_sdpo.trainer.sdpo_trainer import new_run_folder
 from recbole_sdpo.trainer.stage import Stage
 
 
@@ -65,6 +66,7 @@ def trained(tmp_path_factory):
         patch.chdir(folder)
         trainer, loaders = start(settings)
         trainer.tensorboard = recorder = Recorder()
+        trainer.prepare(*loaders)
         zero_shot = dict(trainer.evaluate(loaders[2]))
         trainer.fit_stage("sft", loaders[0], loaders[1])
         after_sft = dict(trainer.evaluate(loaders[2]))
@@ -130,7 +132,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
         ({"scratch_hidden_size": 16}, "does not fit this backbone at"),
         ({"scratch_vocab_size": 280}, "has another tokenizer"),
         ({"sft_checkpoint": str(tmp_path)}, "has no config.json; valid is a folder 'sft' or 'sdpo'"),
-        ({"peft": "lora"}, "has no adapter_config.json"),
+        ({"peft": "lora"}, "was made with peft='none', and this run has 'lora'"),
+        ({"prompt_templates": "movies"}, "was made with prompt_templates='items', and this run has 'movies'"),
     ):
         trainer, loaders = start(settings | {"sft_checkpoint": settings["run_dir"], "run_dir": None} | change)
         with pytest.raises(ValueError, match=message):
@@ -194,6 +197,9 @@ def test_a_run_that_dies_goes_on_as_if_it_had_not(ring, dies_in, monkeypatch):
     mine, theirs = whole.model.lm.trainable(), resumed.model.lm.trainable()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
+    with pytest.raises(ValueError, match="its run had training data="):
+        other, loaders = start(settings | {"resume": "broken", "val_interval": {"timestamp": "[1,20]"}})
+        other.fit(*loaders[:2])
     with pytest.raises(ValueError, match="its run had beta=1.0, and this one has 2.0; give beta as it was"):
         other, loaders = start(settings | {"resume": "broken", "beta": 2.0})
         other.fit(*loaders[:2])
@@ -203,6 +209,37 @@ def test_there_must_be_something_to_resume(ring):
     trainer, loaders = start(ring | {"resume": "nowhere"})
     with pytest.raises(ValueError, match="resume='nowhere' holds no state/state.json"):
         trainer.fit(*loaders[:2])
+
+
+def test_an_equal_score_is_no_better_one(ring):
+    trainer, loaders = start(ring | {"sft_epochs": 9, "stopping_step": 1, "sdpo_epochs": 9})
+    trainer._valid_epoch = lambda *_: (0.5, {"ndcg@5": 0.5})
+    trainer.fit_stage("sft", *loaders[:2])
+    assert len(trainer.train_loss_dict) == 3  # one better than nothing, then stopping_step + 1 that are not
+    sft = {name: p.clone() for name, p in trainer.model.lm.trainable().items()}
+    trainer.fit_stage("sdpo", *loaders[:2])
+    assert all(torch.equal(p, sft[name]) for name, p in trainer.model.lm.trainable().items())
+
+
+def test_candidates_are_not_frozen_before_what_users_met_is_known(ring):
+    trainer, loaders = start(ring)
+    with pytest.raises(RuntimeError, match=r"call fit\(\) or prepare\(\) before evaluate"):
+        trainer.evaluate(loaders[2])
+
+
+def test_runs_of_one_second_have_folders_of_their_own(ring):
+    config = ExperimentConfig("SDPO-LLM", "toy", config_dict=ring)
+    assert len({new_run_folder(config) for _ in range(5)}) == 5
+
+
+def test_an_adapter_over_other_random_weights_is_refused(ring):
+    small = ring | {"peft": "lora", "max_train_targets": 20}
+    trainer, loaders = start(small | {"run_dir": "first"})
+    trainer.fit_stage("sft", *loaders[:2])
+    for change, message in (({"seed": 5}, "was made with seed=2020, and this run has 5"), ({"lora_alpha": 320}, "lora_alpha=32")):
+        trainer, loaders = start(small | {"sft_checkpoint": "first"} | change)
+        with pytest.raises(ValueError, match=message):
+            trainer.fit_stage("sft", *loaders[:2])
 
 
 def test_without_validation_the_last_weights_count(ring):
