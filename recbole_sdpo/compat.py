@@ -1,7 +1,7 @@
 """What must be worked round in RecBole 1.2.1 and its neighbours. tests/test_compat.py tells when an entry is no longer needed.
 
 What a version pin cures is in setup.cfg: numpy<2 (ray 2.6 uses ``np.bool8``), setuptools<81 (``pkg_resources``),
-pandas<3 (in-place ``fillna`` on a column).
+pandas<3 (in-place ``fillna`` on a column), scipy<1.13 (``dok_matrix._update``, which LightGCN and its kin fill).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import setuptools
 import torch
 from recbole.data import create_dataset, data_preparation
@@ -50,11 +51,15 @@ def test_such_a_launch_is_refused(monkeypatch):
 
 
 def test_pins_are_still_needed():
-    """ray's np.bool8, RecBole's fillna(inplace=True) on a column, and pkg_resources: what numpy<2, pandas<3, setuptools<81 keep."""
+    """np.bool8 in ray, fillna(inplace=True) on a column and dok_matrix._update in RecBole: what the pins keep alive."""
     import ray
     import recbole.data.dataset.dataset as dataset
+    import recbole.model.general_recommender.lightgcn as lightgcn
 
     assert ray.__version__ == "2.6.3" and np.__version__ < "2" and int(setuptools.__version__.split(".")[0]) < 81
     with open(dataset.__file__, encoding="utf-8") as stream:
         assert re.search(r"\]\.fillna\(.*inplace=True\)", stream.read())
     assert int(pd.__version__.split(".")[0]) < 3
+    with open(lightgcn.__file__, encoding="utf-8") as stream:
+        assert "A._update(" in stream.read()
+    assert hasattr(scipy.sparse.dok_matrix((1, 1)), "_update")

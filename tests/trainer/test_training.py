@@ -322,11 +322,11 @@ def test_result_json_says_what_was_run(ring):
     assert 0 <= stored["popularity"]["hit@1"] <= 1
 
 
-@pytest.mark.parametrize("model", ["GRU4Rec", "SASRec", "Caser", "BERT4Rec", "Pop", "BPR"])
+@pytest.mark.parametrize("model", ["GRU4Rec", "SASRec", "Caser", "BERT4Rec", "Pop", "BPR", "LightGCN"])
 def test_baselines_run_on_the_same_candidates(ring, model):
     sha = ExperimentShas.of_sdpo_llm(ring)
     result = quick_start.run(
-        model, "toy", config_dict=ring | {"epochs": 1, "train_neg_sample_args": None} if model not in ("BPR",) else ring | {"epochs": 1}
+        model, "toy", config_dict=ring | {"epochs": 1, "train_neg_sample_args": None} if model not in ("BPR", "LightGCN") else ring | {"epochs": 1}
     )
     assert result["candidates_sha256"] == sha
     assert set(result["stages"]) == {"fit"} and set(result["stages"]["fit"]) == {"valid", "test", "wall_s", "targets", "tokens"}
