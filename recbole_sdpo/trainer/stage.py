@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -96,8 +97,10 @@ class Stage:
         """Go on where ``progress`` was taken."""
         for name in PROGRESS:
             setattr(self, name, progress[name])
-        for _ in range(self.step):
-            self.scheduler.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it steps without the optimizer, to catch up
+            for _ in range(self.step):
+                self.scheduler.step()
 
     def run_epoch(self, show_progress: bool, after_step: Callable[[], None] = lambda: None) -> float:
         """Train for an epoch, or for what is left of it; returns the mean loss over its targets.
