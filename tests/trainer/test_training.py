@@ -324,20 +324,12 @@ def test_result_json_says_what_was_run(ring):
 
 @pytest.mark.parametrize("model", ["GRU4Rec", "SASRec", "Caser", "BERT4Rec", "Pop", "BPR", "LightGCN"])
 def test_baselines_run_on_the_same_candidates(ring, model):
-    sha = ExperimentShas.of_sdpo_llm(ring)
-    result = quick_start.run(
-        model, "toy", config_dict=ring | {"epochs": 1, "train_neg_sample_args": None} if model not in ("BPR", "LightGCN") else ring | {"epochs": 1}
-    )
+    sha = quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"sft_epochs": 0, "objective": "sft"})["candidates_sha256"]
+    result = quick_start.run(model, "toy", config_dict=ring | {"epochs": 1})
     assert result["candidates_sha256"] == sha
     assert set(result["stages"]) == {"fit"} and set(result["stages"]["fit"]) == {"valid", "test", "wall_s", "targets", "tokens"}
     if model == "Pop":
         assert result["test_result"] == result["popularity"]
-
-
-class ExperimentShas:
-    @staticmethod
-    def of_sdpo_llm(settings):
-        return quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"sft_epochs": 0, "objective": "sft"})["candidates_sha256"]
 
 
 def test_full_ranking_runs(ring):
