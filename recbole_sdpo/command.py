@@ -27,7 +27,10 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     for argument in rest:
         if not argument.startswith("--") or argument.count("=") != 1:
-            sys.exit(f"error: cannot read {argument!r}; settings are given as --name=value, without blanks around '='.")
+            sys.exit(
+                f"error: cannot read {argument!r}; settings are given as --name=value, without blanks, "
+                "and a value that holds '=' in a YAML file."
+            )
     try:
         run(args.model, args.dataset, args.config_files.split())
     except (ValueError, NotImplementedError, SyntaxError, FileNotFoundError, FloatingPointError, yaml.YAMLError) as error:

@@ -6,6 +6,7 @@ pandas<3 (in-place ``fillna`` on a column), scipy<1.13 (``dok_matrix._update``, 
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 
@@ -22,6 +23,17 @@ def load_best(trainer: Trainer) -> None:
     checkpoint = torch.load(trainer.saved_model_file, map_location=trainer.device, weights_only=False)
     trainer.model.load_state_dict(checkpoint["state_dict"])
     trainer.model.load_other_parameter(checkpoint.get("other_parameter"))
+
+
+def import_models() -> None:
+    """Import RecBole's sequential models and leave autograd's anomaly detection as it was.
+
+    The module of SINE turns it on as it is imported, for every model of the process: each backward pass then looks for NaN
+    and records stack traces. Reported nowhere that we found; recbole/model/sequential_recommender/sine.py, line 25.
+    """
+    before = torch.is_anomaly_enabled()
+    importlib.import_module("recbole.model.sequential_recommender")
+    torch.autograd.set_detect_anomaly(before)
 
 
 def check_launcher() -> None:

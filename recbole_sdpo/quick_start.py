@@ -33,7 +33,7 @@ from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.registry import add_defaults, default_settings
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.settings import MODEL, Settings, check_settings
-from recbole_sdpo.trainer.sdpo_trainer import new_run_folder
+from recbole_sdpo.trainer.sdpo_trainer import run_folder
 
 VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")
 
@@ -96,11 +96,12 @@ def run(
     compat.quiet_warnings()
     transformers.utils.logging.disable_progress_bar()
     compat.check_launcher()
-    state = PartialState(cpu=not torch.cuda.is_available())
-    config = ExperimentConfig(model, dataset, list(config_file_list or []), {**(config_dict or {}), **_process_settings(state)})
+    # RecBole sets the visible GPUs by gpu_id, which must come before anything looks at them.
+    config = ExperimentConfig(model, dataset, list(config_file_list or []), {**(config_dict or {}), **_process_settings()})
+    state = PartialState(cpu=config["device"].type == "cpu")
     if state.num_processes > 1 and config["model"] != MODEL:
         raise ValueError(f"A launch of {state.num_processes} processes serves {MODEL} only; start {config['model']} with plain python.")
-    run_dir = new_run_folder(config) if not config["resume"] else Path(config["resume"])
+    run_dir = run_folder(config)
     config["run_dir"] = str(run_dir)
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
@@ -152,11 +153,11 @@ def run(
     return result
 
 
-def _process_settings(state: PartialState) -> dict[str, Any]:
-    """RecBole stays single-process; the other processes of ``accelerate`` are quiet."""
-    if state.num_processes == 1:
+def _process_settings() -> dict[str, Any]:
+    """RecBole stays single-process; the other processes of a launch are quiet, and each sees all GPUs."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return {}
-    quiet = {} if state.is_main_process else {"state": "error", "show_progress": False}
+    quiet = {"state": "error", "show_progress": False} if os.environ.get("RANK", "0") != "0" else {}
     devices = ",".join(map(str, range(torch.cuda.device_count())))
     return quiet | ({"gpu_id": devices} if devices else {})
 

@@ -12,8 +12,9 @@ import recbole.trainer
 import yaml
 from recbole.config import Config
 
+from recbole_sdpo import compat
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.settings import MODEL
+from recbole_sdpo.settings import MODEL, check_given
 from recbole_sdpo.trainer import SDPOTrainer
 
 PROPERTIES = Path(__file__).parent / "properties"
@@ -27,6 +28,7 @@ RECBOLE_LOADS = {"inter": ["user_id", "item_id"]}
 
 def register() -> None:
     """Make RecBole find the model, its trainer and its default settings under the name ``SDPO-LLM``."""
+    compat.import_models()
     name = f"recbole.model.sequential_recommender.{MODEL.lower()}"
     module = types.ModuleType(name, SDPOLLM.__doc__)
     module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
@@ -55,15 +57,17 @@ def add_defaults(config: Config, defaults: dict[str, Any]) -> None:
     """Put ``defaults`` under what the user gave, key by key in the settings that are dictionaries."""
     internal, given = config.internal_config_dict, config.external_config_dict
     internal |= defaults
+    check_given(given)
     if internal["load_col"] == RECBOLE_LOADS:
         fields = [given.get(key, internal[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
         internal["load_col"] = {"inter": fields}
-    if internal["train_neg_sample_args"] is None and internal["eval_args"]["mode"] != "labeled":
-        # RecBole's context-aware models learn from labels of their own data; ranked among samples, they learn from samples.
-        internal["train_neg_sample_args"] = {"distribution": "uniform", "sample_num": 1}
     for key in MERGED:
         if isinstance(given.get(key), dict) and isinstance(internal.get(key), dict):
             given[key] = internal[key] | given[key]
+    mode = given.get("eval_args", internal["eval_args"])["mode"]
+    if internal["train_neg_sample_args"] is None and "labeled" not in str(mode):
+        # RecBole's context-aware models learn from labels in their data; ranked among samples, they learn from samples.
+        internal["train_neg_sample_args"] = {"distribution": "uniform", "sample_num": 1}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -142,8 +142,9 @@ class Settings:
     run_dir: str | None = _setting(None, "folder of the run, or null for <checkpoint_dir>/<model>-<dataset>-<time>")
     eval_tokens_per_batch: int = _at_least(1, 8192, "tokens in a batch when scoring")
 
-    sft: StageSettings = field(default_factory=StageSettings)
-    sdpo: StageSettings = field(default_factory=lambda: StageSettings(learning_rate=3e-4))
+    # Tuned on the validation set of ml-100k with the scratch backbone.
+    sft: StageSettings = field(default_factory=lambda: StageSettings(epochs=2, tokens_per_batch=1024))
+    sdpo: StageSettings = field(default_factory=lambda: StageSettings(learning_rate=3e-4, tokens_per_batch=2048))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
@@ -201,7 +202,8 @@ def check_settings(config: Config) -> Settings:
             raise ValueError(f"resume={settings.resume!r} is for {MODEL}; {config['model']} starts anew.")
         return settings
     for key in sorted(WITHOUT_EFFECT & set(config.external_config_dict)):
-        getLogger().warning(f"{key}={config[key]!r} has no effect on {MODEL}; python -m recbole_sdpo.settings lists what its stages have.")
+        own = f"its stages have sft_{key} and sdpo_{key}" if f"sft_{key}" in names() else "see python -m recbole_sdpo.settings"
+        getLogger().warning(f"{key}={config[key]!r} has no effect on {MODEL}; {own}.")
     in_text = settings.prompt_style == "candidates"
     if OBJECTIVES[settings.objective].negatives or in_text:
         args = config["train_neg_sample_args"]
@@ -223,6 +225,20 @@ def check_settings(config: Config) -> Settings:
     return settings
 
 
+def check_given(given: Mapping[str, Any]) -> None:
+    """Check of what the user gave to RecBole that on which its ``Config`` itself would stumble.
+
+    Raises:
+        ValueError: a metric or an evaluation mode is none.
+    """
+    if not isinstance(given.get("valid_metric", ""), str):
+        raise ValueError(f"valid_metric={given['valid_metric']!r} must be the name of a metric, such as NDCG@5.")
+    modes = (given.get("eval_args") or {}).get("mode", "full")
+    for mode in modes.values() if isinstance(modes, dict) else [modes]:
+        if not re.fullmatch(r"full|labeled|(uni|pop)[1-9][0-9]*", str(mode)):
+            raise ValueError(f"eval_args.mode={mode!r}: valid are full, labeled, and uniN or popN for N sampled items, such as uni19.")
+
+
 def _check_recbole(config: Config) -> None:
     """Check what RecBole would find out late, or never."""
     for key, least in (("seed", 0), ("MAX_ITEM_LIST_LENGTH", 1), ("eval_batch_size", 1), ("stopping_step", 0), ("eval_step", -1)):
@@ -233,9 +249,6 @@ def _check_recbole(config: Config) -> None:
         for part in config.external_config_dict.get(key) or ():
             if part not in parts:
                 raise ValueError(f"{key} has no part {part!r}; valid are {', '.join(sorted(parts))}.")
-    for mode in config["eval_args"]["mode"].values():
-        if not re.fullmatch(r"full|labeled|(uni|pop)[1-9][0-9]*", mode):
-            raise ValueError(f"eval_args.mode={mode!r}: valid are full, labeled, and uniN or popN for N sampled items, such as uni19.")
     metrics = [metric.lower() for metric in config["metrics"]]
     computed = [f"{metric}@{k}" for metric in metrics for k in config["topk"]] if config["eval_type"] == EvaluatorType.RANKING else metrics
     if str(config["valid_metric"]).lower() not in computed:

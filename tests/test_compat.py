@@ -50,6 +50,13 @@ def test_such_a_launch_is_refused(monkeypatch):
     compat.check_launcher()
 
 
+def test_importing_recboles_models_still_turns_anomaly_detection_on_and_ours_does_not():
+    ask = "import torch, {}; print(torch.is_anomaly_enabled())"
+    for module, expected in (("recbole.model.sequential_recommender", "True"), ("recbole_sdpo", "False")):
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", ask.format(module)], capture_output=True, text=True, timeout=120)
+        assert done.stdout.split()[-1] == expected, done.stderr
+
+
 def test_pins_are_still_needed():
     """np.bool8 in ray, fillna(inplace=True) on a column and dok_matrix._update in RecBole: what the pins keep alive."""
     import ray

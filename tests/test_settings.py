@@ -81,7 +81,7 @@ def test_every_setting_is_explained():
         ({"resume": "nowhere"}, "resume='nowhere' holds no state"),
         ({"valid_metric": "NDCG@20"}, "valid_metric='NDCG@20' is not computed.*valid are hit@1, hit@5"),
         ({"topk": [10]}, "valid_metric='NDCG@5' is not computed"),
-        ({"valid_metric": None}, "valid_metric=None is not computed"),
+        ({"valid_metric": None}, "valid_metric=None must be the name of a metric, such as NDCG@5"),
         ({"eval_args": {"mode": "uni"}}, "eval_args.mode='uni': valid are full"),
         ({"eval_args": {"mode": "uni0"}}, "eval_args.mode='uni0'"),
         ({"eval_args": {"mod": "full"}}, "eval_args has no part 'mod'; valid are group_by, mode, order, split"),

@@ -104,10 +104,10 @@ def _read_items(dataset: Dataset, fields: Sequence[str]) -> pd.DataFrame:
         dtype=str,
         keep_default_na=False,
         quoting=csv.QUOTE_NONE,
-        encoding="utf-8",
+        encoding="utf-8-sig",
     )
     frame.columns = [column.split(":")[0] for column in frame.columns]
-    missing = [field for field in fields if field not in frame.columns]
+    missing = [field for field in (dataset.iid_field, *fields) if field not in frame.columns]
     if missing:
         raise ValueError(
             f"title_fields={list(fields)}: {path} has no column {missing[0]!r}; valid are "

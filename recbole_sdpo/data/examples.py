@@ -54,7 +54,7 @@ class HistoryExamples:
         self.targets = np.bincount(self.prompts.tree, minlength=len(self.prompts))
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
-        title = lengths[1 : self.units.header].mean()
+        title = lengths[1 : self.units.items].mean()
         trunk = segment_sums(lengths[self.prompts.trunks.values], self.prompts.trunks.lengths)
         return (trunk + self.targets * self.negatives * (title - 1)).astype(np.int64)
 
@@ -88,7 +88,7 @@ class CandidateExamples:
         self.targets = np.ones(len(self.target), np.int64)
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
-        title = lengths[1 : self.units.header].mean()
+        title = lengths[1 : self.units.items].mean()
         history = segment_sums(lengths[self.histories.values], self.histories.lengths)
         template = np.mean([lengths[[part for part in template if not isinstance(part, str)]].sum() for template in self.units.templates])
         return (history + (self.candidates + self.negatives) * title + template).astype(np.int64)

@@ -71,7 +71,8 @@ class NegativeSampler:
         if len(pool) and pool.min() < number:
             raise ValueError(
                 f"{self.setting} asks for {number} negatives of distinct titles, but for user number {user[pool.argmin()]} "
-                f"only {pool.min()} are left that the user has not met; ask for at most {pool.min()}."
+                f"only {pool.min()} are left that the user has not met; ask for at most {pool.min()}, or leave such users out "
+                "with user_inter_num_interval."
             )
 
 

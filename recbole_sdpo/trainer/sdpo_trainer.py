@@ -28,7 +28,16 @@ from recbole_sdpo.trainer.stage import Stage
 from recbole_sdpo.trainer.state import load_state, read_state, save_state
 
 # What makes a run what it is, beside our own settings; and what of those a resumed run may change.
-RECBOLE_IDENTITY = ("dataset", "seed", "eval_args", "train_neg_sample_args", "MAX_ITEM_LIST_LENGTH", "valid_metric", "stopping_step")
+RECBOLE_IDENTITY = (
+    "dataset",
+    "seed",
+    "eval_args",
+    "train_neg_sample_args",
+    "MAX_ITEM_LIST_LENGTH",
+    "valid_metric",
+    "eval_step",
+    "stopping_step",
+)
 FREE_TO_CHANGE = {"resume", "run_dir", "save_minutes", "eval_tokens_per_batch", "backbone_cache"}
 
 # What a policy must share with a checkpoint that it is loaded from, beside its tokenizer and the shapes of its weights.
@@ -65,7 +74,7 @@ class SDPOTrainer(Trainer):
         self.accelerator = Accelerator(cpu=model.lm.device.type == "cpu", mixed_precision=mixed)
         self.device = self.accelerator.device
         self.model.to(self.device)
-        self.run_dir = Path(config["resume"] or config["run_dir"] or new_run_folder(config))
+        self.run_dir = run_folder(config)
         self.saved_model_file = str(self.run_dir)
         self.reports: dict[str, StageReport] = {}
         self._parts: list = []
@@ -227,11 +236,9 @@ class SDPOTrainer(Trainer):
         if not self.model.settings.resume:
             return {}
         state, now = read_state(self.run_dir), self._identity()
-        for key, value in state["settings"].items():
-            if now.get(key) != value:
-                raise ValueError(
-                    f"resume={str(self.run_dir)!r}: its run had {key}={value!r}, and this one has {now.get(key)!r}; give {key} as it was."
-                )
+        other = [f"{key}={value!r} (now {now.get(key)!r})" for key, value in state["settings"].items() if now.get(key) != value]
+        if other:
+            raise ValueError(f"resume={str(self.run_dir)!r}: that run had {', '.join(other)}; give each as it was.")
         return state
 
     def evaluate(
@@ -331,13 +338,17 @@ class SDPOTrainer(Trainer):
             self.logger.info(message)
 
 
-def new_run_folder(config: Config) -> Path:
-    """Make the folder of a run, for all its processes; the one that was asked for, or one named by model, data and time.
+def run_folder(config: Config) -> Path:
+    """The folder of a run, for all its processes: the run's that it resumes, or a new one, as asked for or named by time.
 
     Raises:
-        ValueError: the folder asked for holds a run.
+        ValueError: there is nothing to resume, or the folder asked for holds a run.
     """
-    wanted = Path(config["run_dir"]) if config["run_dir"] else None
+    if config["resume"]:
+        folder = Path(config["resume"]).expanduser()
+        read_state(folder)
+        return folder
+    wanted = Path(config["run_dir"]).expanduser() if config["run_dir"] else None
     if wanted and any((wanted / part).exists() for part in ("result.json", "sft", "state")):
         raise ValueError(f"run_dir={str(wanted)!r} holds a run already; give another folder, or resume={str(wanted)!r}.")
     state, chosen = PartialState(), [None]

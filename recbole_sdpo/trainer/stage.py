@@ -24,6 +24,9 @@ from recbole_sdpo.settings import StageSettings
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
+BETAS = (0.9, 0.98)
+"""AdamW's; the second below torch's 0.999, as stages may have a few hundred steps."""
+
 SORTED_TOGETHER = 256
 """Trees that are sorted by size together, so that a batch holds trees of about one size: less padding."""
 
@@ -65,9 +68,7 @@ class Stage:
         decayed = [p for p in self._parameters if p.ndim > 1]
         other = [p for p in self._parameters if p.ndim <= 1]
         groups = [{"params": decayed}, {"params": other, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, betas=(0.9, 0.98)
-        )
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, betas=BETAS)
         steps = sum(len(self.plan(epoch)) for epoch in range(self.settings.epochs))
         self.scheduler = get_scheduler(SCHEDULES[self.settings.schedule], self.optimizer, int(self.settings.warmup * steps), steps)
 
@@ -166,7 +167,7 @@ class Stage:
         if not np.isfinite(loss) or not torch.isfinite(norm):
             raise FloatingPointError(
                 f"{self.name} step {self.step}: the loss is {loss / targets} and the gradient's norm {float(norm)}; lower "
-                f"{self.name}_learning_rate (now {settings.learning_rate}) or set dtype=float32."
+                f"{self.name}_learning_rate (now {settings.learning_rate})."
             )
         self.optimizer.step()
         if self.writer is not None:
