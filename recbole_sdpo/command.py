@@ -8,13 +8,14 @@ import sys
 import yaml
 
 from recbole_sdpo.quick_start import run
+from recbole_sdpo.settings import table
 
 
 def main() -> None:
     """Parse ``--model``, ``--dataset`` and ``--config_files``; every other ``--name=value`` is a setting, as in RecBole."""
     parser = argparse.ArgumentParser(
         description="Train and evaluate a model on one split and one set of candidates.",
-        epilog="Any setting of RecBole or of ours follows as --name=value; python -m recbole_sdpo.settings lists ours.",
+        epilog="Any setting of RecBole or of ours follows as --name=value; recbole-sdpo --settings lists ours.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", default="SDPO-LLM", help="SDPO-LLM, or any model of RecBole, such as GRU4Rec (default: SDPO-LLM)")
@@ -24,7 +25,11 @@ def main() -> None:
         help="name of a dataset of atomic files (default: ml-100k, which RecBole brings)",
     )
     parser.add_argument("--config_files", default="", help="YAML files, separated by blanks; a later one overrides an earlier one")
+    parser.add_argument("--settings", action="store_true", help="print our settings with their defaults, and stop")
     args, rest = parser.parse_known_args()
+    if args.settings:
+        print(table())
+        return
     for argument in rest:
         if not argument.startswith("--") or argument.count("=") != 1:
             sys.exit(

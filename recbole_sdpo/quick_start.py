@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from logging import getLogger
+from logging import INFO, WARNING, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,8 @@ def _catalogue(config: ExperimentConfig, dataset: Any) -> Catalogue:
             raise
         getLogger().warning(f"{error} {config['model']} needs no titles, but items of one title may meet in a candidate set.")
         return Catalogue.without_titles(dataset)
-    getLogger().info(set_color("catalogue", "blue") + f": {catalogue.describe()}")
+    mostly_untitled = 2 * len(catalogue.untitled) > len(catalogue.titles)
+    getLogger().log(WARNING if mostly_untitled else INFO, set_color("catalogue", "blue") + f": {catalogue.describe()}")
     return catalogue
 
 

@@ -1,6 +1,6 @@
 """The plugin's own settings: each with a default, a type, a check and a line of explanation, all of them here.
 
-``python -m recbole_sdpo.settings`` prints them as a table. RecBole's settings (data, split, evaluation, seed) are RecBole's.
+``recbole-sdpo --settings`` prints them as a table. RecBole's settings (data, split, evaluation, seed) are RecBole's.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def check_settings(config: Config) -> Settings:
             raise ValueError(f"resume={settings.resume!r} is for {MODEL}; {config['model']} starts anew.")
         return settings
     for key in sorted(WITHOUT_EFFECT & set(config.external_config_dict)):
-        own = f"its stages have sft_{key} and sdpo_{key}" if f"sft_{key}" in names() else "see python -m recbole_sdpo.settings"
+        own = f"its stages have sft_{key} and sdpo_{key}" if f"sft_{key}" in names() else "see recbole-sdpo --settings"
         getLogger().warning(f"{key}={config[key]!r} has no effect on {MODEL}; {own}.")
     in_text = settings.prompt_style == "candidates"
     if OBJECTIVES[settings.objective].negatives or in_text:
@@ -274,7 +274,7 @@ def check_unknown(given: Mapping[str, Any], known: set[str], only_near: bool = F
             continue
         near = difflib.get_close_matches(key, ours if only_near else [*ours, *sorted(known)], 1, 0.85 if only_near else 0.6)
         if near or not only_near:
-            hint = f"did you mean {near[0]!r}?" if near else "python -m recbole_sdpo.settings lists ours."
+            hint = f"did you mean {near[0]!r}?" if near else "recbole-sdpo --settings lists ours."
             raise ValueError(f"Unknown setting {key!r}={given[key]!r}; {hint}")
 
 
@@ -327,7 +327,3 @@ def table() -> str:
             valid = f" ({f.metadata['valid']})" if f.metadata["valid"] else ""
             rows.append(f"| `{prefix}{f.name}` | `{'null' if value is None else value}` | {f.metadata['help']}{valid} |")
     return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    print(table())

@@ -14,6 +14,11 @@ def test_an_argument_that_nobody_reads_is_an_error(monkeypatch, argument):
         call(monkeypatch, "--model=SDPO-LLM", argument)
 
 
+def test_settings_are_printed(monkeypatch, capsys):
+    call(monkeypatch, "--settings")
+    assert "| `sft_learning_rate` | `0.001` |" in capsys.readouterr().out
+
+
 def test_a_wrong_setting_ends_in_one_line(monkeypatch):
     with pytest.raises(SystemExit, match="error: Unknown setting 'betta'=0.3; did you mean 'beta'"):
         call(monkeypatch, "--dataset=ml-100k", "--betta=0.3")
