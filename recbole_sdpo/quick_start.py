@@ -108,6 +108,7 @@ def run(
     logger = getLogger()
 
     raw = create_dataset(config)
+    described = str(raw)  # RecBole changes the dataset as it splits it
     catalogue = _catalogue(config, raw)
     train_data, valid_data, test_data = data_preparation(config, raw)
     seed = config["seed"] if config.settings.candidates_seed is None else config.settings.candidates_seed
@@ -121,7 +122,7 @@ def run(
     recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, recommender)
     _log_head(config, recommender, train_data, test_data, sha256)
-    logger.info(raw)
+    logger.info(described)
 
     stages = (_run_stages if config["model"] == MODEL else _fit)(trainer, train_data, valid_data, test_data, saved)
     floor = popularity_result(config, train_data, test_data)
