@@ -11,6 +11,7 @@ import os
 import warnings
 
 import torch
+from recbole.config import Config
 from recbole.trainer import Trainer
 
 
@@ -34,6 +35,12 @@ def import_models() -> None:
     before = torch.is_anomaly_enabled()
     importlib.import_module("recbole.model.sequential_recommender")
     torch.autograd.set_detect_anomaly(before)
+
+
+def make_folders(config: Config) -> None:
+    """Make RecBole's folders, which it makes without allowing for another process that makes them at the same moment."""
+    for folder in (os.path.join("log", config["model"]), config["checkpoint_dir"]):
+        os.makedirs(folder, exist_ok=True)
 
 
 def check_launcher() -> None:

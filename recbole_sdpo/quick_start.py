@@ -101,6 +101,7 @@ def run(
     state = PartialState(cpu=config["device"].type == "cpu")
     if state.num_processes > 1 and config["model"] != MODEL:
         raise ValueError(f"A launch of {state.num_processes} processes serves {MODEL} only; start {config['model']} with plain python.")
+    compat.make_folders(config)
     run_dir = run_folder(config)
     config["run_dir"] = str(run_dir)
     init_seed(config["seed"], config["reproducibility"])
