@@ -27,6 +27,11 @@ class Ragged:
         values = np.concatenate(rows) if rows else np.empty(0, np.int64)
         return cls(values, np.array([len(row) for row in rows], dtype=np.int64))
 
+    @classmethod
+    def from_matrix(cls, matrix: np.ndarray) -> Ragged:
+        """The rows of an integer matrix."""
+        return cls(matrix.astype(np.int64).ravel(), np.full(len(matrix), matrix.shape[1], np.int64))
+
     @property
     def starts(self) -> np.ndarray:
         """int64 ``[rows]``: where each row begins in ``values``."""
@@ -50,6 +55,21 @@ class Ragged:
     def join(self, counts: np.ndarray) -> Ragged:
         """Concatenate the first ``counts[0]`` rows into one, the next ``counts[1]`` into another, and so on."""
         return Ragged(self.values, segment_sums(self.lengths, counts))
+
+    def beside(self, *others: Ragged) -> Ragged:
+        """Each row followed by the same row of each of ``others``."""
+        parts = (self, *others)
+        lengths = np.stack([part.lengths for part in parts], axis=1)
+        starts = exclusive_cumsum(lengths.ravel()).reshape(lengths.shape)
+        values = np.empty(lengths.sum(), np.int64)
+        for part, start in zip(parts, starts.T, strict=True):
+            values[np.repeat(start, part.lengths) + steps(part.lengths)] = part.values
+        return Ragged(values, lengths.sum(1))
+
+    @classmethod
+    def stack(cls, parts: Sequence[Ragged]) -> Ragged:
+        """The rows of each of ``parts``, one part after another."""
+        return cls(np.concatenate([part.values for part in parts]), np.concatenate([part.lengths for part in parts]))
 
     def padded(self, fill: int, width: int | None = None) -> np.ndarray:
         """int64 ``[rows, width]``, each row followed by ``fill``; ``width`` defaults to the longest row."""

@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from recbole.config import Config
+from recbole.evaluator.register import metrics_dict
 from recbole.utils import EvaluatorType
 
 from recbole_sdpo.objectives import OBJECTIVES
@@ -109,7 +110,9 @@ class Settings:
         "a name or path",
     )
     trust_remote_code: bool = _setting(False, "run code that comes with a backbone's files")
-    backbone_cache: str = _setting("~/.cache/recbole_sdpo", "where converted GGUF files are kept", bool, "a folder")
+    cache_dir: str = _setting(
+        "~/.cache/recbole_sdpo", "where converted GGUF files and the reference's log-probabilities are kept", bool, "a folder"
+    )
     dtype: str = _choice(
         "auto",
         "of the weights; auto: bfloat16 where a GPU has it, else float32",
@@ -117,7 +120,14 @@ class Settings:
         "float32",
         "bfloat16",
     )
-    attention: str = _choice("sdpa", "attention implementation of transformers", "sdpa", "eager")
+    attention: str = _choice(
+        "auto",
+        "attention of transformers; auto: FlexAttention for long rows on a GPU, else sdpa",
+        "auto",
+        "sdpa",
+        "eager",
+        "flex_attention",
+    )
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass to save memory")
     peft: str = _choice("auto", "train an adapter or all weights; auto: lora, but none for scratch", "auto", "lora", "none")
     lora_rank: int = _at_least(1, 16, "rank of the adapter")
@@ -134,6 +144,17 @@ class Settings:
     # Training
     objective: str = _choice("sdpo", "of the second stage; sft stops after the first", *OBJECTIVES)
     beta: float = _above(0, 1.0, "scale of the rewards")
+    fixed_negatives: bool = _setting(False, "keep the negatives (and prompts) of each target, instead of drawing them anew in each epoch")
+    reference: str = _choice(
+        "auto",
+        "log-probabilities of the reference; cache keeps those of fixed negatives, auto does so where they are fixed",
+        "auto",
+        "compute",
+        "cache",
+    )
+    full_sort: str = _choice(
+        "exact", "ranking the catalogue: score every title, or find the exact top k and bound the rest", "exact", "topk"
+    )
     max_train_targets: int | None = _at_least(1, None, "targets to an epoch, drawn anew each epoch, or null for all")
     sdpo_max_train_targets: int | None = _at_least(1, None, "the same for the second stage alone, or null for max_train_targets")
     sft_checkpoint: str | None = _setting(None, "start at the second stage from this folder")
@@ -176,6 +197,11 @@ class Settings:
         """Is there a second stage?"""
         return self.objective != "sft"
 
+    @property
+    def caches_reference(self) -> bool:
+        """Are the reference's log-probabilities kept?"""
+        return self.fixed_negatives and self.reference != "compute"
+
     def targets_limit(self, stage: str) -> int | None:
         """Training targets to an epoch of ``stage``, or None for all."""
         return (self.sdpo_max_train_targets if stage == "sdpo" else None) or self.max_train_targets
@@ -201,6 +227,9 @@ def check_settings(config: Config) -> Settings:
         if settings.resume:
             raise ValueError(f"resume={settings.resume!r} is for {MODEL}; {config['model']} starts anew.")
         return settings
+    if settings.reference == "cache" and not settings.fixed_negatives:
+        raise ValueError("reference='cache' needs negatives that stay the same; set fixed_negatives=True, or reference='auto'.")
+    _check_full_sort(config, settings)
     for key in sorted(WITHOUT_EFFECT & set(config.external_config_dict)):
         own = f"its stages have sft_{key} and sdpo_{key}" if f"sft_{key}" in names() else "see recbole-sdpo --settings"
         getLogger().warning(f"{key}={config[key]!r} has no effect on {MODEL}; {own}.")
@@ -255,6 +284,15 @@ def _check_recbole(config: Config) -> None:
         raise ValueError(
             f"valid_metric={config['valid_metric']!r} is not computed; with these metrics and topk, valid are {', '.join(computed)}."
         )
+
+
+def _check_full_sort(config: Config, settings: Settings) -> None:
+    """Bounds in place of scores serve metrics of the top k alone."""
+    if settings.full_sort == "topk":
+        for metric in config["metrics"]:
+            needed = set(metrics_dict[metric.lower()].metric_need)
+            if needed & {"rec.score", "rec.meanrank"}:
+                raise ValueError(f"full_sort='topk' finds the top k alone, and metric {metric} needs all scores; set full_sort='exact'.")
 
 
 def check_unknown(given: Mapping[str, Any], known: set[str], only_near: bool = False) -> None:

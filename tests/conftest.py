@@ -47,6 +47,7 @@ def _quiet(monkeypatch, tmp_path):
     """RecBole reads sys.argv and writes logs into the working directory."""
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # caches, too
     torch.manual_seed(0)
 
 

@@ -55,11 +55,16 @@ class FrozenCandidates:
 
     def __init__(self, phase: str, user: np.ndarray, target: np.ndarray, negatives: np.ndarray) -> None:
         self.phase, self.user, self.target, self.negatives = phase, user, target, negatives
-        self._row = {pair: row for row, pair in enumerate(zip(user.tolist(), target.tolist(), strict=True))}
+        self._items = 1 + int(target.max(initial=0))
+        self._pairs = user * self._items + target
+        self._order = np.argsort(self._pairs)
 
     def sample_by_user_ids(self, user_ids: Sequence[int], item_ids: Sequence[int], num: int) -> torch.Tensor:
         """The frozen negatives in RecBole's layout: the first of every target, then the second of every target, …"""
-        rows = [self._row[int(user), int(item)] for user, item in zip(user_ids, item_ids, strict=True)]
+        wanted = np.asarray(user_ids, np.int64) * self._items + np.asarray(item_ids, np.int64)
+        rows = self._order[np.minimum(np.searchsorted(self._pairs, wanted, sorter=self._order), len(self._order) - 1)]
+        if (self._pairs[rows] != wanted).any():
+            raise KeyError("A target was asked for that the candidates were not frozen for.")
         return torch.from_numpy(self.negatives[rows, :num].T.reshape(-1).copy())
 
 

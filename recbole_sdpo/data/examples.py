@@ -11,7 +11,7 @@ from recbole.data.dataset import Dataset
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.prompts import Prompts, Units, candidate_prompts, history_windows
 from recbole_sdpo.data.sequences import histories, training_sequences
-from recbole_sdpo.ragged import segment_sums
+from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import generator, recbole_draws
 
 
@@ -54,9 +54,11 @@ class HistoryExamples:
         self.targets = np.bincount(self.prompts.tree, minlength=len(self.prompts))
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
-        title = lengths[1 : self.units.items].mean()
         trunk = segment_sums(lengths[self.prompts.trunks.values], self.prompts.trunks.lengths)
-        return (trunk + self.targets * self.negatives * (title - 1)).astype(np.int64)
+        if not self.negatives:
+            return trunk
+        branch = _negative_length(self.sampler, self.prompts.user, self.prompts.target, lengths) - 1
+        return (trunk + self.targets * self.negatives * branch).astype(np.int64)
 
     def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
         prompts = self.prompts.select(trees)
@@ -88,7 +90,7 @@ class CandidateExamples:
         self.targets = np.ones(len(self.target), np.int64)
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
-        title = lengths[1 : self.units.items].mean()
+        title = _negative_length(self.sampler, self.user, self.target, lengths)
         history = segment_sums(lengths[self.histories.values], self.histories.lengths)
         template = np.mean([lengths[[part for part in template if not isinstance(part, str)]].sum() for template in self.units.templates])
         return (history + (self.candidates + self.negatives) * title + template).astype(np.int64)
@@ -99,5 +101,30 @@ class CandidateExamples:
             drawn = self.sampler.draw(user, target, self.candidates - 1)
         shown = generator(seed, "order", *purpose).permuted(np.concatenate([target[:, None], drawn], axis=1), axis=1)
         template = generator(seed, "templates", *purpose).integers(len(self.units.templates), size=len(trees))
-        prompts = candidate_prompts(self.histories.take(trees), shown, target, user, self.units, template)
+        prompts = candidate_prompts(self.histories.take(trees), Ragged.from_matrix(shown), target, user, self.units, template)
         return prompts, np.concatenate([target[:, None], drawn[:, : self.negatives]], axis=1)
+
+
+class FixedExamples:
+    """Examples whose negatives and prompts are drawn once and stay.
+
+    Attributes:
+        prompts, items: all of them, as :meth:`batch` gives them for some trees.
+    """
+
+    def __init__(self, examples: Examples, seed: int) -> None:
+        self._examples, self.targets = examples, examples.targets
+        self.prompts, self.items = examples.batch(np.arange(len(self.targets)), seed, "fixed")
+
+    def sizes(self, lengths: np.ndarray) -> np.ndarray:
+        return self._examples.sizes(lengths)
+
+    def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
+        return self.prompts.select(trees), self.items[self.prompts.target_index(trees)]
+
+
+def _negative_length(sampler: NegativeSampler, user: np.ndarray, target: np.ndarray, lengths: np.ndarray) -> float:
+    """Mean tokens of a negative's title, from one for each of some targets; what users have not met is often long and rare."""
+    some = np.linspace(0, len(user) - 1, min(len(user), 2000)).astype(np.int64)
+    with recbole_draws(0, "sizes"):
+        return float(lengths[sampler.draw(user[some], target[some], 1)].mean())

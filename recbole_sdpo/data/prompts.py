@@ -146,19 +146,22 @@ def history_prompts(histories: Ragged, target: np.ndarray, user: np.ndarray, hea
 
 
 def candidate_prompts(
-    histories: Ragged, candidates: np.ndarray, target: np.ndarray, user: np.ndarray, units: Units, template: np.ndarray
+    histories: Ragged, candidates: Ragged, target: np.ndarray, user: np.ndarray, units: Units, template: np.ndarray
 ) -> Prompts:
     """One ``candidates`` prompt for each row: template, history and the candidates in the order given.
 
     Args:
-        candidates: int64 ``[rows, C]``, already shuffled.
+        candidates: of each row, already shuffled.
         template: int64 ``[rows]``, which of the templates to use.
     """
-    rows = []
-    for row, choice in enumerate(template):
-        fill = {"{history}": histories[row], "{candidates}": candidates[row]}
-        rows.append(np.concatenate([fill[part] if isinstance(part, str) else [part] for part in units.templates[choice]]))
-    trunks = Ragged.from_rows(rows)
+    by_template, rows = [], []
+    for number, layout in enumerate(units.templates):
+        mine = np.flatnonzero(template == number)
+        fill = {"{history}": histories.take(mine), "{candidates}": candidates.take(mine)}
+        parts = [fill[p] if isinstance(p, str) else Ragged.from_matrix(np.full((len(mine), 1), p)) for p in layout]
+        by_template.append(parts[0].beside(*parts[1:]))
+        rows.append(mine)
+    trunks = Ragged.stack(by_template).take(np.argsort(np.concatenate(rows)))
     return Prompts(trunks, np.arange(len(trunks)), trunks.lengths, target, user)
 
 
@@ -174,12 +177,12 @@ def batches(sizes: np.ndarray, budget: int, order: Sequence[int] | None = None) 
         order: the rows to use, in the order to take them; sorted by size if left out.
     """
     order = np.argsort(sizes, kind="stable") if order is None else np.asarray(order)
-    cut, first, longest = [], 0, 0
-    for place, row in enumerate(order):
-        longest = max(longest, int(sizes[row]))
-        if place > first and longest * (place - first + 1) > budget:
-            cut.append(order[first:place])
-            first, longest = place, int(sizes[row])
-    if first < len(order):
-        cut.append(order[first:])
+    cut, first = [], 0
+    while first < len(order):
+        # No more than ``budget`` rows of one token each can fit.
+        longest = np.maximum.accumulate(sizes[order[first : first + budget]])
+        padded = longest * np.arange(1, len(longest) + 1)
+        stop = first + max(1, int(np.searchsorted(padded, budget, side="right")))
+        cut.append(order[first:stop])
+        first = stop
     return cut

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.scratch import build_llama, train_tokenizer
 
@@ -31,7 +32,7 @@ class BackboneConfig:
 
     backbone: str
     trust_remote_code: bool
-    backbone_cache: str
+    cache_dir: str
     dtype: str
     attention: str
     gradient_checkpointing: bool
@@ -71,9 +72,11 @@ def load_backbone(
         seed: gives the seed for a purpose (``"weights"``, ``"adapter"``).
 
     Raises:
-        ValueError: there is no such backbone, or it is not a causal language model.
+        ValueError: there is no such backbone, it is not a causal language model, or ``attention`` is not for it.
     """
     dtype = getattr(torch, config.dtype)
+    if config.attention == FLEX and device.type != "cuda":
+        raise ValueError(f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; valid are auto, sdpa and eager.")
     if config.backbone == "scratch":
         tokenizer = train_tokenizer(titles(), config.scratch_vocab_size)
         model = build_llama(
@@ -84,7 +87,6 @@ def load_backbone(
             config.scratch_dropout,
             seed("weights"),
         ).to(dtype)
-        model.set_attn_implementation(config.attention)
     else:
         model, tokenizer = _load_pretrained(_locate(config), config, dtype)
     model.to(device)
@@ -92,7 +94,7 @@ def load_backbone(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.peft == "lora":
         model = _add_adapter(model, config, seed("adapter"))
-    return LanguageModel(model, tokenizer)
+    return LanguageModel(model, tokenizer, config.attention)
 
 
 def save_backbone(lm: LanguageModel, folder: Path) -> None:
@@ -143,7 +145,7 @@ def _locate(config: BackboneConfig) -> str:
     if name.endswith(".gguf"):
         if not os.path.isfile(name):
             raise ValueError(f"backbone={config.backbone!r} is a file that does not exist; give the path of a .gguf file.")
-        return str(_convert_gguf(Path(name), Path(config.backbone_cache).expanduser()))
+        return str(_convert_gguf(Path(name), Path(config.cache_dir).expanduser()))
     return name
 
 
@@ -186,7 +188,7 @@ def _load_pretrained(name: str, config: BackboneConfig, dtype: torch.dtype) -> t
     try:
         AutoConfig.from_pretrained(name, **trust)
         tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=config.attention, **trust)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **trust)
     except (OSError, ValueError, KeyError, ImportError) as error:
         custom = "; trust_remote_code=True runs the code that comes with it" if "trust_remote_code" in str(error) else ""
         raise ValueError(

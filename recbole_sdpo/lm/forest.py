@@ -63,6 +63,14 @@ class Forest:
             visible &= self.positions[:, :, None] - self.positions[:, None, :] < window
         return visible
 
+    def sum_by_response(self, logps: Tensor) -> Tensor:
+        """Sums over the tokens of each response, ``[…, R]``, of what belongs to the edges, ``[…, E]``."""
+        # Each token has a place of its own, so that the sum has one order on every device.
+        steps = int(self.edge_step.max()) + 1 if len(self.edge_step) else 0
+        table = logps.new_zeros(*logps.shape[:-1], self.responses, steps)
+        table[..., self.edge_response, self.edge_step] = logps
+        return table.sum(-1)
+
 
 def plant(trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged) -> Forest:
     """Build the forest of the given trunks and responses.

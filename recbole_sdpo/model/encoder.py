@@ -33,6 +33,10 @@ class Encoder:
         pieces = [opening + piece if units.header + i in first else piece for i, piece in enumerate(pieces)]
         self.tokens = Ragged.from_rows(titles + pieces)
 
+    def trunks(self, prompts: Prompts) -> Ragged:
+        """The tokens of each trunk."""
+        return self.tokens.take(prompts.trunks.values).join(prompts.trunks.lengths)
+
     def forest(self, prompts: Prompts, items: np.ndarray) -> Forest:
         """The forest whose responses are the titles of ``items`` after each target's prompt.
 

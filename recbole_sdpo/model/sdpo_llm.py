@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import fields
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -20,14 +22,16 @@ from recbole.utils import InputType
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.data.examples import CandidateExamples, Examples, HistoryExamples
+from recbole_sdpo.data.examples import CandidateExamples, Examples, FixedExamples, HistoryExamples
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.prompts import Prompts, Templates, Units, batches, candidate_prompts, history_prompts
 from recbole_sdpo.data.sequences import histories, met_items, training_sequences
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
+from recbole_sdpo.lm.forest import Forest
+from recbole_sdpo.lm.ranking import NODES_AT_ONCE, TitleTree, score_all, score_top
 from recbole_sdpo.model.encoder import Encoder
 from recbole_sdpo.objectives import OBJECTIVES
-from recbole_sdpo.ragged import segment_sums
+from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import derive_seed, generator
 from recbole_sdpo.settings import NO_FULL_RANKING, Settings, check_settings
 
@@ -75,6 +79,9 @@ class SDPOLLM(SequentialRecommender):
 
         self.lm = load_backbone(self.backbone, self.device, titles, lambda purpose: derive_seed(self.seed, purpose))
         self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer)
+        # Candidates in an evaluation prompt stand in one order of all items, begun for each user at another place.
+        self._place = generator(self.seed, "evaluation order").permutation(self.n_items)
+        self._begin = generator(self.seed, "evaluation begin").integers(self.n_items, size=dataset.num(self.USER_ID))
 
     def examples(self, dataset: Dataset, sampler: AbstractSampler | None, negatives: int) -> Examples:
         """What a stage trains on.
@@ -88,7 +95,7 @@ class SDPOLLM(SequentialRecommender):
             examples = HistoryExamples(dataset, self.window, self.units, drawn, negatives)
         else:
             examples = CandidateExamples(dataset, settings.prompt_candidates, self.units, drawn, negatives)
-        return examples
+        return FixedExamples(examples, self.seed) if settings.fixed_negatives and negatives else examples
 
     def check_prompts(self, dataset: Dataset, candidates: int) -> None:
         """Can the backbone read the prompts of ``dataset``'s rows, with so many candidates in the text if they stand there?
@@ -123,16 +130,19 @@ class SDPOLLM(SequentialRecommender):
     ) -> NegativeSampler | None:
         return NegativeSampler(sampler, self.catalogue, met_items(dataset), setting) if sampler else None
 
-    def logps(self, prompts: Prompts, items: np.ndarray, reference: bool) -> tuple[Logps, int]:
-        """Log-probabilities of ``items [T, 1 + K]``, target first, and the number of tokens that the forest held.
+    def logps(self, forest: Forest, width: int, reference: bool | Tensor) -> Logps:
+        """Log-probabilities of a forest whose responses are, for each target, its title and K negative ones.
 
         Args:
-            reference: also ask the reference; zeros stand in for it otherwise.
+            width: 1 + K.
+            reference: ask the reference too, or what it said, ``[T, 1 + K]``; if false, zeros stand in for it.
         """
-        forest = self.encoder.forest(prompts, items)
-        policy = self.lm(forest).view(items.shape)
-        ref = self.lm.reference_logps(forest).view(items.shape) if reference else torch.zeros_like(policy)
-        return Logps(policy[:, 0], policy[:, 1:], ref[:, 0], ref[:, 1:]), forest.size
+        if reference is True:
+            policy, ref = (logps.view(-1, width) for logps in self.lm.policy_and_reference(forest))
+        else:
+            policy = self.lm(forest).view(-1, width)
+            ref = torch.zeros_like(policy) if reference is False else reference
+        return Logps(policy[:, 0], policy[:, 1:], ref[:, 0], ref[:, 1:])
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Mean loss of RecBole's batch under the current objective, for training by any RecBole trainer, ``[]``.
@@ -149,9 +159,9 @@ class SDPOLLM(SequentialRecommender):
             offered = np.concatenate([offered, interaction[self.NEG_ITEM_ID].view(number, rows).T.cpu().numpy()], axis=1)
         elif self.settings.prompt_style == "candidates":
             raise ValueError("prompt_style='candidates' needs negatives in the batch (train_neg_sample_args) for its text.")
-        prompts = self._prompts(histories(interaction[:rows], self.config), list(offered), target, user)
+        prompts = self._prompts(histories(interaction[:rows], self.config), Ragged.from_matrix(offered), target, user)
         items = offered if kind.negatives else offered[:, :1]
-        found, _ = self.logps(prompts, items, kind.reference)
+        found = self.logps(self.encoder.forest(prompts, items), items.shape[1], kind.reference)
         return kind.loss(*found, self.settings.beta).mean()
 
     @torch.no_grad()
@@ -165,7 +175,7 @@ class SDPOLLM(SequentialRecommender):
         key = np.concatenate([user[:, None], past.padded(0)], axis=1)
         _, first, prompt = np.unique(key, axis=0, return_index=True, return_inverse=True)
         prompt = prompt.reshape(-1)
-        shown = np.split(item[np.argsort(prompt, kind="stable")], np.cumsum(np.bincount(prompt))[:-1])
+        shown = Ragged(item[np.argsort(prompt, kind="stable")], np.bincount(prompt))
         trees = self._prompts(past.take(first), shown, item[first], user[first])
         asked = Prompts(trees.trunks, prompt, trees.trunks.lengths[prompt], item, user)
         return self._score(asked, item[:, None]).view(-1)
@@ -180,41 +190,62 @@ class SDPOLLM(SequentialRecommender):
         if self.settings.prompt_style == "candidates":
             raise ValueError(NO_FULL_RANKING)
         user, past = interaction[self.USER_ID].cpu().numpy(), histories(interaction, self.config)
-        # A prompt comes once for each part of the catalogue that fits into a batch beside it.
-        tokens = self.encoder.tokens.lengths[1 : self.n_items] - 1
-        room = self.settings.eval_tokens_per_batch - self.encoder.tokens.take(past.values).lengths.sum() // max(len(user), 1)
-        parts = max(1, -(-int(tokens.sum()) // max(int(room), self.settings.eval_tokens_per_batch // 2)))
-        width = -(-len(tokens) // parts)
-        catalogue = np.minimum(np.arange(1, parts * width + 1), len(tokens)).reshape(parts, width)
-        rows = np.arange(len(user)).repeat(parts)
-        items = np.tile(catalogue, (len(user), 1))
-        prompts = history_prompts(past.take(rows), items[:, 0], user[rows], self.units.header)
-        scores = torch.full((len(user), self.n_items), -torch.inf, device=self.lm.device)
-        scores[:, 1:] = self._score(prompts, items).view(len(user), -1)[:, : len(tokens)]
+        prompts = self.encoder.trunks(history_prompts(past, np.zeros_like(user), user, self.units.header))
+
+        def score(rows: np.ndarray) -> Tensor:
+            if self.settings.full_sort == "topk":
+                return score_top(self.lm, prompts.take(rows), self.title_tree, max(self.config["topk"]))
+            return score_all(self.lm, prompts.take(rows), self.title_tree)
+
+        titles = self._in_batches(prompts.lengths + NODES_AT_ONCE, self.n_items - 1, score)
+        scores = titles.new_full((len(user), self.n_items), -torch.inf)
+        scores[:, 1:] = titles
         return scores.view(-1)
 
-    def _prompts(self, past, shown: list[np.ndarray], target: np.ndarray, user: np.ndarray) -> Prompts:
+    @cached_property
+    def title_tree(self) -> TitleTree:
+        """The catalogue without its padding, for ranking all of it."""
+        return TitleTree(self.encoder.tokens.take(np.arange(1, self.n_items)))
+
+    def _prompts(self, past: Ragged, shown: Ragged, target: np.ndarray, user: np.ndarray) -> Prompts:
         """Evaluation prompts; ``shown`` are the candidates in the text, in an order that does not tell the target."""
         if self.settings.prompt_style == "history":
             return history_prompts(past, target, user, self.units.header)
-        shuffled = [
-            generator(self.seed, "evaluation order", int(u)).permutation(np.sort(items)) for u, items in zip(user, shown, strict=True)
-        ]
+        row = np.repeat(np.arange(len(user)), shown.lengths)
+        order = np.lexsort(((self._place[shown.values] - self._begin[user][row]) % self.n_items, row))
+        shuffled = Ragged(shown.values[order], shown.lengths)
         return candidate_prompts(past, shuffled, target, user, self.units, np.zeros(len(user), np.int64))
 
     def _score(self, prompts: Prompts, items: np.ndarray) -> Tensor:
-        """Log-probabilities of ``items [T, C]``, in batches of bounded size, dealt out to all processes and gathered.
+        """Log-probabilities of ``items [T, C]``, for each tree's targets together."""
+
+        def score(trees: np.ndarray) -> Tensor:
+            found = self.lm(self.encoder.forest(prompts.select(trees), items[prompts.target_index(trees)]))
+            return found.view(-1, items.shape[1])
+
+        return self._in_batches(self.encoder.sizes(prompts, items), items.shape[1], score, prompts.target_index)
+
+    def _in_batches(
+        self,
+        sizes: np.ndarray,
+        width: int,
+        score: Callable[[np.ndarray], Tensor],
+        rows_of: Callable[[np.ndarray], np.ndarray] = lambda trees: trees,
+    ) -> Tensor:
+        """Scores, float32 ``[rows, width]``, in batches of bounded size, dealt out to all processes and gathered.
+
+        Args:
+            sizes: tokens in each tree.
+            score: from the numbers of some trees to the scores of their rows.
+            rows_of: from the numbers of some trees to those of their rows.
 
         Raises:
             FloatingPointError: one of them is not finite.
         """
         state = PartialState()
-        scores = torch.zeros(items.shape, device=self.lm.device)
-        sizes = self.encoder.sizes(prompts, items)
+        scores = torch.zeros(len(rows_of(np.arange(len(sizes)))), width, device=self.lm.device)
         for trees in batches(sizes, self.settings.eval_tokens_per_batch)[state.process_index :: state.num_processes]:
-            rows = prompts.target_index(trees)
-            forest = self.encoder.forest(prompts.select(trees), items[rows])
-            scores[torch.from_numpy(rows).to(scores.device)] = self.lm(forest).view(len(rows), -1).to(scores.dtype)
+            scores[torch.from_numpy(rows_of(trees)).to(scores.device)] = score(trees).to(scores.dtype)
         scores = reduce(scores, "sum") if state.num_processes > 1 else scores
         if not scores.isfinite().all():
             raise FloatingPointError(

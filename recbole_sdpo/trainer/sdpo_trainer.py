@@ -24,6 +24,7 @@ from recbole_sdpo.data.sequences import training_sequences
 from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import OBJECTIVES
+from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.stage import Stage
 from recbole_sdpo.trainer.state import load_state, read_state, save_state
 
@@ -38,7 +39,7 @@ RECBOLE_IDENTITY = (
     "eval_step",
     "stopping_step",
 )
-FREE_TO_CHANGE = {"resume", "run_dir", "save_minutes", "eval_tokens_per_batch", "backbone_cache"}
+FREE_TO_CHANGE = {"resume", "run_dir", "save_minutes", "eval_tokens_per_batch", "cache_dir", "reference", "full_sort"}
 
 # What a policy must share with a checkpoint that it is loaded from, beside its tokenizer and the shapes of its weights.
 POLICY = ("backbone", "peft", "prompt_style", "prompt_templates", "title_fields", "title_article_first")
@@ -189,7 +190,13 @@ class SDPOTrainer(Trainer):
             self.model.lm.freeze_reference()
         examples = self.model.examples(train_data._dataset, train_data._sampler, self.model.negatives if kind.negatives else 0)
         limit = settings.targets_limit(name)
-        stage = Stage(name, objective, stage_settings, limit, self.model, examples, self.accelerator, self.tensorboard)
+        cache = None
+        if kind.reference and settings.caches_reference:
+            folder = Path(settings.cache_dir).expanduser() / "reference"
+            cache = ReferenceCache(folder, self.model.lm, examples, self.model.encoder.tokens)
+        stage = Stage(
+            name, objective, stage_settings, limit, self.model, examples, self.accelerator, self.tensorboard, cache, self.config["worker"]
+        )
         negatives = f", {self.model.negatives} negatives each ({self.config['train_neg_sample_args']['distribution']})"
         self._log(
             f"{name}: objective {objective}, {stage_settings.epochs} epochs at most of {stage.targets_per_epoch:,} targets"

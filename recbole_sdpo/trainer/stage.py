@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,15 +12,21 @@ import torch
 from accelerate import Accelerator
 from recbole.utils import set_color
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from recbole_sdpo.data.examples import Examples
-from recbole_sdpo.data.prompts import Prompts, batches
+from recbole_sdpo.data.prompts import batches
+from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.model.encoder import Encoder
+from recbole_sdpo.model.sdpo_llm import Logps
 from recbole_sdpo.objectives import OBJECTIVES, diagnostics
+from recbole_sdpo.ragged import exclusive_cumsum, steps
 from recbole_sdpo.random import derive_seed, generator
 from recbole_sdpo.settings import StageSettings
+from recbole_sdpo.trainer.reference import ReferenceCache
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -35,6 +41,55 @@ PROGRESS = ("targets", "tokens", "step", "epoch", "epoch_steps", "epoch_targets"
 """What of a stage changes as it runs, but for weights and optimizer; sums and counts."""
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A process's part of a batch.
+
+    Attributes:
+        forest: of its trees.
+        width: responses to a target, 1 + K.
+        targets: int64 ``[T]``, the numbers of its targets among all of the examples'.
+    """
+
+    forest: Forest
+    width: int
+    targets: np.ndarray
+
+
+@dataclass
+class Batches(Dataset):
+    """The batches of an epoch, drawn and planted as they are asked for, which may be in another process.
+
+    Args:
+        plan: for each batch its trees, the number of its optimizer step, and its own number in that step.
+        process: this process's number and how many there are; it takes every n-th tree.
+    """
+
+    plan: list[tuple[np.ndarray, int, int]]
+    examples: Examples
+    encoder: Encoder
+    name: str
+    seed: int
+    process: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        self.first_target = exclusive_cumsum(self.examples.targets)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, number: int) -> Batch | None:
+        """The batch, or None where it has fewer trees than there are processes and none is left for this one."""
+        trees, step, part = self.plan[number]
+        prompts, items = self.examples.batch(trees, self.seed, self.name, step, part)
+        mine = np.arange(len(trees))[self.process[0] :: self.process[1]]
+        if not len(mine):
+            return None
+        forest = self.encoder.forest(prompts.select(mine), items[prompts.target_index(mine)])
+        each = self.examples.targets[trees[mine]]
+        return Batch(forest, items.shape[1], np.repeat(self.first_target[trees[mine]], each) + steps(each))
+
+
 @dataclass
 class Stage:
     """Trains the policy of ``model`` on ``examples`` with one objective.
@@ -44,6 +99,8 @@ class Stage:
         objective: a key of ``OBJECTIVES``.
         limit: targets to an epoch, or None for all.
         writer: a TensorBoard writer, or None.
+        cache: what the reference said of the examples, or None to ask it at every step.
+        workers: processes that prepare batches ahead; 0 for none.
     """
 
     name: str
@@ -54,6 +111,8 @@ class Stage:
     examples: Examples
     accelerator: Accelerator
     writer: object | None
+    cache: ReferenceCache | None = None
+    workers: int = 0
     targets: int = field(default=0, init=False)
     tokens: int = field(default=0, init=False)
     step: int = field(default=0, init=False)
@@ -68,7 +127,9 @@ class Stage:
         decayed = [p for p in self._parameters if p.ndim > 1]
         other = [p for p in self._parameters if p.ndim <= 1]
         groups = [{"params": decayed}, {"params": other, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, betas=BETAS)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, betas=BETAS, fused=True
+        )
         steps = sum(len(self.plan(epoch)) for epoch in range(self.settings.epochs))
         self.scheduler = get_scheduler(SCHEDULES[self.settings.schedule], self.optimizer, int(self.settings.warmup * steps), steps)
 
@@ -124,8 +185,10 @@ class Stage:
             desc=set_color(f"{self.name} epoch {self.epoch}", "pink"),
         )
         began, tokens_before = time.time(), self.tokens
-        for step in plan[self.epoch_steps :]:
-            loss, targets = self._step(step)
+        todo = plan[self.epoch_steps :]
+        coming = iter(self._loader(todo))
+        for step in todo:
+            loss, targets = self._step([next(coming) for _ in step], sum(int(self.examples.targets[trees].sum()) for trees in step))
             self.epoch_steps, self.epoch_loss = self.epoch_steps + 1, self.epoch_loss + loss
             self.epoch_targets += targets
             bar.update(targets)
@@ -137,26 +200,30 @@ class Stage:
         self.epoch, self.epoch_steps, self.epoch_loss, self.epoch_targets = self.epoch + 1, 0, 0.0, 0
         return mean
 
-    def _step(self, step: list[np.ndarray]) -> tuple[float, int]:
+    def _loader(self, plan: list[list[np.ndarray]]) -> DataLoader:
+        state = self.accelerator
+        flat = [(trees, self.step + ahead, part) for ahead, step in enumerate(plan) for part, trees in enumerate(step)]
+        data = Batches(flat, self.examples, self.model.encoder, self.name, self.model.seed, (state.process_index, state.num_processes))
+        # Its own generator: torch's loaders draw from the global one else.
+        return DataLoader(data, batch_size=None, collate_fn=_as_it_is, num_workers=self.workers, generator=torch.Generator())
+
+    def _step(self, step: list[Batch | None], targets: int) -> tuple[float, int]:
         """One optimizer step; returns the sum of the losses and the number of targets, over all processes."""
         kind, model, settings = OBJECTIVES[self.objective], self.model, self.settings
-        targets = sum(int(self.examples.targets[trees].sum()) for trees in step)
         torch.manual_seed(derive_seed(model.seed, "dropout", self.name, self.step, self.accelerator.process_index))
         self.optimizer.zero_grad()
         watched = torch.zeros(8, device=model.lm.device, dtype=torch.float64)  # loss, tokens, six diagnostics; sums
-        for number, trees in enumerate(step):
-            batch = self.examples.batch(trees, model.seed, self.name, self.step, number)
-            for prompts, items in self._share(*batch):
-                with self.accelerator.autocast():
-                    found, tokens = model.logps(prompts, items, kind.reference)
-                losses = kind.loss(*found, model.settings.beta)
-                # Summed over batches and processes, this is the mean over the step's targets.
-                self.accelerator.backward(losses.sum() / targets)
-                watched[0] += losses.detach().sum()
-                watched[1] += tokens
-                if kind.negatives:
-                    shown = diagnostics(*(part.detach() for part in found), model.settings.beta)
-                    watched[2:] += torch.stack(shown).double() * len(losses)
+        for batch in filter(None, step):
+            with self.accelerator.autocast():
+                found = self._logps(batch, kind.reference)
+            losses = kind.loss(*found, model.settings.beta)
+            # Summed over batches and processes, this is the mean over the step's targets.
+            self.accelerator.backward(losses.sum() / targets)
+            watched[0] += losses.detach().sum()
+            watched[1] += batch.forest.size
+            if kind.negatives:
+                shown = diagnostics(*(part.detach() for part in found), model.settings.beta)
+                watched[2:] += torch.stack(shown).double() * len(losses)
         if self.accelerator.num_processes > 1:
             for parameter in self._parameters:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -176,12 +243,14 @@ class Stage:
         self.step, self.targets, self.tokens = self.step + 1, self.targets + targets, self.tokens + int(tokens)
         return loss, targets
 
-    def _share(self, prompts: Prompts, items: np.ndarray) -> Iterator[tuple[Prompts, np.ndarray]]:
-        """This process's part of a batch: every n-th tree of it, or nothing."""
-        state = self.accelerator
-        trees = np.arange(len(prompts))[state.process_index :: state.num_processes]
-        if len(trees):
-            yield prompts.select(trees), items[prompts.target_index(trees)]
+    def _logps(self, batch: Batch, reference: bool) -> Logps:
+        known = self.cache.read(batch.targets) if self.cache else None
+        if known is not None:
+            return self.model.logps(batch.forest, batch.width, known.to(self.model.lm.device))
+        found = self.model.logps(batch.forest, batch.width, reference)
+        if self.cache:
+            self.cache.write(batch.targets, torch.cat([found.ref_pos[:, None], found.ref_neg], dim=1))
+        return found
 
     def _write(self, loss: float, shown: list[float], norm: float) -> None:
         rate = self.scheduler.get_last_lr()[0]
@@ -193,3 +262,7 @@ class Stage:
             **dict(zip(names, shown)),
         }.items():
             self.writer.add_scalar(f"{self.name}/{name}", value, self.step)
+
+
+def _as_it_is(batch: Batch | None) -> Batch | None:
+    return batch

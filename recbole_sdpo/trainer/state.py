@@ -60,5 +60,5 @@ def load_state(run_dir: Path, stage: Stage) -> None:
         weight.copy_(tensors[f"weight/{name}"])
         moments = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS if f"{moment}/{name}" in tensors}
         if moments:
-            stage.optimizer.state[weight] = moments | {"step": moments["step"].cpu()}
+            stage.optimizer.state[weight] = moments
     stage.continue_from(state["progress"])

@@ -9,7 +9,7 @@ def test_candidate_prompts_read_as_their_template():
     units = Units(10, Templates("header\n", ("Seen:\n{history}Pick:\n{candidates}Next:\n", "{candidates}|{history}")))
     prompts = candidate_prompts(
         Ragged.from_rows([[1, 2], [3]]),
-        np.array([[4, 5], [6, 7]]),
+        Ragged.from_rows([[4, 5], [6, 7]]),
         np.array([5, 6]),
         np.array([1, 2]),
         units,

@@ -6,7 +6,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from recbole_sdpo.lm import language_model
+from recbole_sdpo.lm import projection
 from recbole_sdpo.lm.forest import plant
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.ragged import Ragged
@@ -54,7 +54,7 @@ def true_float64(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None, **_: softmax(x, dim))
 
 
-def build(name: str, attention: str, lora: bool, dtype: torch.dtype, dropout: float = 0.0):
+def build(name: str, attention: str, lora: bool, dtype: torch.dtype, dropout: float = 0.0, layers: list[int] | None = None):
     torch.manual_seed(0)
     special = SPECIAL.get(name, {}) | ({"resid_pdrop": dropout} if dropout else {})
     config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**BASE | special)
@@ -63,7 +63,9 @@ def build(name: str, attention: str, lora: bool, dtype: torch.dtype, dropout: fl
     for parameter in model.parameters():  # so that norms, biases and tied heads matter, too
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     if lora:
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+        linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+        names = {n.rsplit(".", 1)[-1] for n, part in model.base_model.named_modules() if isinstance(part, linear)}
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=sorted(names), layers_to_transform=layers))
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 parameter.data.normal_(std=0.1)
@@ -95,11 +97,11 @@ def one_by_one(model, trunks, tree, start, responses) -> torch.Tensor:
 def test_forest_equals_one_by_one(name, attention, lora, dtype, monkeypatch, request):
     if dtype == torch.float64:
         request.getfixturevalue("true_float64")
-    monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", (7 * VOCAB, 7 * VOCAB))  # several chunks
+    monkeypatch.setattr(projection, "LOGITS_AT_ONCE", (7 * VOCAB, 7 * VOCAB))  # several chunks
     rng = np.random.default_rng(5)
     model = build(name, attention, lora, dtype)
     trunks, tree, start, responses = sample(rng)
-    lm = LanguageModel(model, tokenizer=None)
+    lm = LanguageModel(model, tokenizer=None, attention=attention)
     weights = torch.from_numpy(rng.normal(size=len(tree))).to(dtype)
     atol = 1e-9 if dtype == torch.float64 else 1e-4
 
@@ -117,6 +119,20 @@ def test_forest_equals_one_by_one(name, attention, lora, dtype, monkeypatch, req
         torch.testing.assert_close(gradient, expected[key], rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=atol)
 
 
+@pytest.mark.parametrize("name", [*(n for n in NAMES if n not in ("GPT2", "OPT")), "Gemma2"])
+@torch.no_grad()
+def test_flex_attention_agrees(name, monkeypatch):
+    """Without compiling it, and forward only, as a CPU has no backward: what is tested is the block mask."""
+    attention = transformers.integrations.flex_attention
+    monkeypatch.setattr(attention, "compile_friendly_flex_attention", lambda *args, training, **kw: attention.flex_attention(*args, **kw))
+    model = build(name, "eager" if name in EAGER_ONLY else "sdpa", False, torch.float64)
+    trunks, tree, start, responses = sample(np.random.default_rng(6))
+    expected = one_by_one(model, trunks, tree, start, responses)
+    found = LanguageModel(model, None, "flex_attention")(plant(Ragged.from_rows(trunks), tree, start, Ragged.from_rows(responses)))
+    assert model.config._attn_implementation == "flex_attention"
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_chains_take_the_causal_path_and_agree(name):
     model = build(name, "sdpa", False, torch.float64)
@@ -132,6 +148,13 @@ def test_a_model_that_reworks_its_logits_is_refused():
     config = transformers.CohereConfig(**BASE | {"logit_scale": 0.1})
     with pytest.raises(ValueError, match="changes its logits"):
         LanguageModel(transformers.AutoModelForCausalLM.from_config(config), None)
+
+
+def test_sdpa_is_refused_where_it_would_leave_out_a_soft_cap():
+    model = build("Gemma2", "eager", False, torch.float32)
+    with pytest.raises(ValueError, match="attention='sdpa' leaves out the soft cap"):
+        LanguageModel(model, None, "sdpa")
+    assert LanguageModel(model, None, "auto").causal_lm.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -157,3 +180,37 @@ def test_reference_stays_while_the_policy_moves(lora):
     lm.eval()
     lm.freeze_reference()
     torch.testing.assert_close(lm.reference_logps(forest), lm(forest), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_below_the_lowest_adapter_run_once_for_both(name):
+    model = build(name, "sdpa", True, torch.float64, dropout=0.5 if name == "GPT2" else 0.0, layers=[1])
+    lm = LanguageModel(model, None)
+    trunks, tree, start, responses = sample(np.random.default_rng(7))
+    forest = plant(Ragged.from_rows(trunks), tree, start, Ragged.from_rows(responses))
+    lm.freeze_reference()
+    with torch.no_grad():
+        for parameter in lm.trainable().values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    separate = lm(forest), lm.reference_logps(forest)
+    assert (separate[0] - separate[1]).abs().max() > 1e-4
+
+    calls = [0, 0]
+    for number, layer in enumerate(lm._layers):
+        first = next(part for part in layer.modules() if isinstance(part, torch.nn.Linear | transformers.pytorch_utils.Conv1D))
+
+        def count(*_, number=number):
+            calls[number] += 1
+
+        first.register_forward_hook(count)
+    policy, reference = lm.policy_and_reference(forest)
+    assert calls == [1, 2]
+    torch.testing.assert_close((policy, reference), separate, rtol=0, atol=1e-12)
+    assert lm.policy_and_reference(forest)[1].equal(reference) and calls == [2, 4]
+    lm.train()
+    torch.testing.assert_close(lm.policy_and_reference(forest)[1], separate[1], rtol=0, atol=1e-12)  # no dropout in it
+
+
+def test_nothing_is_shared_when_all_is_trained():
+    assert LanguageModel(build("Llama", "sdpa", False, torch.float64), None)._shared == 0
+    assert LanguageModel(build("Llama", "sdpa", True, torch.float64), None)._shared == 0

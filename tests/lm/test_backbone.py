@@ -96,7 +96,7 @@ def test_a_gguf_file_is_converted_once_and_keeps_its_weights(tmp_path, folder, m
     tokenizer = train_tokenizer(["some titles to learn from"] * 3, 280)
     model = tiny_llama(len(tokenizer)).eval()
     write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
-    given = {"backbone": str(tmp_path / "tiny.gguf"), "backbone_cache": str(tmp_path / "cache"), "peft": "none"}
+    given = {"backbone": str(tmp_path / "tiny.gguf"), "cache_dir": str(tmp_path / "cache"), "peft": "none"}
     lm = load(**given)
     ids = torch.arange(1, 20)[None]
     torch.testing.assert_close(lm.model.eval()(ids).logits, model(ids).logits, rtol=0, atol=1e-5)

@@ -48,7 +48,7 @@ def test_history_prompts_are_titles_under_a_header(encoder):
 def test_candidate_prompts_hold_the_candidates(encoder):
     encoder, units = encoder
     tokenizer = train_tokenizer(TITLES, 280)
-    past, shown = Ragged.from_rows([[1]]), np.array([[3, 2]])
+    past, shown = Ragged.from_rows([[1]]), Ragged.from_rows([[3, 2]])
     prompts = candidate_prompts(past, shown, np.array([2]), np.array([0]), units, np.array([0]))
     assert sequences(encoder.forest(prompts, np.array([[2]])), tokenizer) == [
         "Seen:\nAlien (1979)\nPick:\nBrazil (1985)\nAlien 3 (1992)\nNext:\n|Alien 3 (1992)\n"

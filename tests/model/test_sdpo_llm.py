@@ -11,9 +11,11 @@ from recbole.data import create_dataset, data_preparation
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.data.sequences import histories
+from recbole_sdpo.lm import ranking
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import sdpo
 from recbole_sdpo.quick_start import ExperimentConfig
+from recbole_sdpo.ragged import Ragged
 
 
 def build(settings):
@@ -75,13 +77,28 @@ def test_candidate_prompts_show_the_candidates_in_an_order_that_hides_the_target
     scores = model.eval().predict(rows)
     turned = model.predict(rows[torch.arange(width - 1, -1, -1)]).flip(0)
     torch.testing.assert_close(scores, turned, rtol=0, atol=1e-6)
-    from recbole_sdpo.random import generator
-
-    shown = generator(model.seed, "evaluation order", int(users[0])).permutation(np.sort(rows["item_id"].numpy()))
-    expected = [slow_score(model, histories(rows, model.config)[0].tolist(), int(item), shown.tolist()) for item in rows["item_id"]]
+    shown = shown_to(model, users[0], rows["item_id"].numpy())
+    assert sorted(shown) == sorted(rows["item_id"].tolist())
+    expected = [slow_score(model, histories(rows, model.config)[0].tolist(), int(item), shown) for item in rows["item_id"]]
     torch.testing.assert_close(scores.double(), torch.tensor(expected).double(), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="prompt_style='candidates' cannot rank the whole catalogue"):
         model.full_sort_predict(rows)
+
+
+def shown_to(model, user, items):
+    """The candidates as the text of an evaluation prompt has them."""
+    past, user = Ragged.from_rows([[1]]), np.array([user])
+    trunk = model._prompts(past, Ragged.from_rows([items]), items[:1], user).trunks[0]
+    return [unit for unit in trunk.tolist() if unit < model.units.items][1:]  # the first is the history
+
+
+def test_the_target_may_stand_anywhere_among_the_candidates(ring):
+    model, _ = build(ring | {"prompt_style": "candidates", "prompt_candidates": 6})
+    rng = np.random.default_rng(0)
+    places = [shown_to(model, user, rng.permutation(24)[:6] + 1) for user in range(1, 72)]
+    first = np.array([shown_to(model, user, np.arange(1, 7)).index(1) for user in range(1, 72)])
+    assert len({tuple(place) for place in places}) > 60
+    assert np.bincount(first, minlength=6).min() > 0
 
 
 @pytest.mark.parametrize("style", ["history", "candidates"])
@@ -129,16 +146,25 @@ def test_prompts_longer_than_learned_positions_are_refused(ring, tmp_path):
         model.check_prompts(test._dataset, 6)
 
 
-def test_a_large_catalogue_is_ranked_in_parts(ring):
+def test_a_large_catalogue_is_ranked_in_parts(ring, monkeypatch):
     model, (*_, test) = build(ring)
     interaction = next(iter(test))[0][::6][:5]
     whole = model.eval().full_sort_predict(interaction)
+    monkeypatch.setattr(ranking, "NODES_AT_ONCE", 9)
     model.settings = dataclasses.replace(model.settings, eval_tokens_per_batch=16)
-    forests = []
-    plant = model.encoder.forest
-    model.encoder.forest = lambda *args: forests.append(plant(*args)) or forests[-1]
+    del model.title_tree
+    held = []
+    model.lm.model.model.register_forward_pre_hook(lambda module, args, kwargs: held.append(kwargs["input_ids"].numel()), with_kwargs=True)
     torch.testing.assert_close(model.full_sort_predict(interaction), whole, rtol=0, atol=1e-5)
-    assert len(forests) > 5 and max(f.responses for f in forests) < 24
+    assert len(held) > 10 and max(held) < 100
+
+
+def test_the_top_of_a_full_ranking_is_exact(ring):
+    settings = ring | {"eval_args": {"mode": "full"}, "max_train_targets": 60, "topk": [1, 3], "valid_metric": "NDCG@3"}
+    exact, top = (quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"full_sort": way}) for way in ("exact", "topk"))
+    assert top["test_result"] == exact["test_result"]
+    with pytest.raises(ValueError, match="full_sort='topk' finds the top k alone, and metric GAUC needs all scores"):
+        build(settings | {"full_sort": "topk", "metrics": ["Hit", "GAUC"], "valid_metric": "Hit@1"})
 
 
 def test_scores_that_are_not_finite_are_no_scores(ring):

@@ -1,0 +1,78 @@
+"""From hidden states to log-probabilities of tokens, without ever holding all logits."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+LOGITS_AT_ONCE = (2**22, 2**26)
+"""Largest number of logits held at a time, on a CPU (16 MiB in float32, near its caches) and on a GPU."""
+
+
+def token_logps(model: PreTrainedModel, hidden: Tensor, edge_state: Tensor, edge_token: Tensor) -> Tensor:
+    """log pi of ``edge_token[e]`` after ``hidden[edge_state[e]]``, float32 ``[E]`` (float64 for a float64 model).
+
+    Args:
+        hidden: ``[S, H]``, the last hidden states of the tokens that predict, each once.
+        edge_state: int64 ``[E]``, increasing.
+        edge_token: int64 ``[E]``.
+    """
+    trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
+    return _TokenLogps.apply(partial(to_logits, model), hidden, edge_state, edge_token, *trained)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """log pi of ``edge_token[e]`` after ``hidden[edge_state[e]]``, without ever holding all logits.
+
+    Each state goes through the vocabulary projection once, in chunks; backward computes a chunk's logits again, and from
+    them their gradient, softmax and one-hot.
+    """
+
+    @staticmethod
+    def forward(ctx, logits_of, hidden: Tensor, edge_state: Tensor, edge_token: Tensor, *trained: nn.Parameter) -> Tensor:
+        chosen, normalizer = [], []
+        for rows, edges in _chunks(hidden, edge_state, logits_of):
+            logits = logits_of(hidden[rows])
+            normalizer.append(logits.logsumexp(-1))
+            chosen.append(logits[edge_state[edges] - rows.start, edge_token[edges]])
+        total = torch.cat(normalizer)
+        ctx.logits_of = logits_of
+        ctx.save_for_backward(hidden, edge_state, edge_token, *trained)
+        return torch.cat(chosen) - total[edge_state]
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, edge_state, edge_token, *trained = ctx.saved_tensors
+        weight = grad_output.new_zeros(len(hidden)).index_add_(0, edge_state, grad_output)
+        grad_hidden = torch.empty_like(hidden)
+        grad_trained = [torch.zeros_like(p) for p in trained]
+        for rows, edges in _chunks(hidden, edge_state, ctx.logits_of):
+            with torch.enable_grad():
+                part = hidden[rows].detach().requires_grad_()
+                logits = ctx.logits_of(part)
+            grad = logits.detach().softmax(-1).mul_(-weight[rows, None])
+            grad.index_put_((edge_state[edges] - rows.start, edge_token[edges]), grad_output[edges], accumulate=True)
+            grad_hidden[rows], *parts = torch.autograd.grad(logits, [part, *trained], grad)
+            for sum_so_far, new in zip(grad_trained, parts, strict=True):
+                sum_so_far += new
+        return None, grad_hidden, None, None, *grad_trained
+
+
+def _chunks(hidden: Tensor, edge_state: Tensor, logits_of: partial) -> list[tuple[slice, slice]]:
+    """Cuts of the states, and of the edges that leave them, with a bounded number of logits each."""
+    (model,) = logits_of.args
+    step = max(1, LOGITS_AT_ONCE[hidden.device.type == "cuda"] // model.config.get_text_config().vocab_size)
+    bounds = [*range(0, len(hidden), step), len(hidden)]
+    edges = torch.searchsorted(edge_state, torch.tensor(bounds, device=hidden.device)).tolist()
+    return [(slice(low, high), slice(first, last)) for low, high, first, last in zip(bounds, bounds[1:], edges, edges[1:], strict=False)]
+
+
+def to_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The model's logits of the given last hidden states, in float32 or more."""
+    raw = model.get_output_embeddings()(hidden)
+    raw = raw if raw.dtype == torch.float64 else raw.float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return raw if cap is None else cap * torch.tanh(raw / cap)

@@ -1,0 +1,213 @@
+"""A whole catalogue under each of many prompts: every title scored, or the best found first.
+
+The prompts' keys and values are computed once. All titles stand in one tree, whose root stands for any prompt; the nodes
+of the tree are computed under the kept prompts, as many at a time as memory has room for.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from recbole_sdpo.lm.attention import additive, dense, for_each_kind, use
+from recbole_sdpo.lm.forest import Forest, plant
+from recbole_sdpo.lm.language_model import LanguageModel
+from recbole_sdpo.lm.projection import token_logps
+from recbole_sdpo.ragged import Ragged, exclusive_cumsum
+
+NODES_AT_ONCE = 256
+"""Nodes to a block, or nearly: attention within a block costs the square of it."""
+
+
+class TitleTree:
+    """The titles of a catalogue in one tree; column 0 of it, the root, stands for the prompt.
+
+    Args:
+        titles: the tokens of each title with its terminator, none empty.
+    """
+
+    def __init__(self, titles: Ragged) -> None:
+        self.titles = titles
+        self.whole = _under_root(titles)
+
+    def __len__(self) -> int:
+        return len(self.titles)
+
+    @cached_property
+    def blocks(self) -> list[tuple[Tensor, Forest]]:
+        """The titles in sorted order, cut: the numbers of a block's titles, int64, and their own tree."""
+        order = np.lexsort(self.titles.padded(-1).T[::-1])
+        number = exclusive_cumsum(self.titles.lengths[order] - 1) // NODES_AT_ONCE
+        cuts = np.flatnonzero(np.diff(number)) + 1
+        return [(torch.from_numpy(block), _under_root(self.titles.take(block))) for block in np.split(order, cuts)]
+
+    @cached_property
+    def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What leaves each node, sorted by node: where from ``[E]``, by which token ``[E]``, and where to ``[E]``.
+
+        Where to is the number of a node, or that of a title plus the number of nodes where the title ends.
+        """
+        tree, nodes = self.whole, self.nodes
+        state, token, title, step = (part.numpy() for part in (tree.edge_state, tree.edge_token, tree.edge_response, tree.edge_step))
+        node_after = np.full((len(self), int(self.titles.lengths.max()) + 1), -1)
+        node_after[title, step] = state  # the node before a title's step-th token
+        to = node_after[title, step + 1]
+        to = np.where(to < 0, nodes + title, to)
+        _, once = np.unique(to, return_index=True)  # titles that begin alike share their first edges
+        once = once[np.argsort(state[once], kind="stable")]
+        return state[once], token[once], to[once]
+
+    @property
+    def nodes(self) -> int:
+        """Nodes, the root included; each of them predicts."""
+        return len(self.whole.states)
+
+
+class _Prompted:
+    """Prompts with their keys and values, and after them those of the nodes of a tree that were computed under them."""
+
+    def __init__(self, lm: LanguageModel, prompts: Ragged) -> None:
+        self.model: PreTrainedModel = lm.causal_lm
+        use(self.model, dense(self.model, lm.attention))
+        device = self.model.device
+        tokens, self.lengths = torch.from_numpy(prompts.padded(0)).to(device), torch.from_numpy(prompts.lengths).to(device)
+        self.cache = DynamicCache()  # without the model's config, so that layers with a window keep what is beyond it, too
+        hidden = self.model.base_model(input_ids=tokens, past_key_values=self.cache, use_cache=True).last_hidden_state
+        self.root = hidden[torch.arange(len(prompts), device=device), self.lengths - 1]
+        self.columns = torch.arange(tokens.shape[1], device=device)
+        self.nodes = self.lengths.new_empty(len(prompts), 0)
+
+    def extend(self, tree: Forest, nodes: Tensor) -> Tensor:
+        """The last hidden states of further nodes, ``[B, n, H]``; their ancestors must be here already, or among them.
+
+        Args:
+            nodes: int64 ``[B, n]``, columns of ``tree``, -1 for none.
+        """
+        self.nodes = torch.cat([self.nodes, nodes], dim=1)
+        end, depth = tree.end[0], tree.positions[0]
+        shown = nodes.clamp(min=0)  # none looks like the root, so that it sees the prompt's last token, and its state is finite
+        position = self.lengths[:, None] - 1 + depth[shown]
+        query, key = nodes[:, :, None], self.nodes[:, None, :]
+        on_path = (key <= query) & (query < end[key]) & (key >= 0)
+
+        def mask(window: int | None) -> Tensor:
+            in_prompt = (self.columns < self.lengths[:, None])[:, None].expand(-1, nodes.shape[1], -1)
+            above = on_path
+            if window is not None:
+                in_prompt = in_prompt & (position[:, :, None] - self.columns < window)
+                above = above & (depth[query] - depth[key] < window)
+            return additive(torch.cat([in_prompt, above], dim=2)[:, None], self.model.dtype)
+
+        return self.model.base_model(
+            input_ids=tree.tokens[0][shown],
+            attention_mask=for_each_kind(self.model, mask),
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def forget(self) -> None:
+        """Keep the prompts alone."""
+        self.cache.crop(-self.nodes.shape[1])
+        self.nodes = self.nodes[:, :0]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given prompts alone."""
+        self.cache.batch_select_indices(rows)
+        self.root, self.lengths, self.nodes = self.root[rows], self.lengths[rows], self.nodes[rows]
+
+
+@torch.no_grad()
+def score_all(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree) -> Tensor:
+    """log pi of every title after each prompt, ``[prompts, titles]``, as one pass over each pair would give it."""
+    prompted = _Prompted(lm, prompts)
+    rows = len(prompts)
+    scores = torch.empty(rows, len(catalogue), device=lm.device, dtype=_dtype(lm))
+    for members, tree in catalogue.blocks:
+        tree = tree.to(lm.device)
+        nodes = len(tree.states)
+        hidden = prompted.root[:, None]
+        if nodes > 1:
+            below = torch.arange(1, nodes, device=lm.device).expand(rows, -1)
+            hidden = torch.cat([hidden, prompted.extend(tree, below)], dim=1)
+            prompted.forget()
+        first = nodes * torch.arange(rows, device=lm.device)[:, None]
+        logps = token_logps(prompted.model, hidden.flatten(0, 1), (first + tree.edge_state).flatten(), tree.edge_token.repeat(rows))
+        scores[:, members.to(lm.device)] = tree.sum_by_response(logps.view(rows, -1))
+    return scores
+
+
+@torch.no_grad()
+def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) -> Tensor:
+    """As :func:`score_all` for the ``k`` best titles of each prompt; a bound from above for the rest, ``[prompts, titles]``.
+
+    Best first: the log-probability of a prefix bounds that of every title that begins with it, so that what lies under a
+    prefix below the k-th best title found need not be looked at. All bounds are below the k-th best score.
+
+    Args:
+        k: at least 1; more than the catalogue has means all of it.
+    """
+    prompted = _Prompted(lm, prompts)
+    tree, nodes, k = catalogue.whole.to(lm.device), catalogue.nodes, min(k, len(catalogue))
+    start, token, to = (torch.from_numpy(part).to(lm.device) for part in catalogue.edges)
+    degree = torch.bincount(start, minlength=nodes)
+    first = degree.cumsum(0) - degree
+    # The log-probability of each prefix and, after the nodes, of each title; -inf for what is not known yet.
+    found = torch.full((len(prompts), nodes + len(catalogue)), -torch.inf, device=lm.device, dtype=_dtype(lm))
+    found[:, 0] = 0
+    frontier = torch.zeros(len(prompts), nodes, dtype=torch.bool, device=lm.device)  # known, but not what follows
+    frontier[:, 0] = True
+
+    def open_(rows: Tensor, opened: Tensor, hidden: Tensor) -> None:
+        """Find the log-probabilities of all that leaves node ``opened[i]`` of prompt ``rows[i]``; all ``[n]``, and ``[n, H]``."""
+        count = degree[opened]
+        state = torch.repeat_interleave(count)
+        edge = torch.arange(len(state), device=lm.device) - (count.cumsum(0) - count)[state] + first[opened][state]
+        logps = token_logps(prompted.model, hidden, state, token[edge])
+        found[rows[state], to[edge]] = found[rows, opened][state] + logps
+        frontier[rows, opened] = False
+        inner = to[edge] < nodes
+        frontier[rows[state][inner], to[edge][inner]] = True
+
+    going = torch.arange(len(prompts), device=lm.device)
+    open_(going, torch.zeros_like(going), prompted.root)
+    while True:
+        bounds = found[going, :nodes].masked_fill(~frontier[going], -torch.inf)
+        kth = found[going, nodes:].topk(k).values[:, -1:]
+        bounds, best = bounds.topk(min(k, nodes))
+        worth = (bounds >= kth) & (bounds > -torch.inf)
+        unfinished = worth.any(1)
+        if not unfinished.any():
+            break
+        if not unfinished.all():
+            prompted.select(unfinished.nonzero()[:, 0])
+            going, best, worth = going[unfinished], best[unfinished], worth[unfinished]
+        width = int(worth.sum(1).max())  # sorted: the first of each row
+        best, worth = best[:, :width], worth[:, :width]
+        hidden = prompted.extend(tree, best.where(worth, -1))
+        open_(going[:, None].expand_as(best)[worth], best[worth], hidden[worth])
+
+    prefix, end = found[:, :nodes], tree.positions[0][:nodes]
+    parent = torch.zeros(nodes, dtype=torch.long, device=lm.device)
+    inner = to < nodes
+    parent[to[inner]] = start[inner]
+    for depth in range(1, int(end.max()) + 1):
+        level = (end == depth).nonzero()[:, 0]
+        prefix[:, level] = prefix[:, level].where(prefix[:, level] > -torch.inf, prefix[:, parent[level]])
+    last = torch.empty(len(catalogue), dtype=torch.long, device=lm.device)
+    last[to[~inner] - nodes] = start[~inner]
+    titles = found[:, nodes:]
+    return titles.where(titles > -torch.inf, prefix[:, last])
+
+
+def _under_root(titles: Ragged) -> Forest:
+    none = np.zeros(len(titles), np.int64)
+    return plant(Ragged(np.zeros(1, np.int64), np.ones(1, np.int64)), none, none + 1, titles)
+
+
+def _dtype(lm: LanguageModel) -> torch.dtype:
+    return torch.float64 if lm.causal_lm.dtype == torch.float64 else torch.float32

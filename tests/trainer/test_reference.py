@@ -1,0 +1,93 @@
+"""The kept log-probabilities of the reference change nothing but the work."""
+
+import numpy as np
+import pytest
+import torch
+
+from recbole_sdpo.lm.language_model import LanguageModel
+from recbole_sdpo.settings import check_settings
+from recbole_sdpo.trainer.reference import ReferenceCache
+from tests.trainer.test_training import Recorder, start
+
+SMALL = {"sft_epochs": 1, "sdpo_epochs": 3, "max_train_targets": 200, "stopping_step": 9, "fixed_negatives": True, "eval_step": 0}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many responses the reference was asked for."""
+    counts = []
+    ask = LanguageModel.reference_logps
+    monkeypatch.setattr(LanguageModel, "reference_logps", lambda self, forest: counts.append(forest.responses) or ask(self, forest))
+    return counts
+
+
+def train(settings):
+    trainer, loaders = start(settings)
+    trainer.tensorboard = recorder = Recorder()
+    trainer.fit(*loaders[:2], verbose=False)
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.lm.trainable().values()])
+    return recorder.seen, weights
+
+
+@pytest.mark.parametrize("style", ["history", "candidates"])
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_the_reference_is_asked_once_and_nothing_else_changes(ring, tmp_path, asked, peft, style):
+    settings = ring | SMALL | {"peft": peft, "prompt_style": style, "prompt_candidates": 6, "max_train_targets": None}
+    settings |= {"cache_dir": str(tmp_path / "cache")}
+    seen, weights = train(settings | {"reference": "compute"})
+    every_time = sum(asked)
+    assert not (tmp_path / "cache").exists()
+    asked.clear()
+    cached, same = train(settings)
+    assert 3 * sum(asked) == every_time > 0
+    np.testing.assert_allclose(cached["sdpo/margin"], seen["sdpo/margin"], atol=1e-4)
+    torch.testing.assert_close(same, weights, rtol=0, atol=1e-4)
+    asked.clear()
+    train(settings | {"beta": 0.5, "sdpo_learning_rate": 1e-4})
+    assert not asked and len(list((tmp_path / "cache/reference").glob("*"))) == 1
+
+
+@pytest.mark.parametrize("change", [{"seed": 7}, {"sft_learning_rate": 2e-3}, {"train_neg_sample_args": {"sample_num": 2}}])
+def test_what_the_values_depend_on_makes_another_cache(ring, tmp_path, asked, change):
+    settings = ring | SMALL | {"sdpo_epochs": 1, "cache_dir": str(tmp_path / "cache")}
+    train(settings)
+    first = sum(asked)
+    train(settings | change)
+    assert sum(asked) > first and len(list((tmp_path / "cache/reference").glob("*.npy"))) == 2
+
+
+def test_a_batch_of_which_a_part_is_unknown_is_asked_for(ring, tmp_path):
+    trainer, loaders = start(ring | SMALL)
+    model = trainer.model
+    model.lm.freeze_reference()
+    examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 3)
+    cache = ReferenceCache(tmp_path, model.lm, examples, model.encoder.tokens)
+    values = torch.randn(2, 4)
+    cache.write(np.array([5, 1]), values)
+    assert cache.read(np.array([1, 2])) is None
+    again = ReferenceCache(tmp_path, model.lm, examples, model.encoder.tokens)
+    assert again.file == cache.file and again.read(np.array([1, 5])).equal(values.flip(0))
+
+
+def test_fixed_negatives_are_those_of_every_epoch(ring):
+    trainer, loaders = start(ring | SMALL)
+    examples = trainer.model.examples(loaders[0]._dataset, loaders[0]._sampler, 3)
+    trees = np.array([4, 0, 9])
+    (first, items), (second, again) = examples.batch(trees, 1, "epoch", 0), examples.batch(trees, 2, "epoch", 1)
+    assert np.array_equal(items, again) and np.array_equal(first.target, second.target)
+    assert np.array_equal(items[:, 0], first.target)
+    assert np.array_equal(
+        examples.prompts.target[np.concatenate([np.flatnonzero(examples.prompts.tree == t) for t in trees])], first.target
+    )
+
+
+def test_negatives_drawn_anew_cannot_be_kept(ring):
+    with pytest.raises(ValueError, match="reference='cache' needs negatives that stay the same; set fixed_negatives=True"):
+        start(ring | {"reference": "cache"})
+    assert check_settings(start(ring)[0].config).caches_reference is False
+
+
+def test_a_worker_prepares_the_same_batches(ring):
+    settings = ring | SMALL | {"fixed_negatives": False}
+    (seen, weights), (ahead, same) = train(settings), train(settings | {"worker": 1})
+    assert seen == ahead and same.equal(weights)
