@@ -69,7 +69,8 @@ def multiplications_alone(side: Callable[[], object]) -> Callable[[], None]:
             return spec
         if spec not in stock:
             shape, stride, dtype, device = spec
-            stock[spec] = torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
+            extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride))
+            stock[spec] = torch.randn(extent, dtype=dtype, device=device).as_strided(shape, stride)
         return stock[spec]
 
     calls = [(function, [operand(spec) for spec in args]) for function, args in noted.calls]

@@ -37,6 +37,9 @@ from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.ragged import exclusive_cumsum
 from recbole_sdpo.report.table import markdown_table
 
+SCRATCH_VOCABULARY = 2048
+"""Of the scratch backbone: titles of several tokens, as under a pretrained model's tokenizer; by default they would have one."""
+
 TOKENS = 2048
 """Tokens in our batch, as in the second stage's default."""
 
@@ -63,7 +66,8 @@ class Bench:
     def build(cls, style: str, args: argparse.Namespace) -> Bench:
         """A policy that has moved away from its reference, as in the middle of training."""
         given = {"prompt_style": style, "MAX_ITEM_LIST_LENGTH": 10 if style == "candidates" else 50, "backbone": args.backbone}
-        config = ExperimentConfig("SDPO-LLM", "ml-100k", config_dict=given | {"show_progress": False, "metrics": ["Hit", "NDCG", "MRR"]})
+        given |= {"scratch_vocab_size": SCRATCH_VOCABULARY, "show_progress": False}
+        config = ExperimentConfig("SDPO-LLM", "ml-100k", config_dict=given)
         loaders = data_preparation(config, create_dataset(config))
         torch.manual_seed(0)
         recommender = SDPOLLM(config, loaders[0]._dataset).to(config["device"]).eval()
@@ -87,9 +91,9 @@ class Bench:
         cut = batches(sizes, TOKENS, order[np.argsort(sizes[order], kind="stable")])
         return cut[len(cut) // 2]
 
-    def loss(self, prompts: Prompts, items: np.ndarray, reference: bool | Tensor = True) -> Tensor:
+    def loss(self, prompts: Prompts, items: np.ndarray, known: Tensor | None = None) -> Tensor:
         """Our S-DPO step up to the loss, packing included."""
-        found = self.recommender.logps(self.recommender.encoder.forest(prompts, items), items.shape[1], reference)
+        found = self.recommender.logps(self.recommender.encoder.forest(prompts, items), items.shape[1], True, known)
         return sdpo(*found, 1.0).mean()
 
     def gradient(self, loss: Callable[[], Tensor]) -> list[Tensor]:
@@ -269,7 +273,7 @@ class Bench:
 
 def in_one_row(forest: Forest) -> Forest:
     """The same trees one after another in a single row, without padding."""
-    real = torch.arange(forest.tokens.shape[1]) < forest.end.where(forest.positions == 0, 0).amax(1, keepdim=True)
+    real = torch.arange(forest.tokens.shape[1]) < forest.end[:, :1]  # a tree ends where its root's subtree ends
     sizes = real.sum(1)
     before = torch.from_numpy(exclusive_cumsum(sizes.numpy()))
     where = torch.full(real.shape, -1)

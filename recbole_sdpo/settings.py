@@ -138,13 +138,13 @@ class Settings:
     scratch_hidden_size: int = _at_least(8, 256, "width of the scratch backbone")
     scratch_layers: int = _at_least(1, 4, "its layers")
     scratch_heads: int = _at_least(1, 4, "its attention heads")
-    scratch_vocab_size: int = _at_least(258, 8192, "its vocabulary, bytes included")
+    scratch_vocab_size: int = _at_least(258, 12288, "its vocabulary, bytes included")
     scratch_dropout: float = _share(0.0, "its attention dropout")
 
     # Training
     objective: str = _choice("sdpo", "of the second stage; sft stops after the first", *OBJECTIVES)
     beta: float = _above(0, 1.0, "scale of the rewards")
-    fixed_negatives: bool = _setting(False, "keep the negatives (and prompts) of each target, instead of drawing them anew in each epoch")
+    fixed_negatives: bool = _setting(False, "let each target of the second stage keep its negatives and prompt over all epochs")
     reference: str = _choice(
         "auto",
         "log-probabilities of the reference; cache keeps those of fixed negatives, auto does so where they are fixed",
@@ -165,7 +165,7 @@ class Settings:
 
     # Tuned on the validation set of ml-100k with the scratch backbone.
     sft: StageSettings = field(default_factory=lambda: StageSettings(epochs=2, tokens_per_batch=1024))
-    sdpo: StageSettings = field(default_factory=lambda: StageSettings(learning_rate=3e-4, tokens_per_batch=2048))
+    sdpo: StageSettings = field(default_factory=lambda: StageSettings(learning_rate=3e-4, tokens_per_batch=1024))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
@@ -288,7 +288,7 @@ def _check_recbole(config: Config) -> None:
 
 def _check_full_sort(config: Config, settings: Settings) -> None:
     """Bounds in place of scores serve metrics of the top k alone."""
-    if settings.full_sort == "topk":
+    if settings.full_sort == "topk" and "full" in config["eval_args"]["mode"].values():
         for metric in config["metrics"]:
             needed = set(metrics_dict[metric.lower()].metric_need)
             if needed & {"rec.score", "rec.meanrank"}:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -25,16 +27,41 @@ def attention_inputs(model: PreTrainedModel, forest: Forest, choice: str) -> dic
 
     Args:
         model: a causal language model; its attention implementation is set to the one chosen.
-        choice: ``sdpa``, ``eager``, ``flex_attention``, or ``auto``.
+        choice: ``sdpa``, ``eager``, ``flex_attention``, or ``auto``; checked by :func:`check_attention` before.
     """
-    use(model, _choose(model, forest, choice))
     if forest.chains:
+        set_attention(model, dense_implementation(model, choice))
         return {}
-    make = _block_mask if model.config._attn_implementation == FLEX else _dense_mask
+    long = model.device.type == "cuda" and forest.tokens.shape[1] >= FLEX_FROM
+    if choice == FLEX or (choice == "auto" and long and not _why_no_flex(model)):
+        set_attention(model, FLEX)
+        make = _block_mask
+    else:
+        set_attention(model, dense_implementation(model, choice))
+        make = _dense_mask
     return {"attention_mask": for_each_kind(model, lambda window: make(model, forest, window)), "position_ids": forest.positions}
 
 
-def use(model: PreTrainedModel, implementation: str) -> None:
+def check_attention(model: PreTrainedModel, choice: str) -> None:
+    """May the model attend that way?
+
+    Raises:
+        ValueError: it may not, or it would leave out something without a word.
+    """
+    config = model.config.get_text_config()
+    if choice == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(f"attention='sdpa' leaves out the soft cap of {config.model_type!r}; valid are auto and eager.")
+    if choice == FLEX and (reason := _why_no_flex(model)):
+        raise ValueError(f"attention={FLEX!r} is not for this run: {reason}; valid are auto, sdpa and eager.")
+
+
+def dense_implementation(model: PreTrainedModel, choice: str) -> str:
+    """The implementation that takes a dense mask: SDPA, or eager where asked for or where SDPA would not do."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if choice == "eager" or capped or not model._supports_sdpa else "sdpa"
+
+
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
     """Set the model's attention implementation, if it is another one."""
     if model.config._attn_implementation != implementation:
         model.set_attn_implementation(implementation)
@@ -45,7 +72,7 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-def for_each_kind(model: PreTrainedModel, mask) -> Tensor | BlockMask | dict[str, Tensor | BlockMask]:
+def for_each_kind(model: PreTrainedModel, mask: Callable[[int | None], object]) -> object:
     """``mask(window)`` for the model's layers; by kind of layer where full and sliding attention take turns.
 
     Args:
@@ -60,24 +87,12 @@ def for_each_kind(model: PreTrainedModel, mask) -> Tensor | BlockMask | dict[str
     return {kind: mask(windows[kind]) for kind in kinds}
 
 
-def dense(model: PreTrainedModel, choice: str) -> str:
-    """The implementation that takes a dense mask: SDPA, but eager where asked for or where attention has a soft cap.
-
-    Raises:
-        ValueError: SDPA was asked for, which would leave out the soft cap without a word.
-    """
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if capped and choice == "sdpa":
-        raise ValueError(f"attention='sdpa' leaves out the soft cap of {model.config.model_type!r}; valid are auto and eager.")
-    return "eager" if capped or choice == "eager" else "sdpa"
-
-
-def _choose(model: PreTrainedModel, forest: Forest, choice: str) -> str:
-    if choice == FLEX and not forest.chains:
-        return FLEX
-    long = model.device.type == "cuda" and forest.tokens.shape[1] >= FLEX_FROM and not forest.chains
-    dropout = model.training and getattr(model.config.get_text_config(), "attention_dropout", 0)  # FlexAttention has none
-    return FLEX if choice == "auto" and long and model._supports_flex_attn and not dropout else dense(model, choice)
+def _why_no_flex(model: PreTrainedModel) -> str | None:
+    if not model._supports_flex_attn:
+        return f"transformers has none for {model.config.model_type!r}"
+    if getattr(model.config.get_text_config(), "attention_dropout", 0):
+        return "it has no dropout, and the backbone's attention has"
+    return None
 
 
 def _dense_mask(model: PreTrainedModel, forest: Forest, window: int | None) -> Tensor:

@@ -90,11 +90,13 @@ def load_backbone(
     else:
         model, tokenizer = _load_pretrained(_locate(config), config, dtype)
     model.to(device)
+    adapted = _add_adapter(model, config, seed("adapter")) if config.peft == "lora" else model
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.peft == "lora":
-        model = _add_adapter(model, config, seed("adapter"))
-    return LanguageModel(model, tokenizer, config.attention)
+        # transformers and peft would make the embeddings' output require a gradient, and with it all layers under the
+        # adapters; only reentrant checkpointing needs that.
+        model.disable_input_require_grads()
+    return LanguageModel(adapted, tokenizer, config.attention)
 
 
 def save_backbone(lm: LanguageModel, folder: Path) -> None:

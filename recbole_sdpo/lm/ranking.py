@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from recbole_sdpo.lm.attention import additive, dense, for_each_kind, use
+from recbole_sdpo.lm.attention import additive, dense_implementation, for_each_kind, set_attention
 from recbole_sdpo.lm.forest import Forest, plant
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.projection import token_logps
 from recbole_sdpo.ragged import Ragged, exclusive_cumsum
 
 NODES_AT_ONCE = 256
-"""Nodes to a block, or nearly: attention within a block costs the square of it."""
+"""Nodes that are kept for a prompt at a time, or nearly: attention among them costs the square of it."""
 
 
 class TitleTree:
@@ -32,10 +32,14 @@ class TitleTree:
 
     def __init__(self, titles: Ragged) -> None:
         self.titles = titles
-        self.whole = _under_root(titles)
 
     def __len__(self) -> int:
         return len(self.titles)
+
+    @cached_property
+    def whole(self) -> Forest:
+        """The tree of all titles."""
+        return _under_root(self.titles)
 
     @cached_property
     def blocks(self) -> list[tuple[Tensor, Forest]]:
@@ -72,7 +76,7 @@ class _Prompted:
 
     def __init__(self, lm: LanguageModel, prompts: Ragged) -> None:
         self.model: PreTrainedModel = lm.causal_lm
-        use(self.model, dense(self.model, lm.attention))
+        set_attention(self.model, dense_implementation(self.model, lm.attention))
         device = self.model.device
         tokens, self.lengths = torch.from_numpy(prompts.padded(0)).to(device), torch.from_numpy(prompts.lengths).to(device)
         self.cache = DynamicCache()  # without the model's config, so that layers with a window keep what is beyond it, too
@@ -146,62 +150,67 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
     """As :func:`score_all` for the ``k`` best titles of each prompt; a bound from above for the rest, ``[prompts, titles]``.
 
     Best first: the log-probability of a prefix bounds that of every title that begins with it, so that what lies under a
-    prefix below the k-th best title found need not be looked at. All bounds are below the k-th best score.
+    prefix below the k-th best title found need not be looked at. All bounds are below the k-th best score. A prompt for
+    which the model is so unsure that more than :data:`NODES_AT_ONCE` nodes would be opened has all titles scored.
 
     Args:
         k: at least 1; more than the catalogue has means all of it.
     """
     prompted = _Prompted(lm, prompts)
     tree, nodes, k = catalogue.whole.to(lm.device), catalogue.nodes, min(k, len(catalogue))
-    start, token, to = (torch.from_numpy(part).to(lm.device) for part in catalogue.edges)
+    start, token, leads_to = (torch.from_numpy(part).to(lm.device) for part in catalogue.edges)
     degree = torch.bincount(start, minlength=nodes)
     first = degree.cumsum(0) - degree
     # The log-probability of each prefix and, after the nodes, of each title; -inf for what is not known yet.
     found = torch.full((len(prompts), nodes + len(catalogue)), -torch.inf, device=lm.device, dtype=_dtype(lm))
     found[:, 0] = 0
     frontier = torch.zeros(len(prompts), nodes, dtype=torch.bool, device=lm.device)  # known, but not what follows
-    frontier[:, 0] = True
 
-    def open_(rows: Tensor, opened: Tensor, hidden: Tensor) -> None:
+    def expand(rows: Tensor, opened: Tensor, hidden: Tensor) -> None:
         """Find the log-probabilities of all that leaves node ``opened[i]`` of prompt ``rows[i]``; all ``[n]``, and ``[n, H]``."""
         count = degree[opened]
         state = torch.repeat_interleave(count)
         edge = torch.arange(len(state), device=lm.device) - (count.cumsum(0) - count)[state] + first[opened][state]
         logps = token_logps(prompted.model, hidden, state, token[edge])
-        found[rows[state], to[edge]] = found[rows, opened][state] + logps
+        found[rows[state], leads_to[edge]] = found[rows, opened][state] + logps
         frontier[rows, opened] = False
-        inner = to[edge] < nodes
-        frontier[rows[state][inner], to[edge][inner]] = True
+        inner = leads_to[edge] < nodes
+        frontier[rows[state][inner], leads_to[edge][inner]] = True
 
-    going = torch.arange(len(prompts), device=lm.device)
-    open_(going, torch.zeros_like(going), prompted.root)
+    active = torch.arange(len(prompts), device=lm.device)
+    expand(active, torch.zeros_like(active), prompted.root)
+    width = k
     while True:
-        bounds = found[going, :nodes].masked_fill(~frontier[going], -torch.inf)
-        kth = found[going, nodes:].topk(k).values[:, -1:]
-        bounds, best = bounds.topk(min(k, nodes))
-        worth = (bounds >= kth) & (bounds > -torch.inf)
-        unfinished = worth.any(1)
+        bounds = found[active, :nodes]
+        bounds = bounds.masked_fill(~frontier[active] | bounds.isnan(), -torch.inf)
+        kth = found[active, nodes:].topk(k).values[:, -1:]
+        bounds, best = bounds.topk(min(width, nodes))
+        promising = (bounds >= kth) & (bounds > -torch.inf)
+        unfinished = promising.any(1)
         if not unfinished.any():
             break
         if not unfinished.all():
             prompted.select(unfinished.nonzero()[:, 0])
-            going, best, worth = going[unfinished], best[unfinished], worth[unfinished]
-        width = int(worth.sum(1).max())  # sorted: the first of each row
-        best, worth = best[:, :width], worth[:, :width]
-        hidden = prompted.extend(tree, best.where(worth, -1))
-        open_(going[:, None].expand_as(best)[worth], best[worth], hidden[worth])
+            active, best, promising = active[unfinished], best[unfinished], promising[unfinished]
+        most = int(promising.sum(1).max())  # sorted: the first of each row
+        if prompted.nodes.shape[1] + most > NODES_AT_ONCE:
+            found[active, nodes:] = score_all(lm, prompts.take(active.cpu().numpy()), catalogue)
+            break
+        best, promising = best[:, :most], promising[:, :most]
+        hidden = prompted.extend(tree, best.where(promising, -1))
+        expand(active[:, None].expand_as(best)[promising], best[promising], hidden[promising])
+        width *= 2
 
-    prefix, end = found[:, :nodes], tree.positions[0][:nodes]
+    prefix, titles, depth = found[:, :nodes], found[:, nodes:], tree.positions[0]
+    inner = leads_to < nodes
     parent = torch.zeros(nodes, dtype=torch.long, device=lm.device)
-    inner = to < nodes
-    parent[to[inner]] = start[inner]
-    for depth in range(1, int(end.max()) + 1):
-        level = (end == depth).nonzero()[:, 0]
-        prefix[:, level] = prefix[:, level].where(prefix[:, level] > -torch.inf, prefix[:, parent[level]])
+    parent[leads_to[inner]] = start[inner]
+    for at in range(1, int(depth.max()) + 1):
+        level = (depth == at).nonzero()[:, 0]
+        prefix[:, level] = prefix[:, level].where(prefix[:, level] != -torch.inf, prefix[:, parent[level]])
     last = torch.empty(len(catalogue), dtype=torch.long, device=lm.device)
-    last[to[~inner] - nodes] = start[~inner]
-    titles = found[:, nodes:]
-    return titles.where(titles > -torch.inf, prefix[:, last])
+    last[leads_to[~inner] - nodes] = start[~inner]
+    return titles.where(titles != -torch.inf, prefix[:, last])
 
 
 def _under_root(titles: Ragged) -> Forest:

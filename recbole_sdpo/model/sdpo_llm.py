@@ -18,7 +18,7 @@ from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.sampler.sampler import AbstractSampler
-from recbole.utils import InputType
+from recbole.utils import EvaluatorType, InputType
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
@@ -67,6 +67,8 @@ class SDPOLLM(SequentialRecommender):
         self.negatives: int = config["train_neg_sample_args"]["sample_num"] if OBJECTIVES[settings.objective].negatives else 0
         self.objective = "sft"
 
+        if config["eval_type"] == EvaluatorType.RANKING and max(config["topk"]) >= self.n_items:
+            raise ValueError(f"topk={config['topk']} asks for more than the {self.n_items - 1} items that there are; give smaller ones.")
         self.catalogue = Catalogue.from_dataset(dataset, settings.title_fields, settings.title_article_first)
         self.units = Units(len(self.catalogue.titles), Templates.load(settings.prompt_templates))
         chosen = BackboneConfig(**{f.name: getattr(settings, f.name) for f in fields(BackboneConfig)})
@@ -130,18 +132,20 @@ class SDPOLLM(SequentialRecommender):
     ) -> NegativeSampler | None:
         return NegativeSampler(sampler, self.catalogue, met_items(dataset), setting) if sampler else None
 
-    def logps(self, forest: Forest, width: int, reference: bool | Tensor) -> Logps:
+    def logps(self, forest: Forest, width: int, reference: bool, known: Tensor | None = None) -> Logps:
         """Log-probabilities of a forest whose responses are, for each target, its title and K negative ones.
 
         Args:
             width: 1 + K.
-            reference: ask the reference too, or what it said, ``[T, 1 + K]``; if false, zeros stand in for it.
+            reference: the reference's, too; zeros stand in for them otherwise.
+            known: what the reference said, ``[T, 1 + K]``, if that is known already.
         """
-        if reference is True:
-            policy, ref = (logps.view(-1, width) for logps in self.lm.policy_and_reference(forest))
+        if reference and known is None:
+            policy, known = self.lm.policy_and_reference(forest)
         else:
-            policy = self.lm(forest).view(-1, width)
-            ref = torch.zeros_like(policy) if reference is False else reference
+            policy = self.lm(forest)
+        policy = policy.view(-1, width)
+        ref = torch.zeros_like(policy) if known is None else known.view(-1, width)
         return Logps(policy[:, 0], policy[:, 1:], ref[:, 0], ref[:, 1:])
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:

@@ -126,7 +126,7 @@ class SDPOTrainer(Trainer):
             self._log(f"{name}: already done in {self.run_dir}.", verbose)
             return self.reports[name]
         main = self.accelerator.is_main_process
-        stage = self._open(name, train_data, verbose)
+        stage = self._open(name, train_data, verbose, show_progress and main)
         self._start_score(name, valid_data if stage.settings.epochs == 0 else None, show_progress)
         began = saved_at = time.time()
         best, kept = self._snapshot(), False
@@ -177,7 +177,7 @@ class SDPOTrainer(Trainer):
         keep_state(now=True)
         return self.reports[name]
 
-    def _open(self, name: str, train_data: AbstractDataLoader, verbose: bool) -> Stage:
+    def _open(self, name: str, train_data: AbstractDataLoader, verbose: bool, show_progress: bool) -> Stage:
         """The stage before its first step: policy and reference in place, examples and optimizer built."""
         settings, stage_settings = self.model.settings, getattr(self.model.settings, name)
         if name == "sft" and settings.sft_checkpoint:
@@ -193,7 +193,7 @@ class SDPOTrainer(Trainer):
         cache = None
         if kind.reference and settings.caches_reference:
             folder = Path(settings.cache_dir).expanduser() / "reference"
-            cache = ReferenceCache(folder, self.model.lm, examples, self.model.encoder.tokens)
+            cache = ReferenceCache(folder, self.model.lm, examples, self.model.encoder.tokens, self.accelerator.mixed_precision)
         stage = Stage(
             name, objective, stage_settings, limit, self.model, examples, self.accelerator, self.tensorboard, cache, self.config["worker"]
         )
@@ -203,6 +203,9 @@ class SDPOTrainer(Trainer):
             + negatives * kind.negatives,
             verbose,
         )
+        if cache:
+            self._log(f"{name}: the reference's log-probabilities are in {cache.file}", verbose)
+            stage.fill_cache(show_progress)
         return stage
 
     def _start_score(self, name: str, valid_data: AbstractDataLoader | None, show_progress: bool) -> None:

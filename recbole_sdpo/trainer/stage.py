@@ -37,6 +37,9 @@ SORTED_TOGETHER = 256
 """Trees that are sorted by size together, so that a batch holds trees of about one size: less padding."""
 
 
+KEPT_TOGETHER = 64
+"""Batches after each of which what the reference said is written down."""
+
 PROGRESS = ("targets", "tokens", "step", "epoch", "epoch_steps", "epoch_targets", "epoch_loss")
 """What of a stage changes as it runs, but for weights and optimizer; sums and counts."""
 
@@ -99,7 +102,7 @@ class Stage:
         objective: a key of ``OBJECTIVES``.
         limit: targets to an epoch, or None for all.
         writer: a TensorBoard writer, or None.
-        cache: what the reference said of the examples, or None to ask it at every step.
+        cache: what the reference said of the examples (see :meth:`fill_cache`), or None to ask it at every step.
         workers: processes that prepare batches ahead; 0 for none.
     """
 
@@ -205,7 +208,7 @@ class Stage:
         flat = [(trees, self.step + ahead, part) for ahead, step in enumerate(plan) for part, trees in enumerate(step)]
         data = Batches(flat, self.examples, self.model.encoder, self.name, self.model.seed, (state.process_index, state.num_processes))
         # Its own generator: torch's loaders draw from the global one else.
-        return DataLoader(data, batch_size=None, collate_fn=_as_it_is, num_workers=self.workers, generator=torch.Generator())
+        return DataLoader(data, batch_size=None, collate_fn=_unchanged, num_workers=self.workers, generator=torch.Generator())
 
     def _step(self, step: list[Batch | None], targets: int) -> tuple[float, int]:
         """One optimizer step; returns the sum of the losses and the number of targets, over all processes."""
@@ -243,14 +246,33 @@ class Stage:
         self.step, self.targets, self.tokens = self.step + 1, self.targets + targets, self.tokens + int(tokens)
         return loss, targets
 
+    def fill_cache(self, show_progress: bool) -> None:
+        """Ask the reference once for all that the stage will train on and that is not known yet."""
+        state, each = self.accelerator, self.examples.targets
+        of_tree = np.repeat(np.arange(len(each)), each)
+        planned = [trees for epoch in range(self.settings.epochs) for step in self.plan(epoch) for trees in step]
+        planned = np.intersect1d(np.concatenate(planned), of_tree[self.cache.missing()]) if planned else np.empty(0, np.int64)
+        cut = [planned[rows] for rows in batches(self._sizes[planned], self.settings.tokens_per_batch)]
+        coming = iter(self._loader([[trees] for trees in cut]))
+        bar = tqdm(total=len(planned), ncols=110, unit="tree", disable=not show_progress or not cut, desc="asking the reference")
+        for first in range(0, len(cut), KEPT_TOGETHER):
+            part = cut[first : first + KEPT_TOGETHER]
+            targets = np.flatnonzero(np.isin(of_tree, np.concatenate(part)))
+            found = torch.zeros(len(targets), self.model.negatives + 1, device=self.model.lm.device)
+            for batch in filter(None, (next(coming) for _ in part)):
+                with state.autocast():
+                    logps = self.model.lm.reference_logps(batch.forest).view(-1, batch.width)
+                found[torch.from_numpy(np.searchsorted(targets, batch.targets)).to(found.device)] = logps.to(found.dtype)
+            found = state.reduce(found, "sum") if state.num_processes > 1 else found
+            if state.is_local_main_process:
+                self.cache.write(targets, found)
+            bar.update(sum(map(len, part)))
+        bar.close()
+        state.wait_for_everyone()
+
     def _logps(self, batch: Batch, reference: bool) -> Logps:
-        known = self.cache.read(batch.targets) if self.cache else None
-        if known is not None:
-            return self.model.logps(batch.forest, batch.width, known.to(self.model.lm.device))
-        found = self.model.logps(batch.forest, batch.width, reference)
-        if self.cache:
-            self.cache.write(batch.targets, torch.cat([found.ref_pos[:, None], found.ref_neg], dim=1))
-        return found
+        known = self.cache.read(batch.targets).to(self.model.lm.device) if self.cache else None
+        return self.model.logps(batch.forest, batch.width, reference, known)
 
     def _write(self, loss: float, shown: list[float], norm: float) -> None:
         rate = self.scheduler.get_last_lr()[0]
@@ -264,5 +286,5 @@ class Stage:
             self.writer.add_scalar(f"{self.name}/{name}", value, self.step)
 
 
-def _as_it_is(batch: Batch | None) -> Batch | None:
+def _unchanged(batch: Batch | None) -> Batch | None:
     return batch

@@ -3,7 +3,7 @@ import pytest
 from recbole.data import create_dataset, data_preparation
 from scipy import stats
 
-from recbole_sdpo.data.candidates import PopulationSampler, fingerprint, freeze
+from recbole_sdpo.data.candidates import FrozenCandidates, PopulationSampler, fingerprint, freeze
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.sequences import met_items
@@ -131,3 +131,11 @@ def test_purposes_have_generators_of_their_own():
     with recbole_draws(1, "a"):
         np.random.random()
     assert np.random.random() == expected
+
+
+def test_frozen_candidates_know_whom_they_were_frozen_for():
+    frozen = FrozenCandidates("test", np.array([3, 1, 3]), np.array([7, 9, 2]), np.arange(6).reshape(3, 2))
+    assert frozen.sample_by_user_ids([3, 3, 1], [2, 7, 9], 2).tolist() == [4, 0, 2, 5, 1, 3]
+    for user, item in ((3, 9), (2, 7), (9, 9), (1, 30)):
+        with pytest.raises(KeyError, match="not frozen for"):
+            frozen.sample_by_user_ids([user], [item], 2)

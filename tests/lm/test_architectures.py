@@ -144,10 +144,22 @@ def test_chains_take_the_causal_path_and_agree(name):
     torch.testing.assert_close(LanguageModel(model, None)(forest), one_by_one(model, trunks, tree, start, responses), rtol=0, atol=1e-9)
 
 
-def test_a_model_that_reworks_its_logits_is_refused():
-    config = transformers.CohereConfig(**BASE | {"logit_scale": 0.1})
-    with pytest.raises(ValueError, match="changes its logits"):
-        LanguageModel(transformers.AutoModelForCausalLM.from_config(config), None)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.CohereConfig(**BASE | {"logit_scale": 0.1}), "scores a tree otherwise than one sequence at a time"),
+        (transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCAB), "scores a tree otherwise"),
+        (transformers.BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=VOCAB), "cannot score a tree"),
+    ],
+    ids=["scaled logits", "positions by distance", "two-dimensional masks"],
+)
+def test_a_model_that_a_forest_does_not_suit_is_refused(config, message):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    with pytest.raises(ValueError, match=message):
+        LanguageModel(model, None)
 
 
 def test_sdpa_is_refused_where_it_would_leave_out_a_soft_cap():
@@ -214,3 +226,21 @@ def test_layers_below_the_lowest_adapter_run_once_for_both(name):
 def test_nothing_is_shared_when_all_is_trained():
     assert LanguageModel(build("Llama", "sdpa", False, torch.float64), None)._shared == 0
     assert LanguageModel(build("Llama", "sdpa", True, torch.float64), None)._shared == 0
+
+
+def test_checkpointing_keeps_no_more_of_the_layers_that_are_shared(tmp_path):
+    """peft would make the embeddings' output require a gradient, and so all layers under the adapters."""
+    from recbole_sdpo.lm.backbone import load_backbone
+    from tests.lm.test_backbone import CPU, config
+
+    def tracked(checkpointing):
+        given = config(backbone="scratch", peft="lora", lora_layers=[1], gradient_checkpointing=checkpointing)
+        lm = load_backbone(given.resolve(CPU), CPU, lambda: ["a b c"], lambda purpose: 0).train()
+        seen = []
+        lm._layers[0].register_forward_hook(lambda layer, args, output: seen.append(output.requires_grad))
+        lm(plant(Ragged.from_rows([[3, 4, 5]]), np.array([0, 0]), np.array([2, 3]), Ragged.from_rows([[7, 8], [9]]))).sum().backward()
+        return seen, torch.cat([p.grad.flatten() for p in lm.trainable().values()])
+
+    (seen, gradient), (with_it, same) = tracked(False), tracked(True)
+    assert seen == [False] and with_it == [False]
+    torch.testing.assert_close(same, gradient)

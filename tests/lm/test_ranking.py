@@ -70,6 +70,31 @@ def test_any_catalogue_and_any_k(sharp, seed, number, k, tokens):
 
 
 @torch.no_grad()
+def test_an_unsure_model_has_all_titles_scored(sharp, monkeypatch):
+    monkeypatch.setattr(ranking, "NODES_AT_ONCE", 12)
+    rng, prompts = np.random.default_rng(3), Ragged.from_rows(PROMPTS)
+    titles = [[*rng.integers(4, 8, 4), 3] for _ in range(60)]
+    lm, tree = LanguageModel(build("Llama", "sdpa", False, torch.float64), None), TitleTree(Ragged.from_rows(titles))
+    whole = []
+    score = ranking.score_all
+    monkeypatch.setattr(ranking, "score_all", lambda lm, prompts, tree: whole.append(len(prompts)) or score(lm, prompts, tree))
+    check_top(score_top(lm, prompts, tree, 8), score(lm, prompts, tree), 8)
+    assert whole
+    whole.clear()
+    check_top(score_top(LanguageModel(sharp, None), prompts, tree, 8), score(LanguageModel(sharp, None), prompts, tree), 8)
+
+
+@torch.no_grad()
+def test_what_is_not_a_number_stays_so():
+    model = build("Llama", "sdpa", False, torch.float64)
+    model.model.norm.weight[0] = torch.nan
+    lm, tree = LanguageModel.__new__(LanguageModel), TitleTree(Ragged.from_rows(catalogue(np.random.default_rng(0), 9)))
+    torch.nn.Module.__init__(lm)
+    lm.model, lm.attention = model, "sdpa"
+    assert score_top(lm, Ragged.from_rows(PROMPTS), tree, 2).isnan().any(1).all()
+
+
+@torch.no_grad()
 def test_the_search_leaves_out_what_cannot_be_among_the_best(sharp):
     titles = catalogue(np.random.default_rng(1), 400, tokens=30)
     lm, tree = LanguageModel(sharp, None), TitleTree(Ragged.from_rows(titles))

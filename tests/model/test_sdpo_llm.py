@@ -163,6 +163,8 @@ def test_the_top_of_a_full_ranking_is_exact(ring):
     settings = ring | {"eval_args": {"mode": "full"}, "max_train_targets": 60, "topk": [1, 3], "valid_metric": "NDCG@3"}
     exact, top = (quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"full_sort": way}) for way in ("exact", "topk"))
     assert top["test_result"] == exact["test_result"]
+    with pytest.raises(ValueError, match=r"topk=\[10, 25\] asks for more than the 24 items"):
+        build(settings | {"topk": [10, 25], "valid_metric": "NDCG@10"})
     with pytest.raises(ValueError, match="full_sort='topk' finds the top k alone, and metric GAUC needs all scores"):
         build(settings | {"full_sort": "topk", "metrics": ["Hit", "GAUC"], "valid_metric": "Hit@1"})
 

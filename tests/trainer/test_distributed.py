@@ -35,7 +35,7 @@ def launch(processes, settings, folder, model="SDPO-LLM"):
 def test_two_processes_are_one(ring, tmp_path, peft):
     # One batch of many trees, and batches of one tree, of which the second process has no share.
     settings = ring | {"peft": peft, "sft_tokens_per_batch": 250, "sdpo_tokens_per_batch": 100, "max_train_targets": 150}
-    settings |= {"sft_gradient_accumulation": 2, "prompt_style": "history"}
+    settings |= {"sft_gradient_accumulation": 2, "prompt_style": "history", "fixed_negatives": peft == "lora"}
     one, losses_of_one = launch(1, settings, tmp_path / "one")
     two, losses_of_two = launch(2, settings, tmp_path / "two")
     assert two["machine"]["processes"] == 2

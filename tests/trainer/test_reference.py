@@ -56,17 +56,41 @@ def test_what_the_values_depend_on_makes_another_cache(ring, tmp_path, asked, ch
     assert sum(asked) > first and len(list((tmp_path / "cache/reference").glob("*.npy"))) == 2
 
 
-def test_a_batch_of_which_a_part_is_unknown_is_asked_for(ring, tmp_path):
+def test_what_was_written_is_read_and_the_rest_is_missing(ring, tmp_path):
     trainer, loaders = start(ring | SMALL)
     model = trainer.model
     model.lm.freeze_reference()
     examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 3)
-    cache = ReferenceCache(tmp_path, model.lm, examples, model.encoder.tokens)
+    cache = ReferenceCache(tmp_path, model.lm, examples, model.encoder.tokens, "no")
     values = torch.randn(2, 4)
     cache.write(np.array([5, 1]), values)
-    assert cache.read(np.array([1, 2])) is None
-    again = ReferenceCache(tmp_path, model.lm, examples, model.encoder.tokens)
+    with pytest.raises(KeyError, match="does not have all that this run asks of it; delete it"):
+        cache.read(np.array([1, 2]))
+    again = ReferenceCache(tmp_path, model.lm, examples, model.encoder.tokens, "no")
     assert again.file == cache.file and again.read(np.array([1, 5])).equal(values.flip(0))
+    assert np.flatnonzero(~again.missing()).tolist() == [1, 5]
+    assert ReferenceCache(tmp_path, model.lm, examples, model.encoder.tokens, "bf16").file != cache.file
+
+
+def test_the_scale_of_an_adapter_is_part_of_the_reference(ring, tmp_path):
+    files = set()
+    for alpha in (32, 8):
+        trainer, loaders = start(ring | SMALL | {"peft": "lora", "lora_alpha": alpha})
+        model = trainer.model
+        examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 3)
+        files.add(ReferenceCache(tmp_path, model.lm, examples, model.encoder.tokens, "no").file)
+    assert len(files) == 2
+
+
+def test_a_part_of_the_targets_is_asked_for_once_and_a_warm_cache_changes_no_bit(ring, tmp_path, asked):
+    settings = ring | SMALL | {"max_train_targets": 130, "sdpo_epochs": 2, "cache_dir": str(tmp_path / "cache")}
+    cold, weights = train(settings)
+    first = sum(asked)
+    targets = len(np.load(next((tmp_path / "cache/reference").glob("*.npy"))))
+    assert 4 * 130 < first < 4 * targets
+    asked.clear()
+    warm, same = train(settings)
+    assert not asked and warm == cold and same.equal(weights)
 
 
 def test_fixed_negatives_are_those_of_every_epoch(ring):
