@@ -43,6 +43,8 @@ SCRATCH_VOCABULARY = 2048
 TOKENS = 2048
 """Tokens in our batch, as in the second stage's default."""
 
+PARTS = ("steps", "sft", "packing", "ranking")
+
 COLUMNS = ("row", "K", "ours", "plain", "unit", "ratio", "tokens ours", "tokens plain", "MiB ours", "MiB plain")
 
 
@@ -316,6 +318,7 @@ def main() -> None:
     parser.add_argument("--negatives", type=int, nargs="+", default=[1, 3, 7, 15], help="K of the rows that compare steps")
     parser.add_argument("--plain-targets", type=int, default=16, help="targets in a plain step")
     parser.add_argument("--plain-titles", type=int, help="titles that the plain way scores, the rest counted alike; default all")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which rows to measure; default all")
     parser.add_argument("--sft-steps", type=int, default=300, help="of training before the rows that rank")
     args = parser.parse_args()
     sys.argv = sys.argv[:1]  # RecBole reads it, too
@@ -329,16 +332,20 @@ def main() -> None:
 
     for style in ("candidates", "history"):
         bench = Bench.build(style, args)
-        for negatives in args.negatives:
-            note(bench.sdpo_step(negatives), compared)
-        note(bench.trl(), compared)
-        for row in bench.sdpo_over_sft(15):
-            note(row, others)
-        note(bench.packing(3), others)
-    bench.learn(args.sft_steps)
-    note(bench.rank_candidates(), compared)
-    for row in bench.rank_catalogue():
-        note(row, compared)
+        if "steps" in args.parts:
+            for negatives in args.negatives:
+                note(bench.sdpo_step(negatives), compared)
+            note(bench.trl(), compared)
+        if "sft" in args.parts:
+            for row in bench.sdpo_over_sft(15):
+                note(row, others)
+        if "packing" in args.parts:
+            note(bench.packing(3), others)
+    if "ranking" in args.parts:
+        bench.learn(args.sft_steps)
+        note(bench.rank_candidates(), compared)
+        for row in bench.rank_catalogue():
+            note(row, compared)
 
     machine = {
         "device": _device_name(bench.device),

@@ -36,7 +36,6 @@ BETAS = (0.9, 0.98)
 SORTED_TOGETHER = 256
 """Trees that are sorted by size together, so that a batch holds trees of about one size: less padding."""
 
-
 KEPT_TOGETHER = 64
 """Batches after each of which what the reference said is written down."""
 
