@@ -41,7 +41,7 @@ SCRATCH_VOCABULARY = 2048
 """Of the scratch backbone: titles of several tokens, as under a pretrained model's tokenizer; by default they would have one."""
 
 TOKENS = 2048
-"""Tokens in our batch, as in the second stage's default."""
+"""Tokens in our batch."""
 
 PARTS = ("steps", "sft", "packing", "ranking")
 

@@ -32,7 +32,7 @@ from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.registry import add_defaults, default_settings
 from recbole_sdpo.report.table import markdown_table
-from recbole_sdpo.settings import MODEL, Settings, check_settings
+from recbole_sdpo.settings import MODEL, Settings, check_settings, check_topk
 from recbole_sdpo.trainer.sdpo_trainer import run_folder
 
 VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")
@@ -111,6 +111,7 @@ def run(
     raw = create_dataset(config)
     described = str(raw)  # RecBole changes the dataset as it splits it
     catalogue = _catalogue(config, raw)
+    check_topk(config, raw.item_num - 1)
     train_data, valid_data, test_data = data_preparation(config, raw)
     seed = config["seed"] if config.settings.candidates_seed is None else config.settings.candidates_seed
     parts = [loader._dataset for loader in (train_data, valid_data, test_data)]

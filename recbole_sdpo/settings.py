@@ -258,10 +258,16 @@ def check_given(given: Mapping[str, Any]) -> None:
     """Check of what the user gave to RecBole that on which its ``Config`` itself would stumble.
 
     Raises:
-        ValueError: a metric or an evaluation mode is none.
+        ValueError: a metric, a top k or an evaluation mode is none.
     """
     if not isinstance(given.get("valid_metric", ""), str):
         raise ValueError(f"valid_metric={given['valid_metric']!r} must be the name of a metric, such as NDCG@5.")
+    if not isinstance(given.get("eval_args") or {}, dict):
+        raise ValueError(f"eval_args={given['eval_args']!r} must be a dictionary, such as {{'mode': 'full'}}.")
+    topk = given.get("topk", 1)
+    for k in topk if isinstance(topk, list | tuple) else [topk]:
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"topk={topk!r} must be a whole number of 1 or more, or a list of them, such as [1, 5, 10].")
     modes = (given.get("eval_args") or {}).get("mode", "full")
     for mode in modes.values() if isinstance(modes, dict) else [modes]:
         if not re.fullmatch(r"full|labeled|(uni|pop)[1-9][0-9]*", str(mode)):
@@ -270,7 +276,14 @@ def check_given(given: Mapping[str, Any]) -> None:
 
 def _check_recbole(config: Config) -> None:
     """Check what RecBole would find out late, or never."""
-    for key, least in (("seed", 0), ("MAX_ITEM_LIST_LENGTH", 1), ("eval_batch_size", 1), ("stopping_step", 0), ("eval_step", -1)):
+    for key, least in (
+        ("seed", 0),
+        ("MAX_ITEM_LIST_LENGTH", 1),
+        ("eval_batch_size", 1),
+        ("stopping_step", 0),
+        ("eval_step", -1),
+        ("worker", 0),
+    ):
         value = config[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{key}={value!r} must be a whole number, {least} or more.")
@@ -286,9 +299,25 @@ def _check_recbole(config: Config) -> None:
         )
 
 
+def check_topk(config: Config, items: int) -> None:
+    """RecBole's top k must not ask for more items than there are.
+
+    Args:
+        items: of the catalogue, without the padding.
+
+    Raises:
+        ValueError: it does; RecBole would find out at its first evaluation.
+    """
+    if config["eval_type"] == EvaluatorType.RANKING and max(config["topk"]) > items:
+        raise ValueError(f"topk={config['topk']} asks for more than the {items} items that there are; give smaller ones.")
+
+
 def _check_full_sort(config: Config, settings: Settings) -> None:
     """Bounds in place of scores serve metrics of the top k alone."""
-    if settings.full_sort == "topk" and "full" in config["eval_args"]["mode"].values():
+    if settings.full_sort == "topk":
+        if "full" not in config["eval_args"]["mode"].values():
+            getLogger().warning(f"full_sort='topk' has no effect with eval_args.mode={config['eval_args']['mode']}, which ranks a sample.")
+            return
         for metric in config["metrics"]:
             needed = set(metrics_dict[metric.lower()].metric_need)
             if needed & {"rec.score", "rec.meanrank"}:

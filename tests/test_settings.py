@@ -6,7 +6,7 @@ from recbole.quick_start import run_recbole
 from recbole_sdpo import settings as module
 from recbole_sdpo.data.prompts import TEMPLATE_FOLDER
 from recbole_sdpo.quick_start import ExperimentConfig, run
-from recbole_sdpo.settings import Settings, check_unknown, names
+from recbole_sdpo.settings import Settings, check_given, check_unknown, names
 from tests.conftest import write_dataset
 
 
@@ -139,3 +139,16 @@ def test_a_baseline_without_titles_runs_with_a_warning(tmp_path, caplog, ring):
 
 def test_templates_ship_with_the_package():
     assert {file.stem for file in TEMPLATE_FOLDER.glob("*.yaml")} >= {"items", "movies", "games"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"topk": "ten"}, "topk='ten' must be a whole number of 1 or more, or a list of them"),
+        ({"topk": [0]}, r"topk=\[0\] must be"),
+        ({"eval_args": "full"}, "eval_args='full' must be a dictionary"),
+    ],
+)
+def test_what_recbole_would_stumble_over_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        check_given(given)

@@ -18,7 +18,7 @@ from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.sampler.sampler import AbstractSampler
-from recbole.utils import EvaluatorType, InputType
+from recbole.utils import InputType
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
@@ -33,7 +33,7 @@ from recbole_sdpo.model.encoder import Encoder
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import derive_seed, generator
-from recbole_sdpo.settings import NO_FULL_RANKING, Settings, check_settings
+from recbole_sdpo.settings import NO_FULL_RANKING, Settings, check_settings, check_topk
 
 
 class Logps(NamedTuple):
@@ -67,12 +67,14 @@ class SDPOLLM(SequentialRecommender):
         self.negatives: int = config["train_neg_sample_args"]["sample_num"] if OBJECTIVES[settings.objective].negatives else 0
         self.objective = "sft"
 
-        if config["eval_type"] == EvaluatorType.RANKING and max(config["topk"]) >= self.n_items:
-            raise ValueError(f"topk={config['topk']} asks for more than the {self.n_items - 1} items that there are; give smaller ones.")
+        check_topk(config, self.n_items - 1)
         self.catalogue = Catalogue.from_dataset(dataset, settings.title_fields, settings.title_article_first)
         self.units = Units(len(self.catalogue.titles), Templates.load(settings.prompt_templates))
         chosen = BackboneConfig(**{f.name: getattr(settings, f.name) for f in fields(BackboneConfig)})
         self.backbone = chosen.resolve(torch.device(self.device))
+        idle = [key for key in config.external_config_dict if key.startswith("lora_") and self.backbone.peft != "lora"]
+        if idle:
+            self.logger.warning(f"{', '.join(idle)} has no effect with peft='none', which trains all weights; set peft=lora.")
 
         def titles() -> list[str]:
             # The root damps the most popular titles, so that the rarer ones get merges of their own, too.

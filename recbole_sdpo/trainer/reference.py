@@ -33,17 +33,26 @@ class ReferenceCache:
         examples: with their negatives.
         tokens: the tokens of every unit.
         precision: of mixed precision, as ``accelerate`` names it.
+
+    Raises:
+        ValueError: the file is there but not whole.
     """
 
     def __init__(self, folder: Path, lm: LanguageModel, examples: FixedExamples, tokens: Ragged, precision: str) -> None:
         self.file = folder / f"{_digest(lm, examples, tokens, precision)}.npy"
         with PartialState().local_main_process_first():
             if not self.file.is_file():
-                folder.mkdir(parents=True, exist_ok=True)
                 part = self.file.with_suffix(f".{os.getpid()}.part")
                 with part.open("wb") as stream:
                     np.save(stream, np.full(examples.items.shape, np.nan, np.float32))
                 os.replace(part, self.file)  # whole or not at all
+        # Mapping a file that was cut short would lengthen it with zeros, which are log-probabilities.
+        try:
+            whole = np.load(self.file, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"{self.file} in cache_dir cannot be read ({error}); delete it, and the run makes it anew.") from error
+        if whole.shape != examples.items.shape or whole.dtype != np.float32:
+            raise ValueError(f"{self.file} in cache_dir is not what this run wrote there; delete it, and the run makes it anew.")
         self._values = np.load(self.file, mmap_mode="r+")
 
     def missing(self) -> np.ndarray:

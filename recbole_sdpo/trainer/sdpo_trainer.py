@@ -192,8 +192,9 @@ class SDPOTrainer(Trainer):
         limit = settings.targets_limit(name)
         cache = None
         if kind.reference and settings.caches_reference:
-            folder = Path(settings.cache_dir).expanduser() / "reference"
-            cache = ReferenceCache(folder, self.model.lm, examples, self.model.encoder.tokens, self.accelerator.mixed_precision)
+            cache = ReferenceCache(
+                self._reference_folder(), self.model.lm, examples, self.model.encoder.tokens, self.accelerator.mixed_precision
+            )
         stage = Stage(
             name, objective, stage_settings, limit, self.model, examples, self.accelerator, self.tensorboard, cache, self.config["worker"]
         )
@@ -204,9 +205,18 @@ class SDPOTrainer(Trainer):
             verbose,
         )
         if cache:
-            self._log(f"{name}: the reference's log-probabilities are in {cache.file}", verbose)
+            known = int((~cache.missing()).sum())
+            self._log(f"{name}: of {known:,} targets the reference's log-probabilities are in {cache.file} already", verbose)
             stage.fill_cache(show_progress)
         return stage
+
+    def _reference_folder(self) -> Path:
+        folder = Path(self.model.settings.cache_dir).expanduser() / "reference"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cache_dir={self.model.settings.cache_dir!r} cannot hold files ({error}); give another folder.") from error
+        return folder
 
     def _start_score(self, name: str, valid_data: AbstractDataLoader | None, show_progress: bool) -> None:
         """The score to beat: of the SFT model for alignment, of the start for a stage that will not train, else the worst."""
@@ -305,13 +315,16 @@ class SDPOTrainer(Trainer):
         """Check what could fail late, and freeze the candidates of the given loaders, in the order of the split.
 
         Raises:
-            ValueError: a user has too few negatives left, or a prompt is too long for the backbone.
+            ValueError: a user has too few negatives left, a prompt is too long for the backbone, or nothing can be kept in
+            ``cache_dir``.
         """
         if not self._parts:
             self.eval_collector.data_collect(train_data)
             self._parts = [train_data._dataset]
             self.model.check_negatives(train_data._dataset, train_data._sampler)
             self.model.check_prompts(train_data._dataset, self.model.settings.prompt_candidates)
+            if self.model.settings.caches_reference:
+                self._reference_folder()
         for loader in eval_data:
             if loader:
                 self._freeze(loader)

@@ -115,3 +115,21 @@ def test_a_worker_prepares_the_same_batches(ring):
     settings = ring | SMALL | {"fixed_negatives": False}
     (seen, weights), (ahead, same) = train(settings), train(settings | {"worker": 1})
     assert seen == ahead and same.equal(weights)
+
+
+def test_a_file_that_was_cut_short_is_no_cache(ring, tmp_path):
+    trainer, loaders = start(ring | SMALL)
+    model = trainer.model
+    examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 3)
+    file = ReferenceCache(tmp_path, model.lm, examples, model.encoder.tokens, "no").file
+    for content in (file.read_bytes()[:-400], b"", b"something else"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="in cache_dir cannot be read .*; delete it"):
+            ReferenceCache(tmp_path, model.lm, examples, model.encoder.tokens, "no")
+
+
+def test_a_folder_that_cannot_be_is_found_before_training(ring, tmp_path):
+    (tmp_path / "file").write_text("")
+    trainer, loaders = start(ring | SMALL | {"cache_dir": str(tmp_path / "file" / "x")})
+    with pytest.raises(ValueError, match=r"cache_dir=.* cannot hold files \(.*\); give another folder"):
+        trainer.prepare(*loaders[:2])
