@@ -48,17 +48,16 @@ def check_attention(model: PreTrainedModel, choice: str) -> None:
     Raises:
         ValueError: it may not, or it would leave out something without a word.
     """
-    config = model.config.get_text_config()
-    if choice == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError(f"attention='sdpa' leaves out the soft cap of {config.model_type!r}; valid are auto and eager.")
+    if choice == "sdpa" and _soft_capped(model):
+        kind = model.config.get_text_config().model_type
+        raise ValueError(f"attention='sdpa' leaves out the soft cap of {kind!r}; valid are auto and eager.")
     if choice == FLEX and (reason := _why_no_flex(model)):
         raise ValueError(f"attention={FLEX!r} is not for this run: {reason}; valid are auto, sdpa and eager.")
 
 
 def dense_implementation(model: PreTrainedModel, choice: str) -> str:
     """The implementation that takes a dense mask: SDPA, or eager where asked for or where SDPA would not do."""
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    return "eager" if choice == "eager" or capped or not model._supports_sdpa else "sdpa"
+    return "eager" if choice == "eager" or _soft_capped(model) or not model._supports_sdpa else "sdpa"
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:
@@ -85,6 +84,10 @@ def for_each_kind(model: PreTrainedModel, mask: Callable[[int | None], object]) 
         return mask(window)
     windows = {"full_attention": None, "sliding_attention": window}
     return {kind: mask(windows[kind]) for kind in kinds}
+
+
+def _soft_capped(model: PreTrainedModel) -> bool:
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def _why_no_flex(model: PreTrainedModel) -> str | None:

@@ -54,7 +54,7 @@ class LanguageModel(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The policy's ``transformers`` model, without the wrapper of ``peft``."""
-        return _causal_lm(self.model)
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def train(self, mode: bool = True) -> LanguageModel:
         """As in ``nn.Module``, but what policy and reference share stays in evaluation mode, so that no dropout is in it."""
@@ -102,6 +102,7 @@ class LanguageModel(nn.Module):
 
     def policy_and_reference(self, forest: Forest) -> tuple[Tensor, Tensor]:
         """:meth:`forward` and :meth:`reference_logps`; what lies under the lowest adapter runs once for both."""
+        forest = forest.to(self.device)  # once for both
         if not self._shared:
             return self(forest), self.reference_logps(forest)
         found: list = []
@@ -216,10 +217,6 @@ def _layers_below_training(model: PreTrainedModel, layers: tuple[nn.Module, ...]
     if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
         return 0  # upper layers take keys and values from lower ones, not their output alone
     return next(number for number, own in enumerate(by_layer) if own)
-
-
-def _causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _check_kinds(model: PreTrainedModel) -> None:

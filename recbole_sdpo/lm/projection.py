@@ -21,7 +21,7 @@ def token_logps(model: PreTrainedModel, hidden: Tensor, edge_state: Tensor, edge
         edge_token: int64 ``[E]``.
     """
     trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
-    return _TokenLogps.apply(partial(to_logits, model), hidden, edge_state, edge_token, *trained)
+    return _TokenLogps.apply(partial(_to_logits, model), hidden, edge_state, edge_token, *trained)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -70,7 +70,7 @@ def _chunks(hidden: Tensor, edge_state: Tensor, logits_of: partial) -> list[tupl
     return [(slice(low, high), slice(first, last)) for low, high, first, last in zip(bounds, bounds[1:], edges, edges[1:], strict=False)]
 
 
-def to_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+def _to_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The model's logits of the given last hidden states, in float32 or more."""
     raw = model.get_output_embeddings()(hidden)
     raw = raw if raw.dtype == torch.float64 else raw.float()

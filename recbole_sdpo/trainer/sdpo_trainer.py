@@ -126,9 +126,9 @@ class SDPOTrainer(Trainer):
             self._log(f"{name}: already done in {self.run_dir}.", verbose)
             return self.reports[name]
         main = self.accelerator.is_main_process
+        began = saved_at = time.time()  # what the reference is asked before the first step counts, too
         stage = self._open(name, train_data, verbose, show_progress and main)
         self._start_score(name, valid_data if stage.settings.epochs == 0 else None, show_progress)
-        began = saved_at = time.time()
         best, kept = self._snapshot(), False
         if resumed.get("stage") == name:
             if (self.run_dir / name).is_dir():

@@ -138,7 +138,10 @@ class Stage:
     @property
     def targets_per_epoch(self) -> int:
         """Training targets in an epoch."""
-        return sum(int(self.examples.targets[trees].sum()) for step in self.plan(0) for trees in step)
+        return self._targets(self.plan(0))
+
+    def _targets(self, plan: list[list[np.ndarray]]) -> int:
+        return sum(int(self.examples.targets[trees].sum()) for step in plan for trees in step)
 
     def plan(self, epoch: int) -> list[list[np.ndarray]]:
         """The trees of each batch of each optimizer step, the same on every process."""
@@ -179,7 +182,7 @@ class Stage:
         self.model.objective = self.objective
         plan = self.plan(self.epoch)
         bar = tqdm(
-            total=sum(int(self.examples.targets[trees].sum()) for step in plan for trees in step),
+            total=self._targets(plan),
             initial=self.epoch_targets,
             ncols=110,
             unit="target",
@@ -190,7 +193,7 @@ class Stage:
         todo = plan[self.epoch_steps :]
         coming = iter(self._loader(todo))
         for step in todo:
-            loss, targets = self._step([next(coming) for _ in step], sum(int(self.examples.targets[trees].sum()) for trees in step))
+            loss, targets = self._step([next(coming) for _ in step], self._targets([step]))
             self.epoch_steps, self.epoch_loss = self.epoch_steps + 1, self.epoch_loss + loss
             self.epoch_targets += targets
             bar.update(targets)

@@ -191,3 +191,17 @@ def test_fields_may_have_other_names(tmp_path, ring):
     baseline = quick_start.run("GRU4Rec", "toy", config_dict=ring | names | {"data_path": str(folder.parent), "epochs": 1})
     assert renamed["test_result"] == plain["test_result"] and renamed["popularity"] == plain["popularity"]
     assert len({result["candidates_sha256"] for result in (plain, renamed, baseline)}) == 1
+
+
+def test_no_model_is_trained_for_a_top_k_beyond_the_catalogue(ring):
+    full = ring | {"eval_args": {"mode": "full"}, "topk": [5, 50]}
+    for model in ("Pop", "SDPO-LLM"):
+        with pytest.raises(ValueError, match=r"topk=\[5, 50\] asks for more than the 24 items"):
+            quick_start.run(model, "toy", config_dict=full)
+
+
+def test_settings_without_effect_say_so(ring, caplog):
+    build(ring | {"lora_layers": [1], "full_sort": "topk"})
+    assert "lora_layers has no effect with peft='none'" in caplog.text and "full_sort='topk' has no effect" in caplog.text
+    with pytest.raises(ValueError, match="worker=-1 must be a whole number, 0 or more"):
+        build(ring | {"worker": -1})

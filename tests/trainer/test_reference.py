@@ -7,6 +7,7 @@ import torch
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.settings import check_settings
 from recbole_sdpo.trainer.reference import ReferenceCache
+from recbole_sdpo.trainer.stage import Stage
 from tests.trainer.test_training import Recorder, start
 
 SMALL = {"sft_epochs": 1, "sdpo_epochs": 3, "max_train_targets": 200, "stopping_step": 9, "fixed_negatives": True, "eval_step": 0}
@@ -133,3 +134,14 @@ def test_a_folder_that_cannot_be_is_found_before_training(ring, tmp_path):
     trainer, loaders = start(ring | SMALL | {"cache_dir": str(tmp_path / "file" / "x")})
     with pytest.raises(ValueError, match=r"cache_dir=.* cannot hold files \(.*\); give another folder"):
         trainer.prepare(*loaders[:2])
+
+
+def test_the_time_of_a_stage_holds_that_of_asking_the_reference(ring, monkeypatch):
+    trainer, loaders = start(ring | SMALL | {"sdpo_epochs": 1})
+    clock = [0.0]
+    monkeypatch.setattr("recbole_sdpo.trainer.sdpo_trainer.time.time", lambda: clock[0])
+    fill = Stage.fill_cache
+    monkeypatch.setattr(Stage, "fill_cache", lambda *args: clock.__setitem__(0, 1000.0) or fill(*args))
+    monkeypatch.setattr(Stage, "run_epoch", lambda stage, *_: setattr(stage, "epoch", stage.epoch + 1) or 0.0)
+    trainer.fit(*loaders[:2], verbose=False)
+    assert trainer.reports["sft"].wall_s == 0 and trainer.reports["sdpo"].wall_s == 1000
