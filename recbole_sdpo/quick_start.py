@@ -15,6 +15,7 @@ from logging import INFO, WARNING, getLogger
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import recbole
 import torch
 import transformers
@@ -26,14 +27,17 @@ from recbole.trainer import Trainer
 from recbole.utils import ModelType, dict2str, get_model, get_trainer, init_logger, init_seed, set_color
 
 from recbole_sdpo import compat
-from recbole_sdpo.data.candidates import fingerprint, freeze, samples_candidates
+from recbole_sdpo.data.candidates import fingerprint, freeze, samples_candidates, with_mode
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.evaluator.popularity import popularity_result
+from recbole_sdpo.evaluator.ranks import RankCollector
+from recbole_sdpo.evaluator.selection import Selection, restore, snapshot
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.registry import add_defaults, default_settings
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.settings import MODEL, Settings, check_settings, check_topk
 from recbole_sdpo.trainer.sdpo_trainer import run_folder
+from recbole_sdpo.trainer.state import FOLDER
 
 VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")
 
@@ -115,18 +119,23 @@ def run(
     train_data, valid_data, test_data = data_preparation(config, raw)
     seed = config["seed"] if config.settings.candidates_seed is None else config.settings.candidates_seed
     parts = [loader._dataset for loader in (train_data, valid_data, test_data)]
-    for number, loader in ((2, valid_data), (3, test_data)):
-        freeze(loader, parts[:number], catalogue, seed, config.settings.candidates_exclude_history)
-    sha256 = fingerprint(valid_data, test_data)
+    loaders = {config["eval_args"]["mode"]["test"]: (valid_data, test_data)}
+    loaders |= {mode: (with_mode(valid_data, mode), with_mode(test_data, mode)) for mode in config.settings.more_candidates}
+    for pair in loaders.values():
+        for number, loader in enumerate(pair, 2):
+            freeze(loader, parts[:number], catalogue, seed, config.settings.candidates_exclude_history)
+    sha256 = {mode: fingerprint(*pair) for mode, pair in loaders.items()}
     _warn_of_shared_rows(test_data)
 
     init_seed(config["seed"], config["reproducibility"])
     recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, recommender)
+    trainer.eval_collector = RankCollector(config)
     _log_head(config, recommender, train_data, test_data, sha256)
     logger.info(described)
 
-    stages = (_run_stages if config["model"] == MODEL else _fit)(trainer, train_data, valid_data, test_data, saved)
+    selection = Selection(trainer, {mode: loaders[mode][0] for mode in config.settings.more_candidates}, run_dir / FOLDER if saved else None)
+    stages, ranks = (_run_stages if config["model"] == MODEL else _fit)(trainer, train_data, loaders, selection, saved)
     floor = popularity_result(config, train_data, test_data)
     result = {
         "model": config["model"],
@@ -136,6 +145,7 @@ def run(
         "test_result": list(stages.values())[-1]["test"],
         "popularity": floor,
         "candidates_sha256": sha256,
+        "training_targets": len(train_data._dataset),
         "peak_memory_gib": _peak_memory_gib(),
         "machine": {
             "python": platform.python_version(),
@@ -151,6 +161,7 @@ def run(
     if config["model"] == MODEL:
         result["settings"] |= config.settings.to_flat()
     if state.is_main_process:
+        pd.concat(ranks).to_csv(run_dir / "ranks.csv", index=False)
         (run_dir / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         logger.info(f"{set_color('result', 'yellow')}: {run_dir / 'result.json'}\n\n{_table(result)}\n")
     return result
@@ -179,44 +190,68 @@ def _catalogue(config: ExperimentConfig, dataset: Any) -> Catalogue:
     return catalogue
 
 
-def _run_stages(
-    trainer: Any,
-    train_data: AbstractDataLoader,
-    valid_data: AbstractDataLoader,
-    test_data: AbstractDataLoader,
-    saved: bool,
-) -> dict:
-    show = trainer.config["show_progress"]
-    trainer.prepare(train_data, valid_data, test_data)
-    stages = {}
+Loaders = dict[str, tuple[AbstractDataLoader, AbstractDataLoader]]
+"""For each evaluation mode, the one that ``eval_args`` names first, the loaders for validation and test."""
+
+
+def _run_stages(trainer: Any, train_data: AbstractDataLoader, loaders: Loaders, selection: Selection, saved: bool) -> tuple[dict, list]:
+    show, resume = trainer.config["show_progress"], bool(trainer.config["resume"])
+    trainer.prepare(train_data, *(loader for pair in loaders.values() for loader in pair))
+    valid_data, _ = next(iter(loaders.values()))
+    stages, ranks = {}, []
     for name in trainer.stages:
-        report = trainer.fit_stage(name, train_data, valid_data, saved=saved, show_progress=show)
-        test = trainer.evaluate(test_data, show_progress=show)
-        getLogger().info(set_color(f"{name} test", "yellow") + f": {dict2str(test)}")
-        stages[name] = {**vars(report), "valid": _plain(report.valid), "test": _plain(test)}
-    return stages
+        selection.begin(name, resume)
+        if name == "sdpo" and trainer.config["eval_step"] > 0:
+            selection()  # no epoch may be better than its start
+        report = trainer.fit_stage(name, train_data, valid_data, saved=saved, show_progress=show, callback_fn=selection)
+        tests = _test(trainer, loaders, selection, name, ranks)
+        stages[name] = {**vars(report), **_of_main(tests, _plain(report.valid)), "candidates": tests}
+    return stages, ranks
 
 
-def _fit(
-    trainer: Trainer,
-    train_data: AbstractDataLoader,
-    valid_data: AbstractDataLoader,
-    test_data: AbstractDataLoader,
-    saved: bool,
-) -> dict:
-    show = trainer.config["show_progress"]
-    began = time.time()
-    _, valid = trainer.fit(train_data, valid_data, saved=saved, show_progress=show)
+def _fit(trainer: Trainer, train_data: AbstractDataLoader, loaders: Loaders, selection: Selection, saved: bool) -> tuple[dict, list]:
+    valid_data, _ = next(iter(loaders.values()))
+    selection.begin("fit", resume=False)
+    began, ranks = time.time(), []
+    _, valid = trainer.fit(train_data, valid_data, saved=saved, show_progress=trainer.config["show_progress"], callback_fn=selection)
     wall = time.time() - began
     if saved:
         compat.load_best(trainer)
-    test = trainer.evaluate(test_data, load_best_model=False, show_progress=show)
-    getLogger().info(set_color("test", "yellow") + f": {dict2str(test)}")
+    tests = _test(trainer, loaders, selection, "fit", ranks)
     targets = len(train_data._dataset) * len(trainer.train_loss_dict)
-    return {"fit": {"valid": _plain(valid), "test": _plain(test), "wall_s": wall, "targets": targets, "tokens": 0}}
+    fit = {**_of_main(tests, _plain(valid)), "wall_s": wall, "targets": targets, "tokens": 0, "candidates": tests}
+    return {"fit": fit}, ranks
 
 
-def _log_head(config: Config, model: torch.nn.Module, train_data: AbstractDataLoader, test_data: AbstractDataLoader, sha256: str) -> None:
+def _of_main(tests: dict[str, dict], valid: Any) -> dict[str, Any]:
+    """Metrics on the candidates that ``eval_args`` names; ``valid`` are those that the trainer found."""
+    main = next(iter(tests.values()))
+    main["valid"] = valid
+    return dict(main)
+
+
+def _test(trainer: Trainer, loaders: Loaders, selection: Selection, stage: str, ranks: list[pd.DataFrame]) -> dict[str, dict]:
+    """Metrics for each candidate set, of the weights that are best on it; the ranks behind them are added to ``ranks``."""
+    if trainer.config["eval_step"] > 0 and not selection.valid:
+        selection()  # nothing was trained: the weights are the best there are
+    kept, found = snapshot(trainer.model) if selection.loaders else {}, {}
+    for mode, (_, test_data) in loaders.items():
+        if mode in selection.valid:
+            selection.restore(mode)
+        tokens = test_data._dataset.field2id_token
+        collected = (tokens[test_data._dataset.uid_field], tokens[test_data._dataset.iid_field])
+        trainer.eval_collector.take(*collected)  # those of the validations
+        test = trainer.evaluate(test_data, load_best_model=False, show_progress=trainer.config["show_progress"])
+        ranks.append(trainer.eval_collector.take(*collected).assign(stage=stage, candidates=mode))
+        getLogger().info(set_color(f"{stage} test {mode}", "yellow") + f": {dict2str(test)}")
+        found[mode] = {"valid": _plain(selection.valid.get(mode)), "test": _plain(test)}
+    restore(trainer.model, kept)
+    return found
+
+
+def _log_head(
+    config: Config, model: torch.nn.Module, train_data: AbstractDataLoader, test_data: AbstractDataLoader, sha256: dict[str, str]
+) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = {
         "model": config["model"],
@@ -232,7 +267,8 @@ def _log_head(config: Config, model: torch.nn.Module, train_data: AbstractDataLo
             args = config["train_neg_sample_args"]
             lines["negatives"] = f"{model.negatives} to a target, {args['distribution']}, never of the user's training items"
     lines["device"] = str(config["device"])
-    lines["candidates"] = f"{config['eval_args']['mode']['test']}, {len(test_data._dataset):,} test targets, sha256 {sha256[:16]}…"
+    for mode, digest in sha256.items():
+        lines[f"candidates {mode}"] = f"{len(test_data._dataset):,} test targets, sha256 {digest[:16]}…"
     getLogger().info("\n".join(f"{set_color(key, 'blue')}: {value}" for key, value in lines.items()))
 
 

@@ -47,6 +47,10 @@ PARTS = {
 }
 
 
+MODE = r"full|(uni|pop)[1-9][0-9]*"
+"""Evaluation modes of RecBole that rank a target among items."""
+
+
 def _setting(default: Any, help: str, check: Callable[[Any], bool] = lambda value: True, valid: str = "") -> Any:
     metadata = {"help": help, "check": check, "valid": valid}
     if isinstance(default, list):
@@ -88,7 +92,7 @@ class StageSettings:
 class Settings:
     """All settings of ``SDPO-LLM``."""
 
-    # Data and prompts; the first four also count for the baselines, which meet the same candidates.
+    # Data and prompts; the first five also count for the baselines, which meet the same candidates.
     title_fields: list[str] = _setting(
         ["title"],
         "columns of the .item file that make a title; what follows the first goes in parentheses",
@@ -98,6 +102,12 @@ class Settings:
     title_article_first: bool = _setting(True, "read 'Godfather, The' as 'The Godfather'")
     candidates_exclude_history: bool = _setting(True, "keep items that the user has met out of the sampled candidates")
     candidates_seed: int | None = _at_least(0, None, "seed of the candidates, or null for RecBole's seed")
+    more_candidates: list[str] = _setting(
+        [],
+        "further evaluation modes, such as ['pop19']; each is tested with the weights that are best on its own validation set",
+        lambda modes: all(re.fullmatch(MODE, mode) for mode in modes),
+        "a list of full, uniN and popN, such as ['pop19']",
+    )
     prompt_style: str = _choice("history", "titles in order, or also the candidates in the text", "history", "candidates")
     prompt_templates: str = _setting("items", "a domain of recbole_sdpo/properties/prompts, or a .yaml file of one's own", bool, "a name")
     prompt_candidates: int = _at_least(2, 20, "candidates in the text of a training prompt (style 'candidates')")
@@ -139,7 +149,7 @@ class Settings:
     scratch_layers: int = _at_least(1, 4, "its layers")
     scratch_heads: int = _at_least(1, 4, "its attention heads")
     scratch_vocab_size: int = _at_least(258, 12288, "its vocabulary, bytes included")
-    scratch_dropout: float = _share(0.0, "its attention dropout")
+    scratch_dropout: float = _share(0.0, "its dropout, of embeddings, attention and layers")
 
     # Training
     objective: str = _choice("sdpo", "of the second stage; sft stops after the first", *OBJECTIVES)
@@ -223,6 +233,7 @@ def check_settings(config: Config) -> Settings:
     check_unknown(config.external_config_dict, known, only_near=not ours)
     _check_recbole(config)
     settings = Settings.from_mapping(config.final_config_dict)
+    _check_more_candidates(config, settings)
     if not ours:
         if settings.resume:
             raise ValueError(f"resume={settings.resume!r} is for {MODEL}; {config['model']} starts anew.")
@@ -242,16 +253,29 @@ def check_settings(config: Config) -> Settings:
                 f"train_neg_sample_args.sample_num={number!r}: objective={settings.objective!r} with prompt_style="
                 f"{settings.prompt_style!r} needs 1 or more negatives; or set objective=sft and prompt_style=history."
             )
-        if args["dynamic"]:
-            raise ValueError(f"train_neg_sample_args.dynamic={args['dynamic']!r} is not there for {MODEL}; valid is False.")
+        _check_dynamic(args, settings)
         if in_text and number >= settings.prompt_candidates:
             raise ValueError(
                 f"train_neg_sample_args.sample_num={number}: the negatives are among the {settings.prompt_candidates} candidates "
                 f"of the prompt (prompt_candidates); valid is 1 to {settings.prompt_candidates - 1}."
             )
-    if in_text and "full" in config["eval_args"]["mode"].values():
-        raise ValueError(f"eval_args.mode={config['eval_args']['mode']}: {NO_FULL_RANKING}")
+    if in_text and "full" in (*config["eval_args"]["mode"].values(), *settings.more_candidates):
+        raise ValueError(f"eval_args.mode={config['eval_args']['mode']}, more_candidates={settings.more_candidates}: {NO_FULL_RANKING}")
     return settings
+
+
+def _check_dynamic(args: Mapping[str, Any], settings: Settings) -> None:
+    """Each negative is then the one of ``candidate_num`` draws that the model scores highest."""
+    if not args["dynamic"]:
+        return
+    draws = args["candidate_num"]
+    if not isinstance(draws, int) or draws < 2:
+        raise ValueError(f"train_neg_sample_args.candidate_num={draws!r}: with dynamic=True, give 2 or more draws to a negative.")
+    if settings.fixed_negatives or settings.prompt_style == "candidates":
+        raise ValueError(
+            "train_neg_sample_args.dynamic=True draws negatives anew by the model's scores; it needs fixed_negatives=False and "
+            f"prompt_style='history' (now {settings.fixed_negatives} and {settings.prompt_style!r})."
+        )
 
 
 def check_given(given: Mapping[str, Any]) -> None:
@@ -270,7 +294,7 @@ def check_given(given: Mapping[str, Any]) -> None:
             raise ValueError(f"topk={topk!r} must be a whole number of 1 or more, or a list of them, such as [1, 5, 10].")
     modes = (given.get("eval_args") or {}).get("mode", "full")
     for mode in modes.values() if isinstance(modes, dict) else [modes]:
-        if not re.fullmatch(r"full|labeled|(uni|pop)[1-9][0-9]*", str(mode)):
+        if not re.fullmatch(f"labeled|{MODE}", str(mode)):
             raise ValueError(f"eval_args.mode={mode!r}: valid are full, labeled, and uniN or popN for N sampled items, such as uni19.")
 
 
@@ -296,6 +320,15 @@ def _check_recbole(config: Config) -> None:
     if str(config["valid_metric"]).lower() not in computed:
         raise ValueError(
             f"valid_metric={config['valid_metric']!r} is not computed; with these metrics and topk, valid are {', '.join(computed)}."
+        )
+
+
+def _check_more_candidates(config: Config, settings: Settings) -> None:
+    modes = [config["eval_args"]["mode"]["test"], *settings.more_candidates]
+    if settings.more_candidates and (config["eval_type"] != EvaluatorType.RANKING or len(set(modes)) < len(modes)):
+        raise ValueError(
+            f"more_candidates={settings.more_candidates} must differ from each other and from eval_args.mode="
+            f"{config['eval_args']['mode']['test']!r}, and both must rank items."
         )
 
 

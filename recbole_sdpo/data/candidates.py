@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from recbole.data.dataloader import FullSortEvalDataLoader
+from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader, NegSampleDataLoader
 from recbole.data.dataset import Dataset
 from recbole.sampler.sampler import AbstractSampler
@@ -96,6 +97,17 @@ def freeze(loader: AbstractDataLoader, parts: Sequence[Dataset], catalogue: Cata
     )
     with recbole_draws(seed, "candidates", phase):
         loader._sampler = FrozenCandidates(phase, user, target, sampler.draw(user, target, args["sample_num"]))
+
+
+def with_mode(loader: AbstractDataLoader, mode: str) -> AbstractDataLoader:
+    """A loader of the same targets as ``loader``, which must not be frozen yet, for another evaluation mode, such as ``pop19``."""
+    config = copy.copy(loader.config)
+    args = config["eval_args"] | {"mode": {"valid": mode, "test": mode}}
+    config.final_config_dict = config.final_config_dict | {"eval_args": args}
+    for phase in ("valid", "test"):
+        config._set_eval_neg_sample_args(phase)
+    kind = FullSortEvalDataLoader if mode == "full" else NegSampleEvalDataLoader
+    return kind(config, loader._dataset, loader._sampler, shuffle=False)
 
 
 def samples_candidates(loader: AbstractDataLoader) -> bool:

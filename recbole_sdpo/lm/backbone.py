@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.language_model import LanguageModel
-from recbole_sdpo.lm.scratch import build_llama, train_tokenizer
+from recbole_sdpo.lm.scratch import build_model, train_tokenizer
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -79,7 +79,7 @@ def load_backbone(
         raise ValueError(f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; valid are auto, sdpa and eager.")
     if config.backbone == "scratch":
         tokenizer = train_tokenizer(titles(), config.scratch_vocab_size)
-        model = build_llama(
+        model = build_model(
             len(tokenizer),
             config.scratch_hidden_size,
             config.scratch_layers,

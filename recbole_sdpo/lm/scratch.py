@@ -1,4 +1,4 @@
-"""The ``scratch`` backbone: a small Llama and a byte-level BPE, both made for one catalogue."""
+"""The ``scratch`` backbone: a small GPT-NeoX and a byte-level BPE, both made for one catalogue."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 START = "<s>"
 
@@ -36,15 +36,22 @@ def train_tokenizer(titles: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
     )
 
 
-def build_llama(vocab_size: int, hidden_size: int, layers: int, heads: int, dropout: float, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights, tied embeddings and a feed-forward width of three times ``hidden_size``."""
-    config = LlamaConfig(
+def build_model(vocab_size: int, hidden_size: int, layers: int, heads: int, dropout: float, seed: int) -> GPTNeoXForCausalLM:
+    """A GPT-NeoX with random weights, rotary positions and tied embeddings.
+
+    Of the small decoders in ``transformers`` it has dropout where sequential recommenders have it: after the embeddings, in
+    the attention and after each half of a layer.
+    """
+    config = GPTNeoXConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
+        intermediate_size=4 * hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
+        hidden_dropout=dropout,
         attention_dropout=dropout,
+        use_parallel_residual=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -53,4 +60,4 @@ def build_llama(vocab_size: int, hidden_size: int, layers: int, heads: int, drop
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return GPTNeoXForCausalLM(config)

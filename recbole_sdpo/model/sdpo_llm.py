@@ -64,7 +64,9 @@ class SDPOLLM(SequentialRecommender):
         settings, self.config = self.settings, config
         self.seed: int = config["seed"]
         self.window: int = config["MAX_ITEM_LIST_LENGTH"] + 1
-        self.negatives: int = config["train_neg_sample_args"]["sample_num"] if OBJECTIVES[settings.objective].negatives else 0
+        negatives = config["train_neg_sample_args"]
+        self.negatives: int = negatives["sample_num"] if OBJECTIVES[settings.objective].negatives else 0
+        self.draws: int = negatives["candidate_num"] if negatives["dynamic"] else 1  # to a negative, of which the hardest counts
         self.objective = "sft"
 
         check_topk(config, self.n_items - 1)
@@ -92,7 +94,7 @@ class SDPOLLM(SequentialRecommender):
 
         Args:
             sampler: RecBole's sampler of training negatives.
-            negatives: K, or 0 for a stage that needs none.
+            negatives: how many to draw for a target, or 0 for a stage that needs none.
         """
         drawn, settings = self._negative_sampler(dataset, sampler), self.settings
         if settings.prompt_style == "history":
@@ -123,7 +125,7 @@ class SDPOLLM(SequentialRecommender):
             ValueError: some user has met too many items.
         """
         rows, in_text = dataset.inter_feat, self.settings.prompt_style == "candidates"
-        wanted = {"train_neg_sample_args": self.negatives, "prompt_candidates": (self.settings.prompt_candidates - 1) * in_text}
+        wanted = {"train_neg_sample_args": self.negatives * self.draws, "prompt_candidates": (self.settings.prompt_candidates - 1) * in_text}
         for setting, number in wanted.items():
             if number:
                 drawn = self._negative_sampler(dataset, sampler, setting)

@@ -21,11 +21,13 @@ from recbole.utils import calculate_valid_score, dict2str, get_local_time, set_c
 
 from recbole_sdpo.data.candidates import freeze, samples_candidates
 from recbole_sdpo.data.sequences import training_sequences
+from recbole_sdpo.evaluator.selection import restore, snapshot
 from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.stage import Stage
+from recbole_sdpo.trainer.steps import StepFile
 from recbole_sdpo.trainer.state import load_state, read_state, save_state
 
 # What makes a run what it is, beside our own settings; and what of those a resumed run may change.
@@ -79,6 +81,7 @@ class SDPOTrainer(Trainer):
         self.saved_model_file = str(self.run_dir)
         self.reports: dict[str, StageReport] = {}
         self._parts: list = []
+        self._frozen: list = []
         if not self.accelerator.is_main_process:
             self.tensorboard.close()
             self.tensorboard = None
@@ -129,15 +132,18 @@ class SDPOTrainer(Trainer):
         began = saved_at = time.time()  # what the reference is asked before the first step counts, too
         stage = self._open(name, train_data, verbose, show_progress and main)
         self._start_score(name, valid_data if stage.settings.epochs == 0 else None, show_progress)
-        best, kept = self._snapshot(), False
+        best, kept = snapshot(self.model), False
         if resumed.get("stage") == name:
             if (self.run_dir / name).is_dir():
                 restore_policy(self.model.lm, self.run_dir / name)
-                best, kept = self._snapshot(), True
+                best, kept = snapshot(self.model), True
             load_state(self.run_dir, stage)
             self.best_valid_score, self.best_valid_result, self.cur_step = resumed["best"]
             began -= resumed["wall_s"]
             self._log(f"{name}: resumed at step {stage.step}, epoch {stage.epoch}.", verbose)
+
+        if main and stage.settings.epochs:
+            stage.step_file = StepFile(self.run_dir, name, stage.step)
 
         def keep_state(now: bool = False) -> None:
             nonlocal saved_at
@@ -166,10 +172,12 @@ class SDPOTrainer(Trainer):
                 if stop:
                     self._log(f"{name}: no better {self.valid_metric} in {self.cur_step} evaluations; stopping.", verbose)
             if better:
-                best, kept = self._snapshot(), True
+                best, kept = snapshot(self.model), True
                 self._save(name, saved)
             keep_state(now=True)
-        self._restore(best)
+        if stage.step_file:
+            stage.step_file.close()
+        restore(self.model, best)
         if not kept:
             self._log(f"{name}: its start is kept, as no epoch was better.", verbose and stage.settings.epochs > 0)
             self._save(name, saved)
@@ -188,7 +196,7 @@ class SDPOTrainer(Trainer):
         kind = OBJECTIVES[objective]
         if kind.reference:
             self.model.lm.freeze_reference()
-        examples = self.model.examples(train_data._dataset, train_data._sampler, self.model.negatives if kind.negatives else 0)
+        examples = self.model.examples(train_data._dataset, train_data._sampler, self.model.negatives * self.model.draws if kind.negatives else 0)
         limit = settings.targets_limit(name)
         cache = None
         if kind.reference and settings.caches_reference:
@@ -331,23 +339,16 @@ class SDPOTrainer(Trainer):
 
     def _freeze(self, loader: AbstractDataLoader) -> None:
         """Candidates are frozen here where RecBole's ``run_recbole`` called us; our own command has done it before."""
-        if loader._dataset in self._parts:
+        if any(loader is known for known in self._frozen):
             return
         if not self._parts:
             raise RuntimeError("The candidates depend on what users met in training; call fit() or prepare() before evaluate().")
+        self._frozen.append(loader)
         self._parts.append(loader._dataset)
         settings = self.model.settings
         seed = self.config["seed"] if settings.candidates_seed is None else settings.candidates_seed
         freeze(loader, self._parts, self.model.catalogue, seed, settings.candidates_exclude_history)
         self.model.check_prompts(loader._dataset, loader.times if samples_candidates(loader) else 0)
-
-    def _snapshot(self) -> dict[str, torch.Tensor]:
-        return {name: weight.detach().cpu().clone() for name, weight in self.model.lm.trainable().items()}
-
-    @torch.no_grad()
-    def _restore(self, snapshot: dict[str, torch.Tensor]) -> None:
-        for name, weight in self.model.lm.trainable().items():
-            weight.copy_(snapshot[name])
 
     def _save(self, stage: str, saved: bool) -> None:
         if saved and self.accelerator.is_main_process:

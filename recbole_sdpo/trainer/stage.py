@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from recbole_sdpo.data.examples import Examples
-from recbole_sdpo.data.prompts import batches
+from recbole_sdpo.data.prompts import Prompts, batches
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.encoder import Encoder
@@ -27,6 +27,7 @@ from recbole_sdpo.ragged import exclusive_cumsum, steps
 from recbole_sdpo.random import derive_seed, generator
 from recbole_sdpo.settings import StageSettings
 from recbole_sdpo.trainer.reference import ReferenceCache
+from recbole_sdpo.trainer.steps import DIAGNOSTICS, StepFile
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -49,13 +50,20 @@ class Batch:
 
     Attributes:
         forest: of its trees.
-        width: responses to a target, 1 + K.
+        prompts: of the forest.
+        items: int64 ``[T, 1 + K]``, its responses: each target and its negatives.
         targets: int64 ``[T]``, the numbers of its targets among all of the examples'.
     """
 
     forest: Forest
-    width: int
+    prompts: Prompts
+    items: np.ndarray
     targets: np.ndarray
+
+    @property
+    def width(self) -> int:
+        """Responses to a target, 1 + K."""
+        return self.items.shape[1]
 
 
 @dataclass
@@ -87,9 +95,10 @@ class Batches(Dataset):
         mine = np.arange(len(trees))[self.process[0] :: self.process[1]]
         if not len(mine):
             return None
-        forest = self.encoder.forest(prompts.select(mine), items[prompts.target_index(mine)])
+        prompts, items = prompts.select(mine), items[prompts.target_index(mine)]
         each = self.examples.targets[trees[mine]]
-        return Batch(forest, items.shape[1], np.repeat(self.first_target[trees[mine]], each) + steps(each))
+        targets = np.repeat(self.first_target[trees[mine]], each) + steps(each)
+        return Batch(self.encoder.forest(prompts, items), prompts, items, targets)
 
 
 @dataclass
@@ -115,6 +124,7 @@ class Stage:
     writer: object | None
     cache: ReferenceCache | None = None
     workers: int = 0
+    step_file: StepFile | None = field(default=None, init=False)
     targets: int = field(default=0, init=False)
     tokens: int = field(default=0, init=False)
     step: int = field(default=0, init=False)
@@ -220,6 +230,8 @@ class Stage:
         watched = torch.zeros(8, device=model.lm.device, dtype=torch.float64)  # loss, tokens, six diagnostics; sums
         for batch in filter(None, step):
             with self.accelerator.autocast():
+                if kind.negatives and model.draws > 1:
+                    batch = self._hardest(batch)
                 found = self._logps(batch, kind.reference)
             losses = kind.loss(*found, model.settings.beta)
             # Summed over batches and processes, this is the mean over the step's targets.
@@ -242,8 +254,7 @@ class Stage:
                 f"{self.name}_learning_rate (now {settings.learning_rate})."
             )
         self.optimizer.step()
-        if self.writer is not None:
-            self._write(loss / targets, [value / targets for value in shown] if kind.negatives else [], float(norm))
+        self._write(loss / targets, [value / targets for value in shown] if kind.negatives else [], float(norm))
         self.scheduler.step()
         self.step, self.targets, self.tokens = self.step + 1, self.targets + targets, self.tokens + int(tokens)
         return loss, targets
@@ -272,19 +283,27 @@ class Stage:
         bar.close()
         state.wait_for_everyone()
 
+    @torch.no_grad()
+    def _hardest(self, batch: Batch) -> Batch:
+        """``batch`` with, of each negative's draws, the one that the policy scores highest, as RecBole's ``dynamic`` has it."""
+        self.model.eval()
+        scores = self.model.lm(batch.forest).view(-1, batch.width)[:, 1:]
+        self.model.train()
+        drawn = batch.items[:, 1:].reshape(len(scores), -1, self.model.draws)
+        best = scores.view(drawn.shape).argmax(-1, keepdim=True).cpu().numpy()
+        items = np.concatenate([batch.items[:, :1], np.take_along_axis(drawn, best, 2).squeeze(2)], axis=1)
+        return Batch(self.model.encoder.forest(batch.prompts, items), batch.prompts, items, batch.targets)
+
     def _logps(self, batch: Batch, reference: bool) -> Logps:
         known = self.cache.read(batch.targets).to(self.model.lm.device) if self.cache else None
         return self.model.logps(batch.forest, batch.width, reference, known)
 
     def _write(self, loss: float, shown: list[float], norm: float) -> None:
         rate = self.scheduler.get_last_lr()[0]
-        names = ("reward_positive", "reward_negative", "margin", "accuracy", "logp_positive", "hardest_negative_weight")
-        for name, value in {
-            "loss": loss,
-            "gradient_norm": norm,
-            "learning_rate": rate,
-            **dict(zip(names, shown)),
-        }.items():
+        values = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, **dict(zip(DIAGNOSTICS, shown))}
+        if self.step_file is not None:
+            self.step_file.write(self.step, self.targets, values)
+        for name, value in values.items() if self.writer is not None else ():
             self.writer.add_scalar(f"{self.name}/{name}", value, self.step)
 
 

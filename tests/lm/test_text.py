@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recbole_sdpo.lm.scratch import build_llama, train_tokenizer
+from recbole_sdpo.lm.scratch import build_model, train_tokenizer
 from recbole_sdpo.lm.text import encode_text, opening_tokens
 
 TITLES = ["Alien (1979)", "Amélie (2001)", "千と千尋 (2001)"]
@@ -49,9 +49,9 @@ def test_scratch_weights_depend_on_their_seed_alone():
     import torch
 
     torch.manual_seed(1)
-    first = build_llama(64, 16, 1, 2, 0.0, seed=5)
+    first = build_model(64, 16, 1, 2, 0.0, seed=5)
     here = torch.rand(1)
     torch.manual_seed(1)
     assert torch.rand(1) == here  # building drew nothing from the global generator
-    second = build_llama(64, 16, 1, 2, 0.0, seed=5)
+    second = build_model(64, 16, 1, 2, 0.0, seed=5)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

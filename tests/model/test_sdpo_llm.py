@@ -154,7 +154,7 @@ def test_a_large_catalogue_is_ranked_in_parts(ring, monkeypatch):
     model.settings = dataclasses.replace(model.settings, eval_tokens_per_batch=16)
     del model.title_tree
     held = []
-    model.lm.model.model.register_forward_pre_hook(lambda module, args, kwargs: held.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    model.lm.model.base_model.register_forward_pre_hook(lambda module, args, kwargs: held.append(kwargs["input_ids"].numel()), with_kwargs=True)
     torch.testing.assert_close(model.full_sort_predict(interaction), whole, rtol=0, atol=1e-5)
     assert len(held) > 10 and max(held) < 100
 
@@ -190,7 +190,7 @@ def test_fields_may_have_other_names(tmp_path, ring):
     renamed = quick_start.run("SDPO-LLM", "toy", config_dict=small | names | {"data_path": str(folder.parent)})
     baseline = quick_start.run("GRU4Rec", "toy", config_dict=ring | names | {"data_path": str(folder.parent), "epochs": 1})
     assert renamed["test_result"] == plain["test_result"] and renamed["popularity"] == plain["popularity"]
-    assert len({result["candidates_sha256"] for result in (plain, renamed, baseline)}) == 1
+    assert len({result["candidates_sha256"]["uni5"] for result in (plain, renamed, baseline)}) == 1
 
 
 def test_no_model_is_trained_for_a_top_k_beyond_the_catalogue(ring):

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
@@ -313,7 +314,8 @@ def test_result_json_says_what_was_run(ring):
     assert stored == json.loads(json.dumps(result))
     assert list(stored["stages"]) == ["sft", "sdpo"]
     for stage in stored["stages"].values():
-        assert set(stage) == {"valid", "test", "wall_s", "targets", "tokens"}
+        assert set(stage) == {"valid", "test", "wall_s", "targets", "tokens", "candidates"}
+        assert stage["candidates"] == {"uni5": {"valid": stage["valid"], "test": stage["test"]}}
         assert stage["targets"] >= 50 and stage["tokens"] > stage["targets"]
     assert stored["test_result"] == stored["stages"]["sdpo"]["test"]
     assert stored["settings"]["beta"] == 1.0 and stored["settings"]["seed"] == 2020
@@ -326,9 +328,39 @@ def test_baselines_run_on_the_same_candidates(ring, model):
     sha = quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"sft_epochs": 0, "objective": "sft"})["candidates_sha256"]
     result = quick_start.run(model, "toy", config_dict=ring | {"epochs": 1})
     assert result["candidates_sha256"] == sha
-    assert set(result["stages"]) == {"fit"} and set(result["stages"]["fit"]) == {"valid", "test", "wall_s", "targets", "tokens"}
+    assert set(result["stages"]) == {"fit"} and set(result["stages"]["fit"]) == {"valid", "test", "wall_s", "targets", "tokens", "candidates"}
     if model == "Pop":
         assert result["test_result"] == result["popularity"]
+
+
+def test_every_step_has_a_row(ring):
+    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"sft_epochs": 2, "sdpo_epochs": 1, "run_dir": "here"})
+    steps = pd.read_csv("here/steps.csv")
+    sft, sdpo = steps[steps.stage == "sft"], steps[steps.stage == "sdpo"]
+    for rows in (sft, sdpo):
+        assert rows.step.tolist() == list(range(len(rows))) and rows.targets.iloc[0] == 0 and rows.targets.is_monotonic_increasing
+    assert sft.loss.notna().all() and sft.margin.isna().all() and sdpo.notna().all(axis=None)
+    assert sdpo.margin.iloc[0] == pytest.approx(0, abs=1e-5) and sdpo.hardest_negative_weight.between(1 / 3 - 1e-6, 1).all()
+
+
+def test_dynamic_negatives_are_the_hardest_of_their_draws(ring):
+    trainer, loaders = start(ring | {"train_neg_sample_args": {"sample_num": 2, "dynamic": True, "candidate_num": 4}})
+    trainer.prepare(*loaders)
+    stage = trainer._open("sdpo", loaders[0], False, False)
+    assert stage.model.negatives == 2
+    plan = [(trees, 0, 0) for trees in stage.plan(0)[0]]
+    wide = next(iter(stage._loader([[trees] for trees, _, _ in plan])))
+    batch = stage._hardest(wide)
+    assert batch.width == 3 and batch.forest.size < wide.forest.size
+    stage.model.eval()
+    with torch.no_grad():
+        scores = stage.model.lm(wide.forest).view(-1, wide.width)[:, 1:].numpy()
+    for row, (drawn, kept) in enumerate(zip(wide.items, batch.items)):
+        assert kept[0] == drawn[0]
+        for number in range(2):
+            group = slice(4 * number, 4 * number + 4)
+            assert kept[1 + number] == drawn[1:][group][scores[row, group].argmax()]
+    stage.run_epoch(False)
 
 
 def test_full_ranking_runs(ring):

@@ -1,0 +1,79 @@
+"""Each candidate set is tested with the weights that validate best on it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from recbole_sdpo import quick_start
+from recbole_sdpo.evaluator.selection import Selection, restore, snapshot
+
+
+def alone(model, settings, mode):
+    return quick_start.run(model, "toy", config_dict=settings | {"eval_args": {"mode": mode}, "run_dir": f"alone-{mode}"})
+
+
+@pytest.mark.parametrize("model", ["SDPO-LLM", "GRU4Rec"])
+def test_a_further_candidate_set_is_what_a_run_of_its_own_would_have(ring, model):
+    """While no set stops the training early, one run gives what a run for each gives."""
+    settings = ring | {"stopping_step": 50, "epochs": 3, "sft_epochs": 3, "objective": "sft", "candidates_seed": 7}
+    both = quick_start.run(model, "toy", config_dict=settings | {"more_candidates": ["pop9"], "run_dir": "both"})
+    stage = both["stages"]["fit" if model == "GRU4Rec" else "sft"]
+    ranks = pd.read_csv("both/ranks.csv")
+    for mode in ("uni5", "pop9"):
+        one = alone(model, settings, mode)
+        assert both["candidates_sha256"][mode] == one["candidates_sha256"][mode]
+        found = next(iter(one["stages"].values()))
+        assert stage["candidates"][mode] == {"valid": found["valid"], "test": found["test"]}
+        mine = ranks[ranks.candidates == mode].reset_index(drop=True)
+        pd.testing.assert_frame_equal(mine, pd.read_csv(f"alone-{mode}/ranks.csv"))
+
+
+class Sometimes:
+    """A trainer whose validation follows a script."""
+
+    valid_metric, valid_metric_bigger = "ndcg@5", True
+
+    def __init__(self, scores):
+        self.model = torch.nn.Linear(2, 2)
+        self.model.other_parameter = dict
+        self.model.load_other_parameter = lambda rest: None
+        self.scores = scores
+
+    def evaluate(self, loader, load_best_model):
+        return {"ndcg@5": next(self.scores[loader])}
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_each_set_keeps_its_own_best(tmp_path, interrupted):
+    trainer = Sometimes({"a": iter([0.1, 0.3, 0.2]), "b": iter([0.5, 0.4, 0.6])})
+    kept = Selection(trainer, {"pop1": "a", "pop2": "b"}, tmp_path)
+    kept.begin("sft", resume=False)
+    weights = []
+    for epoch in range(3):
+        if epoch == 2 and interrupted:
+            kept = Selection(trainer, {"pop1": "a", "pop2": "b"}, tmp_path)
+            kept.begin("sft", resume=True)
+        torch.nn.init.normal_(trainer.model.weight)
+        weights.append(trainer.model.weight.detach().clone())
+        kept()
+    for mode, best in (("pop1", 1), ("pop2", 2)):
+        kept.restore(mode)
+        assert torch.equal(trainer.model.weight, weights[best])
+    kept.begin("sdpo", resume=False)
+    assert not kept.valid
+
+
+def test_a_snapshot_has_what_training_changes():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    model[0].bias.requires_grad_(False)
+    kept = snapshot(model)
+    assert set(kept) == {"0.weight", *(f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(torch.randn(8, 2)).sum().backward()
+    torch.optim.SGD(p for p in model.parameters() if p.requires_grad).step()
+    assert not np.array_equal(model[1].running_mean, before["1.running_mean"])
+    restore(model, kept)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
