@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import sys
+from pathlib import Path
+from typing import Any
 
 import yaml
 
+from recbole_sdpo.experiment import run_experiment
 from recbole_sdpo.quick_start import run
-from recbole_sdpo.settings import table
+from recbole_sdpo.settings import MODEL, table
 
 
 def main() -> None:
@@ -18,13 +22,16 @@ def main() -> None:
         epilog="Any setting of RecBole or of ours follows as --name=value; recbole-sdpo --settings lists ours.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", default="SDPO-LLM", help="SDPO-LLM, or any model of RecBole, such as GRU4Rec (default: SDPO-LLM)")
+    parser.add_argument("--model", default=MODEL, help="SDPO-LLM, or any model of RecBole, such as GRU4Rec (default: SDPO-LLM)")
     parser.add_argument(
         "--dataset",
-        default="ml-100k",
         help="name of a dataset of atomic files (default: ml-100k, which RecBole brings)",
     )
     parser.add_argument("--config_files", default="", help="YAML files, separated by blanks; a later one overrides an earlier one")
+    parser.add_argument("--experiment", help="a YAML file of many runs, such as configs/ml-100k/compare.yaml: runs them and writes a report")
+    parser.add_argument("--output", help="folder of an experiment's report (default: saved/ and the name of its file)")
+    parser.add_argument("--jobs", type=int, default=1, help="with --experiment: how many runs go on at once, sharing the cores (default: 1)")
+    parser.add_argument("--tune", action="store_true", help="with --experiment: first try the settings under tune of each run")
     parser.add_argument("--settings", action="store_true", help="print our settings with their defaults, and stop")
     args, rest = parser.parse_known_args()
     if args.settings:
@@ -37,6 +44,31 @@ def main() -> None:
                 "and a value that holds '=' in a YAML file."
             )
     try:
-        run(args.model, args.dataset, args.config_files.split())
+        if args.experiment:
+            sys.exit(_experiment(args, rest))
+        run(args.model, args.dataset or "ml-100k", args.config_files.split())
     except (ValueError, NotImplementedError, SyntaxError, FileNotFoundError, FloatingPointError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
+
+
+def _experiment(args: argparse.Namespace, rest: list[str]) -> int:
+    """Run an experiment; every other argument is a setting of all its runs. 1 if a run failed."""
+    given = " ".join(["python", *sys.argv])
+    if args.jobs < 1:
+        raise ValueError(f"--jobs={args.jobs} must be 1 or more.")
+    if args.model != MODEL or args.dataset or args.config_files:
+        raise ValueError("--experiment names models, dataset and settings in its file; leave out --model, --dataset and --config_files.")
+    sys.argv = sys.argv[:1]  # RecBole reads it, and these are not the settings of one run
+    overrides = dict(argument[2:].split("=") for argument in rest)
+    file = Path(args.experiment)
+    output = Path(args.output or Path("saved") / file.stem)
+    failures = run_experiment(file, output, {key: _value(text) for key, text in overrides.items()}, args.tune, args.jobs, given)
+    return int(bool(failures))
+
+
+def _value(text: str) -> Any:
+    """A number, a list, … as Python writes it, or else text, as RecBole reads its command line."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -135,7 +135,8 @@ def run(
     logger.info(described)
 
     selection = Selection(trainer, {mode: loaders[mode][0] for mode in config.settings.more_candidates}, run_dir / FOLDER if saved else None)
-    stages, ranks = (_run_stages if config["model"] == MODEL else _fit)(trainer, train_data, loaders, selection, saved)
+    ours, targets = config["model"] == MODEL, len(train_data._dataset)
+    stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
     floor = popularity_result(config, train_data, test_data)
     result = {
         "model": config["model"],
@@ -145,7 +146,7 @@ def run(
         "test_result": list(stages.values())[-1]["test"],
         "popularity": floor,
         "candidates_sha256": sha256,
-        "training_targets": len(train_data._dataset),
+        "training_targets": min(targets, (ours and config.settings.max_train_targets) or targets),
         "peak_memory_gib": _peak_memory_gib(),
         "machine": {
             "python": platform.python_version(),
@@ -153,12 +154,12 @@ def run(
             "device": str(trainer.device),
             "processes": state.num_processes,
         },
-        "versions": {name: _version(name) for name in VERSIONS},
+        "versions": package_versions(),
         "settings": {key: _plain(value) for key, value in sorted(config.final_config_dict.items())},
         "command": sys.argv,
         "run_dir": str(run_dir),
     }
-    if config["model"] == MODEL:
+    if ours:
         result["settings"] |= config.settings.to_flat()
     if state.is_main_process:
         pd.concat(ranks).to_csv(run_dir / "ranks.csv", index=False)
@@ -296,11 +297,15 @@ def _peak_memory_gib() -> float:
     return round(used / 2**30, 3)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def package_versions() -> dict[str, str | None]:
+    """The versions on which a result depends; None for what is not installed."""
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in VERSIONS}
 
 
 def _plain(value: Any) -> Any:

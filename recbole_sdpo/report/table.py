@@ -1,8 +1,20 @@
-"""Small tables for logs and pages."""
+"""Tables for logs and papers: Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from recbole_sdpo.report.comparison import Comparison, Row
+
+NOTE = (
+    "Best in bold, second best underlined; * differs from the best baseline (p < 0.05 after Holm's correction over the table; "
+    "McNemar's test for HR@1, by sign flips with several seeds, else a paired t-test over users)"
+)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -11,3 +23,78 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str
     width = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = ["| " + " | ".join(cell.ljust(size) for cell, size in zip(row, width)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (size + 2) for size in width) + "|", *lines[1:]])
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """The table of a comparison in Markdown."""
+
+    def cell(row: Row, metric: str) -> str:
+        text = _number(row, metric, " ± ") + "*" * row.significant(metric)
+        place = comparison.placed(metric).index(row.name)
+        return f"**{text}**" if place == 0 else f"<u>{text}</u>" if place == 1 else text
+
+    return markdown_table(_head(comparison), [_cells(comparison, row, cell, "%") for row in comparison.rows])
+
+
+def comparison_latex(comparison: Comparison) -> str:
+    """The table of a comparison for LaTeX with the package booktabs."""
+
+    def cell(row: Row, metric: str) -> str:
+        text = _number(row, metric, r" $\pm$ ") + r"$^{*}$" * row.significant(metric)
+        place = comparison.placed(metric).index(row.name)
+        return rf"\textbf{{{text}}}" if place == 0 else rf"\underline{{{text}}}" if place == 1 else text
+
+    rows = [_cells(comparison, row, cell, r"\%", _escaped) for row in comparison.rows]
+    head = [_escaped(name) for name in _head(comparison)]
+    lines = [" & ".join(map(str, cells)) + r" \\" for cells in (head, *rows)]
+    columns = "l" + "r" * (len(head) - 1)
+    body = [lines[0], r"\midrule", *lines[1:]]
+    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"])
+
+
+def comparison_frame(comparison: Comparison) -> pd.DataFrame:
+    """All numbers of a comparison, a row for each model and metric."""
+    found = []
+    for row in comparison.rows:
+        for metric in comparison.metrics:
+            difference = row.differences.get(metric)
+            found.append(
+                {
+                    "candidates": comparison.candidates,
+                    "model": row.name,
+                    "metric": metric,
+                    "mean": row.mean(metric),
+                    "std": row.std(metric),
+                    "seeds": len(row.seeds),
+                    "users": row.users[metric].shape[1],
+                    "best_baseline": comparison.best_baseline[metric],
+                    "difference": difference and difference.mean,
+                    "low": difference and difference.low,
+                    "high": difference and difference.high,
+                    "test": difference and difference.test,
+                    "p": difference and difference.p,
+                    "p_holm": row.p.get(metric),
+                    "train_s": row.wall_s,
+                }
+            )
+    return pd.DataFrame(found)
+
+
+def _head(comparison: Comparison) -> list[str]:
+    first = comparison.metrics[0]
+    return [comparison.candidates, *comparison.metrics, f"{first} vs {comparison.best_baseline[first]}", "minutes"]
+
+
+def _cells(comparison: Comparison, row: Row, cell, percent: str, name=str) -> list[str]:
+    better = "" if row.name == comparison.best_baseline[comparison.metrics[0]] else f"{100 * row.improvement:+.1f} {percent}"
+    return [name(row.name), *(cell(row, metric) for metric in comparison.metrics), better, f"{row.wall_s / 60:.1f}"]
+
+
+def _number(row: Row, metric: str, between: str) -> str:
+    std = row.std(metric)
+    return f"{row.mean(metric):.4f}" + ("" if math.isnan(std) else f"{between}{std:.4f}")
+
+
+def _escaped(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)

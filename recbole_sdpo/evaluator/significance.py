@@ -1,0 +1,77 @@
+"""Is one model better than another on the same users? Paired tests on the users' metrics, by SciPy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 9999
+"""Of the bootstrap, and of the sign flips that stand in for McNemar's test with several seeds."""
+
+
+class Difference(NamedTuple):
+    """A paired difference of means over users.
+
+    Attributes:
+        mean: first model less second.
+        low, high: its 95 % confidence interval by the percentile bootstrap over users.
+        p: two-sided, of no difference.
+        test: the test that gave it.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    test: str
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Difference:
+    """Compare two models by a metric of the same users in the same order.
+
+    A metric that is 0 or 1 is tested by McNemar's exact test. With several seeds a user's mean is neither, and the same
+    hypothesis, that a user's difference is as likely to have the other sign, is tested by random sign flips. Any other metric
+    takes a paired t-test. Seeds are averaged within each user first: users are what was sampled.
+
+    Args:
+        first, second: float64 ``[seeds, users]``; the numbers of seeds may differ.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: the users differ in number.
+    """
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"{first.shape[1]} users cannot be paired with {second.shape[1]}; compare runs on the same candidates.")
+    difference = first.mean(0) - second.mean(0)
+    rng = np.random.default_rng(seed)
+    interval = stats.bootstrap(
+        (difference,), np.mean, n_resamples=RESAMPLES, batch=500, method="percentile", random_state=rng
+    ).confidence_interval
+    test, p = _test(first, second, difference, rng)
+    return Difference(float(difference.mean()), float(interval.low), float(interval.high), p, test)
+
+
+def _test(first: np.ndarray, second: np.ndarray, difference: np.ndarray, rng: np.random.Generator) -> tuple[str, float]:
+    if not difference.any():
+        return "none", 1.0
+    if not np.isin(np.concatenate([first, second]), (0, 1)).all():
+        return "paired t-test", float(stats.ttest_1samp(difference, 0).pvalue)
+    won, lost = int((difference > 0).sum()), int((difference < 0).sum())
+    if len(first) == len(second) == 1:
+        return "McNemar, exact", float(stats.binomtest(won, won + lost).pvalue)
+    flipped = stats.permutation_test(
+        (difference[difference != 0],), np.mean, permutation_type="samples", n_resamples=RESAMPLES, batch=500, random_state=rng
+    )
+    return "sign flips", float(flipped.pvalue)
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Holm's correction (1979): adjusted p-values, float64, which bound the chance of any false rejection among all of them."""
+    p = np.asarray(p, float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return adjusted

@@ -1,0 +1,91 @@
+"""What a run's result depends on, as one hash: a run of the same identity need not be run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import recbole_sdpo
+from recbole_sdpo.quick_start import ExperimentConfig, package_versions
+
+# Settings that say where and how to run, not what comes out; of files the contents count, and not where they lie.
+WITHOUT_INFLUENCE = {
+    "cache_dir",
+    "checkpoint_dir",
+    "config_files",
+    "data_path",
+    "gpu_id",
+    "log_wandb",
+    "resume",
+    "run_dir",
+    "save_minutes",
+    "saved",
+    "sft_checkpoint",
+    "show_progress",
+    "state",
+    "verbose",
+    "wandb_project",
+    "worker",
+}
+
+# Settings that may name a file or a folder.
+FILES = ("backbone", "prompt_templates", "sft_checkpoint")
+
+# Rooms of the package that only look at results, or decide what to run.
+ONLOOKERS = {"experiment", "report", "command.py", "__main__.py", "significance.py"}
+
+
+def identity(config: ExperimentConfig, begun_from: str | None) -> str:
+    """The identity of the run that ``config`` describes, 16 hexadecimal digits.
+
+    Args:
+        begun_from: the identity of the run whose SFT checkpoint it begins from, which counts in place of that file.
+
+    Raises:
+        ValueError: the dataset has no files.
+    """
+    settings = config.final_config_dict | config.settings.to_flat()
+    parts = {
+        "model": config["model"],
+        "settings": {key: str(value) for key, value in sorted(settings.items()) if key not in WITHOUT_INFLUENCE},
+        "files": {key: _content(Path(str(settings[key])).expanduser()) for key in FILES if key != "sft_checkpoint" or not begun_from},
+        "begun_from": begun_from,
+        "data": _data(Path(config["data_path"]), config["dataset"]),
+        "code": _code(),
+        "versions": package_versions(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _data(folder: Path, name: str) -> dict[str, str]:
+    files = sorted(file for file in folder.glob(f"{name}.*") if file.suffix in {".inter", ".item", ".user", ".kg", ".link", ".net"})
+    if not files:
+        raise ValueError(f"dataset={name!r}: {folder} holds no atomic files, such as {name}.inter; give the folder above it as data_path.")
+    return {file.name: _content(file) for file in files}
+
+
+@cache
+def _content(path: Path) -> str | None:
+    """sha256 of a file, or of the files in a folder; None where there is none, as for a backbone of the hub."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream.read())
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return _digest("\n".join(f"{file.relative_to(path)} {_content(file)}" for file in files).encode())
+    return None
+
+
+@cache
+def _code() -> str:
+    """sha256 of those sources of this package on which a result depends."""
+    root = Path(recbole_sdpo.__path__[0])
+    files = sorted(file for file in root.rglob("*") if file.suffix in {".py", ".yaml"} and not ONLOOKERS & set(file.relative_to(root).parts))
+    return _digest("\n".join(f"{file.relative_to(root)} {_content(file)}" for file in files).encode())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

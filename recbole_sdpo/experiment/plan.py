@@ -1,0 +1,246 @@
+"""An experiment as a YAML file: which models, with which settings and seeds, on which candidates."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import itertools
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recbole_sdpo.evaluator.ranks import metric_of_ranks
+from recbole_sdpo.experiment.identity import identity
+from recbole_sdpo.quick_start import ExperimentConfig
+from recbole_sdpo.settings import MODE, MODEL
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: a model with its settings.
+
+    Attributes:
+        name: in tables and figures.
+        model: ``SDPO-LLM``, or any model of RecBole.
+        settings: over those of the experiment.
+        vary: a setting and its values; the entry then stands for one row a value, and a figure shows them all.
+        tune: settings and the values that ``--tune`` tries.
+        axis: of one row of such an entry: the entry's name, the setting and its value.
+    """
+
+    name: str
+    model: str = MODEL
+    settings: Settings = field(default_factory=dict)
+    vary: dict[str, list] = field(default_factory=dict)
+    tune: dict[str, list] = field(default_factory=dict)
+    axis: tuple[str, str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment's YAML file holds; its keys are these names.
+
+    Attributes:
+        title: over the report.
+        dataset: its name.
+        runs: the rows of the table, before ``vary`` is expanded.
+        seeds: every row is run with each.
+        candidates: evaluation modes; all models are stopped by the first, and chosen for each by its own validation.
+        metrics: columns of the table; the first is the one that improvement is given in.
+        baselines: names of the rows to compare with; by default those of other models than SDPO-LLM, or else the first row.
+        settings: of all runs.
+        tries: how many settings ``--tune`` tries for each entry.
+    """
+
+    title: str
+    dataset: str
+    runs: list[Entry]
+    seeds: list[int] = field(default_factory=lambda: [2020])
+    candidates: list[str] = field(default_factory=lambda: ["uni19"])
+    metrics: list[str] = field(default_factory=lambda: ["HR@1", "NDCG@5", "MRR@10"])
+    baselines: list[str] = field(default_factory=list)
+    settings: Settings = field(default_factory=dict)
+    tries: int = 4
+
+    @classmethod
+    def load(cls, file: Path, overrides: Settings | None = None) -> Experiment:
+        """Read and check an experiment; ``overrides`` are settings over those of every run.
+
+        Raises:
+            ValueError: a key, a name or a value is wrong.
+            FileNotFoundError: there is no such file.
+        """
+        if not file.is_file():
+            raise FileNotFoundError(f"experiment={str(file)!r} does not exist; configs/ has some.")
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        _check_keys(given, cls, str(file), {"dataset", "runs"})
+        if not given["runs"]:
+            raise ValueError(f"{file} has no runs; give one or more, each with a name.")
+        entries = []
+        for number, run in enumerate(given["runs"]):
+            _check_keys(run, Entry, f"run {number + 1} of {file}", {"name"}, without={"axis"})
+            entries.append(with_settings(Entry(**run), overrides or {}))
+        experiment = cls(**{"title": file.stem} | given | {"runs": entries})
+        experiment._check()
+        return experiment
+
+    def _check(self) -> None:
+        _check_list(self.seeds, "seeds", lambda seed: isinstance(seed, int) and seed >= 0)
+        _check_list(self.candidates, "candidates", lambda mode: isinstance(mode, str) and bool(re.fullmatch(MODE, mode)))
+        _check_list(self.metrics, "metrics", lambda metric: isinstance(metric, str))
+        for metric in self.metrics:
+            metric_of_ranks(metric, [1])
+        for entry in self.runs:
+            if not entry.name.strip() or "|" in entry.name or "\n" in entry.name:
+                raise ValueError(f"run {entry.name!r}: a name is a line of text without '|', which would end its cell of the table.")
+            if len(entry.vary) > 1:
+                raise ValueError(f"run {entry.name!r} varies {', '.join(entry.vary)}; one setting at a time can be varied.")
+            for key, values in (entry.vary | entry.tune).items():
+                _check_list(values, f"{key} of run {entry.name!r}", lambda value: True)
+        names = [entry.name for entry in self.entries()]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"runs have one name each, and {twice[0]!r} comes twice.")
+        for name in self.baselines:
+            if name not in names:
+                raise ValueError(f"baselines name {name!r}, which is no run; valid are {', '.join(names)}.")
+
+    def entries(self) -> list[Entry]:
+        """The rows of the table."""
+        rows = []
+        for entry in self.runs:
+            for key, values in entry.vary.items():
+                rows += [_with(entry, key, value) for value in values]
+            rows += [] if entry.vary else [entry]
+        return rows
+
+    def baseline_names(self) -> list[str]:
+        """The rows that the others are compared with."""
+        entries = self.entries()
+        return self.baselines or [entry.name for entry in entries if entry.model != MODEL] or [entries[0].name]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: an entry with a seed.
+
+    Attributes:
+        identity: equal for runs of which one result will do.
+        settings: all that is not a default.
+        start: the run whose SFT checkpoint it begins from, or None.
+    """
+
+    name: str
+    model: str
+    dataset: str
+    seed: int
+    settings: Settings
+    identity: str
+    start: Run | None
+
+
+def plan(experiment: Experiment, seeds: list[int] | None = None, entries: list[Entry] | None = None) -> list[Run]:
+    """All runs of an experiment, seed by seed; alignments of one SFT begin from the same run of it.
+
+    Raises:
+        ValueError: a setting of one of them is wrong; the message names the run.
+    """
+    rows = experiment.entries() if entries is None else entries
+    logging.disable(logging.WARNING)  # each run says again in its own log what it is warned of
+    try:
+        return [_run(experiment, entry, seed) for seed in seeds or experiment.seeds for entry in rows]
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def grid(entry: Entry, tries: int) -> list[Settings]:
+    """The settings that ``--tune`` tries for ``entry``, ``tries`` of them, spread evenly over the product of its values.
+
+    Raises:
+        ValueError: the product has fewer.
+    """
+    points = [dict(zip(entry.tune, values)) for values in itertools.product(*entry.tune.values())]
+    if len(points) < tries:
+        raise ValueError(
+            f"run {entry.name!r} gives {len(points)} settings to tune, and every model gets tries={tries}; add values, or lower tries."
+        )
+    return [points[number * len(points) // tries] for number in range(tries)]
+
+
+def with_settings(entry: Entry, settings: Settings) -> Entry:
+    """``entry`` with other settings over its own."""
+    merged = dict(entry.settings)
+    for key, value in settings.items():
+        merged = _put(merged, key, value)
+    return replace(entry, settings=merged)
+
+
+def _with(entry: Entry, key: str, value: Any) -> Entry:
+    row = with_settings(entry, {key: value})
+    return replace(row, name=f"{entry.name}, {key.split('.')[-1]} = {value}", vary={}, axis=(entry.name, key, value))
+
+
+def _put(settings: Settings, key: str, value: Any) -> Settings:
+    """``settings`` with ``key``, of which dots lead into dictionaries, set to ``value``."""
+    first, _, rest = key.partition(".")
+    return settings | {first: _put(settings.get(first) or {}, rest, value) if rest else value}
+
+
+def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
+    settings = experiment.settings | entry.settings
+    for key in ("eval_args", "train_neg_sample_args"):  # of one key each side, both count
+        if isinstance(experiment.settings.get(key), dict) and isinstance(entry.settings.get(key), dict):
+            settings[key] = experiment.settings[key] | entry.settings[key]
+    settings["eval_args"] = (settings.get("eval_args") or {}) | {"mode": experiment.candidates[0]}
+    settings |= {"more_candidates": experiment.candidates[1:], "seed": seed, "show_progress": False}
+    settings.setdefault("candidates_seed", experiment.seeds[0])
+    try:
+        return _resolved(entry, experiment.dataset, settings)
+    except ValueError as error:
+        raise ValueError(f"run {entry.name!r}: {error}") from error
+
+
+def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
+    config, start = ExperimentConfig(entry.model, dataset, config_dict=copy.deepcopy(settings)), None
+    if entry.model == MODEL and not config.settings.sft_checkpoint:
+        alone = _of_sft(settings, config.settings.prompt_style)
+        if config.settings.reaches_alignment:
+            start = _resolved(replace(entry, name=f"SFT of {entry.name}"), dataset, alone)
+        elif settings != alone:
+            return _resolved(entry, dataset, alone)
+    return Run(entry.name, entry.model, dataset, settings["seed"], settings, identity(config, start and start.identity), start)
+
+
+def _of_sft(settings: Settings, prompt_style: str) -> Settings:
+    """``settings`` without those that count in the second stage alone."""
+    second = {"objective", "beta", "fixed_negatives", "reference", *(set() if prompt_style == "candidates" else {"train_neg_sample_args"})}
+    return {key: value for key, value in settings.items() if key not in second and not key.startswith("sdpo_")} | {"objective": "sft"}
+
+
+def _check_keys(given: Any, kind: type, where: str, needed: set[str], without: set[str] = frozenset()) -> None:
+    valid = {f.name: f.type for f in fields(kind) if f.name not in without}
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} must be a mapping with the keys {', '.join(valid)}.")
+    for key, value in given.items():
+        if key not in valid:
+            near = difflib.get_close_matches(str(key), valid, 1)
+            raise ValueError(f"{where} has an unknown key {key!r}; {f'did you mean {near[0]!r}?' if near else 'valid are ' + ', '.join(valid)}")
+        kinds = {"str": str, "int": int, "Settings": dict}
+        wanted = kinds.get(valid[key], dict if valid[key].startswith("dict") else list)
+        if not isinstance(value, wanted):
+            words = {str: "text", int: "a whole number", dict: "a mapping", list: "a list"}
+            raise ValueError(f"{where}: {key}={value!r} must be {words[wanted]}.")
+    for key in sorted(needed - set(given)):
+        raise ValueError(f"{where} lacks the key {key!r}.")
+
+
+def _check_list(values: Any, what: str, valid: Callable[[Any], bool]) -> None:
+    if not isinstance(values, list) or not values or not all(map(valid, values)) or any(value in values[:i] for i, value in enumerate(values)):
+        raise ValueError(f"{what}={values!r} must be a list of different valid values.")

@@ -1,0 +1,57 @@
+"""``--tune``: a small grid for each model, judged by the validation set alone, with as many tries for each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from recbole_sdpo.experiment.plan import Experiment, Settings, grid, plan, with_settings
+from recbole_sdpo.experiment.runner import Failure, Runner
+from recbole_sdpo.report.table import markdown_table
+
+FILE = "tuned.yaml"
+
+
+def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experiment, list[Failure]]:
+    """Try ``experiment.tries`` settings of every entry that names some, with the first seed and the first candidates.
+
+    The choice looks at the validation set alone, and the chosen run is the table's own for that seed. ``folder`` gets
+    ``tuned.yaml``, with the settings that did best and all tries with their scores.
+
+    Returns:
+        the experiment with them in place, and the tries that failed.
+
+    Raises:
+        ValueError: no entry has settings to try, one has too few of them, or all tries of one failed.
+    """
+    tuned = [entry for entry in experiment.entries() if entry.tune]
+    if not tuned:
+        raise ValueError("--tune needs runs with a key tune, such as tune: {learning_rate: [0.001, 0.003]}; none has one.")
+    points = {entry.name: grid(entry, experiment.tries) for entry in tuned}
+    tries = [(entry.name, point, with_settings(entry, point)) for entry in tuned for point in points[entry.name]]
+    runs = plan(experiment, experiment.seeds[:1], [tried for *_, tried in tries])
+    failures = runner.run_all(runs)
+    found: dict[str, list[tuple[float, Settings]]] = {entry.name: [] for entry in tuned}
+    for (name, point, _), run in zip(tries, runs):
+        if runner.done(run):
+            found[name].append((_score(runner.folder(run)), point))
+    for name, scored in found.items():
+        if not scored:
+            raise ValueError(f"all tries of run {name!r} failed: {failures[0].why} (see {failures[0].log})")
+    best = {name: max(scored, key=lambda pair: pair[0])[1] for name, scored in found.items()}  # the first of equals
+    print(markdown_table(["tried", "validation", "settings"], [[n, s, json.dumps(p)] for n, pairs in found.items() for s, p in pairs]))
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {name: {"best": best[name], "tries": [{"valid": s, **p} for s, p in pairs]} for name, pairs in found.items()}
+    (folder / FILE).write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+    chosen = [with_settings(entry, best.get(entry.name, {})) for entry in experiment.entries()]
+    return replace(experiment, runs=chosen), failures
+
+
+def _score(folder: Path) -> float:
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    last = list(result["stages"].values())[-1]
+    score = last["valid"][result["settings"]["valid_metric"].lower()]
+    return score if result["settings"]["valid_metric_bigger"] else -score

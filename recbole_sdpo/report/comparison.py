@@ -1,0 +1,168 @@
+"""A table of runs: means over seeds, and which differences to the best baseline are significant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from recbole_sdpo.evaluator.ranks import metric_of_ranks
+from recbole_sdpo.evaluator.significance import Difference, holm, paired_difference
+
+LEVEL = 0.05
+"""A difference is called significant where its corrected p-value is below this."""
+
+
+@dataclass
+class Finished:
+    """A run that has a result.
+
+    Attributes:
+        name: of its row.
+        axis: of a row of a sweep: the sweep's name, the setting, the value.
+        result: ``result.json``.
+        ranks: of its last stage, ``ranks.csv``: user, item, rank, candidates.
+        steps: ``steps.csv``, or None for models without.
+        wall_s: seconds of training and validation, those of the SFT that it began from included.
+    """
+
+    name: str
+    axis: tuple[str, str, Any] | None
+    seed: int
+    result: dict[str, Any]
+    ranks: pd.DataFrame
+    steps: pd.DataFrame | None
+    wall_s: float
+
+    @classmethod
+    def read(cls, folder: Path, start: Path | None, name: str, axis: tuple[str, str, Any] | None, seed: int) -> Finished:
+        """What a run left in its folder, and what the run that it began from left in ``start``."""
+        result, *before = (json.loads((part / "result.json").read_text(encoding="utf-8")) for part in (folder, start) if part)
+        ranks = pd.read_csv(folder / "ranks.csv", dtype={"user": str, "item": str})
+        steps = folder / "steps.csv"
+        ranks = ranks[ranks["stage"] == list(result["stages"])[-1]]
+        wall_s = sum(stage["wall_s"] for part in (result, *before) for stage in part["stages"].values())
+        return cls(name, axis, seed, result, ranks, pd.read_csv(steps) if steps.is_file() else None, wall_s)
+
+
+@dataclass
+class Row:
+    """A row of the table on one set of candidates.
+
+    Attributes:
+        users: each metric of each user, float64 ``[seeds, users]``.
+        differences: for each metric the difference to the best baseline; none for that baseline itself.
+        p: their p-values, Holm-corrected over the table.
+        wall_s: mean seconds of training.
+        improvement: of the first metric over the best baseline, as a share.
+    """
+
+    name: str
+    baseline: bool
+    axis: tuple[str, str, Any] | None
+    seeds: list[int]
+    users: dict[str, np.ndarray]
+    wall_s: float
+    improvement: float = 0.0
+    differences: dict[str, Difference] = field(default_factory=dict)
+    p: dict[str, float] = field(default_factory=dict)
+
+    def mean(self, metric: str) -> float:
+        """Over users and seeds."""
+        return float(self.users[metric].mean())
+
+    def std(self, metric: str) -> float:
+        """Over seeds, of the sample; not a number for a single seed."""
+        over_users = self.users[metric].mean(1)
+        return float(over_users.std(ddof=1)) if len(over_users) > 1 else float("nan")
+
+    def significant(self, metric: str) -> bool:
+        """Does it differ from the best baseline beyond chance?"""
+        return self.p.get(metric, 1.0) < LEVEL
+
+
+@dataclass
+class Comparison:
+    """The table on one set of candidates.
+
+    Attributes:
+        candidates: their evaluation mode.
+        best_baseline: for each metric the name of the baseline with the highest mean.
+    """
+
+    candidates: str
+    metrics: list[str]
+    rows: list[Row]
+    best_baseline: dict[str, str]
+
+    def placed(self, metric: str) -> list[str]:
+        """Names of the rows, the best first."""
+        return [row.name for row in sorted(self.rows, key=lambda row: -row.mean(metric))]
+
+
+def compare(runs: Sequence[Finished], candidates: str, metrics: Sequence[str], baselines: Sequence[str]) -> Comparison:
+    """The table of ``runs`` on ``candidates``, with every row tested against the best baseline of each metric.
+
+    Raises:
+        ValueError: a user has several targets, so that a user's result is not one rank, or no baseline has a result.
+    """
+    rows = []
+    for name in dict.fromkeys(run.name for run in runs):
+        mine = [run for run in runs if run.name == name]
+        ranks = [_by_user(run, candidates) for run in mine]
+        users = {metric: np.stack([metric_of_ranks(metric, rank) for rank in ranks]) for metric in metrics}
+        wall = float(np.mean([run.wall_s for run in mine]))
+        rows.append(Row(name, name in baselines, mine[0].axis, [run.seed for run in mine], users, wall))
+    rivals = [row for row in rows if row.baseline]
+    if not rivals:
+        raise ValueError(f"none of the baselines {', '.join(baselines)} has a result; they are what the others are compared with.")
+    best = {metric: max(rivals, key=lambda row: row.mean(metric)) for metric in metrics}
+    for row in rows:
+        row.improvement = row.mean(metrics[0]) / best[metrics[0]].mean(metrics[0]) - 1
+        for metric in metrics:
+            if row is not best[metric]:
+                row.differences[metric] = paired_difference(row.users[metric], best[metric].users[metric])
+    tested = [(row, metric) for row in rows for metric in row.differences]
+    for (row, metric), p in zip(tested, holm([row.differences[metric].p for row, metric in tested])):
+        row.p[metric] = float(p)
+    return Comparison(candidates, list(metrics), rows, {metric: row.name for metric, row in best.items()})
+
+
+def _by_user(run: Finished, candidates: str) -> np.ndarray:
+    ranks = run.ranks[run.ranks["candidates"] == candidates].sort_values("user")
+    if ranks["user"].duplicated().any():
+        raise ValueError(
+            f"run {run.name!r} has users with several targets, and tests need one rank a user; split by leave-one-out (eval_args.split)."
+        )
+    return ranks["rank"].to_numpy()
+
+
+def unfair(runs: Sequence[Finished], candidates: Sequence[str]) -> list[str]:
+    """A sentence for each way in which the runs are not alike in what they were trained or judged on."""
+    found = []
+    for mode in candidates:
+        found += _differ(runs, f"candidates {mode}", lambda run, mode=mode: run.result["candidates_sha256"][mode][:12])
+        found += _differ(runs, f"test users ({mode})", lambda run, mode=mode: _users(run, mode))
+    found += _differ(runs, "training targets an epoch", lambda run: f"{run.result['training_targets']:,}")
+    return found
+
+
+def _users(run: Finished, mode: str) -> str:
+    users = run.ranks.loc[run.ranks["candidates"] == mode, "user"]
+    return f"{len(users)} (checksum {int(pd.util.hash_pandas_object(users.sort_values(), index=False).sum()) % 10**6:06d})"
+
+
+def _differ(runs: Sequence[Finished], what: str, of: Any) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for run in runs:
+        names = groups.setdefault(of(run), [])
+        if run.name not in names:
+            names.append(run.name)
+    if len(groups) < 2:
+        return []
+    return [f"not the same {what}: " + "; ".join(f"{value} for {', '.join(names)}" for value, names in groups.items())]

@@ -1,0 +1,104 @@
+"""Figures of an experiment, drawn by matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from recbole_sdpo.report.comparison import Comparison, Finished, Row
+
+SMOOTHED = 0.05
+"""Share of a stage's steps over which its curves are averaged: single batches are noisy."""
+
+CURVES = {
+    "reward_positive": "reward of the positive",
+    "reward_negative": "mean reward of the negatives",
+    "margin": "margin to the best negative",
+    "logp_positive": "log π of the positive",
+}
+
+
+def bars(comparison: Comparison) -> Figure:
+    """A panel for each metric and a bar for each row; whiskers are the standard deviation over seeds."""
+    metrics, rows = comparison.metrics, comparison.rows
+    figure = Figure(figsize=(3.6 * len(metrics) + 1.6, 1.2 + 0.32 * len(rows)), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics):
+        spread = [row.std(metric) for row in rows]
+        colours = ["tab:gray" if row.baseline else "tab:blue" for row in rows]
+        means = [row.mean(metric) for row in rows]
+        axes.barh(range(len(rows)), means, xerr=None if np.isnan(spread).all() else spread, color=colours)
+        for place, mean in enumerate(means):
+            axes.text(0, place, f" {mean:.3f}", va="center", color="white", fontsize=8)
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.set_xlabel(metric)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].invert_yaxis()
+    figure.suptitle(f"candidates {comparison.candidates}; grey: the baselines that the others are compared with", fontsize=9)
+    return figure
+
+
+def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
+    """Each metric against the values of ``setting``, a panel for each metric and candidate set, a line for each swept entry."""
+    metrics = comparisons[0].metrics
+    size = (3.6 * len(metrics), 2.8 * len(comparisons))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(comparisons), len(metrics), squeeze=False)
+    for comparison, line in zip(comparisons, panels):
+        swept = [row for row in comparison.rows if row.axis and row.axis[1] == setting]
+        for axes, metric in zip(line, metrics):
+            for name in dict.fromkeys(row.axis[0] for row in swept):
+                _line(axes, [row for row in swept if row.axis[0] == name], metric, name)
+            values = sorted({row.axis[2] for row in swept})
+            if all(isinstance(value, int | float) and value > 0 for value in values) and values[-1] > 4 * values[0]:
+                axes.set_xscale("log")
+            axes.set_xticks(values, [str(value) for value in values], minor=False)
+            axes.minorticks_off()
+            axes.set(xlabel=setting.split(".")[-1], ylabel=metric, title=comparison.candidates)
+            axes.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    return figure
+
+
+def _line(axes, rows: list[Row], metric: str, label: str) -> None:
+    rows = sorted(rows, key=lambda row: row.axis[2])
+    spread = [row.std(metric) for row in rows]
+    values, means = [row.axis[2] for row in rows], [row.mean(metric) for row in rows]
+    axes.errorbar(values, means, yerr=None if np.isnan(spread).all() else spread, marker="o", capsize=3, label=label)
+
+
+def curves(runs: Sequence[Finished]) -> Figure:
+    """What happens while aligning: rewards, margin and log-probability of the positive, for each of ``runs``."""
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    for axes, (column, label) in zip(figure.subplots(2, 2).flat, CURVES.items()):
+        _curve(axes, runs, column, label)
+    figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+def hardest_weight(runs: Sequence[Finished]) -> Figure:
+    """The weight of the hardest negative in the gradient over training, against 1/K of equal weights."""
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    _curve(axes, runs, "hardest_negative_weight", "weight of the hardest negative")
+    for number in sorted({run.result["settings"]["train_neg_sample_args"]["sample_num"] for run in runs}):
+        axes.axhline(1 / number, color="gray", linestyle=":", linewidth=1)
+        axes.annotate(f"1/{number}", (1, 1 / number), xycoords=("axes fraction", "data"), fontsize=8, color="gray")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _curve(axes, runs: Sequence[Finished], column: str, label: str) -> None:
+    for run in runs:
+        steps = alignment_steps(run)
+        smooth = steps[column].rolling(max(1, int(SMOOTHED * len(steps))), min_periods=1).mean()
+        axes.plot(steps["targets"], smooth, label=run.name, linewidth=1.2)
+    axes.set(xlabel="targets seen in the second stage", ylabel=label)
+    axes.grid(alpha=0.3)
+
+
+def alignment_steps(run: Finished) -> pd.DataFrame:
+    """The optimizer steps of a run's second stage."""
+    return run.steps[run.steps["stage"] == "sdpo"]

@@ -1,0 +1,69 @@
+"""The tests against their definitions, written out."""
+
+from math import comb, sqrt
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from recbole_sdpo.evaluator.significance import holm, paired_difference
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=60))
+def test_one_seed_of_hits_takes_mcnemars_exact_test(pairs):
+    first, second = np.array(pairs, float).T
+    won, lost = int(((first == 1) & (second == 0)).sum()), int(((first == 0) & (second == 1)).sum())
+    tail = sum(comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost)
+    found = paired_difference(first[None], second[None])
+    assert found.p == pytest.approx(min(1, 2 * tail)) and found.mean == pytest.approx((won - lost) / len(pairs))
+    assert found.low <= found.mean <= found.high or won == lost == 0
+
+
+def test_several_seeds_of_hits_flip_signs():
+    """With two equal seeds, the flips are those of McNemar's test."""
+    rng = np.random.default_rng(1)
+    first, second = rng.integers(0, 2, (2, 1, 60)).astype(float)
+    exact = paired_difference(first, second)
+    flipped = paired_difference(np.repeat(first, 2, 0), np.repeat(second, 2, 0))
+    assert exact.test == "McNemar, exact" and flipped.test == "sign flips"
+    assert flipped.p == pytest.approx(exact.p, abs=0.02)
+    few = paired_difference(np.array([[1, 1, 1, 0.0], [1, 1, 1, 0]]), np.zeros((2, 4)))
+    assert few.p == pytest.approx(2 / 2**3)  # three users, all of one sign: two of eight sign patterns are as far out
+
+
+def test_other_metrics_take_a_paired_t_test_over_users():
+    rng = np.random.default_rng(2)
+    first, second = rng.random((3, 50)), rng.random((2, 50))
+    difference = first.mean(0) - second.mean(0)
+    t = difference.mean() / (difference.std(ddof=1) / sqrt(50))
+    found = paired_difference(first, second)
+    assert found.test == "paired t-test" and found.p == pytest.approx(2 * stats.t.sf(abs(t), 49))
+    assert found == paired_difference(first, second), "the resampling has a seed"
+    spread = 1.96 * difference.std() / sqrt(50)
+    assert found.low == pytest.approx(difference.mean() - spread, abs=0.15 * spread)
+    assert found.high == pytest.approx(difference.mean() + spread, abs=0.15 * spread)
+
+
+def test_equal_models_do_not_differ():
+    same = np.ones((1, 5)) / 3
+    found = paired_difference(same, same)
+    assert (found.mean, found.p, found.low, found.high) == (0, 1, 0, 0)
+
+
+def test_other_users_are_refused():
+    with pytest.raises(ValueError, match="5 users cannot be paired with 4"):
+        paired_difference(np.ones((1, 5)), np.ones((1, 4)))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_rejects_as_its_step_down_procedure_does(p):
+    adjusted = holm(p)
+    for level in (0.01, 0.05, 0.3):
+        rejected, left = set(), sorted(range(len(p)), key=lambda i: p[i])
+        for step, number in enumerate(left):  # from the smallest on, until the first that is not rejected
+            if p[number] * (len(p) - step) >= level:
+                break
+            rejected.add(number)
+        assert {i for i in range(len(p)) if adjusted[i] < level} == rejected

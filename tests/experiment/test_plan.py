@@ -1,0 +1,105 @@
+"""Which runs an experiment has, which of them are one, and what is refused before any of them begins."""
+
+import pytest
+import yaml
+
+from recbole_sdpo.experiment import identity
+from recbole_sdpo.experiment.plan import Experiment, grid, plan, with_settings
+
+
+@pytest.fixture
+def write(ring, tmp_path):
+    def write(runs, **rest):
+        file = tmp_path / "try.yaml"
+        file.write_text(yaml.safe_dump({"dataset": "toy", "candidates": ["uni5"], "settings": ring, "runs": runs} | rest))
+        return file
+
+    return write
+
+
+def test_alignments_of_one_sft_share_it(write):
+    runs = [
+        {"name": "SFT", "settings": {"objective": "sft", "beta": 3.0}},
+        {"name": "S-DPO", "settings": {}},
+        {"name": "DPO", "settings": {"objective": "dpo", "beta": 0.3, "train_neg_sample_args": {"sample_num": 1}, "sdpo_epochs": 3}},
+        {"name": "longer", "settings": {"sft_epochs": 5}},
+    ]
+    sft, sdpo, dpo, longer = plan(Experiment.load(write(runs)))
+    assert sft.start is None and sft.identity == sdpo.start.identity == dpo.start.identity
+    assert longer.start.identity != sft.identity
+    assert len({run.identity for run in (sft, sdpo, dpo, longer)}) == 4
+    assert sft.settings["objective"] == "sft" and "beta" not in sft.settings
+
+
+def test_what_a_result_depends_on_changes_its_identity(write, ring, tmp_path):
+    runs = [{"name": "a", "model": "GRU4Rec", "settings": {}}]
+    (first,) = plan(Experiment.load(write(runs)))
+    (again,) = plan(Experiment.load(write([{"name": "b", "model": "GRU4Rec", "settings": {"checkpoint_dir": "elsewhere"}}])))
+    assert first.identity == again.identity, "names and places do not count"
+    found = set()
+    for change in ({"hidden_size": 32}, {"learning_rate": 0.1}, {"MAX_ITEM_LIST_LENGTH": 3}):
+        found.add(plan(Experiment.load(write([{"name": "a", "model": "GRU4Rec", "settings": change}])))[0].identity)
+    for rest in ({"seeds": [1]}, {"candidates": ["uni4"]}, {"candidates": ["uni5", "pop3"]}):
+        found.add(plan(Experiment.load(write(runs, **rest)))[0].identity)
+    assert len(found - {first.identity}) == 6
+    data = tmp_path / "data" / "toy" / "toy.inter"
+    data.write_text(data.read_text() + "u0\ti9\t99\n")
+    identity._content.cache_clear()
+    assert plan(Experiment.load(write(runs)))[0].identity != first.identity
+
+
+def test_seeds_come_one_after_the_other_and_share_candidates(write):
+    runs = plan(Experiment.load(write([{"name": "a", "model": "Pop"}, {"name": "b", "model": "BPR"}], seeds=[3, 4])))
+    assert [(run.name, run.seed) for run in runs] == [("a", 3), ("b", 3), ("a", 4), ("b", 4)]
+    assert {run.settings["candidates_seed"] for run in runs} == {3}
+
+
+def test_a_varied_setting_makes_a_row_for_each_value(write):
+    vary = {"train_neg_sample_args.sample_num": [1, 2]}
+    experiment = Experiment.load(write([{"name": "S-DPO", "vary": vary}]))
+    rows = experiment.entries()
+    assert [row.name for row in rows] == ["S-DPO, sample_num = 1", "S-DPO, sample_num = 2"]
+    assert [row.settings for row in rows] == [{"train_neg_sample_args": {"sample_num": k}} for k in (1, 2)]
+    assert rows[1].axis == ("S-DPO", "train_neg_sample_args.sample_num", 2)
+
+
+def test_overrides_come_last(write):
+    experiment = Experiment.load(write([{"name": "a", "settings": {"beta": 2.0}}]), {"beta": 0.5, "train_neg_sample_args.sample_num": 2})
+    (run,) = plan(experiment)
+    assert run.settings["beta"] == 0.5 and run.settings["train_neg_sample_args"] == {"sample_num": 2}
+
+
+def test_every_model_gets_as_many_tries(write):
+    tune = {"learning_rate": [1, 2, 3], "hidden_size": [4, 5]}
+    (entry,) = Experiment.load(write([{"name": "a", "model": "GRU4Rec", "tune": tune}])).entries()
+    points = grid(entry, 4)
+    assert len(points) == 4 and len({tuple(point.items()) for point in points}) == 4
+    assert with_settings(entry, points[0]).settings == {"learning_rate": 1, "hidden_size": 4}
+    with pytest.raises(ValueError, match="gives 6 settings to tune, and every model gets tries=7"):
+        grid(entry, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": [1]}, "unknown key 'seed'; did you mean 'seeds'"),
+        ({"seeds": 3}, "seeds=3 must be a list"),
+        ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be a list of different valid values"),
+        ({"candidates": ["best"]}, "candidates="),
+        ({"metrics": ["AUC"]}, "metric 'AUC' is not one of a target's rank"),
+        ({"baselines": ["b"]}, "baselines name 'b', which is no run; valid are a"),
+        ({"runs": []}, "has no runs"),
+        ({"runs": [{"model": "Pop"}]}, "lacks the key 'name'"),
+        ({"runs": [{"name": "a"}, {"name": "a"}]}, "'a' comes twice"),
+        ({"runs": [{"name": "a|b"}]}, "a name is a line of text without"),
+        ({"runs": [{"name": "a", "axis": 1}]}, "unknown key 'axis'"),
+        ({"runs": [{"name": "a", "vary": {"beta": [1.0], "sdpo_epochs": [1]}}]}, "one setting at a time"),
+        ({"runs": [{"name": "a", "settings": {"betta": 1}}]}, "run 'a': Unknown setting 'betta'=1; did you mean 'beta'"),
+        ({"runs": [{"name": "a", "model": "GRU5Rec"}]}, "run 'a': model='GRU5Rec' cannot be found"),
+        ({"dataset": "nowhere"}, "run 'a': dataset='nowhere'.*holds no atomic files"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(write, change, message):
+    rest = {"runs": [{"name": "a"}]} | change
+    with pytest.raises(ValueError, match=message):
+        plan(Experiment.load(write(rest.pop("runs"), **rest)))

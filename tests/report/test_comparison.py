@@ -1,0 +1,142 @@
+"""Tables and figures say what the ranks say."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from recbole_sdpo.evaluator.significance import holm, paired_difference
+from recbole_sdpo.report import figures
+from recbole_sdpo.report.comparison import Finished, compare, unfair
+from recbole_sdpo.report.experiment import _html_table, write_report
+from recbole_sdpo.report.table import comparison_frame, comparison_latex, comparison_markdown, markdown_table
+
+USERS = 200
+METRICS = ["HR@1", "NDCG@5"]
+
+
+def finished(name, seed, strength, axis=None, users=USERS, targets=100, sha="a" * 16, steps=False):
+    """A run whose targets rank higher the larger ``strength`` is."""
+    rng = np.random.default_rng([seed, int(100 * strength)])
+    rank = 1 + np.minimum(rng.geometric(strength, users) - 1, 19)
+    order = rng.permutation(users)  # files need not be in the same order
+    ranks = pd.DataFrame({"user": [f"u{u}" for u in order], "item": "i", "rank": rank[order], "candidates": "uni19"})
+    step = {"stage": "sdpo", "step": range(40), "targets": range(0, 400, 10), "reward_positive": 0.1, "reward_negative": 0.0}
+    rows = pd.DataFrame({**step, "margin": np.linspace(0, 1, 40), "logp_positive": -3.0, "hardest_negative_weight": 0.5})
+    result = {
+        **{key: None for key in ("model", "dataset", "seed", "stages", "peak_memory_gib", "machine", "versions")},
+        "candidates_sha256": {"uni19": sha},
+        "training_targets": targets,
+        "settings": {"train_neg_sample_args": {"sample_num": 3}},
+    }
+    return Finished(name, axis, seed, result, ranks, rows if steps else None, 60.0)
+
+
+@pytest.fixture
+def runs():
+    strengths = {"weak": 0.2, "rival": 0.3, "ours": 0.6, "same": 0.29}
+    return [finished(name, seed, strength) for seed in (1, 2) for name, strength in strengths.items()]
+
+
+def per_user(runs, name, metric):
+    rows = []
+    for run in runs:
+        if run.name == name:
+            rank = run.ranks.set_index("user")["rank"].sort_index().to_numpy()
+            rows.append(rank == 1 if metric == "HR@1" else np.where(rank <= 5, 1 / np.log2(1 + rank), 0))
+    return np.array(rows, float)
+
+
+def test_means_deviations_and_tests_are_over_the_right_things(runs):
+    found = compare(runs, "uni19", METRICS, ["weak", "rival"])
+    assert found.best_baseline == {"HR@1": "rival", "NDCG@5": "rival"}
+    p = []
+    for row in found.rows:
+        for metric in METRICS:
+            users = per_user(runs, row.name, metric)
+            assert row.mean(metric) == pytest.approx(users.mean()) and row.std(metric) == pytest.approx(users.mean(1).std(ddof=1))
+            if row.name != "rival":
+                difference = paired_difference(users, per_user(runs, "rival", metric))
+                assert row.differences[metric] == difference
+                p.append((row, metric, difference.p))
+    for (row, metric, _), corrected in zip(p, holm([value for *_, value in p])):
+        assert row.p[metric] == pytest.approx(corrected)
+    by_name = {row.name: row for row in found.rows}
+    assert by_name["ours"].significant("HR@1") and not by_name["same"].significant("HR@1")
+    assert by_name["ours"].improvement == pytest.approx(per_user(runs, "ours", "HR@1").mean() / per_user(runs, "rival", "HR@1").mean() - 1)
+    assert by_name["rival"].differences == {} and by_name["rival"].improvement == 0
+
+
+def test_tables_mark_the_best_the_second_and_the_significant(runs):
+    found = compare(runs, "uni19", METRICS, ["weak", "rival"])
+    rows = {row.name: row for row in found.rows}
+    lines = {line.split("|")[1].strip(): line for line in comparison_markdown(found).splitlines()}
+    second = found.placed("HR@1")[1]
+    assert f"**{rows['ours'].mean('HR@1'):.4f} ± {rows['ours'].std('HR@1'):.4f}***" in lines["ours"]
+    assert f"<u>{rows[second].mean('HR@1'):.4f}" in lines[second] and "<u>" not in lines["weak"]
+    assert f"{100 * rows['ours'].improvement:+.1f} %" in lines["ours"] and "%" not in lines["rival"]
+    latex = comparison_latex(found)
+    assert latex.count(r"\textbf{") == 2 and latex.count(r"\underline{") == 2 and r"$^{*}$" in latex and "\\%" in latex
+    frame = comparison_frame(found)
+    assert len(frame) == 8 and frame[frame.model == "rival"].p.isna().all() and (frame.users == USERS).all()
+
+
+def test_one_seed_has_no_deviation(runs):
+    found = compare([run for run in runs if run.seed == 1], "uni19", METRICS, ["rival"])
+    assert math.isnan(found.rows[0].std("HR@1")) and "±" not in comparison_markdown(found)
+    assert {row.differences["HR@1"].test for row in found.rows if row.differences} == {"McNemar, exact"}
+
+
+def test_names_are_text_in_every_format(runs):
+    for run in runs:
+        run.name = run.name.replace("ours", "A & B_50% <b>")
+    found = compare(runs, "uni19", METRICS, ["rival"])
+    assert r"A \& B\_50\% <b>" in comparison_latex(found)
+    assert "<td>A &amp; B_50% &lt;b&gt;</td>" in _html_table(found)
+
+
+def test_what_is_not_alike_is_said(runs):
+    assert unfair(runs, ["uni19"]) == []
+    assert "not the same candidates uni19: aaaaaaaaaaaa for weak, rival, ours, same; bbbb for odd" in unfair(
+        [*runs, finished("odd", 1, 0.2, sha="bbbb")], ["uni19"]
+    )
+    assert "not the same training targets an epoch: 100 for weak, rival, ours, same; 7 for odd" in unfair(
+        [*runs, finished("odd", 1, 0.2, targets=7)], ["uni19"]
+    )
+    (users,) = unfair([*runs, finished("odd", 1, 0.2, users=50)], ["uni19"])
+    assert users.startswith("not the same test users (uni19): 200 ") and "for odd" in users
+
+
+def test_several_targets_a_user_are_refused(runs):
+    runs[0].ranks = pd.concat([runs[0].ranks] * 2)
+    with pytest.raises(ValueError, match="'weak' has users with several targets"):
+        compare(runs, "uni19", METRICS, ["rival"])
+
+
+def test_without_a_baseline_nothing_is_compared(runs):
+    with pytest.raises(ValueError, match="none of the baselines x has a result"):
+        compare(runs, "uni19", METRICS, ["x"])
+
+
+def test_figures_show_the_numbers(tmp_path, runs):
+    swept = [finished(f"K = {k}", 1, 0.2 + k / 20, ("S-DPO", "train_neg_sample_args.sample_num", k), steps=True) for k in (8, 1, 3)]
+    found = compare([*runs, *swept], "uni19", METRICS, ["rival"])
+    bars = figures.bars(found)
+    widths = [patch.get_width() for patch in bars.axes[1].patches]
+    assert widths == pytest.approx([row.mean("NDCG@5") for row in found.rows])
+    line = figures.sweep([found], "train_neg_sample_args.sample_num").axes[0].lines[0]
+    means = {row.name: row.mean("HR@1") for row in found.rows}
+    assert line.get_xdata().tolist() == [1, 3, 8] and line.get_ydata().tolist() == pytest.approx([means[f"K = {k}"] for k in (1, 3, 8)])
+    margin = figures.curves(swept[:1]).axes[2].lines[0]
+    smooth = swept[0].steps["margin"].rolling(2, min_periods=1).mean()
+    assert margin.get_ydata().tolist() == pytest.approx(smooth.tolist()) and margin.get_xdata()[-1] == 390
+    write_report(tmp_path / "out", "A & B", [found], [*runs, *swept], ["not alike"], "made by hand")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<title>A &amp; B</title>" in page and "Warning: not alike" in page and page.count("<img") == 4
+    assert (tmp_path / "out" / "by-sample_num.svg").stat().st_size > 1000
+
+
+def test_markdown_tables_line_up():
+    lines = markdown_table(["a", "bb"], [["x", 0.5], ["longer", 1]]).splitlines()
+    assert len({len(line) for line in lines}) == 1 and "0.5000" in lines[2]
