@@ -28,9 +28,9 @@ def main() -> None:
         help="name of a dataset of atomic files (default: ml-100k, which RecBole brings)",
     )
     parser.add_argument("--config_files", default="", help="YAML files, separated by blanks; a later one overrides an earlier one")
-    parser.add_argument("--experiment", help="a YAML file of many runs, such as configs/ml-100k/compare.yaml: runs them and writes a report")
+    parser.add_argument("--experiment", help="a YAML file of many runs, such as configs/ml-100k/compare.yaml: run them, write a report")
     parser.add_argument("--output", help="folder of an experiment's report (default: saved/ and the name of its file)")
-    parser.add_argument("--jobs", type=int, default=1, help="with --experiment: how many runs go on at once, sharing the cores (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="with --experiment: runs that go on at once, sharing the cores (default: 1)")
     parser.add_argument("--tune", action="store_true", help="with --experiment: first try the settings under tune of each run")
     parser.add_argument("--settings", action="store_true", help="print our settings with their defaults, and stop")
     args, rest = parser.parse_known_args()

@@ -134,7 +134,8 @@ def run(
     _log_head(config, recommender, train_data, test_data, sha256)
     logger.info(described)
 
-    selection = Selection(trainer, {mode: loaders[mode][0] for mode in config.settings.more_candidates}, run_dir / FOLDER if saved else None)
+    further = {mode: loaders[mode][0] for mode in config.settings.more_candidates}
+    selection = Selection(trainer, further, run_dir / FOLDER if saved else None)
     ours, targets = config["model"] == MODEL, len(train_data._dataset)
     stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
     floor = popularity_result(config, train_data, test_data)
@@ -299,6 +300,7 @@ def _peak_memory_gib() -> float:
 
 def package_versions() -> dict[str, str | None]:
     """The versions on which a result depends; None for what is not installed."""
+
     def version(package: str) -> str | None:
         try:
             return importlib.metadata.version(package)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,8 @@ def run_experiment(
     runs, axes = plan(experiment), {entry.name: entry.axis for entry in experiment.entries()}
     failures += runner.run_all(runs)
     done = [run for run in runs if runner.done(run)]
-    finished = [Finished.read(runner.folder(run), run.start and runner.folder(run.start), run.name, axes[run.name], run.seed) for run in done]
+    starts = [run.start and runner.folder(run.start) for run in done]
+    finished = [Finished.read(runner.folder(run), start, run.name, axes[run.name], run.seed) for run, start in zip(done, starts)]
     warnings = [f"{failure.run.name}, seed {failure.run.seed} failed: {failure.why}" for failure in failures]
     if finished:
         warnings = unfair(finished, experiment.candidates) + warnings
@@ -67,5 +67,6 @@ def _made(file: Path, command: str, finished: list[Finished]) -> str:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    return names[0] if names else platform.processor() or os.uname().machine
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

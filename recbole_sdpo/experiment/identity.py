@@ -6,7 +6,6 @@ import hashlib
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import recbole_sdpo
 from recbole_sdpo.quick_start import ExperimentConfig, package_versions
@@ -71,8 +70,11 @@ def _data(folder: Path, name: str) -> dict[str, str]:
 def _content(path: Path) -> str | None:
     """sha256 of a file, or of the files in a folder; None where there is none, as for a backbone of the hub."""
     if path.is_file():
+        digest = hashlib.sha256()
         with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream.read())
+            while part := stream.read(1 << 20):
+                digest.update(part)
+        return digest.hexdigest()
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return _digest("\n".join(f"{file.relative_to(path)} {_content(file)}" for file in files).encode())
@@ -83,7 +85,8 @@ def _content(path: Path) -> str | None:
 def _code() -> str:
     """sha256 of those sources of this package on which a result depends."""
     root = Path(recbole_sdpo.__path__[0])
-    files = sorted(file for file in root.rglob("*") if file.suffix in {".py", ".yaml"} and not ONLOOKERS & set(file.relative_to(root).parts))
+    sources = sorted(file for file in root.rglob("*") if file.suffix in {".py", ".yaml"})
+    files = [file for file in sources if not ONLOOKERS & set(file.relative_to(root).parts)]
     return _digest("\n".join(f"{file.relative_to(root)} {_content(file)}" for file in files).encode())
 
 

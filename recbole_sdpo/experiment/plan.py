@@ -231,7 +231,8 @@ def _check_keys(given: Any, kind: type, where: str, needed: set[str], without: s
     for key, value in given.items():
         if key not in valid:
             near = difflib.get_close_matches(str(key), valid, 1)
-            raise ValueError(f"{where} has an unknown key {key!r}; {f'did you mean {near[0]!r}?' if near else 'valid are ' + ', '.join(valid)}")
+            hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(valid)}."
+            raise ValueError(f"{where} has an unknown key {key!r}; {hint}")
         kinds = {"str": str, "int": int, "Settings": dict}
         wanted = kinds.get(valid[key], dict if valid[key].startswith("dict") else list)
         if not isinstance(value, wanted):
@@ -242,5 +243,6 @@ def _check_keys(given: Any, kind: type, where: str, needed: set[str], without: s
 
 
 def _check_list(values: Any, what: str, valid: Callable[[Any], bool]) -> None:
-    if not isinstance(values, list) or not values or not all(map(valid, values)) or any(value in values[:i] for i, value in enumerate(values)):
+    different = isinstance(values, list) and not any(value in values[:place] for place, value in enumerate(values))
+    if not values or not different or not all(map(valid, values)):
         raise ValueError(f"{what}={values!r} must be a list of different valid values.")

@@ -62,13 +62,13 @@ class BackboneConfig:
 
 
 def load_backbone(
-    config: BackboneConfig, device: torch.device, titles: Callable[[], Iterable[str]], seed: Callable[[str], int]
+    config: BackboneConfig, device: torch.device, texts: Callable[[], Iterable[str]], seed: Callable[[str], int]
 ) -> LanguageModel:
     """Load or build the backbone, with a fresh adapter unless it is fully trained.
 
     Args:
         config: with every ``auto`` resolved.
-        titles: gives the titles that ``scratch`` trains its tokenizer on.
+        texts: gives what ``scratch`` trains its tokenizer on: titles, and what prompts put around them.
         seed: gives the seed for a purpose (``"weights"``, ``"adapter"``).
 
     Raises:
@@ -78,7 +78,7 @@ def load_backbone(
     if config.attention == FLEX and device.type != "cuda":
         raise ValueError(f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; valid are auto, sdpa and eager.")
     if config.backbone == "scratch":
-        tokenizer = train_tokenizer(titles(), config.scratch_vocab_size)
+        tokenizer = train_tokenizer(texts(), config.scratch_vocab_size)
         model = build_model(
             len(tokenizer),
             config.scratch_hidden_size,

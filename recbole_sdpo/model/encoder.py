@@ -12,7 +12,8 @@ from recbole_sdpo.lm.text import encode_text, opening_tokens
 from recbole_sdpo.ragged import Ragged, exclusive_cumsum, segment_sums
 
 TERMINATOR = "\n"
-"""Ends a title, in a prompt and in a response. Titles hold no white space but single blanks."""
+"""Ends a title, in a prompt and in a response, so that none is the beginning of another: titles hold no white space but single
+blanks."""
 
 
 class Encoder:
@@ -25,9 +26,8 @@ class Encoder:
     """
 
     def __init__(self, catalogue: Catalogue, units: Units, tokenizer: PreTrainedTokenizerBase) -> None:
-        end = encode_text(tokenizer, TERMINATOR)
         opening = opening_tokens(tokenizer)
-        titles = [encode_text(tokenizer, title) + end for title in catalogue.titles]
+        titles = [encode_text(tokenizer, title + TERMINATOR) for title in catalogue.titles]
         pieces = [encode_text(tokenizer, piece) for piece in units.pieces]
         first = {units.header, *(layout[0] for layout in units.templates)}
         pieces = [opening + piece if units.header + i in first else piece for i, piece in enumerate(pieces)]

@@ -29,7 +29,7 @@ from recbole_sdpo.data.sequences import histories, met_items, training_sequences
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.lm.ranking import NODES_AT_ONCE, TitleTree, score_all, score_top
-from recbole_sdpo.model.encoder import Encoder
+from recbole_sdpo.model.encoder import TERMINATOR, Encoder
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import derive_seed, generator
@@ -78,12 +78,14 @@ class SDPOLLM(SequentialRecommender):
         if idle:
             self.logger.warning(f"{', '.join(idle)} has no effect with peft='none', which trains all weights; set peft=lora.")
 
-        def titles() -> list[str]:
+        def texts() -> list[str]:
             # The root damps the most popular titles, so that the rarer ones get merges of their own, too.
             seen = np.bincount(training_sequences(dataset).items.values, minlength=len(self.catalogue.titles))
-            return list(np.repeat(np.array(self.catalogue.titles, dtype=object), np.ceil(np.sqrt(seen)).astype(int)))
+            weight = np.ceil(np.sqrt(seen)).astype(int)
+            lines = np.array([title + TERMINATOR for title in self.catalogue.titles], dtype=object)
+            return [*np.repeat(lines, weight), *self.units.pieces * int(weight.max())]
 
-        self.lm = load_backbone(self.backbone, self.device, titles, lambda purpose: derive_seed(self.seed, purpose))
+        self.lm = load_backbone(self.backbone, self.device, texts, lambda purpose: derive_seed(self.seed, purpose))
         self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer)
         # Candidates in an evaluation prompt stand in one order of all items, begun for each user at another place.
         self._place = generator(self.seed, "evaluation order").permutation(self.n_items)
@@ -125,7 +127,8 @@ class SDPOLLM(SequentialRecommender):
             ValueError: some user has met too many items.
         """
         rows, in_text = dataset.inter_feat, self.settings.prompt_style == "candidates"
-        wanted = {"train_neg_sample_args": self.negatives * self.draws, "prompt_candidates": (self.settings.prompt_candidates - 1) * in_text}
+        shown = (self.settings.prompt_candidates - 1) * in_text
+        wanted = {"train_neg_sample_args": self.negatives * self.draws, "prompt_candidates": shown}
         for setting, number in wanted.items():
             if number:
                 drawn = self._negative_sampler(dataset, sampler, setting)

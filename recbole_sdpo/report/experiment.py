@@ -16,6 +16,9 @@ from recbole_sdpo.report import figures
 from recbole_sdpo.report.comparison import Comparison, Finished
 from recbole_sdpo.report.table import NOTE, comparison_frame, comparison_latex, comparison_markdown
 
+KEPT = ("model", "dataset", "seed", "stages", "candidates_sha256", "training_targets", "peak_memory_gib", "machine", "versions", "settings")
+"""Of each run's ``result.json``, what ``results.jsonl`` has."""
+
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.5 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }}
@@ -75,8 +78,7 @@ def _figures(comparisons: Sequence[Comparison], runs: Sequence[Finished]) -> dic
 
 
 def _line(run: Finished) -> dict:
-    kept = ("model", "dataset", "seed", "stages", "candidates_sha256", "training_targets", "peak_memory_gib", "machine", "versions", "settings")
-    return {"name": run.name, "train_s": run.wall_s, **{key: run.result[key] for key in kept}}
+    return {"name": run.name, "train_s": run.wall_s, **{key: run.result[key] for key in KEPT}}
 
 
 def _html_table(comparison: Comparison) -> str:

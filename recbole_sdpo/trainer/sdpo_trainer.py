@@ -27,8 +27,8 @@ from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.stage import Stage
-from recbole_sdpo.trainer.steps import StepFile
 from recbole_sdpo.trainer.state import load_state, read_state, save_state
+from recbole_sdpo.trainer.steps import StepFile
 
 # What makes a run what it is, beside our own settings; and what of those a resumed run may change.
 RECBOLE_IDENTITY = (
@@ -196,7 +196,8 @@ class SDPOTrainer(Trainer):
         kind = OBJECTIVES[objective]
         if kind.reference:
             self.model.lm.freeze_reference()
-        examples = self.model.examples(train_data._dataset, train_data._sampler, self.model.negatives * self.model.draws if kind.negatives else 0)
+        draws = self.model.negatives * self.model.draws if kind.negatives else 0
+        examples = self.model.examples(train_data._dataset, train_data._sampler, draws)
         limit = settings.targets_limit(name)
         cache = None
         if kind.reference and settings.caches_reference:

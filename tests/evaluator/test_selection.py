@@ -75,5 +75,3 @@ def test_a_snapshot_has_what_training_changes():
     assert not np.array_equal(model[1].running_mean, before["1.running_mean"])
     restore(model, kept)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-

@@ -6,11 +6,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recbole_sdpo.lm import backbone as module
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
-from recbole_sdpo.lm.scratch import train_tokenizer
 from recbole_sdpo.settings import Settings
 
 CPU = torch.device("cpu")
@@ -31,9 +31,19 @@ def tiny_llama(vocab):
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, max_position_embeddings=64, **shape))
 
 
+def byte_level_bpe():
+    """A tokenizer of GPT-2's kind, which a GGUF file can hold."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["some titles to learn from"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+
+
 @pytest.fixture
 def folder(tmp_path):
-    tokenizer = train_tokenizer(["some titles to learn from"] * 3, 280)
+    tokenizer = byte_level_bpe()
     tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -93,7 +103,7 @@ def test_a_folder_gets_an_adapter(folder):
 
 
 def test_a_gguf_file_is_converted_once_and_keeps_its_weights(tmp_path, folder, monkeypatch):
-    tokenizer = train_tokenizer(["some titles to learn from"] * 3, 280)
+    tokenizer = byte_level_bpe()
     model = tiny_llama(len(tokenizer)).eval()
     write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
     given = {"backbone": str(tmp_path / "tiny.gguf"), "cache_dir": str(tmp_path / "cache"), "peft": "none"}

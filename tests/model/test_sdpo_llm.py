@@ -154,7 +154,8 @@ def test_a_large_catalogue_is_ranked_in_parts(ring, monkeypatch):
     model.settings = dataclasses.replace(model.settings, eval_tokens_per_batch=16)
     del model.title_tree
     held = []
-    model.lm.model.base_model.register_forward_pre_hook(lambda module, args, kwargs: held.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    decoder = model.lm.model.base_model
+    decoder.register_forward_pre_hook(lambda module, args, kwargs: held.append(kwargs["input_ids"].numel()), with_kwargs=True)
     torch.testing.assert_close(model.full_sort_predict(interaction), whole, rtol=0, atol=1e-5)
     assert len(held) > 10 and max(held) < 100
 
