@@ -40,6 +40,9 @@ RECBOLE_KEYS = {
 # Keys of RecBole's training loop that our stages do without: what they have in place of each is among their own settings.
 WITHOUT_EFFECT = {"epochs", "learning_rate", "weight_decay", "train_batch_size", "learner", "clip_grad_norm", "enable_amp", "enable_scaler"}
 
+OF_EVERY_MODEL = {"title_fields", "title_article_first", "candidates_exclude_history", "candidates_seed", "more_candidates"}
+"""Settings of ours that count for the baselines, too: all meet the same candidates."""
+
 # What RecBole's dictionaries may hold; it ignores anything else.
 PARTS = {
     "eval_args": {"split", "order", "group_by", "mode"},
@@ -92,7 +95,7 @@ class StageSettings:
 class Settings:
     """All settings of ``SDPO-LLM``."""
 
-    # Data and prompts; the first five also count for the baselines, which meet the same candidates.
+    # Data and prompts; those in OF_EVERY_MODEL also count for the baselines.
     title_fields: list[str] = _setting(
         ["title"],
         "columns of the .item file that make a title; what follows the first goes in parentheses",

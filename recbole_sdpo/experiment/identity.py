@@ -9,6 +9,7 @@ from pathlib import Path
 
 import recbole_sdpo
 from recbole_sdpo.quick_start import ExperimentConfig, package_versions
+from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, names
 
 # Settings that say where and how to run, not what comes out; of files the contents count, and not where they lie.
 WITHOUT_INFLUENCE = {
@@ -33,8 +34,11 @@ WITHOUT_INFLUENCE = {
 # Settings that may name a file or a folder.
 FILES = ("backbone", "prompt_templates", "sft_checkpoint")
 
-# Rooms of the package that only look at results, or decide what to run.
-ONLOOKERS = {"experiment", "report", "command.py", "__main__.py", "significance.py"}
+# Parts of the package that only look at results, or decide what to run, or whose outcome is in the settings already.
+ONLOOKERS = {"experiment", "report", "command.py", "__main__.py", "significance.py", "settings.py", "SDPO-LLM.yaml"}
+
+# Parts that models of RecBole have nothing to do with.
+OF_SDPO_LLM = {"lm", "model", "trainer", "objectives.py", "ragged.py", "prompts.py", "prompts", "examples.py"}
 
 
 def identity(config: ExperimentConfig, begun_from: str | None) -> str:
@@ -46,14 +50,17 @@ def identity(config: ExperimentConfig, begun_from: str | None) -> str:
     Raises:
         ValueError: the dataset has no files.
     """
+    ours = config["model"] == MODEL
     settings = config.final_config_dict | config.settings.to_flat()
+    idle = WITHOUT_INFLUENCE | (set() if ours else set(names()) - OF_EVERY_MODEL)
+    files = [key for key in FILES if ours and not (begun_from and key == "sft_checkpoint")]
     parts = {
         "model": config["model"],
-        "settings": {key: str(value) for key, value in sorted(settings.items()) if key not in WITHOUT_INFLUENCE},
-        "files": {key: _content(Path(str(settings[key])).expanduser()) for key in FILES if key != "sft_checkpoint" or not begun_from},
+        "settings": {key: str(value) for key, value in sorted(settings.items()) if key not in idle},
+        "files": {key: _content(Path(str(settings[key])).expanduser()) for key in files},
         "begun_from": begun_from,
         "data": _data(Path(config["data_path"]), config["dataset"]),
-        "code": _code(),
+        "code": _code(frozenset(ONLOOKERS if ours else ONLOOKERS | OF_SDPO_LLM)),
         "versions": package_versions(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -82,11 +89,11 @@ def _content(path: Path) -> str | None:
 
 
 @cache
-def _code() -> str:
-    """sha256 of those sources of this package on which a result depends."""
+def _code(without: frozenset[str]) -> str:
+    """sha256 of this package's sources but for some files and folders."""
     root = Path(recbole_sdpo.__path__[0])
     sources = sorted(file for file in root.rglob("*") if file.suffix in {".py", ".yaml"})
-    files = [file for file in sources if not ONLOOKERS & set(file.relative_to(root).parts)]
+    files = [file for file in sources if not without & set(file.relative_to(root).parts)]
     return _digest("\n".join(f"{file.relative_to(root)} {_content(file)}" for file in files).encode())
 
 

@@ -45,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment's YAML file holds; its keys are these names.
+    """What an experiment's YAML file holds; its keys are these names, and ``base``, a file beside it whose keys it changes.
 
     Attributes:
         title: over the report.
@@ -77,9 +77,7 @@ class Experiment:
             ValueError: a key, a name or a value is wrong.
             FileNotFoundError: there is no such file.
         """
-        if not file.is_file():
-            raise FileNotFoundError(f"experiment={str(file)!r} does not exist; configs/ has some.")
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        given = _read(file)
         _check_keys(given, cls, str(file), {"dataset", "runs"})
         if not given["runs"]:
             raise ValueError(f"{file} has no runs; give one or more, each with a name.")
@@ -222,6 +220,17 @@ def _of_sft(settings: Settings, prompt_style: str) -> Settings:
     """``settings`` without those that count in the second stage alone."""
     second = {"objective", "beta", "fixed_negatives", "reference", *(set() if prompt_style == "candidates" else {"train_neg_sample_args"})}
     return {key: value for key, value in settings.items() if key not in second and not key.startswith("sdpo_")} | {"objective": "sft"}
+
+
+def _read(file: Path) -> Any:
+    """What a file holds, over what the file that it names as ``base`` holds; of ``settings`` both count."""
+    if not file.is_file():
+        raise FileNotFoundError(f"experiment={str(file)!r} does not exist; configs/ has some.")
+    given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(given, dict) or "base" not in given:
+        return given
+    base = _read(file.parent / given.pop("base"))
+    return base | given | {"settings": base.get("settings", {}) | given.get("settings", {})}
 
 
 def _check_keys(given: Any, kind: type, where: str, needed: set[str], without: set[str] = frozenset()) -> None:

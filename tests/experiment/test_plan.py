@@ -36,6 +36,8 @@ def test_what_a_result_depends_on_changes_its_identity(write, ring, tmp_path):
     (first,) = plan(Experiment.load(write(runs)))
     (again,) = plan(Experiment.load(write([{"name": "b", "model": "GRU4Rec", "settings": {"checkpoint_dir": "elsewhere"}}])))
     assert first.identity == again.identity, "names and places do not count"
+    (again,) = plan(Experiment.load(write([{"name": "a", "model": "GRU4Rec", "settings": {"sft_epochs": 9, "beta": 3.0}}])))
+    assert first.identity == again.identity, "nor do settings of SDPO-LLM for another model"
     found = set()
     for change in ({"hidden_size": 32}, {"learning_rate": 0.1}, {"MAX_ITEM_LIST_LENGTH": 3}):
         found.add(plan(Experiment.load(write([{"name": "a", "model": "GRU4Rec", "settings": change}])))[0].identity)
@@ -61,6 +63,15 @@ def test_a_varied_setting_makes_a_row_for_each_value(write):
     assert [row.name for row in rows] == ["S-DPO, sample_num = 1", "S-DPO, sample_num = 2"]
     assert [row.settings for row in rows] == [{"train_neg_sample_args": {"sample_num": k}} for k in (1, 2)]
     assert rows[1].axis == ("S-DPO", "train_neg_sample_args.sample_num", 2)
+
+
+def test_a_file_may_change_another(write, tmp_path):
+    base = write([{"name": "a", "settings": {"beta": 2.0}}], seeds=[1, 2])
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "other.yaml").write_text(yaml.safe_dump({"base": "../try.yaml", "seeds": [3], "settings": {"sft_epochs": 9}}))
+    (run,) = plan(Experiment.load(tmp_path / "more" / "other.yaml"))
+    assert (run.seed, run.settings["sft_epochs"], run.settings["beta"], run.settings["backbone"]) == (3, 9, 2.0, "scratch")
+    assert base.exists()
 
 
 def test_overrides_come_last(write):
