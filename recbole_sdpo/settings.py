@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from logging import getLogger
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -81,14 +81,23 @@ def _share(default: float, help: str) -> Any:
 class StageSettings:
     """Settings of one training stage; in a configuration their names begin with ``sft_`` or ``sdpo_``."""
 
-    epochs: int = _at_least(0, 1, "passes over the training targets at most (RecBole's stopping_step may end it sooner)")
-    learning_rate: float = _at_least(0, 1e-3, "peak learning rate of AdamW")
+    epochs: int | None = _at_least(
+        0, None, "passes over the training targets at most (RecBole's stopping_step may end it sooner), or null for what suits the backbone"
+    )
+    learning_rate: float | None = _at_least(0, None, "peak learning rate of AdamW, or null for what suits the backbone")
     schedule: str = _choice("cosine", "what the learning rate does after its warm-up", "cosine", "linear", "constant")
     warmup: float = _share(0.05, "share of the stage's steps over which the learning rate rises to its peak")
     tokens_per_batch: int = _at_least(1, 4096, "tokens in a batch over all processes, padding included")
     gradient_accumulation: int = _at_least(1, 1, "batches to an optimizer step")
     clip_norm: float | None = _above(0, 1.0, "largest norm of the gradient, or null for no limit")
     weight_decay: float = _at_least(0, 0.01, "weight decay of AdamW")
+
+
+# For scratch tuned on the validation set of ml-100k; for pretrained backbones, usual values for LoRA.
+SUITED: dict[str, dict[str, dict[str, Any]]] = {
+    "scratch": {"sft": {"epochs": 25, "learning_rate": 3e-3}, "sdpo": {"epochs": 3, "learning_rate": 1e-3}},
+    "pretrained": {"sft": {"epochs": 2, "learning_rate": 5e-4}, "sdpo": {"epochs": 1, "learning_rate": 1e-4}},
+}
 
 
 @dataclass(frozen=True)
@@ -148,11 +157,11 @@ class Settings:
     lora_dropout: float = _share(0.0, "dropout before the adapter")
     lora_target_modules: str | list[str] = _setting("all-linear", "modules to adapt, as in peft", bool, "'all-linear' or a list of names")
     lora_layers: list[int] | None = _setting(None, "numbers of the layers to adapt, or null for all")
-    scratch_hidden_size: int = _at_least(8, 256, "width of the scratch backbone")
-    scratch_layers: int = _at_least(1, 4, "its layers")
-    scratch_heads: int = _at_least(1, 4, "its attention heads")
-    scratch_vocab_size: int = _at_least(258, 12288, "its vocabulary, bytes included")
-    scratch_dropout: float = _share(0.0, "its dropout, of embeddings, attention and layers")
+    scratch_hidden_size: int = _at_least(8, 64, "width of the scratch backbone")
+    scratch_layers: int = _at_least(1, 2, "its layers")
+    scratch_heads: int = _at_least(1, 2, "its attention heads")
+    scratch_vocab_size: int = _at_least(258, 12288, "tokens of the BPE from which its vocabulary is chosen")
+    scratch_dropout: float = _share(0.3, "its dropout, of embeddings, attention and layers")
 
     # Training
     objective: str = _choice("sdpo", "of the second stage; sft stops after the first", *OBJECTIVES)
@@ -176,9 +185,8 @@ class Settings:
     run_dir: str | None = _setting(None, "folder of the run, or null for <checkpoint_dir>/<model>-<dataset>-<time>")
     eval_tokens_per_batch: int = _at_least(1, 8192, "tokens in a batch when scoring")
 
-    # Tuned on the validation set of ml-100k with the scratch backbone.
-    sft: StageSettings = field(default_factory=lambda: StageSettings(epochs=2, tokens_per_batch=1024))
-    sdpo: StageSettings = field(default_factory=lambda: StageSettings(learning_rate=3e-4, tokens_per_batch=1024))
+    sft: StageSettings = field(default_factory=lambda: StageSettings(tokens_per_batch=1024))
+    sdpo: StageSettings = field(default_factory=lambda: StageSettings(tokens_per_batch=1024))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
@@ -197,6 +205,12 @@ class Settings:
                 f"valid is {max(unit, width - width % unit)}."
             )
         return cls(**own, **stages)
+
+    def suited_to(self, backbone: str) -> Settings:
+        """With epochs and learning rates that suit ``backbone`` in place of null."""
+        suited = SUITED["scratch" if backbone == "scratch" else "pretrained"]
+        given = {stage: {key: value for key, value in vars(getattr(self, stage)).items() if value is not None} for stage in suited}
+        return replace(self, **{stage: replace(getattr(self, stage), **(suited[stage] | given[stage])) for stage in suited})
 
     def to_flat(self) -> dict[str, Any]:
         """All settings under the names that a configuration uses."""

@@ -22,6 +22,7 @@ TINY = {
     "scratch_layers": 2,
     "scratch_heads": 2,
     "scratch_vocab_size": 300,
+    "scratch_dropout": 0.0,
     "show_progress": False,
     "MAX_ITEM_LIST_LENGTH": 8,
     "eval_args": {"mode": "uni5"},

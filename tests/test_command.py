@@ -16,7 +16,7 @@ def test_an_argument_that_nobody_reads_is_an_error(monkeypatch, argument):
 
 def test_settings_are_printed(monkeypatch, capsys):
     call(monkeypatch, "--settings")
-    assert "| `sft_learning_rate` | `0.001` |" in capsys.readouterr().out
+    assert "| `sft_tokens_per_batch` | `1024` |" in capsys.readouterr().out
 
 
 def test_a_wrong_setting_ends_in_one_line(monkeypatch):

@@ -35,10 +35,10 @@ WITHOUT_INFLUENCE = {
 FILES = ("backbone", "prompt_templates", "sft_checkpoint")
 
 # Parts of the package that only look at results, or decide what to run, or whose outcome is in the settings already.
-ONLOOKERS = {"experiment", "report", "command.py", "__main__.py", "significance.py", "settings.py", "SDPO-LLM.yaml"}
+ONLOOKERS = {"experiment", "report", "command.py", "__main__.py", "significance.py", "SDPO-LLM.yaml"}
 
 # Parts that models of RecBole have nothing to do with.
-OF_SDPO_LLM = {"lm", "model", "trainer", "objectives.py", "ragged.py", "prompts.py", "prompts", "examples.py"}
+OF_SDPO_LLM = {"settings.py", "lm", "model", "trainer", "objectives.py", "ragged.py", "prompts.py", "prompts", "examples.py"}
 
 
 def identity(config: ExperimentConfig, begun_from: str | None) -> str:

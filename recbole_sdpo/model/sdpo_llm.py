@@ -74,6 +74,7 @@ class SDPOLLM(SequentialRecommender):
         self.units = Units(len(self.catalogue.titles), Templates.load(settings.prompt_templates))
         chosen = BackboneConfig(**{f.name: getattr(settings, f.name) for f in fields(BackboneConfig)})
         self.backbone = chosen.resolve(torch.device(self.device))
+        self.settings = config.settings = settings = settings.suited_to(self.backbone.backbone)  # the configuration's, for the record
         idle = [key for key in config.external_config_dict if key.startswith("lora_") and self.backbone.peft != "lora"]
         if idle:
             self.logger.warning(f"{', '.join(idle)} has no effect with peft='none', which trains all weights; set peft=lora.")

@@ -57,7 +57,7 @@ def trained(tmp_path_factory):
         "scratch_hidden_size": 64,
         "sft_epochs": 20,
         "sft_learning_rate": 3e-3,
-        "sft_tokens_per_batch": 256,
+        "sft_tokens_per_batch": 64,
         "stopping_step": 50,
         "sdpo_epochs": 3,
         "sdpo_learning_rate": 1e-3,
