@@ -37,8 +37,9 @@ from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.ragged import exclusive_cumsum
 from recbole_sdpo.report.table import markdown_table
 
-SCRATCH_VOCABULARY = 2048
-"""Of the scratch backbone: titles of several tokens, as under a pretrained model's tokenizer; by default they would have one."""
+SCRATCH = {"scratch_vocab_size": 2048, "scratch_hidden_size": 256, "scratch_layers": 4, "scratch_heads": 4, "scratch_dropout": 0.0}
+"""The scratch backbone as it is measured: titles of several tokens, as under a pretrained model's tokenizer, and four layers; by
+default titles would have one token, and the model two narrow layers."""
 
 TOKENS = 2048
 """Tokens in our batch."""
@@ -68,7 +69,7 @@ class Bench:
     def build(cls, style: str, args: argparse.Namespace) -> Bench:
         """A policy that has moved away from its reference, as in the middle of training."""
         given = {"prompt_style": style, "MAX_ITEM_LIST_LENGTH": 10 if style == "candidates" else 50, "backbone": args.backbone}
-        given |= {"scratch_vocab_size": SCRATCH_VOCABULARY, "show_progress": False}
+        given |= SCRATCH | {"show_progress": False}
         config = ExperimentConfig("SDPO-LLM", "ml-100k", config_dict=given)
         loaders = data_preparation(config, create_dataset(config))
         torch.manual_seed(0)

@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recbole.quick_start import run_recbole
 
+from recbole_sdpo import quick_start
 from recbole_sdpo import settings as module
 from recbole_sdpo.data.prompts import TEMPLATE_FOLDER
 from recbole_sdpo.quick_start import ExperimentConfig, run
@@ -156,3 +157,18 @@ def test_templates_ship_with_the_package():
 def test_what_recbole_would_stumble_over_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         check_given(given)
+
+
+def test_what_is_not_given_suits_the_backbone():
+    given = Settings.from_mapping({"sft_epochs": 7, "sdpo_learning_rate": 0.5})
+    assert (given.sft.learning_rate, given.sdpo.epochs) == (None, None)
+    scratch, other = given.suited_to("scratch"), given.suited_to("smollm2-135m")
+    for settings in (scratch, other):
+        assert settings.sft.epochs == 7 and settings.sdpo.learning_rate == 0.5
+    assert scratch.sft.learning_rate > 4 * other.sft.learning_rate and scratch.sdpo.epochs > other.sdpo.epochs
+    assert scratch.sft.tokens_per_batch == given.sft.tokens_per_batch
+
+
+def test_the_record_has_the_settings_that_were_used(ring):
+    result = quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"objective": "sft", "sft_epochs": 1})
+    assert result["settings"]["sft_learning_rate"] == 3e-3 and result["settings"]["sft_epochs"] == 1

@@ -45,6 +45,17 @@ def test_frequent_titles_get_fewer_tokens():
     assert len(encode_text(tokenizer, "the one everybody sees")) < len(encode_text(tokenizer, "another that few know"))
 
 
+def test_no_token_is_a_mere_step_to_another():
+    """What no text is made of is not in the vocabulary, but for the bytes; every text is cut into the fewest pieces."""
+    texts = ["red cube\n", "red ball\n", "blue cube\n"]
+    tokenizer = train_tokenizer(texts * 9, 1000)
+    pieces = set(tokenizer.get_vocab()) - {"<s>"}
+    used = {piece for text in texts for piece in tokenizer.tokenize(text)}
+    assert {piece for piece in pieces if len(piece) > 1} <= used and len(pieces) <= 256 + len(used)
+    assert [len(encode_text(tokenizer, text)) for text in texts] == [1, 1, 1]
+    assert len(encode_text(train_tokenizer(texts * 9, 257), texts[0])) == len(texts[0])
+
+
 def test_scratch_weights_depend_on_their_seed_alone():
     import torch
 
