@@ -1,5 +1,7 @@
 """Which runs an experiment has, which of them are one, and what is refused before any of them begins."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -114,3 +116,17 @@ def test_what_is_wrong_is_said_before_anything_runs(write, change, message):
     rest = {"runs": [{"name": "a"}]} | change
     with pytest.raises(ValueError, match=message):
         plan(Experiment.load(write(rest.pop("runs"), **rest)))
+
+
+CONFIGS = sorted(
+    file for file in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if {"runs", "base"} & set(yaml.safe_load(file.read_text()))
+)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: "/".join(file.parts[-3:]))
+def test_the_experiments_that_ship_are_sound(file):
+    experiment = Experiment.load(file)
+    if experiment.dataset == "ml-100k":  # which RecBole brings
+        runs = plan(experiment, experiment.seeds[:1])
+        assert [run.name for run in runs] == [entry.name for entry in experiment.entries()]
+        assert all(len(grid(entry, experiment.tries)) == experiment.tries for entry in experiment.runs if entry.tune)
