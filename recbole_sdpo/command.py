@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ def main() -> None:
     try:
         if args.experiment:
             sys.exit(_experiment(args, rest))
+        if args.tune or args.output or args.jobs != 1:
+            raise ValueError("--tune, --output and --jobs go with --experiment.")
         run(args.model, args.dataset or "ml-100k", args.config_files.split())
     except (ValueError, NotImplementedError, SyntaxError, FileNotFoundError, FloatingPointError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
@@ -53,7 +57,9 @@ def main() -> None:
 
 def _experiment(args: argparse.Namespace, rest: list[str]) -> int:
     """Run an experiment; every other argument is a setting of all its runs. 1 if a run failed."""
-    given = " ".join(["python", *sys.argv])
+    given = shlex.join(["python", *sys.argv])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--experiment starts its runs itself; call it with plain python, and --jobs for several at once.")
     if args.jobs < 1:
         raise ValueError(f"--jobs={args.jobs} must be 1 or more.")
     if args.model != MODEL or args.dataset or args.config_files:

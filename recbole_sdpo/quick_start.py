@@ -37,7 +37,6 @@ from recbole_sdpo.registry import add_defaults, default_settings
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.settings import MODEL, Settings, check_settings, check_topk
 from recbole_sdpo.trainer.sdpo_trainer import run_folder
-from recbole_sdpo.trainer.state import FOLDER
 
 VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")
 
@@ -135,7 +134,7 @@ def run(
     logger.info(described)
 
     further = {mode: loaders[mode][0] for mode in config.settings.more_candidates}
-    selection = Selection(trainer, further, run_dir / FOLDER if saved else None)
+    selection = Selection(trainer, further, run_dir / "selection" if saved else None)
     ours, targets = config["model"] == MODEL, len(train_data._dataset)
     stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
     floor = popularity_result(config, train_data, test_data)

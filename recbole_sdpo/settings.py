@@ -412,7 +412,7 @@ def _read(cls: type, values: Mapping[str, Any], prefix: str, defaults: Any) -> d
         if float in _kinds(hints[f.name]) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not any(_is_a(value, kind) for kind in _kinds(hints[f.name])):
-            raise ValueError(f"{name}={value!r} must be {_type_name(hints[f.name])}; for example {getattr(defaults, f.name)!r}.")
+            raise ValueError(f"{name}={value!r} must be {_type_name(hints[f.name])}; the default is {getattr(defaults, f.name)!r}.")
         if not f.metadata["check"](value):
             raise ValueError(f"{name}={value!r} is out of range; valid is {f.metadata['valid']}.")
         read[f.name] = value

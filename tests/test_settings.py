@@ -19,7 +19,7 @@ def test_defaults_are_valid_and_round_trip():
     ("given", "message"),
     [
         ({"beta": -1}, "beta=-1.0 is out of range; valid is more than 0"),
-        ({"beta": "high"}, "beta='high' must be a number; for example 1.0"),
+        ({"beta": "high"}, "beta='high' must be a number; the default is 1.0"),
         ({"beta": True}, "beta=True must be a number"),
         ({"beta": float("nan")}, "beta=nan is out of range"),
         ({"sft_epochs": 1.5}, "sft_epochs=1.5 must be a whole number"),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+import torch
+
 import recbole_sdpo
+from recbole_sdpo.lm.backbone import BackboneConfig
 from recbole_sdpo.quick_start import ExperimentConfig, package_versions
 from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, names
 
@@ -50,10 +54,13 @@ def identity(config: ExperimentConfig, begun_from: str | None) -> str:
     Raises:
         ValueError: the dataset has no files.
     """
-    ours = config["model"] == MODEL
-    settings = config.final_config_dict | config.settings.to_flat()
+    ours, own = config["model"] == MODEL, config.settings
+    if ours:
+        chosen = BackboneConfig(**{f.name: getattr(own, f.name) for f in fields(BackboneConfig)})
+        own = own.suited_to(chosen.resolve(torch.device(config["device"])).backbone)
+    settings = config.final_config_dict | own.to_flat()
     idle = WITHOUT_INFLUENCE | (set() if ours else set(names()) - OF_EVERY_MODEL)
-    files = [key for key in FILES if ours and not (begun_from and key == "sft_checkpoint")]
+    files = [key for key in FILES if ours and not (begun_from and key == "sft_checkpoint") and _is_path(settings[key])]
     parts = {
         "model": config["model"],
         "settings": {key: str(value) for key, value in sorted(settings.items()) if key not in idle},
@@ -64,6 +71,11 @@ def identity(config: ExperimentConfig, begun_from: str | None) -> str:
         "versions": package_versions(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_path(name: str | None) -> bool:
+    """Is it a place, and not a name of ours, such as ``scratch``?"""
+    return bool(name) and ("/" in name or name.endswith((".yaml", ".gguf")))
 
 
 def _data(folder: Path, name: str) -> dict[str, str]:
@@ -95,6 +107,12 @@ def _code(without: frozenset[str]) -> str:
     sources = sorted(file for file in root.rglob("*") if file.suffix in {".py", ".yaml"})
     files = [file for file in sources if not without & set(file.relative_to(root).parts)]
     return _digest("\n".join(f"{file.relative_to(root)} {_content(file)}" for file in files).encode())
+
+
+def sources() -> str:
+    """sha256 of all of this package's sources as they are on the disk now, for a run to be what was planned."""
+    root = Path(recbole_sdpo.__path__[0])
+    return _digest(b"".join(file.read_bytes() for file in sorted(root.rglob("*.py"))))
 
 
 def _digest(data: bytes) -> str:

@@ -21,6 +21,9 @@ from recbole_sdpo.settings import MODE, MODEL
 
 Settings = dict[str, Any]
 
+IN_THE_FILE = {"seed", "more_candidates", "run_dir", "resume"}
+"""Settings that an experiment makes itself."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -95,6 +98,10 @@ class Experiment:
         _check_list(self.metrics, "metrics", lambda metric: isinstance(metric, str))
         for metric in self.metrics:
             metric_of_ranks(metric, [1])
+        if self.tries < 1:
+            raise ValueError(f"tries={self.tries} must be 1 or more.")
+        for where, settings in [("settings", self.settings), *((f"run {entry.name!r}", entry.settings) for entry in self.runs)]:
+            _check_settings(where, settings)
         for entry in self.runs:
             if not entry.name.strip() or "|" in entry.name or "\n" in entry.name:
                 raise ValueError(f"run {entry.name!r}: a name is a line of text without '|', which would end its cell of the table.")
@@ -187,8 +194,11 @@ def _with(entry: Entry, key: str, value: Any) -> Entry:
 
 def _put(settings: Settings, key: str, value: Any) -> Settings:
     """``settings`` with ``key``, of which dots lead into dictionaries, set to ``value``."""
-    first, _, rest = key.partition(".")
-    return settings | {first: _put(settings.get(first) or {}, rest, value) if rest else value}
+    first, _, rest = str(key).partition(".")
+    inner = settings.get(first) or {}
+    if rest and not isinstance(inner, dict):
+        raise ValueError(f"{key!r} names a part of {first}={inner!r}, which has no parts.")
+    return settings | {first: _put(inner, rest, value) if rest else value}
 
 
 def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
@@ -207,6 +217,7 @@ def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
 
 def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
     config, start = ExperimentConfig(entry.model, dataset, config_dict=copy.deepcopy(settings)), None
+    _check_targets(config)
     if entry.model == MODEL and not config.settings.sft_checkpoint:
         alone = _of_sft(settings, config.settings.prompt_style)
         if config.settings.reaches_alignment:
@@ -216,21 +227,33 @@ def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
     return Run(entry.name, entry.model, dataset, settings["seed"], settings, identity(config, start and start.identity), start)
 
 
+def _check_targets(config: ExperimentConfig) -> None:
+    """The table is of one target to a user, and of ranks that are known."""
+    split = config["eval_args"]["split"]
+    if not isinstance(split, dict) or "LS" not in split:
+        raise ValueError(f"eval_args.split={split!r}: users are compared by the rank of one target; valid is {{'LS': 'valid_and_test'}}.")
+
+
 def _of_sft(settings: Settings, prompt_style: str) -> Settings:
     """``settings`` without those that count in the second stage alone."""
     second = {"objective", "beta", "fixed_negatives", "reference", *(set() if prompt_style == "candidates" else {"train_neg_sample_args"})}
     return {key: value for key, value in settings.items() if key not in second and not key.startswith("sdpo_")} | {"objective": "sft"}
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path, depth: int = 0) -> Any:
     """What a file holds, over what the file that it names as ``base`` holds; of ``settings`` both count."""
     if not file.is_file():
         raise FileNotFoundError(f"experiment={str(file)!r} does not exist; configs/ has some.")
     given = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(given, dict) or "base" not in given:
         return given
-    base = _read(file.parent / given.pop("base"))
-    return base | given | {"settings": base.get("settings", {}) | given.get("settings", {})}
+    name = given.pop("base")
+    if not isinstance(name, str) or depth > 8:
+        raise ValueError(f"{file}: base={name!r} must name a file, and files cannot be each other's base.")
+    base, settings = _read(file.parent / name, depth + 1), given.get("settings", {})
+    if not isinstance(base, dict) or not isinstance(base.get("settings", {}), dict) or not isinstance(settings, dict):
+        raise ValueError(f"{file} and its base {name!r} must be mappings, and so must their settings.")
+    return base | given | {"settings": base.get("settings", {}) | settings}
 
 
 def _check_keys(given: Any, kind: type, where: str, needed: set[str], without: set[str] = frozenset()) -> None:
@@ -249,6 +272,14 @@ def _check_keys(given: Any, kind: type, where: str, needed: set[str], without: s
             raise ValueError(f"{where}: {key}={value!r} must be {words[wanted]}.")
     for key in sorted(needed - set(given)):
         raise ValueError(f"{where} lacks the key {key!r}.")
+
+
+def _check_settings(where: str, settings: Settings) -> None:
+    for key, value in settings.items():
+        if key in IN_THE_FILE or (key == "eval_args" and isinstance(value, dict) and "mode" in value):
+            raise ValueError(f"{where}: {key}={value!r} is the experiment's; give seeds and candidates at the top of its file.")
+        if key in ("eval_args", "train_neg_sample_args") and not isinstance(value, dict):
+            raise ValueError(f"{where}: {key}={value!r} must be a mapping.")
 
 
 def _check_list(values: Any, what: str, valid: Callable[[Any], bool]) -> None:

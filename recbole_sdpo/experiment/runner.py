@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from recbole_sdpo.experiment.identity import sources
 from recbole_sdpo.experiment.plan import Run
 from recbole_sdpo.trainer.state import FOLDER
 
@@ -40,7 +42,7 @@ class Runner:
     """
 
     def __init__(self, store: Path, jobs: int = 1) -> None:
-        self.store, self.jobs = store, jobs
+        self.store, self.jobs, self._sources = store, jobs, sources()
 
     def folder(self, run: Run) -> Path:
         """Where a run's files are."""
@@ -71,6 +73,8 @@ class Runner:
         return [failure for failure in found if failure]
 
     def _in_turn(self, run: Run, start: Future | None, left: list[Run], total: int, took: dict[str, float]) -> Failure | None:
+        if sources() != self._sources:
+            raise ValueError("recbole_sdpo's sources changed since the experiment began; begin it again: what is done is kept.")
         failed = start and start.result()
         if failed:
             return Failure(run, f"what it begins from failed: {failed.why}", failed.log)
@@ -84,6 +88,11 @@ class Runner:
         return failure
 
     def _run(self, run: Run) -> Failure | None:
+        with (self.store / f"{run.identity}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another experiment may be at the same run; then this one takes its result
+            return None if self.done(run) else self._run_locked(run)
+
+    def _run_locked(self, run: Run) -> Failure | None:
         folder, again = self.folder(run), []
         if (folder / FOLDER / "state.json").is_file():
             again = [f"--resume={folder}"]
@@ -97,10 +106,13 @@ class Runner:
         command = [sys.executable, "-m", "recbole_sdpo", f"--model={run.model}", f"--dataset={run.dataset}", f"--config_files={file}"]
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))} if self.jobs > 1 else {}
         with log.open("a", encoding="utf-8") as stream:
+            began_at = stream.tell()
             code = subprocess.run([*command, *again], stdout=stream, stderr=subprocess.STDOUT, env=os.environ | threads).returncode
         if code or not self.done(run):
-            lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-            return Failure(run, lines[-1].strip() if lines else f"it ended with code {code} and wrote nothing", log)
+            written = log.read_bytes()[began_at:].decode("utf-8", errors="replace")
+            lines = [line.strip() for line in written.splitlines() if line.strip()] or ["it wrote nothing"]
+            killed = f"killed by signal {-code}, such as for want of memory, after: " if code < 0 else ""
+            return Failure(run, killed + lines[-1], log)
         return None
 
     def _say(self, message: str) -> None:
@@ -108,12 +120,13 @@ class Runner:
 
 
 def _with_starts(runs: list[Run]) -> list[Run]:
-    """Each once, seed by seed, and in a seed first those that others begin from."""
+    """Each once, seed by seed, and in a seed first those that others begin from, which may have a row of their own."""
+    rows = {run.identity: run for run in reversed(runs)}
     ordered: dict[str, Run] = {}
     for seed in dict.fromkeys(run.seed for run in runs):
         mine = [run for run in runs if run.seed == seed]
         for run in [*(run.start for run in mine if run.start), *mine]:
-            ordered.setdefault(run.identity, run)
+            ordered.setdefault(run.identity, rows.get(run.identity, run))
     return list(ordered.values())
 
 

@@ -40,7 +40,8 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
             found[name].append((_score(runner.folder(run)), point))
     for name, scored in found.items():
         if not scored:
-            raise ValueError(f"all tries of run {name!r} failed: {failures[0].why} (see {failures[0].log})")
+            why = next(failure for failure in failures if failure.run.name in (name, f"SFT of {name}"))
+            raise ValueError(f"all tries of run {name!r} failed: {why.why} (see {why.log})")
     best = {name: max(scored, key=lambda pair: pair[0])[1] for name, scored in found.items()}  # the first of equals
     print(markdown_table(["tried", "validation", "settings"], [[n, s, json.dumps(p)] for n, pairs in found.items() for s, p in pairs]))
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,5 +54,7 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
 def _score(folder: Path) -> float:
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     last = list(result["stages"].values())[-1]
+    if last["valid"] is None:
+        raise ValueError(f"--tune looks at the validation set, and {folder} has no validation; set eval_step to 1 or more.")
     score = last["valid"][result["settings"]["valid_metric"].lower()]
     return score if result["settings"]["valid_metric_bigger"] else -score

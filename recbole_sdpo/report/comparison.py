@@ -56,10 +56,11 @@ class Row:
 
     Attributes:
         users: each metric of each user, float64 ``[seeds, users]``.
+        user: who they are, ``[users]``, sorted: those whom every seed has.
         differences: for each metric the difference to the best baseline; none for that baseline itself.
         p: their p-values, Holm-corrected over the table.
         wall_s: mean seconds of training.
-        improvement: of the first metric over the best baseline, as a share.
+        improvement: of the first metric over the best baseline, as a share; not a number for that one itself.
     """
 
     name: str
@@ -67,8 +68,9 @@ class Row:
     axis: tuple[str, str, Any] | None
     seeds: list[int]
     users: dict[str, np.ndarray]
+    user: pd.Index
     wall_s: float
-    improvement: float = 0.0
+    improvement: float = float("nan")
     differences: dict[str, Difference] = field(default_factory=dict)
     p: dict[str, float] = field(default_factory=dict)
 
@@ -108,38 +110,35 @@ class Comparison:
 def compare(runs: Sequence[Finished], candidates: str, metrics: Sequence[str], baselines: Sequence[str]) -> Comparison:
     """The table of ``runs`` on ``candidates``, with every row tested against the best baseline of each metric.
 
-    Raises:
-        ValueError: a user has several targets, so that a user's result is not one rank, or no baseline has a result.
+    Tests are over the users whom both rows have. Where no baseline has a result, the first row stands in for them.
     """
     rows = []
     for name in dict.fromkeys(run.name for run in runs):
         mine = [run for run in runs if run.name == name]
-        ranks = [_by_user(run, candidates) for run in mine]
-        users = {metric: np.stack([metric_of_ranks(metric, rank) for rank in ranks]) for metric in metrics}
+        ranks = pd.concat([_by_user(run, candidates) for run in mine], axis=1, join="inner").sort_index()
+        users = {metric: metric_of_ranks(metric, ranks.to_numpy().T) for metric in metrics}
         wall = float(np.mean([run.wall_s for run in mine]))
-        rows.append(Row(name, name in baselines, mine[0].axis, [run.seed for run in mine], users, wall))
+        rows.append(Row(name, name in baselines, mine[0].axis, [run.seed for run in mine], users, ranks.index, wall))
+    if not any(row.baseline for row in rows):
+        rows[0].baseline = True
     rivals = [row for row in rows if row.baseline]
-    if not rivals:
-        raise ValueError(f"none of the baselines {', '.join(baselines)} has a result; they are what the others are compared with.")
     best = {metric: max(rivals, key=lambda row: row.mean(metric)) for metric in metrics}
     for row in rows:
-        row.improvement = row.mean(metrics[0]) / best[metrics[0]].mean(metrics[0]) - 1
+        if row is not best[metrics[0]] and best[metrics[0]].mean(metrics[0]):
+            row.improvement = row.mean(metrics[0]) / best[metrics[0]].mean(metrics[0]) - 1
         for metric in metrics:
-            if row is not best[metric]:
-                row.differences[metric] = paired_difference(row.users[metric], best[metric].users[metric])
+            common = row.user.intersection(best[metric].user)
+            if row is not best[metric] and len(common) > 1:
+                mine, theirs = (r.users[metric][:, r.user.get_indexer(common)] for r in (row, best[metric]))
+                row.differences[metric] = paired_difference(mine, theirs)
     tested = [(row, metric) for row in rows for metric in row.differences]
     for (row, metric), p in zip(tested, holm([row.differences[metric].p for row, metric in tested])):
         row.p[metric] = float(p)
     return Comparison(candidates, list(metrics), rows, {metric: row.name for metric, row in best.items()})
 
 
-def _by_user(run: Finished, candidates: str) -> np.ndarray:
-    ranks = run.ranks[run.ranks["candidates"] == candidates].sort_values("user")
-    if ranks["user"].duplicated().any():
-        raise ValueError(
-            f"run {run.name!r} has users with several targets, and tests need one rank a user; split by leave-one-out (eval_args.split)."
-        )
-    return ranks["rank"].to_numpy()
+def _by_user(run: Finished, candidates: str) -> pd.Series:
+    return run.ranks[run.ranks["candidates"] == candidates].set_index("user")["rank"]
 
 
 def unfair(runs: Sequence[Finished], candidates: Sequence[str]) -> list[str]:

@@ -49,24 +49,20 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
     for comparison, line in zip(comparisons, panels):
         swept = [row for row in comparison.rows if row.axis and row.axis[1] == setting]
         for axes, metric in zip(line, metrics):
+            values = list(dict.fromkeys(str(row.axis[2]) for row in swept))  # in the order of the file, at equal distances
             for name in dict.fromkeys(row.axis[0] for row in swept):
-                _line(axes, [row for row in swept if row.axis[0] == name], metric, name)
-            values = sorted({row.axis[2] for row in swept})
-            if all(isinstance(value, int | float) and value > 0 for value in values) and values[-1] > 4 * values[0]:
-                axes.set_xscale("log")
-            axes.set_xticks(values, [str(value) for value in values], minor=False)
-            axes.minorticks_off()
+                _line(axes, [row for row in swept if row.axis[0] == name], metric, name, values)
+            axes.set_xticks(range(len(values)), values)
             axes.set(xlabel=setting.split(".")[-1], ylabel=metric, title=comparison.candidates)
             axes.grid(alpha=0.3)
     panels[0][0].legend(fontsize=8)
     return figure
 
 
-def _line(axes, rows: list[Row], metric: str, label: str) -> None:
-    rows = sorted(rows, key=lambda row: row.axis[2])
-    spread = [row.std(metric) for row in rows]
-    values, means = [row.axis[2] for row in rows], [row.mean(metric) for row in rows]
-    axes.errorbar(values, means, yerr=None if np.isnan(spread).all() else spread, marker="o", capsize=3, label=label)
+def _line(axes, rows: list[Row], metric: str, label: str, values: list[str]) -> None:
+    spread, means = [row.std(metric) for row in rows], [row.mean(metric) for row in rows]
+    places = [values.index(str(row.axis[2])) for row in rows]
+    axes.errorbar(places, means, yerr=None if np.isnan(spread).all() else spread, marker="o", capsize=3, label=label)
 
 
 def curves(runs: Sequence[Finished]) -> Figure:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 NOTE = (
     "Best in bold, second best underlined; * differs from the best baseline (p < 0.05 after Holm's correction over the table; "
-    "McNemar's test for HR@1, by sign flips with several seeds, else a paired t-test over users)"
+    "for metrics that are 0 or 1 McNemar's test, by sign flips with several seeds, else a paired t-test over users)"
 )
 
 
@@ -86,7 +86,7 @@ def _head(comparison: Comparison) -> list[str]:
 
 
 def _cells(comparison: Comparison, row: Row, cell, percent: str, name=str) -> list[str]:
-    better = "" if row.name == comparison.best_baseline[comparison.metrics[0]] else f"{100 * row.improvement:+.1f} {percent}"
+    better = "" if math.isnan(row.improvement) else f"{100 * row.improvement:+.1f} {percent}"
     return [name(row.name), *(cell(row, metric) for metric in comparison.metrics), better, f"{row.wall_s / 60:.1f}"]
 
 

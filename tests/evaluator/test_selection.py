@@ -29,6 +29,25 @@ def test_a_further_candidate_set_is_what_a_run_of_its_own_would_have(ring, model
         pd.testing.assert_frame_equal(mine, pd.read_csv(f"alone-{mode}/ranks.csv"))
 
 
+def test_a_resumed_run_tests_the_weights_that_the_uninterrupted_one_does(ring, monkeypatch):
+    settings = ring | {"more_candidates": ["pop9"], "sft_epochs": 4, "sdpo_epochs": 1, "sft_learning_rate": 0.02}
+    whole = quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"run_dir": "whole"})
+
+    class Dead(Exception):
+        pass
+
+    def die(*_, **__):
+        raise Dead
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quick_start, "_test", die)
+        with pytest.raises(Dead):
+            quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"run_dir": "cut"})
+    again = quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"resume": "cut"})
+    for stage in ("sft", "sdpo"):
+        assert again["stages"][stage]["candidates"] == whole["stages"][stage]["candidates"]
+
+
 class Sometimes:
     """A trainer whose validation follows a script."""
 

@@ -33,6 +33,12 @@ def test_several_seeds_of_hits_flip_signs():
     assert few.p == pytest.approx(2 / 2**3)  # three users, all of one sign: two of eight sign patterns are as far out
 
 
+def test_one_user_alone_is_no_evidence():
+    first = np.zeros((2, 5))
+    first[:, 0] = 1
+    assert paired_difference(first, np.zeros((2, 5))).p == 1
+
+
 def test_other_metrics_take_a_paired_t_test_over_users():
     rng = np.random.default_rng(2)
     first, second = rng.random((3, 50)), rng.random((2, 50))

@@ -11,6 +11,8 @@ from recbole_sdpo.experiment.plan import Experiment, grid, plan, with_settings
 
 @pytest.fixture
 def write(ring, tmp_path):
+    ring.pop("eval_args")
+
     def write(runs, **rest):
         file = tmp_path / "try.yaml"
         file.write_text(yaml.safe_dump({"dataset": "toy", "candidates": ["uni5"], "settings": ring, "runs": runs} | rest))
@@ -31,6 +33,19 @@ def test_alignments_of_one_sft_share_it(write):
     assert longer.start.identity != sft.identity
     assert len({run.identity for run in (sft, sdpo, dpo, longer)}) == 4
     assert sft.settings["objective"] == "sft" and "beta" not in sft.settings
+
+
+def test_what_suits_the_backbone_is_the_same_given_or_not(write):
+    runs = [{"name": "a"}, {"name": "b", "settings": {"sft_epochs": 30, "sdpo_learning_rate": 0.001}}]
+    first, second = plan(Experiment.load(write(runs)))
+    assert first.identity == second.identity and first.start.identity == second.start.identity
+
+
+def test_files_cannot_be_each_others_base(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(ValueError, match="cannot be each other's base"):
+        Experiment.load(tmp_path / "a.yaml")
 
 
 def test_what_a_result_depends_on_changes_its_identity(write, ring, tmp_path):
@@ -109,6 +124,15 @@ def test_every_model_gets_as_many_tries(write):
         ({"runs": [{"name": "a", "vary": {"beta": [1.0], "sdpo_epochs": [1]}}]}, "one setting at a time"),
         ({"runs": [{"name": "a", "settings": {"betta": 1}}]}, "run 'a': Unknown setting 'betta'=1; did you mean 'beta'"),
         ({"runs": [{"name": "a", "model": "GRU5Rec"}]}, "run 'a': model='GRU5Rec' cannot be found"),
+        ({"tries": 0}, "tries=0 must be 1 or more"),
+        ({"settings": {"seed": 3}}, "settings: seed=3 is the experiment's; give seeds and candidates"),
+        ({"runs": [{"name": "a", "settings": {"eval_args": {"mode": "uni9"}}}]}, "run 'a': eval_args=.* is the experiment's"),
+        ({"runs": [{"name": "a", "settings": {"eval_args": "uni5"}}]}, "eval_args='uni5' must be a mapping"),
+        (
+            {"runs": [{"name": "a", "settings": {"eval_args": {"split": {"RS": [8, 1, 1]}}}}]},
+            "users are compared by the rank of one target",
+        ),
+        ({"runs": [{"name": "a", "settings": {"beta": 1.0}, "vary": {"beta.x": [1]}}]}, "'beta.x' names a part of beta=1.0"),
         ({"dataset": "nowhere"}, "run 'a': dataset='nowhere'.*holds no atomic files"),
     ],
 )

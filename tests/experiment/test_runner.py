@@ -36,7 +36,8 @@ def experiment(tmp_path_factory):
         "seeds": [1],
         "candidates": ["uni5", "pop3"],
         "metrics": ["NDCG@5", "HR@1"],
-        "settings": TINY | {"data_path": str(write_dataset(folder / "data", sequences, titles)), "cache_dir": "cache"},
+        "settings": {key: value for key, value in TINY.items() if key != "eval_args"}
+        | {"data_path": str(write_dataset(folder / "data", sequences, titles)), "cache_dir": "cache"},
         "runs": [
             {"name": "Pop", "model": "Pop"},
             {"name": "S-DPO", "settings": {"sft_epochs": 2}, "vary": {"beta": [0.5, 2.0]}},
@@ -136,7 +137,7 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, monkeypatch
     content = {
         "dataset": "toy",
         "candidates": ["uni5"],
-        "settings": ring,
+        "settings": {key: value for key, value in ring.items() if key != "eval_args"},
         "tries": 2,
         "runs": [
             {"name": "GRU", "model": "GRU4Rec", "tune": {"learning_rate": [0.1, 0.2, 0.3, 0.4]}},

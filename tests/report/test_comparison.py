@@ -65,7 +65,7 @@ def test_means_deviations_and_tests_are_over_the_right_things(runs):
     by_name = {row.name: row for row in found.rows}
     assert by_name["ours"].significant("HR@1") and not by_name["same"].significant("HR@1")
     assert by_name["ours"].improvement == pytest.approx(per_user(runs, "ours", "HR@1").mean() / per_user(runs, "rival", "HR@1").mean() - 1)
-    assert by_name["rival"].differences == {} and by_name["rival"].improvement == 0
+    assert by_name["rival"].differences == {} and math.isnan(by_name["rival"].improvement)
 
 
 def test_tables_mark_the_best_the_second_and_the_significant(runs):
@@ -108,15 +108,28 @@ def test_what_is_not_alike_is_said(runs):
     assert users.startswith("not the same test users (uni19): 200 ") and "for odd" in users
 
 
-def test_several_targets_a_user_are_refused(runs):
-    runs[0].ranks = pd.concat([runs[0].ranks] * 2)
-    with pytest.raises(ValueError, match="'weak' has users with several targets"):
-        compare(runs, "uni19", METRICS, ["rival"])
+def test_rows_of_other_users_are_compared_on_those_in_common(runs):
+    some = [finished("some", seed, 0.6, users=USERS // 2) for seed in (1, 2)]
+    row = compare([*runs, *some], "uni19", METRICS, ["rival"]).rows[-1]
+    common = sorted(set(some[0].ranks.user))
+    theirs = [run.ranks.set_index("user").loc[common, "rank"] == 1 for run in runs if run.name == "rival"]
+    mine = [run.ranks.set_index("user").loc[common, "rank"] == 1 for run in some]
+    assert row.differences["HR@1"] == paired_difference(np.array(mine, float), np.array(theirs, float))
+    none = finished("none", 1, 0.6)
+    none.ranks["user"] = "other " + none.ranks["user"]
+    assert compare([*runs, none], "uni19", METRICS, ["rival"]).rows[-1].differences == {}
 
 
-def test_without_a_baseline_nothing_is_compared(runs):
-    with pytest.raises(ValueError, match="none of the baselines x has a result"):
-        compare(runs, "uni19", METRICS, ["x"])
+def test_without_a_baseline_the_first_row_stands_in(runs):
+    found = compare(runs, "uni19", METRICS, ["failed"])
+    assert found.best_baseline == {"HR@1": "weak", "NDCG@5": "weak"}
+
+
+def test_a_baseline_without_a_hit_gives_no_improvement(runs):
+    for run in runs:
+        run.ranks["rank"] = 20
+    found = compare(runs, "uni19", METRICS, ["rival"])
+    assert all(math.isnan(row.improvement) for row in found.rows) and "nan" not in comparison_markdown(found)
 
 
 def test_figures_show_the_numbers(tmp_path, runs):
@@ -127,7 +140,7 @@ def test_figures_show_the_numbers(tmp_path, runs):
     assert widths == pytest.approx([row.mean("NDCG@5") for row in found.rows])
     line = figures.sweep([found], "train_neg_sample_args.sample_num").axes[0].lines[0]
     means = {row.name: row.mean("HR@1") for row in found.rows}
-    assert line.get_xdata().tolist() == [1, 3, 8] and line.get_ydata().tolist() == pytest.approx([means[f"K = {k}"] for k in (1, 3, 8)])
+    assert line.get_xdata().tolist() == [0, 1, 2] and line.get_ydata().tolist() == pytest.approx([means[f"K = {k}"] for k in (8, 1, 3)])
     margin = figures.curves(swept[:1]).axes[2].lines[0]
     smooth = swept[0].steps["margin"].rolling(2, min_periods=1).mean()
     assert margin.get_ydata().tolist() == pytest.approx(smooth.tolist()) and margin.get_xdata()[-1] == 390
