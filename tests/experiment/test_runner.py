@@ -41,7 +41,7 @@ def experiment(tmp_path_factory):
         "runs": [
             {"name": "Pop", "model": "Pop"},
             {"name": "S-DPO", "settings": {"sft_epochs": 2}, "vary": {"beta": [0.5, 2.0]}},
-            {"name": "too many", "settings": {"train_neg_sample_args": {"sample_num": 23}}},
+            {"name": "too many", "settings": {"sft_epochs": 2, "train_neg_sample_args": {"sample_num": 23}}},
         ],
     }
     (folder / "try.yaml").write_text(yaml.safe_dump(content))
