@@ -26,7 +26,11 @@ TINY = {
     "show_progress": False,
     "MAX_ITEM_LIST_LENGTH": 8,
     "eval_args": {"mode": "uni5"},
+    "sft_epochs": 2,
+    "sft_learning_rate": 1e-3,
     "sft_tokens_per_batch": 1024,
+    "sdpo_epochs": 1,
+    "sdpo_learning_rate": 3e-4,
     "sdpo_tokens_per_batch": 1024,
 }
 

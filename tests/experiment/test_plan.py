@@ -11,7 +11,8 @@ from recbole_sdpo.experiment.plan import Experiment, grid, plan, with_settings
 
 @pytest.fixture
 def write(ring, tmp_path):
-    ring.pop("eval_args")
+    for key in ("eval_args", "sft_epochs", "sft_learning_rate", "sdpo_epochs", "sdpo_learning_rate"):
+        ring.pop(key)
 
     def write(runs, **rest):
         file = tmp_path / "try.yaml"

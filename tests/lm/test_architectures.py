@@ -234,7 +234,7 @@ def test_checkpointing_keeps_no_more_of_the_layers_that_are_shared(tmp_path):
     from tests.lm.test_backbone import CPU, config
 
     def tracked(checkpointing):
-        given = config(backbone="scratch", peft="lora", lora_layers=[1], gradient_checkpointing=checkpointing)
+        given = config(backbone="scratch", peft="lora", lora_layers=[1], gradient_checkpointing=checkpointing, scratch_dropout=0.0)
         lm = load_backbone(given.resolve(CPU), CPU, lambda: ["a b c"], lambda purpose: 0).train()
         seen = []
         lm._layers[0].register_forward_hook(lambda layer, args, output: seen.append(output.requires_grad))
