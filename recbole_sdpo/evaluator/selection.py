@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,6 @@ def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def _changing(model: nn.Module) -> dict[str, Tensor]:
-    def changes(value: Any) -> bool:
-        return isinstance(value, Tensor) and (value.requires_grad or not isinstance(value, nn.Parameter))
-
-    return {name: value for name, value in model.state_dict(keep_vars=True).items() if changes(value)}
+    """By name, each once, whatever is tied to it."""
+    everything = chain(model.named_parameters(), model.named_buffers())
+    return {name: value for name, value in everything if value.requires_grad or not isinstance(value, nn.Parameter)}

@@ -37,10 +37,11 @@ def run_experiment(
         ValueError: a setting of any run is wrong; nothing has run yet.
     """
     experiment, runner, failures = Experiment.load(file, overrides), Runner(STORE, jobs), []
-    plan(experiment)  # all settings are checked before any run begins
+    runs = plan(experiment)  # which checks all settings before any run begins
     if search:
         experiment, failures = tune(experiment, runner, output)
-    runs, axes = plan(experiment), {entry.name: entry.axis for entry in experiment.entries()}
+        runs = plan(experiment)
+    axes = {entry.name: entry.axis for entry in experiment.entries()}
     failures += runner.run_all(runs)
     done = [run for run in runs if runner.done(run)]
     starts = [run.start and runner.folder(run.start) for run in done]

@@ -67,7 +67,7 @@ def identity(config: ExperimentConfig, begun_from: str | None) -> str:
         "files": {key: _content(Path(str(settings[key])).expanduser()) for key in files},
         "begun_from": begun_from,
         "data": _data(Path(config["data_path"]), config["dataset"]),
-        "code": _code(frozenset(ONLOOKERS if ours else ONLOOKERS | OF_SDPO_LLM)),
+        "code": sources(frozenset(ONLOOKERS if ours else ONLOOKERS | OF_SDPO_LLM)),
         "versions": package_versions(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -100,19 +100,12 @@ def _content(path: Path) -> str | None:
     return None
 
 
-@cache
-def _code(without: frozenset[str]) -> str:
-    """sha256 of this package's sources but for some files and folders."""
+def sources(without: frozenset[str] = frozenset()) -> str:
+    """sha256 of this package's sources, but for some files and folders, as they are on the disk now."""
     root = Path(recbole_sdpo.__path__[0])
-    sources = sorted(file for file in root.rglob("*") if file.suffix in {".py", ".yaml"})
-    files = [file for file in sources if not without & set(file.relative_to(root).parts)]
-    return _digest("\n".join(f"{file.relative_to(root)} {_content(file)}" for file in files).encode())
-
-
-def sources() -> str:
-    """sha256 of all of this package's sources as they are on the disk now, for a run to be what was planned."""
-    root = Path(recbole_sdpo.__path__[0])
-    return _digest(b"".join(file.read_bytes() for file in sorted(root.rglob("*.py"))))
+    every = sorted(file for file in root.rglob("*") if file.suffix in {".py", ".yaml"})
+    files = [file for file in every if not without & set(file.relative_to(root).parts)]
+    return _digest("\n".join(f"{file.relative_to(root)} {_digest(file.read_bytes())}" for file in files).encode())
 
 
 def _digest(data: bytes) -> str:

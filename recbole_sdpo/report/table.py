@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
@@ -17,6 +17,20 @@ NOTE = (
 )
 
 
+class Marks(NamedTuple):
+    """How a format writes the parts of a cell; ``best`` and ``second`` are format strings."""
+
+    between: str
+    star: str
+    best: str
+    second: str
+    percent: str
+
+
+MARKDOWN = Marks("±", "*", "**{}**", "<u>{}</u>", "%")
+LATEX = Marks(r"$\pm$", r"$^{*}$", r"\textbf{{{}}}", r"\underline{{{}}}", r"\%")
+
+
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table whose columns line up in a terminal; numbers get four decimals."""
     cells = [list(head)] + [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
@@ -27,24 +41,12 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str
 
 def comparison_markdown(comparison: Comparison) -> str:
     """The table of a comparison in Markdown."""
-
-    def cell(row: Row, metric: str) -> str:
-        text = _number(row, metric, " ± ") + "*" * row.significant(metric)
-        place = comparison.placed(metric).index(row.name)
-        return f"**{text}**" if place == 0 else f"<u>{text}</u>" if place == 1 else text
-
-    return markdown_table(_head(comparison), [_cells(comparison, row, cell, "%") for row in comparison.rows])
+    return markdown_table(_head(comparison), [_cells(comparison, row, MARKDOWN) for row in comparison.rows])
 
 
 def comparison_latex(comparison: Comparison) -> str:
     """The table of a comparison for LaTeX with the package booktabs."""
-
-    def cell(row: Row, metric: str) -> str:
-        text = _number(row, metric, r" $\pm$ ") + r"$^{*}$" * row.significant(metric)
-        place = comparison.placed(metric).index(row.name)
-        return rf"\textbf{{{text}}}" if place == 0 else rf"\underline{{{text}}}" if place == 1 else text
-
-    rows = [_cells(comparison, row, cell, r"\%", _escaped) for row in comparison.rows]
+    rows = [[_escaped(name), *cells] for name, *cells in (_cells(comparison, row, LATEX) for row in comparison.rows)]
     head = [_escaped(name) for name in _head(comparison)]
     lines = [" & ".join(map(str, cells)) + r" \\" for cells in (head, *rows)]
     columns = "l" + "r" * (len(head) - 1)
@@ -85,14 +87,16 @@ def _head(comparison: Comparison) -> list[str]:
     return [comparison.candidates, *comparison.metrics, f"{first} vs {comparison.best_baseline[first]}", "minutes"]
 
 
-def _cells(comparison: Comparison, row: Row, cell, percent: str, name=str) -> list[str]:
-    better = "" if math.isnan(row.improvement) else f"{100 * row.improvement:+.1f} {percent}"
-    return [name(row.name), *(cell(row, metric) for metric in comparison.metrics), better, f"{row.wall_s / 60:.1f}"]
+def _cells(comparison: Comparison, row: Row, marks: Marks) -> list[str]:
+    better = "" if math.isnan(row.improvement) else f"{100 * row.improvement:+.1f} {marks.percent}"
+    return [row.name, *(_cell(comparison, row, metric, marks) for metric in comparison.metrics), better, f"{row.wall_s / 60:.1f}"]
 
 
-def _number(row: Row, metric: str, between: str) -> str:
+def _cell(comparison: Comparison, row: Row, metric: str, marks: Marks) -> str:
     std = row.std(metric)
-    return f"{row.mean(metric):.4f}" + ("" if math.isnan(std) else f"{between}{std:.4f}")
+    text = f"{row.mean(metric):.4f}" + ("" if math.isnan(std) else f" {marks.between} {std:.4f}") + marks.star * row.significant(metric)
+    place = comparison.placed(metric).index(row.name)
+    return marks.best.format(text) if place == 0 else marks.second.format(text) if place == 1 else text
 
 
 def _escaped(text: str) -> str:
