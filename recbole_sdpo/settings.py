@@ -82,7 +82,7 @@ class StageSettings:
     """Settings of one training stage; in a configuration their names begin with ``sft_`` or ``sdpo_``."""
 
     epochs: int | None = _at_least(
-        0, None, "passes over the training targets at most (RecBole's stopping_step may end it sooner), or null for what suits the backbone"
+        0, None, "passes over the training targets at most (stopping_step may end it sooner), or null for what suits the backbone"
     )
     learning_rate: float | None = _at_least(0, None, "peak learning rate of AdamW, or null for what suits the backbone")
     schedule: str = _choice("cosine", "what the learning rate does after its warm-up", "cosine", "linear", "constant")
@@ -91,6 +91,9 @@ class StageSettings:
     gradient_accumulation: int = _at_least(1, 1, "batches to an optimizer step")
     clip_norm: float | None = _above(0, 1.0, "largest norm of the gradient, or null for no limit")
     weight_decay: float = _at_least(0, 0.01, "weight decay of AdamW")
+    stopping_step: int | None = _at_least(
+        0, None, "evaluations without a better valid_metric before the stage ends, or null for RecBole's stopping_step"
+    )
 
 
 # For scratch tuned on the validation set of ml-100k; for pretrained backbones, usual values for LoRA.

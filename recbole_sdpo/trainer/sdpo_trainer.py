@@ -151,7 +151,8 @@ class SDPOTrainer(Trainer):
                 self._save_state(stage, time.time() - began)
                 saved_at = time.time()
 
-        stop = self.cur_step > self.stopping_step
+        patience = self.stopping_step if stage.settings.stopping_step is None else stage.settings.stopping_step
+        stop = self.cur_step > patience
         while stage.epoch < stage.settings.epochs and not stop:
             epoch, epoch_began = stage.epoch, time.time()
             loss = stage.run_epoch(show_progress and main, keep_state)
@@ -164,7 +165,7 @@ class SDPOTrainer(Trainer):
                 # As RecBole's early stopping, but that an equal score is no better one.
                 better = score > self.best_valid_score if self.valid_metric_bigger else score < self.best_valid_score
                 self.cur_step = 0 if better else self.cur_step + 1
-                stop = self.cur_step > self.stopping_step
+                stop = self.cur_step > patience
                 if better:
                     self.best_valid_score, self.best_valid_result = score, dict(result)
                 if callback_fn:

@@ -221,6 +221,13 @@ def test_an_equal_score_is_no_better_one(ring):
     assert all(torch.equal(p, sft[name]) for name, p in trainer.model.lm.trainable().items())
 
 
+def test_a_stage_may_have_a_patience_of_its_own(ring):
+    trainer, loaders = start(ring | {"sft_epochs": 9, "stopping_step": 9, "sft_stopping_step": 0})
+    trainer._valid_epoch = lambda *_: (0.5, {"ndcg@5": 0.5})
+    trainer.fit_stage("sft", *loaders[:2])
+    assert len(trainer.train_loss_dict) == 2
+
+
 def test_candidates_are_not_frozen_before_what_users_met_is_known(ring):
     trainer, loaders = start(ring)
     with pytest.raises(RuntimeError, match=r"call fit\(\) or prepare\(\) before evaluate"):
