@@ -27,8 +27,9 @@ from recbole.trainer import Trainer
 from recbole.utils import ModelType, dict2str, get_model, get_trainer, init_logger, init_seed, set_color
 
 from recbole_sdpo import compat
-from recbole_sdpo.data.candidates import fingerprint, freeze, samples_candidates, with_mode
+from recbole_sdpo.data.candidates import by_target, fingerprint, freeze, with_mode
 from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import Selection, restore, snapshot
@@ -115,7 +116,8 @@ def run(
     described = str(raw)  # RecBole changes the dataset as it splits it
     catalogue = _catalogue(config, raw)
     check_topk(config, raw.item_num - 1)
-    train_data, valid_data, test_data = data_preparation(config, raw)
+    train_data, *rest = data_preparation(config, raw)
+    valid_data, test_data = map(by_target, rest)
     seed = config["seed"] if config.settings.candidates_seed is None else config.settings.candidates_seed
     parts = [loader._dataset for loader in (train_data, valid_data, test_data)]
     loaders = {config["eval_args"]["mode"]["test"]: (valid_data, test_data)}
@@ -124,12 +126,12 @@ def run(
         for number, loader in enumerate(pair, 2):
             freeze(loader, parts[:number], catalogue, seed, config.settings.candidates_exclude_history)
     sha256 = {mode: fingerprint(*pair) for mode, pair in loaders.items()}
-    _warn_of_shared_rows(test_data)
 
     init_seed(config["seed"], config["reproducibility"])
     recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, recommender)
-    trainer.eval_collector = RankCollector(config)
+    if config["model"] != MODEL:  # our trainer has one
+        trainer.eval_collector = RankCollector(config)
     _log_head(config, recommender, train_data, test_data, sha256)
     logger.info(described)
 
@@ -273,22 +275,15 @@ def _log_head(
     getLogger().info("\n".join(f"{set_color(key, 'blue')}: {value}" for key, value in lines.items()))
 
 
-def _warn_of_shared_rows(loader: AbstractDataLoader) -> None:
-    users = loader._dataset.inter_feat[loader._dataset.uid_field]
-    if samples_candidates(loader) and len(users.unique()) < len(users):
-        getLogger().warning(
-            "Some users have several test targets; RecBole then ranks all of a user's targets among all of their candidates together."
-        )
-
-
 def _table(result: dict[str, Any]) -> str:
-    metrics = [name for name in ("hit@1", "ndcg@5", "mrr@10") if name in result["test_result"]] or list(result["test_result"])[:3]
+    tested = result["test_result"]
+    metrics = [name for name in ("hit@1", "ndcg@5", "mrr@10", *OF_ANSWERS) if name in tested] or list(tested)[:3]
     after = {"sft": "SFT", "sdpo": OBJECTIVES[result["settings"].get("objective", "sdpo")].title}
     rows = [("popularity", result["popularity"])]
     for stage, found in result["stages"].items():
         rows.append((f"{result['model']} after {after[stage]}" if stage in after else result["model"], found["test"]))
-    head = ["test", *(name.upper().replace("HIT", "HR") for name in metrics)]
-    return markdown_table(head, [[label, *(found[name] for name in metrics)] for label, found in rows])
+    head = ["test", *(OF_ANSWERS[name].__name__ if name in OF_ANSWERS else name.upper().replace("HIT", "HR") for name in metrics)]
+    return markdown_table(head, [[label, *(found.get(name, "") for name in metrics)] for label, found in rows])
 
 
 def _peak_memory_gib() -> float:

@@ -13,6 +13,7 @@ import yaml
 from recbole.config import Config
 
 from recbole_sdpo import compat
+from recbole_sdpo.evaluator.answers import register_metrics
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.settings import MODEL, check_given
 from recbole_sdpo.trainer import SDPOTrainer
@@ -35,6 +36,7 @@ def register() -> None:
     setattr(module, MODEL, SDPOLLM)
     sys.modules[name] = module
     setattr(recbole.trainer, f"{MODEL}Trainer", SDPOTrainer)
+    register_metrics()
     Config._load_internal_config_dict = _load_internal_config_dict
 
 

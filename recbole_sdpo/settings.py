@@ -17,6 +17,7 @@ from recbole.config import Config
 from recbole.evaluator.register import metrics_dict
 from recbole.utils import EvaluatorType
 
+from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.objectives import OBJECTIVES
 
 MODEL = "SDPO-LLM"
@@ -166,6 +167,10 @@ class Settings:
     scratch_vocab_size: int = _at_least(258, 12288, "tokens of the BPE from which its vocabulary is chosen")
     scratch_dropout: float = _share(0.3, "its dropout, of embeddings, attention and layers")
 
+    # Answers, which the metrics ValidRatio and GenHit ask for
+    decoding: str = _choice("free", "greedy decoding of an answer: of any text, or only of the candidates' titles", "free", "constrained")
+    max_new_tokens: int | None = _at_least(1, None, "tokens of an answer at most, or null for those of the longest title")
+
     # Training
     objective: str = _choice("sdpo", "of the second stage; sft stops after the first", *OBJECTIVES)
     beta: float = _above(0, 1.0, "scale of the rewards")
@@ -254,6 +259,7 @@ def check_settings(config: Config) -> Settings:
     _check_recbole(config)
     settings = Settings.from_mapping(config.final_config_dict)
     _check_more_candidates(config, settings)
+    _check_answers(config, settings)
     if not ours:
         if settings.resume:
             raise ValueError(f"resume={settings.resume!r} is for {MODEL}; {config['model']} starts anew.")
@@ -336,7 +342,12 @@ def _check_recbole(config: Config) -> None:
             if part not in parts:
                 raise ValueError(f"{key} has no part {part!r}; valid are {', '.join(sorted(parts))}.")
     metrics = [metric.lower() for metric in config["metrics"]]
-    computed = [f"{metric}@{k}" for metric in metrics for k in config["topk"]] if config["eval_type"] == EvaluatorType.RANKING else metrics
+    ranked = config["eval_type"] == EvaluatorType.RANKING
+    computed = [
+        name
+        for metric in metrics
+        for name in ([metric] if not ranked or metric in OF_ANSWERS else [f"{metric}@{k}" for k in config["topk"]])
+    ]
     if str(config["valid_metric"]).lower() not in computed:
         raise ValueError(
             f"valid_metric={config['valid_metric']!r} is not computed; with these metrics and topk, valid are {', '.join(computed)}."
@@ -350,6 +361,22 @@ def _check_more_candidates(config: Config, settings: Settings) -> None:
             f"more_candidates={settings.more_candidates} must differ from each other and from eval_args.mode="
             f"{config['eval_args']['mode']['test']!r}, and both must rank items."
         )
+
+
+def _check_answers(config: Config, settings: Settings) -> None:
+    asked = [metric for metric in config["metrics"] if metric.lower() in OF_ANSWERS]
+    if asked and config["model"] != MODEL:
+        raise ValueError(
+            f"metrics={config['metrics']}: {asked[0]} needs an answer in words, and {config['model']} writes none; leave it out."
+        )
+    modes = [*config["eval_args"]["mode"].values(), *settings.more_candidates]
+    if asked and not all(re.fullmatch("(uni|pop)[0-9]+", mode) for mode in modes):
+        raise ValueError(
+            f"metrics={config['metrics']}: {asked[0]} needs sampled candidates, such as eval_args.mode=uni19 (now {', '.join(modes)})."
+        )
+    if config["model"] == MODEL and not asked:
+        for key in sorted({"decoding", "max_new_tokens"} & set(config.external_config_dict)):
+            getLogger().warning(f"{key}={config[key]!r} has no effect without answers; add ValidRatio or GenHit to metrics.")
 
 
 def check_topk(config: Config, items: int) -> None:

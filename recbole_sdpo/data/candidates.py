@@ -99,6 +99,28 @@ def freeze(loader: AbstractDataLoader, parts: Sequence[Dataset], catalogue: Cata
         loader._sampler = FrozenCandidates(phase, user, target, sampler.draw(user, target, args["sample_num"]))
 
 
+class TargetEvalDataLoader(NegSampleEvalDataLoader):
+    """RecBole's loader, but that each target is ranked on its own.
+
+    RecBole ranks a user's targets together, against each other and the negatives of all, whatever history each has.
+    """
+
+    def _init_batch_size_and_step(self) -> None:
+        if samples_candidates(self):
+            self.sample_size = len(self._dataset)
+            self.uid_list = np.arange(self.sample_size)
+            self.uid2index = [slice(row, row + 1) for row in self.uid_list]
+            self.uid2items_num = np.ones(self.sample_size, np.int64)
+        super()._init_batch_size_and_step()
+
+
+def by_target(loader: AbstractDataLoader) -> AbstractDataLoader:
+    """The loader, which must not be frozen yet, with each target ranked on its own if it is ranked among sampled items."""
+    if not samples_candidates(loader):
+        return loader
+    return TargetEvalDataLoader(loader.config, loader._dataset, loader._sampler, shuffle=False)
+
+
 def with_mode(loader: AbstractDataLoader, mode: str) -> AbstractDataLoader:
     """A loader of the same targets as ``loader``, which must not be frozen yet, for another evaluation mode, such as ``pop19``."""
     config = copy.copy(loader.config)
@@ -106,7 +128,7 @@ def with_mode(loader: AbstractDataLoader, mode: str) -> AbstractDataLoader:
     config.final_config_dict = config.final_config_dict | {"eval_args": args}
     for phase in ("valid", "test"):
         config._set_eval_neg_sample_args(phase)
-    kind = FullSortEvalDataLoader if mode == "full" else NegSampleEvalDataLoader
+    kind = FullSortEvalDataLoader if mode == "full" else TargetEvalDataLoader
     return kind(config, loader._dataset, loader._sampler, shuffle=False)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from recbole.config import Config
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
@@ -9,11 +11,14 @@ from recbole.model.general_recommender.pop import Pop
 from recbole.trainer import Trainer
 
 from recbole_sdpo.data.sequences import met_items
+from recbole_sdpo.evaluator.answers import OF_ANSWERS
 
 
 def popularity_result(config: Config, train_data: AbstractDataLoader, eval_data: AbstractDataLoader) -> dict[str, float]:
     """Metrics on ``eval_data`` of ranking by the number of users who met an item in training."""
-    dataset = train_data._dataset
+    dataset, config = train_data._dataset, copy.copy(config)
+    kept = [metric for metric in config["metrics"] if metric.lower() not in OF_ANSWERS]  # it writes none
+    config.final_config_dict = config.final_config_dict | {"metrics": kept}
     pop = Pop(config, dataset)
     counts = torch.bincount(torch.from_numpy(met_items(dataset)[1]), minlength=dataset.item_num)
     pop.item_cnt = counts[:, None].to(pop.device)

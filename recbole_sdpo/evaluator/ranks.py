@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,9 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.evaluator import Collector
 from torch import Tensor
+
+from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.evaluator.answers import HIT, VALID, named
 
 METRICS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "hit": lambda rank, k: (rank <= k).astype(float),
@@ -36,29 +39,60 @@ def metric_of_ranks(metric: str, rank: np.ndarray) -> np.ndarray:
     return METRICS[name](np.asarray(rank, float), int(k))
 
 
-class RankCollector(Collector):
-    """RecBole's collector, which also keeps the rank of every target since :meth:`take` was last called."""
+class Writer(Protocol):
+    """A model that answers in words."""
 
-    def __init__(self, config: Any) -> None:
+    catalogue: Catalogue
+
+    def answers(self, interaction: Interaction, candidates: np.ndarray) -> list[str]:
+        """The answer for each of the interaction's rows, to a prompt with the row's ``candidates [rows, C]``, item ids."""
+
+
+class RankCollector(Collector):
+    """RecBole's collector, which also keeps the rank of every target since :meth:`take` was last called, and its answer.
+
+    Args:
+        writer: who answers, where the metrics ask for answers.
+    """
+
+    def __init__(self, config: Any, writer: Writer | None = None) -> None:
         super().__init__(config)
-        self._kept: list[tuple[np.ndarray, ...]] = []
+        self.writer = writer if any(map(self.register.need, (VALID, HIT))) else None
+        self._kept: list[pd.DataFrame] = []
 
     def eval_batch_collect(self, scores_tensor: Tensor, interaction: Interaction, positive_u: Tensor, positive_i: Tensor) -> None:
         super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
         if positive_u is None:  # RecBole's value metrics rank nothing
             return
-        user = interaction[self.config["USER_ID_FIELD"]].cpu().numpy()
-        if len(user) != len(scores_tensor):  # a row for each candidate, and those of a user together
-            user = user[np.concatenate([[True], user[1:] != user[:-1]])]
+        each = len(interaction) // len(scores_tensor)  # a row for each candidate, and those of a target together
+        first, place = interaction[np.arange(0, len(interaction), each)], positive_u.cpu().numpy()
         rank = target_ranks(scores_tensor, positive_u.to(scores_tensor.device), positive_i.to(scores_tensor.device), max(self.topk))
-        self._kept.append((user[positive_u.cpu().numpy()], positive_i.cpu().numpy(), rank.cpu().numpy()))
+        user = first[self.config["USER_ID_FIELD"]].cpu().numpy()
+        kept = pd.DataFrame({"user": user[place], "item": positive_i.cpu().numpy(), "rank": rank.cpu().numpy()})
+        if self.writer:
+            kept["answer"] = self._ask(first, interaction[self.config["ITEM_ID_FIELD"]].view(-1, each).cpu().numpy())
+        self._kept.append(kept)
+
+    def _ask(self, rows: Interaction, candidates: np.ndarray) -> list[str]:
+        """The answers, of which the metrics are told the validity; the target is the first of its candidates."""
+        answers, titles = self.writer.answers(rows, candidates), self.writer.catalogue.titles
+        places = [named(answer, [titles[item] for item in row]) for answer, row in zip(answers, candidates, strict=True)]
+        self.data_struct.update_tensor(VALID, torch.tensor([place is not None for place in places]))
+        self.data_struct.update_tensor(HIT, torch.tensor([place == 0 for place in places]))
+        return answers
+
+    def get_data_struct(self) -> Any:
+        """As RecBole's, which forgets what it has handed out."""
+        struct = super().get_data_struct()
+        for key in {VALID, HIT} & set(self.data_struct._data_dict):
+            del self.data_struct[key]
+        return struct
 
     def take(self, user_token: np.ndarray, item_token: np.ndarray) -> pd.DataFrame:
-        """What was kept, as columns ``user`` and ``item`` in the data's own ids and ``rank``; and begin anew."""
-        columns = zip(*self._kept) if self._kept else [np.empty(0, np.int64)] * 3
-        user, item, rank = (np.concatenate(parts) if self._kept else parts for parts in columns)
+        """What was kept, as columns ``user`` and ``item`` in the data's own ids, ``rank`` and maybe ``answer``; and begin anew."""
+        kept = pd.concat(self._kept) if self._kept else pd.DataFrame({"user": [], "item": [], "rank": []}, dtype=np.int64)
         self._kept = []
-        return pd.DataFrame({"user": user_token[user], "item": item_token[item], "rank": rank})
+        return kept.assign(user=user_token[kept["user"]], item=item_token[kept["item"]])
 
 
 def target_ranks(scores: Tensor, row: Tensor, target: Tensor, top: int) -> Tensor:

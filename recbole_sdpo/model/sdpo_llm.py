@@ -28,6 +28,7 @@ from recbole_sdpo.data.prompts import Prompts, Templates, Units, batches, candid
 from recbole_sdpo.data.sequences import histories, met_items, training_sequences
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
 from recbole_sdpo.lm.forest import Forest
+from recbole_sdpo.lm.generation import NOTHING, line_ends, write
 from recbole_sdpo.lm.ranking import NODES_AT_ONCE, TitleTree, score_all, score_top
 from recbole_sdpo.model.encoder import TERMINATOR, Encoder
 from recbole_sdpo.objectives import OBJECTIVES
@@ -71,7 +72,10 @@ class SDPOLLM(SequentialRecommender):
 
         check_topk(config, self.n_items - 1)
         self.catalogue = Catalogue.from_dataset(dataset, settings.title_fields, settings.title_article_first)
-        self.units = Units(len(self.catalogue.titles), Templates.load(settings.prompt_templates))
+        templates = Templates.load(settings.prompt_templates)
+        if settings.prompt_style == "history":
+            templates = Templates(templates.header, ())  # no text that this run does not use comes into a vocabulary made for it
+        self.units = Units(len(self.catalogue.titles), templates)
         chosen = BackboneConfig(**{f.name: getattr(settings, f.name) for f in fields(BackboneConfig)})
         self.backbone = chosen.resolve(torch.device(self.device))
         self.settings = config.settings = settings = settings.suited_to(self.backbone.backbone)  # the configuration's, for the record
@@ -214,6 +218,33 @@ class SDPOLLM(SequentialRecommender):
         scores[:, 1:] = titles
         return scores.view(-1)
 
+    @torch.no_grad()
+    def answers(self, interaction: Interaction, candidates: np.ndarray) -> list[str]:
+        """What the policy writes after the prompt of each row, one line each, as ``decoding`` says.
+
+        Args:
+            candidates: item ids ``[rows, C]``, the target first; in the text of a prompt, they stand in another order.
+        """
+        user = interaction[self.USER_ID].cpu().numpy()
+        prompts = self.encoder.trunks(
+            self._prompts(histories(interaction, self.config), Ragged.from_matrix(candidates), candidates[:, 0], user)
+        )
+        titles, constrained = self.encoder.tokens, self.settings.decoding == "constrained"
+        longest = int(titles.lengths[1 : self.n_items].max())
+        limit = longest if constrained else self.settings.max_new_tokens or longest
+
+        def answer(rows: np.ndarray) -> Tensor:
+            among = [titles.take(candidates[row]) for row in rows] if constrained else None
+            return torch.from_numpy(write(self.lm, prompts.take(rows), limit, self._line_ends, among)).to(self.lm.device)
+
+        found = self._in_batches(prompts.lengths + limit, limit, answer, dtype=torch.int64).cpu().numpy()
+        texts = self.lm.tokenizer.batch_decode([row[row != NOTHING] for row in found], skip_special_tokens=True)
+        return [text.split(TERMINATOR)[0] for text in texts]
+
+    @cached_property
+    def _line_ends(self) -> list[int]:
+        return line_ends(self.lm.tokenizer)
+
     @cached_property
     def title_tree(self) -> TitleTree:
         """The catalogue without its padding, for ranking all of it."""
@@ -243,8 +274,9 @@ class SDPOLLM(SequentialRecommender):
         width: int,
         score: Callable[[np.ndarray], Tensor],
         rows_of: Callable[[np.ndarray], np.ndarray] = lambda trees: trees,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Scores, float32 ``[rows, width]``, in batches of bounded size, dealt out to all processes and gathered.
+        """Scores, or tokens, ``[rows, width]`` of ``dtype``, in batches of bounded size, dealt out to all processes and gathered.
 
         Args:
             sizes: tokens in each tree.
@@ -255,7 +287,7 @@ class SDPOLLM(SequentialRecommender):
             FloatingPointError: one of them is not finite.
         """
         state = PartialState()
-        scores = torch.zeros(len(rows_of(np.arange(len(sizes)))), width, device=self.lm.device)
+        scores = torch.zeros(len(rows_of(np.arange(len(sizes)))), width, device=self.lm.device, dtype=dtype)
         for trees in batches(sizes, self.settings.eval_tokens_per_batch)[state.process_index :: state.num_processes]:
             scores[torch.from_numpy(rows_of(trees)).to(scores.device)] = score(trees).to(scores.dtype)
         scores = reduce(scores, "sum") if state.num_processes > 1 else scores

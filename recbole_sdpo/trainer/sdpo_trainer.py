@@ -21,6 +21,7 @@ from recbole.utils import calculate_valid_score, dict2str, get_local_time, set_c
 
 from recbole_sdpo.data.candidates import freeze, samples_candidates
 from recbole_sdpo.data.sequences import training_sequences
+from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import restore, snapshot
 from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
@@ -74,6 +75,7 @@ class SDPOTrainer(Trainer):
         super().__init__(config, model)
         settings = model.settings
         mixed = "bf16" if model.backbone.peft == "none" and settings.dtype == "auto" and _bf16(model.lm.device) else "no"
+        self.eval_collector = RankCollector(config, model)
         self.accelerator = Accelerator(cpu=model.lm.device.type == "cpu", mixed_precision=mixed)
         self.device = self.accelerator.device
         self.model.to(self.device)

@@ -1,0 +1,71 @@
+"""Which candidate an answer names, and the metrics ``ValidRatio`` and ``GenHit`` that follow from it."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from recbole.evaluator import register
+from recbole.evaluator.base_metric import AbstractMetric
+from recbole.utils import EvaluatorType
+
+VALID, HIT = "answers.valid", "answers.hit"
+"""Under which RecBole's collector keeps, for each target, whether the answer is valid and whether it is a hit."""
+
+
+def named(answer: str, titles: Sequence[str]) -> int | None:
+    """Which of ``titles`` an answer names: its place among them, or None if it names none or more than one.
+
+    Case, the kind and number of blanks, and compatible forms of characters (Unicode NFKC) do not matter. A title is named where
+    it stands in the answer as whole words, but not where it stands inside a longer title that is named there: "Star Trek: First
+    Contact" names no film called "Star Trek". Two candidates whose titles differ in nothing that matters are both named, so
+    that such an answer names more than one.
+    """
+    answer, titles = _plain(answer), [_plain(title) for title in titles]
+    found = [(*match.span(), title) for title in {*titles} - {""} for match in re.finditer(rf"(?<!\w){re.escape(title)}(?!\w)", answer)]
+    whole = {
+        title
+        for start, stop, title in found
+        if not any(first <= start and stop <= last and last - first > stop - start for first, last, _ in found)
+    }
+    places = [place for place, title in enumerate(titles) if title in whole]
+    return places[0] if len(places) == 1 else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+class _ShareOfAnswers(AbstractMetric):
+    metric_type = EvaluatorType.RANKING
+
+    def calculate_metric(self, dataobject: Any) -> dict[str, float]:
+        """The share under the metric's name, in lower case and without a k."""
+        (key,) = self.metric_need
+        share = float(dataobject.get(key).double().mean())
+        return {type(self).__name__.lower(): round(share, self.decimal_place)}
+
+
+class ValidRatio(_ShareOfAnswers):
+    """The share of answers that name exactly one candidate (S-DPO, section 4.1)."""
+
+    metric_need = (VALID,)
+
+
+class GenHit(_ShareOfAnswers):
+    """The share of answers that name exactly one candidate, the target: the paper's HitRatio@1 of generated text."""
+
+    metric_need = (HIT,)
+
+
+OF_ANSWERS = {kind.__name__.lower(): kind for kind in (ValidRatio, GenHit)}
+"""The metrics that need the model to write, by RecBole's name."""
+
+
+def register_metrics() -> None:
+    """Put the metrics where RecBole looks metrics up."""
+    register.metrics_dict.update(OF_ANSWERS)
+    register.metric_information.update({name: kind.metric_need for name, kind in OF_ANSWERS.items()})
+    register.metric_types.update({name: kind.metric_type for name, kind in OF_ANSWERS.items()})
