@@ -137,7 +137,7 @@ def run(
 
     further = {mode: loaders[mode][0] for mode in config.settings.more_candidates}
     selection = Selection(trainer, further, run_dir / "selection" if saved else None)
-    ours, targets = config["model"] == MODEL, len(train_data._dataset)
+    ours = config["model"] == MODEL
     stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
     floor = popularity_result(config, train_data, test_data)
     result = {
@@ -148,7 +148,7 @@ def run(
         "test_result": list(stages.values())[-1]["test"],
         "popularity": floor,
         "candidates_sha256": sha256,
-        "training_targets": min(targets, (ours and config.settings.max_train_targets) or targets),
+        "training_targets": recommender.targets_per_epoch(train_data._dataset) if ours else len(train_data._dataset),
         "peak_memory_gib": _peak_memory_gib(),
         "machine": {
             "python": platform.python_version(),

@@ -90,6 +90,9 @@ class StageSettings:
     warmup: float = _share(0.05, "share of the stage's steps over which the learning rate rises to its peak")
     tokens_per_batch: int = _at_least(1, 4096, "tokens in a batch over all processes, padding included")
     gradient_accumulation: int = _at_least(1, 1, "batches to an optimizer step")
+    targets_per_step: int | None = _at_least(
+        1, None, "training targets to an optimizer step, in as many batches as they need, or null for gradient_accumulation batches"
+    )
     clip_norm: float | None = _above(0, 1.0, "largest norm of the gradient, or null for no limit")
     weight_decay: float = _at_least(0, 0.01, "weight decay of AdamW")
     stopping_step: int | None = _at_least(
@@ -154,6 +157,9 @@ class Settings:
         "eager",
         "flex_attention",
     )
+    quantization: str = _choice(
+        "none", "of a pretrained backbone's weights under the adapter; nf4: four bits, by bitsandbytes", "none", "nf4"
+    )
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass to save memory")
     peft: str = _choice("auto", "train an adapter or all weights; auto: lora, but none for scratch", "auto", "lora", "none")
     lora_rank: int = _at_least(1, 16, "rank of the adapter")
@@ -185,6 +191,7 @@ class Settings:
     full_sort: str = _choice(
         "exact", "ranking the catalogue: score every title, or find the exact top k and bound the rest", "exact", "topk"
     )
+    train_targets: str = _choice("all", "each item of a user's training sequence after the first, or only the last", "all", "last")
     max_train_targets: int | None = _at_least(1, None, "targets to an epoch, drawn anew each epoch, or null for all")
     sdpo_max_train_targets: int | None = _at_least(1, None, "the same for the second stage alone, or null for max_train_targets")
     sft_checkpoint: str | None = _setting(None, "start at the second stage from this folder")
@@ -267,6 +274,13 @@ def check_settings(config: Config) -> Settings:
     if settings.reference == "cache" and not settings.fixed_negatives:
         raise ValueError("reference='cache' needs negatives that stay the same; set fixed_negatives=True, or reference='auto'.")
     _check_full_sort(config, settings)
+    for stage in ("sft", "sdpo"):
+        own = getattr(settings, stage)
+        if own.targets_per_step and own.gradient_accumulation > 1:
+            raise ValueError(
+                f"{stage}_targets_per_step={own.targets_per_step} and {stage}_gradient_accumulation={own.gradient_accumulation} both say "
+                "when the optimizer steps; give one of them."
+            )
     for key in sorted(WITHOUT_EFFECT & set(config.external_config_dict)):
         own = f"its stages have sft_{key} and sdpo_{key}" if f"sft_{key}" in names() else "see recbole-sdpo --settings"
         getLogger().warning(f"{key}={config[key]!r} has no effect on {MODEL}; {own}.")

@@ -53,6 +53,10 @@ class Templates:
                 raise ValueError(f"prompt_templates={name!r}: {template!r} must begin with text.")
         return cls(content["header"].strip() + "\n", tuple(t.strip() + "\n" for t in content["candidates"]))
 
+    def of_style(self, style: str) -> Templates:
+        """What prompts of ``history`` or ``candidates`` style use, so that nothing else comes into a vocabulary made for them."""
+        return Templates(self.header, () if style == "history" else self.candidates)
+
 
 @dataclass(frozen=True)
 class Prompts:

@@ -73,6 +73,13 @@ def _extends(past: Ragged, target: np.ndarray, longest: int) -> np.ndarray:
     return (expected == past.padded(0, longest)[1:]).all(1)
 
 
+def last_targets(dataset: Dataset) -> Dataset:
+    """``dataset`` with only the last row of each user, the latest that was split off for training."""
+    user = dataset.inter_feat[dataset.uid_field].numpy()
+    _, from_end = np.unique(user[::-1], return_index=True)
+    return dataset.copy(dataset.inter_feat[np.sort(len(user) - 1 - from_end)])
+
+
 def met_items(*datasets: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """The distinct (user, item) pairs of the given parts of a split, histories included, as two int64 arrays.
 

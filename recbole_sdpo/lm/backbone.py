@@ -7,19 +7,26 @@ import importlib.util
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.language_model import LanguageModel
-from recbole_sdpo.lm.scratch import build_model, train_tokenizer
+from recbole_sdpo.lm.scratch import build_model
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -35,6 +42,7 @@ class BackboneConfig:
     cache_dir: str
     dtype: str
     attention: str
+    quantization: str
     gradient_checkpointing: bool
     peft: str
     lora_rank: int
@@ -62,13 +70,13 @@ class BackboneConfig:
 
 
 def load_backbone(
-    config: BackboneConfig, device: torch.device, texts: Callable[[], Iterable[str]], seed: Callable[[str], int]
+    config: BackboneConfig, device: torch.device, scratch_tokenizer: Callable[[], PreTrainedTokenizerBase], seed: Callable[[str], int]
 ) -> LanguageModel:
     """Load or build the backbone, with a fresh adapter unless it is fully trained.
 
     Args:
         config: with every ``auto`` resolved.
-        texts: gives what ``scratch`` trains its tokenizer on: titles, and what prompts put around them.
+        scratch_tokenizer: trains or loads the tokenizer of ``scratch``.
         seed: gives the seed for a purpose (``"weights"``, ``"adapter"``).
 
     Raises:
@@ -77,8 +85,13 @@ def load_backbone(
     dtype = getattr(torch, config.dtype)
     if config.attention == FLEX and device.type != "cuda":
         raise ValueError(f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; valid are auto, sdpa and eager.")
+    if config.quantization != "none" and (config.backbone == "scratch" or config.peft != "lora"):
+        raise ValueError(
+            f"quantization={config.quantization!r} is for pretrained weights under an adapter; give a backbone and peft=lora "
+            f"(now {config.backbone!r} and {config.peft!r})."
+        )
     if config.backbone == "scratch":
-        tokenizer = train_tokenizer(texts(), config.scratch_vocab_size)
+        tokenizer = scratch_tokenizer()
         model = build_model(
             len(tokenizer),
             config.scratch_hidden_size,
@@ -88,7 +101,7 @@ def load_backbone(
             seed("weights"),
         ).to(dtype)
     else:
-        model, tokenizer = _load_pretrained(_locate(config), config, dtype)
+        model, tokenizer = _load_pretrained(_locate(config), config, dtype, device)
     model.to(device)
     adapted = _add_adapter(model, config, seed("adapter")) if config.peft == "lora" else model
     if config.gradient_checkpointing:
@@ -182,15 +195,24 @@ def _convert_gguf(file: Path, cache: Path) -> Path:
     return folder
 
 
-def _load_pretrained(name: str, config: BackboneConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_pretrained(
+    name: str, config: BackboneConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     adapter = Path(name) / ADAPTER_FILE
     if adapter.is_file():
         raise ValueError(f"backbone={config.backbone!r} holds an adapter; give it as sft_checkpoint and its base model as backbone.")
-    trust = {"trust_remote_code": config.trust_remote_code}
+    trust, weights = {"trust_remote_code": config.trust_remote_code}, {"dtype": dtype}
+    if config.quantization == "nf4":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("quantization='nf4' needs the package bitsandbytes; pip install 'recbole-sdpo[quantization]'.")
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        weights |= {"quantization_config": four_bits, "device_map": {"": device}}  # quantised on the way in
     try:
         AutoConfig.from_pretrained(name, **trust)
         tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **trust)
+        model = AutoModelForCausalLM.from_pretrained(name, **weights, **trust)
     except (OSError, ValueError, KeyError, ImportError) as error:
         custom = "; trust_remote_code=True runs the code that comes with it" if "trust_remote_code" in str(error) else ""
         raise ValueError(

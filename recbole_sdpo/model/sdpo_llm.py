@@ -20,16 +20,18 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.sampler.sampler import AbstractSampler
 from recbole.utils import InputType
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.examples import CandidateExamples, Examples, FixedExamples, HistoryExamples
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.prompts import Prompts, Templates, Units, batches, candidate_prompts, history_prompts
-from recbole_sdpo.data.sequences import histories, met_items, training_sequences
+from recbole_sdpo.data.sequences import histories, last_targets, met_items, training_sequences
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.lm.generation import NOTHING, line_ends, write
 from recbole_sdpo.lm.ranking import NODES_AT_ONCE, TitleTree, score_all, score_top
+from recbole_sdpo.lm.scratch import train_tokenizer
 from recbole_sdpo.model.encoder import TERMINATOR, Encoder
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.ragged import Ragged, segment_sums
@@ -72,9 +74,7 @@ class SDPOLLM(SequentialRecommender):
 
         check_topk(config, self.n_items - 1)
         self.catalogue = Catalogue.from_dataset(dataset, settings.title_fields, settings.title_article_first)
-        templates = Templates.load(settings.prompt_templates)
-        if settings.prompt_style == "history":
-            templates = Templates(templates.header, ())  # no text that this run does not use comes into a vocabulary made for it
+        templates = Templates.load(settings.prompt_templates).of_style(settings.prompt_style)
         self.units = Units(len(self.catalogue.titles), templates)
         chosen = BackboneConfig(**{f.name: getattr(settings, f.name) for f in fields(BackboneConfig)})
         self.backbone = chosen.resolve(torch.device(self.device))
@@ -83,14 +83,15 @@ class SDPOLLM(SequentialRecommender):
         if idle:
             self.logger.warning(f"{', '.join(idle)} has no effect with peft='none', which trains all weights; set peft=lora.")
 
-        def texts() -> list[str]:
+        def tokenizer() -> PreTrainedTokenizerBase:
             # The root damps the most popular titles, so that the rarer ones get merges of their own, too.
             seen = np.bincount(training_sequences(dataset).items.values, minlength=len(self.catalogue.titles))
             weight = np.ceil(np.sqrt(seen)).astype(int)
             lines = np.array([title + TERMINATOR for title in self.catalogue.titles], dtype=object)
-            return [*np.repeat(lines, weight), *self.units.pieces * int(weight.max())]
+            texts = [*np.repeat(lines, weight), *self.units.pieces * int(weight.max())]
+            return train_tokenizer(texts, self.backbone.scratch_vocab_size)
 
-        self.lm = load_backbone(self.backbone, self.device, texts, lambda purpose: derive_seed(self.seed, purpose))
+        self.lm = load_backbone(self.backbone, self.device, tokenizer, lambda purpose: derive_seed(self.seed, purpose))
         self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer)
         # Candidates in an evaluation prompt stand in one order of all items, begun for each user at another place.
         self._place = generator(self.seed, "evaluation order").permutation(self.n_items)
@@ -103,12 +104,20 @@ class SDPOLLM(SequentialRecommender):
             sampler: RecBole's sampler of training negatives.
             negatives: how many to draw for a target, or 0 for a stage that needs none.
         """
-        drawn, settings = self._negative_sampler(dataset, sampler), self.settings
+        drawn, settings, dataset = self._negative_sampler(dataset, sampler), self.settings, self._trained_on(dataset)
         if settings.prompt_style == "history":
             examples = HistoryExamples(dataset, self.window, self.units, drawn, negatives)
         else:
             examples = CandidateExamples(dataset, settings.prompt_candidates, self.units, drawn, negatives)
         return FixedExamples(examples, self.seed) if settings.fixed_negatives and negatives else examples
+
+    def targets_per_epoch(self, dataset: Dataset) -> int:
+        """Training targets to an epoch of SFT."""
+        each = len(self._trained_on(dataset))
+        return min(each, self.settings.max_train_targets or each)
+
+    def _trained_on(self, dataset: Dataset) -> Dataset:
+        return last_targets(dataset) if self.settings.train_targets == "last" else dataset
 
     def check_prompts(self, dataset: Dataset, candidates: int) -> None:
         """Can the backbone read the prompts of ``dataset``'s rows, with so many candidates in the text if they stand there?

@@ -44,9 +44,15 @@ RECBOLE_IDENTITY = (
 )
 FREE_TO_CHANGE = {"resume", "run_dir", "save_minutes", "eval_tokens_per_batch", "cache_dir", "reference", "full_sort"}
 
+POLICY_FILE, DATA_FILE = "settings.json", "data.json"
+"""Beside the weights of a checkpoint: how its policy was made, and the settings under which its data were loaded."""
+
+# Settings that say where this run begins and writes.
+OF_THIS_RUN = {"run_dir", "resume", "sft_checkpoint", "checkpoint_dir", "gpu_id", "device", "state", "show_progress"}
+
 # What a policy must share with a checkpoint that it is loaded from, beside its tokenizer and the shapes of its weights.
 POLICY = ("backbone", "peft", "prompt_style", "prompt_templates", "title_fields", "title_article_first")
-ADAPTER = ("lora_rank", "lora_alpha", "lora_target_modules", "lora_layers")
+ADAPTER = ("quantization", "lora_rank", "lora_alpha", "lora_target_modules", "lora_layers")
 
 
 @dataclass
@@ -313,7 +319,7 @@ class SDPOTrainer(Trainer):
         Raises:
             ValueError: it was made otherwise, or is none.
         """
-        file = folder / "settings.json"
+        file = folder / POLICY_FILE
         made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         for key, value in self._policy_identity().items():
             if made.get(key, value) != value:
@@ -359,7 +365,15 @@ class SDPOTrainer(Trainer):
             folder = self.run_dir / stage
             save_backbone(self.model.lm, folder)
             made = self.model.settings.to_flat() | self._policy_identity()
-            (folder / "settings.json").write_text(json.dumps(made, indent=2), encoding="utf-8")
+            (folder / POLICY_FILE).write_text(json.dumps(made, indent=2), encoding="utf-8")
+            (folder / DATA_FILE).write_text(json.dumps(self._data(), indent=2), encoding="utf-8")
+
+    def _data(self) -> dict[str, Any]:
+        """What it takes to load the data again, wherever that is done."""
+        given = {key: value for key, value in self.config.external_config_dict.items() if key not in OF_THIS_RUN}
+        if "data_path" in given:
+            given["data_path"] = str(Path(given["data_path"]).expanduser().resolve())
+        return {"dataset": self.config["dataset"], "settings": json.loads(json.dumps(given, default=str))}
 
     def _log(self, message: str, verbose: bool) -> None:
         if verbose:

@@ -159,6 +159,10 @@ class Stage:
         order = rng.permutation(len(self.examples.targets))
         if self.limit is not None:
             order = order[: 1 + int(np.searchsorted(np.cumsum(self.examples.targets[order]), self.limit))]
+        if size := self.settings.targets_per_step:
+            before = np.cumsum(self.examples.targets[order]) - self.examples.targets[order]
+            groups = np.split(order, np.flatnonzero(np.diff(before // size)) + 1)
+            return [[own[rows] for rows in batches(self._sizes[own], self.settings.tokens_per_batch)] for own in groups]
         pools = np.array_split(order, max(1, round(len(order) / SORTED_TOGETHER)))
         order = np.concatenate([pool[np.argsort(self._sizes[pool], kind="stable")] for pool in pools])
         cut = batches(self._sizes, self.settings.tokens_per_batch, order)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from recbole_sdpo.lm import backbone as module
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
+from recbole_sdpo.lm.scratch import train_tokenizer
 from recbole_sdpo.settings import Settings
 
 CPU = torch.device("cpu")
@@ -22,7 +23,9 @@ def config(**given) -> BackboneConfig:
 
 
 def load(**given):
-    return load_backbone(config(**given), CPU, lambda: ["a title"] * 3, lambda purpose: 7)
+    return load_backbone(
+        config(**given), CPU, lambda: train_tokenizer(["a title"] * 3, config(**given).scratch_vocab_size), lambda purpose: 7
+    )
 
 
 def tiny_llama(vocab):

@@ -1,0 +1,191 @@
+"""Recommend from a checkpoint: ``python -m recbole_sdpo.recommend --checkpoint DIR --user ID``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from recbole.data import create_dataset
+from transformers import AutoTokenizer
+
+from recbole_sdpo import compat
+from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.prompts import Templates, Units, history_prompts
+from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone, restore_policy
+from recbole_sdpo.lm.language_model import LanguageModel
+from recbole_sdpo.lm.ranking import TitleTree, score_top
+from recbole_sdpo.model.encoder import Encoder
+from recbole_sdpo.quick_start import ExperimentConfig
+from recbole_sdpo.ragged import Ragged
+from recbole_sdpo.random import derive_seed
+from recbole_sdpo.report.table import markdown_table
+from recbole_sdpo.settings import MODEL
+from recbole_sdpo.trainer.sdpo_trainer import DATA_FILE, POLICY_FILE
+
+
+class Recommender:
+    """A trained policy, the titles that it may recommend, and what each user chose so far.
+
+    Args:
+        lm: the policy.
+        catalogue: the titles.
+        units: of prompts of the ``history`` style.
+        item_tokens: the items' ids in the data, by RecBole's internal id.
+        users: for each user's id in the data, the items met, oldest first.
+        window: how many of the last items a prompt shows.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, catalogue: Catalogue, units: Units, item_tokens: np.ndarray, users: dict[str, np.ndarray], window: int
+    ) -> None:
+        self.lm, self.catalogue, self.units = lm.eval(), catalogue, units
+        self.item_tokens, self.users, self.window = item_tokens, users, window
+        self._encoder = Encoder(catalogue, units, lm.tokenizer)
+        # Items of one title rank alike: the first stands for all of them.
+        _, self._first = np.unique(catalogue.group[1:], return_index=True)
+        self._item_of = {_folded(catalogue.titles[item]): int(item) for item in np.sort(self._first)[::-1] + 1}
+
+    @classmethod
+    def load(cls, checkpoint: str | Path, data_path: str | Path | None = None, device: str | None = None) -> Recommender:
+        """Load a checkpoint, and the data that it was trained on as they are now: later events and new titles count.
+
+        Args:
+            checkpoint: a folder ``sft`` or ``sdpo``, or that of the whole run, whose last stage is taken.
+            data_path: where the data are now, if they have moved.
+            device: such as ``cpu`` or ``cuda``; a GPU is taken if there is one.
+
+        Raises:
+            ValueError: it is no checkpoint, its data are not there, or its prompts need candidates.
+        """
+        folder = _checkpoint(Path(checkpoint).expanduser())
+        made = json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
+        data = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
+        if made["prompt_style"] != "history":
+            raise ValueError(
+                f"checkpoint {str(folder)!r} was trained with prompt_style={made['prompt_style']!r}, whose prompts hold candidates and "
+                "cannot rank the whole catalogue; train with prompt_style=history."
+            )
+        given = data["settings"] | ({"data_path": str(data_path)} if data_path else {})
+        config = ExperimentConfig(MODEL, data["dataset"], config_dict=given)
+        dataset = create_dataset(config)
+        catalogue = Catalogue.from_dataset(dataset, made["title_fields"], made["title_article_first"])
+        units = Units(len(catalogue.titles), Templates.load(made["prompt_templates"]).of_style("history"))
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        backbone = BackboneConfig(**{f.name: made[f.name] for f in fields(BackboneConfig)}).resolve(where)
+        lm = load_backbone(
+            backbone,
+            where,
+            lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True),
+            lambda purpose: derive_seed(config["seed"], purpose),
+        )
+        restore_policy(lm, folder)
+        events = dataset.inter_feat.sort_values(dataset.time_field, kind="stable")
+        user_tokens = dataset.field2id_token[dataset.uid_field]
+        users = {user_tokens[user]: items.to_numpy() for user, items in events.groupby(dataset.uid_field)[dataset.iid_field]}
+        return cls(lm, catalogue, units, dataset.field2id_token[dataset.iid_field], users, config["MAX_ITEM_LIST_LENGTH"])
+
+    def recommend(
+        self, user: str | None = None, history: Sequence[str] | None = None, k: int = 10, exclude_history: bool = False
+    ) -> pd.DataFrame:
+        """The ``k`` titles that the policy finds most likely to come next, best first.
+
+        Args:
+            user: a user's id in the data.
+            history: titles, oldest first, instead of a user; case and the number of blanks do not matter.
+            exclude_history: recommend nothing that stands in the history.
+
+        Returns:
+            Columns ``item`` (the id in the data), ``title`` and ``score``, the title's log-probability.
+
+        Raises:
+            ValueError: the user or a title is unknown, the history is empty, or ``k`` is out of range.
+        """
+        if (user is None) == (history is None):
+            raise ValueError("Give either a user or a history.")
+        met = self._met(str(user)) if history is None else np.array([self._item(title) for title in history], np.int64)
+        if not len(met):
+            raise ValueError("The history is empty; give one title or more.")
+        allowed = np.sort(self._first) + 1
+        if exclude_history:
+            allowed = allowed[~np.isin(self.catalogue.group[allowed], self.catalogue.group[met])]
+        if not 1 <= k <= len(allowed):
+            raise ValueError(f"k={k} is out of range; there are {len(allowed)} titles to recommend.")
+        shown = Ragged.from_rows([met[-self.window :]])
+        prompt = self._encoder.trunks(history_prompts(shown, np.zeros(1, int), np.zeros(1, int), self.units.header))
+        with torch.no_grad():
+            score, place = score_top(self.lm, prompt, TitleTree(self._encoder.tokens.take(allowed)), k)[0].topk(k)
+        items = allowed[place.cpu().numpy()]
+        titles = [self.catalogue.titles[item] for item in items]
+        return pd.DataFrame({"item": self.item_tokens[items], "title": titles, "score": score.double().cpu().numpy()})
+
+    def _met(self, user: str) -> np.ndarray:
+        if user not in self.users:
+            raise ValueError(f"user {user!r} is not in the data{_nearest(user, self.users)}")
+        return self.users[user]
+
+    def _item(self, title: str) -> int:
+        item = self._item_of.get(_folded(title))
+        if item is None:
+            titles = {_folded(t): t for t in self.catalogue.titles[1:]}
+            raise ValueError(f"title {title!r} is not in the catalogue{_nearest(_folded(title), titles)}")
+        return item
+
+
+def _folded(title: str) -> str:
+    return " ".join(title.casefold().split())
+
+
+def _nearest(name: str, known: dict[str, object]) -> str:
+    """How the error about an unknown name ends."""
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    shown = [repr(known[found]) if isinstance(known[found], str) else repr(found) for found in near]
+    return f"; the nearest are {', '.join(shown)}." if near else ", and nothing there is like it."
+
+
+def _checkpoint(folder: Path) -> Path:
+    places = [place for place in (folder / "sdpo", folder / "sft", folder) if (place / DATA_FILE).is_file()]
+    if not places:
+        raise ValueError(f"checkpoint={str(folder)!r} holds no {DATA_FILE}; valid is the folder of a run, or 'sft' or 'sdpo' in it.")
+    return places[0]
+
+
+def main() -> None:
+    """Parse the command line, and print a table or JSON."""
+    parser = argparse.ArgumentParser(description="The items that a trained policy recommends to a user, or after a history.")
+    parser.add_argument("--checkpoint", required=True, help="folder of a run, or 'sft' or 'sdpo' in it")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", help="a user's id in the data")
+    who.add_argument("--history", action="append", help="titles, oldest first, separated by ';'; or the option once for each title")
+    parser.add_argument("-k", type=int, default=10, help="how many (default: 10)")
+    parser.add_argument("--exclude_history", action="store_true", help="recommend nothing that stands in the history")
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+    parser.add_argument("--data_path", help="where the data are now, if they have moved")
+    parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
+    args = parser.parse_args()
+    sys.argv = sys.argv[:1]  # RecBole reads it, and these are not its settings
+    compat.quiet_warnings()
+    transformers.utils.logging.disable_progress_bar()
+    history = args.history
+    if history and len(history) == 1:
+        history = [title for title in history[0].split(";") if title.strip()]
+    try:
+        found = Recommender.load(args.checkpoint, args.data_path, args.device).recommend(args.user, history, args.k, args.exclude_history)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    if args.format == "json":
+        print(found.to_json(orient="records", indent=2, force_ascii=False))
+    else:
+        print(markdown_table(["", *found.columns], [[rank, *row] for rank, row in enumerate(found.itertuples(index=False), 1)]))
+
+
+if __name__ == "__main__":
+    main()
