@@ -27,7 +27,7 @@ from recbole.trainer import Trainer
 from recbole.utils import ModelType, dict2str, get_model, get_trainer, init_logger, init_seed, set_color
 
 from recbole_sdpo import compat
-from recbole_sdpo.data.candidates import by_target, fingerprint, freeze, with_mode
+from recbole_sdpo.data.candidates import evaluation_loader, fingerprint, freeze, with_mode
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.popularity import popularity_result
@@ -117,9 +117,9 @@ def run(
     catalogue = _catalogue(config, raw)
     check_topk(config, raw.item_num - 1)
     train_data, *rest = data_preparation(config, raw)
-    valid_data, test_data = map(by_target, rest)
+    parts = [loader._dataset for loader in (train_data, *rest)]
     seed = config["seed"] if config.settings.candidates_seed is None else config.settings.candidates_seed
-    parts = [loader._dataset for loader in (train_data, valid_data, test_data)]
+    valid_data, test_data = (evaluation_loader(loader, config.settings.max_eval_targets, seed) for loader in rest)
     loaders = {config["eval_args"]["mode"]["test"]: (valid_data, test_data)}
     loaders |= {mode: (with_mode(valid_data, mode), with_mode(test_data, mode)) for mode in config.settings.more_candidates}
     for pair in loaders.values():

@@ -41,8 +41,15 @@ RECBOLE_KEYS = {
 # Keys of RecBole's training loop that our stages do without: what they have in place of each is among their own settings.
 WITHOUT_EFFECT = {"epochs", "learning_rate", "weight_decay", "train_batch_size", "learner", "clip_grad_norm", "enable_amp", "enable_scaler"}
 
-OF_EVERY_MODEL = {"title_fields", "title_article_first", "candidates_exclude_history", "candidates_seed", "more_candidates"}
-"""Settings of ours that count for the baselines, too: all meet the same candidates."""
+OF_EVERY_MODEL = {
+    "title_fields",
+    "title_article_first",
+    "candidates_exclude_history",
+    "candidates_seed",
+    "more_candidates",
+    "max_eval_targets",
+}
+"""Settings of ours that count for the baselines, too: all meet the same targets and candidates."""
 
 # What RecBole's dictionaries may hold; it ignores anything else.
 PARTS = {
@@ -126,6 +133,9 @@ class Settings:
         "further evaluation modes, such as ['pop19']; each is tested with the weights that are best on its own validation set",
         lambda modes: all(re.fullmatch(MODE, mode) for mode in modes),
         "a list of full, uniN and popN, such as ['pop19']",
+    )
+    max_eval_targets: int | None = _at_least(
+        1, None, "validate and test on so many targets, drawn by the candidates' seed, or null for all"
     )
     prompt_style: str = _choice("history", "titles in order, or also the candidates in the text", "history", "candidates")
     prompt_templates: str = _setting("items", "a domain of recbole_sdpo/properties/prompts, or a .yaml file of one's own", bool, "a name")

@@ -112,7 +112,11 @@ def test_what_cannot_be_recommended_is_an_error(trained):
 
 
 def test_prompts_that_need_candidates_are_refused(ring):
-    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "prompt_style": "candidates", "prompt_candidates": 5, "max_train_targets": 20})
+    quick_start.run(
+        "SDPO-LLM",
+        "toy",
+        config_dict=ring | {"run_dir": "run", "prompt_style": "candidates", "prompt_candidates": 5, "max_train_targets": 20},
+    )
     with pytest.raises(ValueError, match="was trained with prompt_style='candidates'"):
         Recommender.load("run")
 

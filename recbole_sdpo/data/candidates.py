@@ -16,7 +16,7 @@ from recbole.sampler.sampler import AbstractSampler
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.sequences import met_items
-from recbole_sdpo.random import recbole_draws
+from recbole_sdpo.random import generator, recbole_draws
 
 
 class PopulationSampler(AbstractSampler):
@@ -114,11 +114,24 @@ class TargetEvalDataLoader(NegSampleEvalDataLoader):
         super()._init_batch_size_and_step()
 
 
-def by_target(loader: AbstractDataLoader) -> AbstractDataLoader:
-    """The loader, which must not be frozen yet, with each target ranked on its own if it is ranked among sampled items."""
-    if not samples_candidates(loader):
+def evaluation_loader(loader: AbstractDataLoader, limit: int | None, seed: int) -> AbstractDataLoader:
+    """RecBole's loader, which must not be frozen yet, with each target ranked on its own, and with ``limit`` of the targets.
+
+    Args:
+        seed: by which the targets are drawn, the same ones for every model.
+    """
+    dataset = loader._dataset
+    if limit is not None and limit < len(dataset):
+        rows = dataset.inter_feat
+        # By who is asked for what, in the data's own ids: the order of the rows is another for each kind of model.
+        names = zip(*(dataset.field2id_token[field][rows[field].numpy()] for field in (dataset.uid_field, dataset.iid_field)), strict=True)
+        order = sorted(range(len(rows)), key=dict(enumerate(names)).get)
+        drawn = generator(seed, "evaluation targets", loader._sampler.phase).choice(len(rows), limit, replace=False)
+        dataset = dataset.copy(rows[np.sort(np.array(order)[drawn])])
+    elif not samples_candidates(loader):
         return loader
-    return TargetEvalDataLoader(loader.config, loader._dataset, loader._sampler, shuffle=False)
+    kind = TargetEvalDataLoader if samples_candidates(loader) else type(loader)
+    return kind(loader.config, dataset, loader._sampler, shuffle=False)
 
 
 def with_mode(loader: AbstractDataLoader, mode: str) -> AbstractDataLoader:
