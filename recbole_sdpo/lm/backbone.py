@@ -213,6 +213,7 @@ def _load_pretrained(
         AutoConfig.from_pretrained(name, **trust)
         tokenizer = AutoTokenizer.from_pretrained(name, **trust)
         model = AutoModelForCausalLM.from_pretrained(name, **weights, **trust)
+        _keep_differentiable(model)
     except (OSError, ValueError, KeyError, ImportError) as error:
         custom = "; trust_remote_code=True runs the code that comes with it" if "trust_remote_code" in str(error) else ""
         raise ValueError(
@@ -221,6 +222,17 @@ def _load_pretrained(
             "language model, or a .gguf file."
         ) from error
     return model, tokenizer
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes 0.50 from packing four-bit weights on a CPU with AVX512-BF16 the first time they serve an evaluation.
+
+    No gradient passes through a packed weight in later training, which torch warns of and goes on. Reported nowhere that we found;
+    bitsandbytes/nn/modules.py, ``Linear4bit.forward``. tests/lm/test_backbone.py tells when this is no longer needed.
+    """
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
 
 
 def _add_adapter(model: PreTrainedModel, config: BackboneConfig, seed: int) -> PeftModel:

@@ -1,9 +1,11 @@
 import numpy as np
+import pandas as pd
 import pytest
 from recbole.data import create_dataset, data_preparation
 from scipy import stats
 
-from recbole_sdpo.data.candidates import FrozenCandidates, PopulationSampler, fingerprint, freeze
+from recbole_sdpo import quick_start
+from recbole_sdpo.data.candidates import FrozenCandidates, PopulationSampler, evaluation_loader, fingerprint, freeze
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.sequences import met_items
@@ -139,3 +141,35 @@ def test_frozen_candidates_know_whom_they_were_frozen_for():
     for user, item in ((3, 9), (2, 7), (9, 9), (1, 30)):
         with pytest.raises(KeyError, match="not frozen for"):
             frozen.sample_by_user_ids([user], [item], 2)
+
+
+def evaluated(path, model, **settings):
+    given = TINY | {"data_path": str(path), "run_dir": f"run-{model}-{len(settings)}", "epochs": 1, "sft_epochs": 1, "objective": "sft"}
+    given["max_train_targets"] = 20
+    result = quick_start.run(model, "toy", config_dict=given | settings)
+    return result, pd.read_csv(f"{given['run_dir']}/ranks.csv")
+
+
+@pytest.mark.parametrize("mode", ["uni5", "full"])
+def test_every_model_meets_the_same_part_of_the_targets(path, mode):
+    found = {m: evaluated(path, m, max_eval_targets=11, eval_args={"mode": mode}) for m in ("SDPO-LLM", "GRU4Rec", "BPR", "Pop")}
+    asked = {model: set(zip(ranks.user, ranks.item, strict=True)) for model, (_, ranks) in found.items()}
+    assert len(asked["BPR"]) == 11 and len(set(map(frozenset, asked.values()))) == 1
+    assert len({result["candidates_sha256"][mode] for result, _ in found.values()}) == 1
+    for result, ranks in found.values():
+        assert result["test_result"]["hit@1"] == pytest.approx((ranks["rank"] == 1).mean(), abs=6e-5)
+    _, other = evaluated(path, "Pop", max_eval_targets=11, eval_args={"mode": mode}, candidates_seed=9)
+    assert set(zip(other.user, other.item, strict=True)) != asked["Pop"]
+
+
+def test_what_users_met_counts_whole_where_a_part_of_the_targets_is_evaluated(path):
+    """The negatives of a drawn target are none of the items that its user meets later, or that lie in rows left out."""
+    config = ExperimentConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
+    loaders = data_preparation(config, create_dataset(config))
+    parts = [loader._dataset for loader in loaders]
+    small = evaluation_loader(loaders[1], 9, 5)
+    freeze(small, parts[:2], Catalogue.from_dataset(create_dataset(config), ["title"]), 5)
+    met = set(zip(*met_items(*parts[:2]), strict=True))
+    frozen = small._sampler
+    assert len(frozen.user) == 9
+    assert not {(user, item) for user, row in zip(frozen.user, frozen.negatives, strict=True) for item in row} & met

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from recbole.data import create_dataset, data_preparation
 
 from recbole_sdpo.data.prompts import batches, history_windows
-from recbole_sdpo.data.sequences import Sequences, histories, met_items, training_sequences
+from recbole_sdpo.data.sequences import Sequences, histories, last_targets, met_items, training_sequences
 from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.ragged import Ragged
 from tests.conftest import TINY, write_dataset
@@ -99,3 +99,21 @@ def test_histories_drop_the_padding(loaders):
     rows = loaders[1]("GRU4Rec")[2]._dataset.inter_feat
     past = histories(rows, {"ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "item_length"})
     assert past.lengths.max() <= 5 and (past.values > 0).all() and past.lengths.tolist() == rows["item_length"].tolist()
+
+
+@pytest.mark.parametrize("split", [{}, {"split": {"RS": [8, 1, 1]}, "group_by": "none"}])
+def test_the_last_target_of_each_user(tmp_path, split):
+    rng = np.random.default_rng(0)
+    content = [rng.integers(1, 30, length).tolist() for length in (20, 5, 4, 9, 15)]
+    path = write_dataset(tmp_path / "d", content, None)
+    config = ExperimentConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path), "eval_args": {"mode": "uni5", **split}})
+    dataset = data_preparation(config, create_dataset(config))[0]._dataset
+    rows = dataset.inter_feat
+    latest = {}
+    for user, item, time in zip(rows["user_id"].tolist(), rows["item_id"].tolist(), rows["timestamp"].tolist(), strict=True):
+        if time >= latest.get(user, (-1,))[0]:
+            latest[user] = (time, item)
+    last = last_targets(dataset).inter_feat
+    assert dict(zip(last["user_id"].tolist(), last["item_id"].tolist(), strict=True)) == {user: item for user, (_, item) in latest.items()}
+    assert len(last) == len(latest) and len(dataset) > len(last)
+    assert training_sequences(last_targets(dataset)).targets == len(last)

@@ -2,16 +2,20 @@
 
 from dataclasses import fields
 
+import bitsandbytes
 import gguf
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recbole_sdpo.lm import backbone as module
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
+from recbole_sdpo.lm.forest import plant
 from recbole_sdpo.lm.scratch import train_tokenizer
+from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.settings import Settings
 
 CPU = torch.device("cpu")
@@ -158,3 +162,57 @@ def test_gradient_checkpointing_changes_no_gradient(folder):
         lm(forest).sum().backward()
         found.append(torch.cat([p.grad.flatten() for p in lm.trainable().values()]))
     torch.testing.assert_close(*found)
+
+
+def four_bit_layers(model):
+    return {name: part for name, part in model.named_modules() if isinstance(part, bitsandbytes.nn.Linear4bit)}
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs weights on CPUs with AVX512-BF16 alone")
+def test_bitsandbytes_still_cuts_gradients_after_an_evaluation():
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32).to("cpu")
+    with torch.no_grad():
+        layer.eval()(torch.ones(2, 64))
+    x = torch.ones(2, 64, requires_grad=True)
+    with pytest.warns(UserWarning, match="an autograd kernel was not registered"):
+        layer.train()(x).sum().backward()
+    assert x.grad is None
+
+
+def test_four_bits_train_as_the_weights_that_they_stand_for(tmp_path):
+    """Log-probabilities and the adapter's gradients, after an evaluation, against full weights of the same values."""
+    tokenizer = train_tokenizer(["red cube", "blue cube"], 300)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "b")
+    tokenizer.save_pretrained(tmp_path / "b")
+    four, full = (load(backbone=str(tmp_path / "b"), quantization=kind) for kind in ("nf4", "none"))
+    layers, plain = four_bit_layers(four), dict(full.named_modules())
+    assert len(layers) == 14 and not four_bit_layers(full)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            values = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            assert 0 < (values - plain[name].weight).abs().max() < 0.02
+            plain[name].weight.copy_(values)
+        for lm in (four, full):
+            generator = torch.Generator().manual_seed(1)
+            for p in lm.trainable().values():
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    forest = plant(Ragged.from_rows([[3, 4, 5, 6]]), np.array([0, 0]), np.array([2, 4]), Ragged.from_rows([[7, 8], [9, 10, 11]]))
+    found = []
+    for lm in (four, full):
+        with torch.no_grad():
+            lm.eval()(forest)
+        logps = lm.train()(forest)
+        logps.sum().backward()
+        found.append((logps.detach(), {name: p.grad for name, p in lm.trainable().items()}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-4)
+    assert len(found[0][1]) == 28
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [{"backbone": "scratch"}, {"backbone": "anything", "peft": "none"}])
+def test_four_bits_are_for_pretrained_weights_under_an_adapter(given):
+    with pytest.raises(ValueError, match="quantization='nf4' is for pretrained weights under an adapter"):
+        load(quantization="nf4", **given)

@@ -308,6 +308,28 @@ def test_epochs_shuffle_and_limits_hold(ring):
     assert 40 <= examples.targets[some].sum() < 40 + examples.targets.max()
 
 
+@pytest.mark.parametrize("style", ["history", "candidates"])
+def test_a_step_takes_as_many_targets_as_asked_for(ring, style):
+    settings = {"prompt_style": style, "prompt_candidates": 5, "sft_targets_per_step": 16, "sft_tokens_per_batch": 90}
+    trainer, loaders = start(ring | settings | {"train_targets": "last"})
+    model = trainer.model
+    examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 0)
+    stage = Stage("sft", "sft", model.settings.sft, None, model, examples, trainer.accelerator, None)
+    plan = stage.plan(0)
+    assert [sum(examples.targets[trees].sum() for trees in step) for step in plan] == [16] * 4 + [8]  # a target to a user, of 72
+    assert any(len(step) > 1 for step in plan)
+    assert all(len(trees) == 1 or stage._sizes[trees].max() * len(trees) <= 90 for step in plan for trees in step)
+    assert sorted(np.concatenate([trees for step in plan for trees in step])) == list(range(72))
+    assert set(np.concatenate(stage.plan(1)[0])) != set(np.concatenate(plan[0]))
+    stage.run_epoch(False)
+    assert stage.step == 5 and stage.targets == 72
+
+
+def test_targets_and_batches_to_a_step_exclude_each_other(ring):
+    with pytest.raises(ValueError, match="sft_targets_per_step=8 and sft_gradient_accumulation=2 both say when the optimizer steps"):
+        start(ring | {"sft_targets_per_step": 8, "sft_gradient_accumulation": 2})
+
+
 def test_recboles_own_quick_start_runs_it(ring):
     result = run_recbole(model="SDPO-LLM", dataset="toy", config_dict=ring | {"max_train_targets": 50})
     assert {"hit@1", "ndcg@5", "mrr@10"} <= set(result["test_result"])
