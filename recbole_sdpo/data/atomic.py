@@ -82,8 +82,8 @@ def _read(source: pd.DataFrame | str | Path, what: str, columns: Sequence[str]) 
     for column in columns:
         if column not in frame:
             near = difflib.get_close_matches(column, map(str, frame), 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{name} has no column {column!r}; {hint}Valid are {', '.join(map(str, frame))}.")
+            hint = f"did you mean {near[0]!r}? Valid" if near else "valid"
+            raise ValueError(f"{name} has no column {column!r}; {hint} are {', '.join(map(str, frame))}.")
     if frame.empty:
         raise ValueError(f"{name} has no rows; it must have one or more below its header.")
     frame = frame[list(dict.fromkeys(columns))].reset_index(drop=True)

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from itertools import chain
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from accelerate import PartialState
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.trainer import Trainer
-from recbole.utils import calculate_valid_score
+from recbole.utils import calculate_valid_score, dict2str
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -47,6 +48,7 @@ class Selection:
         metric, bigger = self.trainer.valid_metric, self.trainer.valid_metric_bigger
         for mode, loader in self.loaders.items():
             result = dict(self.trainer.evaluate(loader, load_best_model=False))
+            getLogger().info(f"valid {mode}: {dict2str(result)}")
             new, old = (calculate_valid_score(found, metric) if found else None for found in (result, self.valid.get(mode)))
             if old is None or (new > old if bigger else new < old):
                 self.valid[mode], self._weights[mode] = result, snapshot(self.trainer.model)

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from recbole_sdpo.evaluator.ranks import metric_of_ranks
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.quick_start import ExperimentConfig
+from recbole_sdpo.registry import default_settings
 from recbole_sdpo.settings import MODE, MODEL
 
 Settings = dict[str, Any]
@@ -210,7 +212,9 @@ def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
     settings |= {"more_candidates": experiment.candidates[1:], "seed": seed, "show_progress": False}
     settings.setdefault("candidates_seed", experiment.seeds[0])
     try:
-        return _resolved(entry, experiment.dataset, settings)
+        run = _resolved(entry, experiment.dataset, settings)
+        _check_metrics(experiment, settings)
+        return run
     except ValueError as error:
         raise ValueError(f"run {entry.name!r}: {error}") from error
 
@@ -232,6 +236,16 @@ def _check_targets(config: ExperimentConfig) -> None:
     split = config["eval_args"]["split"]
     if not isinstance(split, dict) or "LS" not in split:
         raise ValueError(f"eval_args.split={split!r}: users are compared by the rank of one target; valid is {{'LS': 'valid_and_test'}}.")
+
+
+def _check_metrics(experiment: Experiment, settings: Settings) -> None:
+    """With ``full_sort=topk`` only the ranks within the largest of ``topk`` are known."""
+    if settings.get("full_sort") != "topk":
+        return
+    known = max(np.atleast_1d((default_settings(experiment.dataset) | settings)["topk"]))
+    for metric in experiment.metrics:
+        if int(metric.partition("@")[2]) > known:
+            raise ValueError(f"metric {metric!r} needs more than the top {known} that full_sort='topk' finds; give a larger topk.")
 
 
 def _of_sft(settings: Settings, prompt_style: str) -> Settings:

@@ -134,6 +134,10 @@ def test_every_model_gets_as_many_tries(write):
             "users are compared by the rank of one target",
         ),
         ({"runs": [{"name": "a", "settings": {"beta": 1.0}, "vary": {"beta.x": [1]}}]}, "'beta.x' names a part of beta=1.0"),
+        (
+            {"runs": [{"name": "a", "settings": {"full_sort": "topk"}}], "candidates": ["full"], "metrics": ["NDCG@11"]},
+            "run 'a': metric 'NDCG@11' needs more than the top 10 that full_sort='topk' finds; give a larger topk",
+        ),
         ({"dataset": "nowhere"}, "run 'a': dataset='nowhere'.*holds no atomic files"),
     ],
 )
