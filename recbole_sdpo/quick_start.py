@@ -23,6 +23,7 @@ from accelerate import PartialState
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+from recbole.data.dataloader.general_dataloader import FullSortEvalDataLoader
 from recbole.trainer import Trainer
 from recbole.utils import ModelType, dict2str, get_model, get_trainer, init_logger, init_seed, set_color
 
@@ -119,12 +120,14 @@ def run(
     train_data, *rest = data_preparation(config, raw)
     parts = [loader._dataset for loader in (train_data, *rest)]
     seed = config["seed"] if config.settings.candidates_seed is None else config.settings.candidates_seed
-    valid_data, test_data = (evaluation_loader(loader, config.settings.max_eval_targets, seed) for loader in rest)
+    limit, phases = config.settings.max_eval_targets, zip(rest, ("valid", "test"), strict=True)
+    valid_data, test_data = (evaluation_loader(loader, phase, limit, seed) for loader, phase in phases)
     loaders = {config["eval_args"]["mode"]["test"]: (valid_data, test_data)}
     loaders |= {mode: (with_mode(valid_data, mode), with_mode(test_data, mode)) for mode in config.settings.more_candidates}
     for pair in loaders.values():
         for number, loader in enumerate(pair, 2):
             freeze(loader, parts[:number], catalogue, seed, config.settings.candidates_exclude_history)
+    _warn_of_users_ranked_once(test_data)
     sha256 = {mode: fingerprint(*pair) for mode, pair in loaders.items()}
 
     init_seed(config["seed"], config["reproducibility"])
@@ -132,12 +135,13 @@ def run(
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, recommender)
     if config["model"] != MODEL:  # our trainer has one
         trainer.eval_collector = RankCollector(config)
-    _log_head(config, recommender, train_data, test_data, sha256)
+    ours = config["model"] == MODEL
+    targets = recommender.targets_per_epoch(train_data._dataset) if ours else len(train_data._dataset)
+    _log_head(config, recommender, targets, test_data, sha256)
     logger.info(described)
 
     further = {mode: loaders[mode][0] for mode in config.settings.more_candidates}
     selection = Selection(trainer, further, run_dir / "selection" if saved else None)
-    ours = config["model"] == MODEL
     stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
     floor = popularity_result(config, train_data, test_data)
     result = {
@@ -148,7 +152,7 @@ def run(
         "test_result": list(stages.values())[-1]["test"],
         "popularity": floor,
         "candidates_sha256": sha256,
-        "training_targets": recommender.targets_per_epoch(train_data._dataset) if ours else len(train_data._dataset),
+        "training_targets": targets,
         "peak_memory_gib": _peak_memory_gib(),
         "machine": {
             "python": platform.python_version(),
@@ -252,14 +256,12 @@ def _test(trainer: Trainer, loaders: Loaders, selection: Selection, stage: str, 
     return found
 
 
-def _log_head(
-    config: Config, model: torch.nn.Module, train_data: AbstractDataLoader, test_data: AbstractDataLoader, sha256: dict[str, str]
-) -> None:
+def _log_head(config: Config, model: torch.nn.Module, targets: int, test_data: AbstractDataLoader, sha256: dict[str, str]) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = {
         "model": config["model"],
         "parameters trained": f"{trained:,}",
-        "training targets": f"{len(train_data._dataset):,}",
+        "training targets": f"{targets:,}",
     }
     if config["model"] == MODEL:
         total = sum(p.numel() for p in model.parameters())
@@ -273,6 +275,15 @@ def _log_head(
     for mode, digest in sha256.items():
         lines[f"candidates {mode}"] = f"{len(test_data._dataset):,} test targets, sha256 {digest[:16]}…"
     getLogger().info("\n".join(f"{set_color(key, 'blue')}: {value}" for key, value in lines.items()))
+
+
+def _warn_of_users_ranked_once(loader: AbstractDataLoader) -> None:
+    users = loader._dataset.inter_feat[loader._dataset.uid_field]
+    if isinstance(loader, FullSortEvalDataLoader) and not loader.is_sequential and len(users.unique()) < len(users):
+        getLogger().warning(
+            "Some users have several test targets, and on the whole catalogue RecBole looks for any of them in one ranking for models "
+            "that know no sequence, but ranks each on its own for sequential ones; their metrics are not alike."
+        )
 
 
 def _table(result: dict[str, Any]) -> str:

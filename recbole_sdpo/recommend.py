@@ -6,7 +6,8 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from recbole.data import create_dataset
 from transformers import AutoTokenizer
 
 from recbole_sdpo import compat
-from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.catalogue import Catalogue, folded
 from recbole_sdpo.data.prompts import Templates, Units, history_prompts
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone, restore_policy
 from recbole_sdpo.lm.language_model import LanguageModel
@@ -51,8 +52,10 @@ class Recommender:
         self.item_tokens, self.users, self.window = item_tokens, users, window
         self._encoder = Encoder(catalogue, units, lm.tokenizer)
         # Items of one title rank alike: the first stands for all of them.
-        _, self._first = np.unique(catalogue.group[1:], return_index=True)
-        self._item_of = {_folded(catalogue.titles[item]): int(item) for item in np.sort(self._first)[::-1] + 1}
+        _, first = np.unique(catalogue.group[1:], return_index=True)
+        self._first = np.sort(first) + 1
+        self._item_of = {folded(catalogue.titles[item]): int(item) for item in self._first}
+        self._tree = TitleTree(self._encoder.tokens.take(self._first))
 
     @classmethod
     def load(cls, checkpoint: str | Path, data_path: str | Path | None = None, device: str | None = None) -> Recommender:
@@ -75,12 +78,22 @@ class Recommender:
                 "cannot rank the whole catalogue; train with prompt_style=history."
             )
         given = data["settings"] | ({"data_path": str(data_path)} if data_path else {})
-        config = ExperimentConfig(MODEL, data["dataset"], config_dict=given)
-        dataset = create_dataset(config)
+        try:
+            with _no_arguments():
+                config = ExperimentConfig(MODEL, data["dataset"], config_dict=given)
+            dataset = create_dataset(config)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(
+                f"the data of checkpoint {str(folder)!r} cannot be loaded: {error} If they have moved, give data_path."
+            ) from error
         catalogue = Catalogue.from_dataset(dataset, made["title_fields"], made["title_article_first"])
-        units = Units(len(catalogue.titles), Templates.load(made["prompt_templates"]).of_style("history"))
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        backbone = BackboneConfig(**{f.name: made[f.name] for f in fields(BackboneConfig)}).resolve(where)
+        units = Units(len(catalogue.titles), Templates(made["header"], ()))
+        try:
+            where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise ValueError(f"device={device!r} is none; valid are cpu, cuda, cuda:1 and the like.") from error
+        chosen = {f.name: made[f.name] for f in fields(BackboneConfig)} | {"backbone": data["backbone"]}
+        backbone = BackboneConfig(**chosen).resolve(where)
         lm = load_backbone(
             backbone,
             where,
@@ -100,7 +113,7 @@ class Recommender:
 
         Args:
             user: a user's id in the data.
-            history: titles, oldest first, instead of a user; case and the number of blanks do not matter.
+            history: titles, oldest first, instead of a user; case and blanks do not matter.
             exclude_history: recommend nothing that stands in the history.
 
         Returns:
@@ -109,20 +122,21 @@ class Recommender:
         Raises:
             ValueError: the user or a title is unknown, the history is empty, or ``k`` is out of range.
         """
-        if (user is None) == (history is None):
-            raise ValueError("Give either a user or a history.")
+        if (user is None) == (history is None) or isinstance(history, str):
+            raise ValueError("Give either a user, or a history as a list of titles.")
         met = self._met(str(user)) if history is None else np.array([self._item(title) for title in history], np.int64)
         if not len(met):
             raise ValueError("The history is empty; give one title or more.")
-        allowed = np.sort(self._first) + 1
+        allowed = self._first
         if exclude_history:
             allowed = allowed[~np.isin(self.catalogue.group[allowed], self.catalogue.group[met])]
-        if not 1 <= k <= len(allowed):
+        if not isinstance(k, int) or not 1 <= k <= len(allowed):
             raise ValueError(f"k={k} is out of range; there are {len(allowed)} titles to recommend.")
         shown = Ragged.from_rows([met[-self.window :]])
+        tree = TitleTree(self._encoder.tokens.take(allowed)) if exclude_history else self._tree
         prompt = self._encoder.trunks(history_prompts(shown, np.zeros(1, int), np.zeros(1, int), self.units.header))
         with torch.no_grad():
-            score, place = score_top(self.lm, prompt, TitleTree(self._encoder.tokens.take(allowed)), k)[0].topk(k)
+            score, place = score_top(self.lm, prompt, tree, k)[0].topk(k)
         items = allowed[place.cpu().numpy()]
         titles = [self.catalogue.titles[item] for item in items]
         return pd.DataFrame({"item": self.item_tokens[items], "title": titles, "score": score.double().cpu().numpy()})
@@ -132,16 +146,25 @@ class Recommender:
             raise ValueError(f"user {user!r} is not in the data{_nearest(user, self.users)}")
         return self.users[user]
 
+    def __contains__(self, title: str) -> bool:
+        """Is it a title of the catalogue?"""
+        return folded(title) in self._item_of
+
     def _item(self, title: str) -> int:
-        item = self._item_of.get(_folded(title))
-        if item is None:
-            titles = {_folded(t): t for t in self.catalogue.titles[1:]}
-            raise ValueError(f"title {title!r} is not in the catalogue{_nearest(_folded(title), titles)}")
-        return item
+        if title not in self:
+            titles = {text: self.catalogue.titles[item] for text, item in self._item_of.items()}
+            raise ValueError(f"title {title!r} is not in the catalogue{_nearest(folded(title), titles)}")
+        return self._item_of[folded(title)]
 
 
-def _folded(title: str) -> str:
-    return " ".join(title.casefold().split())
+@contextmanager
+def _no_arguments() -> Iterator[None]:
+    """RecBole takes the arguments of whatever program it runs in for its settings."""
+    given, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
 def _nearest(name: str, known: dict[str, object]) -> str:
@@ -171,15 +194,15 @@ def main() -> None:
     parser.add_argument("--data_path", help="where the data are now, if they have moved")
     parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
     args = parser.parse_args()
-    sys.argv = sys.argv[:1]  # RecBole reads it, and these are not its settings
     compat.quiet_warnings()
     transformers.utils.logging.disable_progress_bar()
     history = args.history
-    if history and len(history) == 1:
-        history = [title for title in history[0].split(";") if title.strip()]
     try:
-        found = Recommender.load(args.checkpoint, args.data_path, args.device).recommend(args.user, history, args.k, args.exclude_history)
-    except (ValueError, FileNotFoundError) as error:
+        recommender = Recommender.load(args.checkpoint, args.data_path, args.device)
+        if history and len(history) == 1 and history[0] not in recommender:
+            history = [title for title in history[0].split(";") if title.strip()]
+        found = recommender.recommend(args.user, history, args.k, args.exclude_history)
+    except ValueError as error:
         sys.exit(f"error: {error}")
     if args.format == "json":
         print(found.to_json(orient="records", indent=2, force_ascii=False))

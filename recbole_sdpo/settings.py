@@ -185,7 +185,7 @@ class Settings:
 
     # Answers, which the metrics ValidRatio and GenHit ask for
     decoding: str = _choice("free", "greedy decoding of an answer: of any text, or only of the candidates' titles", "free", "constrained")
-    max_new_tokens: int | None = _at_least(1, None, "tokens of an answer at most, or null for those of the longest title")
+    max_new_tokens: int | None = _at_least(1, None, "tokens of a free answer at most, or null for those of the longest title")
 
     # Training
     objective: str = _choice("sdpo", "of the second stage; sft stops after the first", *OBJECTIVES)
@@ -397,6 +397,10 @@ def _check_answers(config: Config, settings: Settings) -> None:
     if asked and not all(re.fullmatch("(uni|pop)[0-9]+", mode) for mode in modes):
         raise ValueError(
             f"metrics={config['metrics']}: {asked[0]} needs sampled candidates, such as eval_args.mode=uni19 (now {', '.join(modes)})."
+        )
+    if asked and settings.decoding == "constrained" and settings.max_new_tokens:
+        getLogger().warning(
+            f"max_new_tokens={settings.max_new_tokens} has no effect with decoding='constrained', which writes whole titles."
         )
     if config["model"] == MODEL and not asked:
         for key in sorted({"decoding", "max_new_tokens"} & set(config.external_config_dict)):

@@ -123,7 +123,8 @@ def test_datasets_and_splits_go_with_a_recipe(name, split, tmp_path):
     small = {key: TINY[key] for key in TINY if key.startswith(("scratch", "backbone"))} | SMALL | {"data_path": str(data), "peft": "none"}
     small["eval_args"] = {**ExperimentConfig("SDPO-LLM", name, recipe(name, *split), {"data_path": str(data)})["eval_args"], "mode": "uni4"}
     result = quick_start.run("SDPO-LLM", name, recipe(name, *split), small)
-    assert len(pd.read_csv("run/ranks.csv")) == 2 * 8 and result["test_result"]["validratio"] <= 1
+    ranks = pd.read_csv("run/ranks.csv", keep_default_na=False)
+    assert len(ranks) == 2 * 8 and ranks["answer"].str.len().gt(0).any() and "validratio" in result["test_result"]
 
 
 def test_every_recipe_is_one_that_is_tested():

@@ -101,14 +101,52 @@ def test_what_cannot_be_recommended_is_an_error(trained):
         ({"user": "u555"}, "user 'u555' is not in the data; the nearest are 'u55'"),
         ({"history": ["red cubes"]}, "title 'red cubes' is not in the catalogue; the nearest are 'red cube'"),
         ({"history": ["zzzzzzzz"]}, "title 'zzzzzzzz' is not in the catalogue, and nothing there is like it."),
+        ({"history": "red cube"}, "Give either a user, or a history as a list of titles."),
+        ({"user": "u1", "k": 2.0}, "k=2.0 is out of range"),
         ({"history": []}, "The history is empty; give one title or more."),
-        ({}, "Give either a user or a history."),
+        ({}, "Give either a user, or a history as a list of titles."),
         ({"user": "u1", "k": 0}, "k=0 is out of range"),
     ):
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             recommender.recommend(**given)
     with pytest.raises(ValueError, match="checkpoint='nowhere' holds no data.json"):
         Recommender.load("nowhere")
+    with pytest.raises(ValueError, match="device='tpu9' is none"):
+        Recommender.load("run", device="tpu9")
+    with pytest.raises(ValueError, match="cannot be loaded: .* If they have moved, give data_path"):
+        Recommender.load("run", data_path="nowhere")
+
+
+def test_options_of_the_program_around_it_are_not_ours(ring, monkeypatch):
+    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "peft": "lora", "max_train_targets": 50})
+    here = Recommender.load("run").recommend("u1", k=3)
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--seed=5", "--MAX_ITEM_LIST_LENGTH=2", "--port=80"])
+    pd.testing.assert_frame_equal(Recommender.load("run").recommend("u1", k=3), here)
+    assert sys.argv[1] == "--seed=5"
+
+
+def test_what_a_run_named_by_a_relative_path_may_be_gone(ring, tmp_path, monkeypatch):
+    """A template file that was edited since, and the working folder of the training."""
+    Path("mine.yaml").write_text("header: Seen\ncandidates: ['Seen {history} of {candidates}']\n")
+    data = {"data_path": str(Path(ring["data_path"]).relative_to(Path.cwd()))}
+    quick_start.run(
+        "SDPO-LLM", "toy", config_dict=ring | data | {"run_dir": "run", "prompt_templates": "mine.yaml", "max_train_targets": 50}
+    )
+    here = Recommender.load("run").recommend("u1", k=3)
+    Path("mine.yaml").write_text("header: Something else\ncandidates: ['Seen {history} of {candidates}']\n")
+    (tmp_path / "far").mkdir()
+    monkeypatch.chdir(tmp_path / "far")
+    pd.testing.assert_frame_equal(Recommender.load(tmp_path / "run").recommend("u1", k=3), here)
+
+
+def test_a_title_may_hold_a_semicolon(ring, monkeypatch, capsys):
+    item_file = Path(ring["data_path"]) / "toy" / "toy.item"
+    item_file.write_text(item_file.read_text().replace("red cube", "red cube; again"))
+    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20})
+    monkeypatch.setattr(sys, "argv", ["recommend", "--checkpoint", "run", "--history", "Red cube; again", "-k", "2", "--format", "json"])
+    recommend.main()
+    shown = [row["title"] for row in json.loads(capsys.readouterr().out)]
+    assert shown == Recommender.load("run").recommend(history=["red cube; again"], k=2)["title"].tolist()
 
 
 def test_prompts_that_need_candidates_are_refused(ring):

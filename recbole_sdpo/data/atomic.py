@@ -24,7 +24,7 @@ def write_atomic(
     user: str = "user_id",
     item: str = "item_id",
     time: str = "timestamp",
-    titles: Sequence[str] = ("title",),
+    titles: str | Sequence[str] = ("title",),
     item_key: str | None = None,
 ) -> str:
     """Write ``<output>/<name>/<name>.inter`` and ``.item``; returns one line on what they hold.
@@ -41,6 +41,7 @@ def write_atomic(
         FileExistsError: there are such files already; nothing is overwritten.
     """
     folder, item_key = Path(output) / name, item_key or item
+    titles = [titles] if isinstance(titles, str) else titles
     if not re.fullmatch(r"[\w-][\w.-]*", name) or name == "ml-100k":
         raise ValueError(f"name={name!r}: valid are letters, digits, '_', '-' and '.'; ml-100k is the data that comes with RecBole.")
     fields = ["title", *titles[1:]]
@@ -63,6 +64,10 @@ def write_atomic(
         # A quote at the start would open a quoted field where RecBole reads the file.
         texts[f"{field}:token_seq"] = rows[column].mask(rows[column].str.startswith('"'), rows[column].str.replace('"', "'"))
     unique = texts.drop_duplicates("item_id:token")
+    strangers = ~inter["item_id:token"].isin(unique["item_id:token"])
+    if strangers.all():
+        some = (inter["item_id:token"].iloc[0], unique["item_id:token"].iloc[0])
+        raise ValueError(f"no item of the events is in the items file; its ids must be written alike, not {some[0]!r} and {some[1]!r}.")
 
     folder.mkdir(parents=True, exist_ok=True)
     for end, table in (("inter", inter), ("item", unique)):
@@ -71,7 +76,7 @@ def write_atomic(
     return (
         f"{folder}: {len(inter):,} events of {inter['user_id:token'].nunique():,} users and {inter['item_id:token'].nunique():,} items "
         f"from {first} to {last}; {len(unique):,} items in the items file, {(unique['title:token_seq'] == '').sum():,} without a title; "
-        f"{(~inter['item_id:token'].isin(unique['item_id:token'])).sum():,} events of items that are not in it; "
+        f"{strangers.sum():,} events of items that are not in it; "
         f"{len(texts) - len(unique):,} further rows of the same items left out"
     )
 

@@ -114,11 +114,12 @@ class TargetEvalDataLoader(NegSampleEvalDataLoader):
         super()._init_batch_size_and_step()
 
 
-def evaluation_loader(loader: AbstractDataLoader, limit: int | None, seed: int) -> AbstractDataLoader:
+def evaluation_loader(loader: AbstractDataLoader, phase: str, limit: int | None, seed: int) -> AbstractDataLoader:
     """RecBole's loader, which must not be frozen yet, with each target ranked on its own, and with ``limit`` of the targets.
 
     Args:
-        seed: by which the targets are drawn, the same ones for every model.
+        phase: ``valid`` or ``test``.
+        seed: by which the targets are drawn, the same ones for every model that has the same targets.
     """
     dataset = loader._dataset
     if limit is not None and limit < len(dataset):
@@ -126,7 +127,7 @@ def evaluation_loader(loader: AbstractDataLoader, limit: int | None, seed: int) 
         # By who is asked for what, in the data's own ids: the order of the rows is another for each kind of model.
         names = zip(*(dataset.field2id_token[field][rows[field].numpy()] for field in (dataset.uid_field, dataset.iid_field)), strict=True)
         order = sorted(range(len(rows)), key=dict(enumerate(names)).get)
-        drawn = generator(seed, "evaluation targets", loader._sampler.phase).choice(len(rows), limit, replace=False)
+        drawn = generator(seed, "evaluation targets", phase).choice(len(rows), limit, replace=False)
         dataset = dataset.copy(rows[np.sort(np.array(order)[drawn])])
     elif not samples_candidates(loader):
         return loader

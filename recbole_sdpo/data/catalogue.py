@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,12 @@ from recbole.data.dataset import Dataset
 
 # Articles that catalogues move behind the title: "Godfather, The", "Enfants du paradis, Les (Children of Paradise)".
 ARTICLE = re.compile(r"^(?P<rest>.+), (?P<article>The|A|An|Les|Le|La|L'|Il|Lo|I|Gli|El|Los|Las|Der|Die|Das|Det|Den|De)(?= \(|$)")
+
+
+def folded(text: str) -> str:
+    """``text`` without what makes no difference between titles: case, the kind and number of blanks, and compatible forms of
+    characters (Unicode NFKC)."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,8 @@ class Catalogue:
 
     @cached_property
     def group(self) -> np.ndarray:
-        """int64 ``[items]``: items of one title have one number. Padding has number 0, alone."""
-        _, inverse = np.unique(np.array(self.titles[1:], dtype=object), return_inverse=True)
+        """int64 ``[items]``: items of one title, :func:`folded`, have one number. Padding has number 0, alone."""
+        _, inverse = np.unique(np.array([folded(title) for title in self.titles[1:]], dtype=object), return_inverse=True)
         return np.concatenate([[0], inverse + 1]).astype(np.int64)
 
     @property

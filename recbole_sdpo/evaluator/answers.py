@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from recbole.evaluator import register
 from recbole.evaluator.base_metric import AbstractMetric
 from recbole.utils import EvaluatorType
+
+from recbole_sdpo.data.catalogue import folded
 
 VALID, HIT = "answers.valid", "answers.hit"
 """Under which RecBole's collector keeps, for each target, whether the answer is valid and whether it is a hit."""
@@ -18,12 +19,12 @@ VALID, HIT = "answers.valid", "answers.hit"
 def named(answer: str, titles: Sequence[str]) -> int | None:
     """Which of ``titles`` an answer names: its place among them, or None if it names none or more than one.
 
-    Case, the kind and number of blanks, and compatible forms of characters (Unicode NFKC) do not matter. A title is named where
+    Titles and answer are compared :func:`folded`: case, blanks and compatible forms of characters do not matter. A title is named where
     it stands in the answer as whole words, but not where it stands inside a longer title that is named there: "Star Trek: First
     Contact" names no film called "Star Trek". Two candidates whose titles differ in nothing that matters are both named, so
     that such an answer names more than one.
     """
-    answer, titles = _plain(answer), [_plain(title) for title in titles]
+    answer, titles = folded(answer), [folded(title) for title in titles]
     found = [(*match.span(), title) for title in {*titles} - {""} for match in re.finditer(rf"(?<!\w){re.escape(title)}(?!\w)", answer)]
     whole = {
         title
@@ -32,10 +33,6 @@ def named(answer: str, titles: Sequence[str]) -> int | None:
     }
     places = [place for place, title in enumerate(titles) if title in whole]
     return places[0] if len(places) == 1 else None
-
-
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 class _ShareOfAnswers(AbstractMetric):

@@ -70,6 +70,8 @@ class RankCollector(Collector):
         user = first[self.config["USER_ID_FIELD"]].cpu().numpy()
         kept = pd.DataFrame({"user": user[place], "item": positive_i.cpu().numpy(), "rank": rank.cpu().numpy()})
         if self.writer:
+            if len(positive_i) != len(scores_tensor):
+                raise ValueError("A user has several targets, which RecBole ranks together; for answers use recbole_sdpo.quick_start.run.")
             kept["answer"] = self._ask(first, interaction[self.config["ITEM_ID_FIELD"]].view(-1, each).cpu().numpy())
         self._kept.append(kept)
 

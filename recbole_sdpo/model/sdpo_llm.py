@@ -38,6 +38,9 @@ from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import derive_seed, generator
 from recbole_sdpo.settings import NO_FULL_RANKING, Settings, check_settings, check_topk
 
+TARGET_ROW = "target_row"
+"""Column of an evaluation batch: the number of the target, from 0, that a row's item is a candidate for."""
+
 
 class Logps(NamedTuple):
     """Log-probabilities of a batch of T targets; the first two from the policy, the others from the reference."""
@@ -193,11 +196,13 @@ class SDPOLLM(SequentialRecommender):
     def predict(self, interaction: Interaction) -> Tensor:
         """Scores of the rows' items, float32 ``[rows]``; rows of one user and history share their prompt.
 
-        In the ``candidates`` style, the items of the rows that share a prompt are its candidates.
+        In the ``candidates`` style, the items of the rows that share a prompt are its candidates. Two targets of a user may have
+        the same last items: where the column :data:`TARGET_ROW` tells rows of different targets apart, they share none.
         """
         user, item = interaction[self.USER_ID].cpu().numpy(), interaction[self.ITEM_ID].cpu().numpy()
         past = histories(interaction, self.config)
-        key = np.concatenate([user[:, None], past.padded(0)], axis=1)
+        apart = interaction[TARGET_ROW].cpu().numpy() if TARGET_ROW in interaction else np.zeros_like(user)
+        key = np.concatenate([apart[:, None], user[:, None], past.padded(0)], axis=1)
         _, first, prompt = np.unique(key, axis=0, return_index=True, return_inverse=True)
         prompt = prompt.reshape(-1)
         shown = Ragged(item[np.argsort(prompt, kind="stable")], np.bincount(prompt))
@@ -247,6 +252,10 @@ class SDPOLLM(SequentialRecommender):
             return torch.from_numpy(write(self.lm, prompts.take(rows), limit, self._line_ends, among)).to(self.lm.device)
 
         found = self._in_batches(prompts.lengths + limit, limit, answer, dtype=torch.int64).cpu().numpy()
+        if constrained:  # whatever the tokenizer makes of its tokens
+            written = titles.take(np.arange(self.n_items)).padded(NOTHING, limit)[candidates] == found[:, None]
+            chosen = written.all(2).argmax(1)
+            return [self.catalogue.titles[item] for item in candidates[np.arange(len(candidates)), chosen]]
         texts = self.lm.tokenizer.batch_decode([row[row != NOTHING] for row in found], skip_special_tokens=True)
         return [text.split(TERMINATOR)[0] for text in texts]
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import recbole
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
@@ -25,6 +26,7 @@ from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import restore, snapshot
 from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.model.sdpo_llm import TARGET_ROW
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.stage import Stage
@@ -48,7 +50,18 @@ POLICY_FILE, DATA_FILE = "settings.json", "data.json"
 """Beside the weights of a checkpoint: how its policy was made, and the settings under which its data were loaded."""
 
 # Settings that say where this run begins and writes.
-OF_THIS_RUN = {"run_dir", "resume", "sft_checkpoint", "checkpoint_dir", "gpu_id", "device", "state", "show_progress"}
+OF_THIS_RUN = {
+    "run_dir",
+    "resume",
+    "sft_checkpoint",
+    "checkpoint_dir",
+    "gpu_id",
+    "device",
+    "state",
+    "show_progress",
+    "dataset",
+    "config_files",
+}
 
 # What a policy must share with a checkpoint that it is loaded from, beside its tokenizer and the shapes of its weights.
 POLICY = ("backbone", "peft", "prompt_style", "prompt_templates", "title_fields", "title_article_first")
@@ -295,6 +308,11 @@ class SDPOTrainer(Trainer):
         with self.accelerator.autocast():
             return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
 
+    def _neg_sample_batch_eval(self, batched_data: tuple) -> tuple:
+        interaction, row, *_ = batched_data
+        interaction.update(Interaction({TARGET_ROW: row}))
+        return super()._neg_sample_batch_eval(batched_data)
+
     def _spilt_predict(self, interaction: Interaction, batch_size: int) -> torch.Tensor:
         """The model cuts its batches by tokens itself, and a user's candidates stay together."""
         return self.model.predict(interaction.to(self.device))
@@ -365,15 +383,18 @@ class SDPOTrainer(Trainer):
             folder = self.run_dir / stage
             save_backbone(self.model.lm, folder)
             made = self.model.settings.to_flat() | self._policy_identity()
+            made["header"] = self.model.units.pieces[0]  # of a template file that may be elsewhere, or another one, later
             (folder / POLICY_FILE).write_text(json.dumps(made, indent=2), encoding="utf-8")
             (folder / DATA_FILE).write_text(json.dumps(self._data(), indent=2), encoding="utf-8")
 
     def _data(self) -> dict[str, Any]:
         """What it takes to load the data again, wherever that is done."""
         given = {key: value for key, value in self.config.external_config_dict.items() if key not in OF_THIS_RUN}
-        if "data_path" in given:
-            given["data_path"] = str(Path(given["data_path"]).expanduser().resolve())
-        return {"dataset": self.config["dataset"], "settings": json.loads(json.dumps(given, default=str))}
+        data, backbone = Path(self.config["data_path"]).resolve(), Path(self.model.backbone.backbone).expanduser()
+        if Path(recbole.__path__[0]).resolve() not in data.parents:
+            given["data_path"] = str(data.parent)
+        name = str(backbone.resolve()) if backbone.exists() else self.model.backbone.backbone
+        return {"dataset": self.config["dataset"], "backbone": name, "settings": json.loads(json.dumps(given, default=str))}
 
     def _log(self, message: str, verbose: bool) -> None:
         if verbose:

@@ -126,6 +126,7 @@ def test_dates_of_which_pandas_guesses_each_by_itself_are_warned_of(tmp_path):
         ({"name": "../shop"}, r"name='../shop': valid are letters"),
         ({"name": "ml-100k"}, "ml-100k is the data that comes with RecBole"),
         ({"user": "userid"}, r"^events has no column 'userid'; did you mean 'user_id'\? Valid are user_id, item_id, timestamp.$"),
+        ({"titles": "zzz"}, "^items has no column 'zzz'; valid are item_id, title.$"),
         ({"titles": ["zzz"]}, "^items has no column 'zzz'; valid are item_id, title.$"),
         ({"titles": ["title", "item_id"]}, "each needs a name of its own"),
         ({"titles": ["title", "a:b"]}, "each needs a name of its own, without ':'"),

@@ -167,7 +167,7 @@ def test_what_users_met_counts_whole_where_a_part_of_the_targets_is_evaluated(pa
     config = ExperimentConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
     loaders = data_preparation(config, create_dataset(config))
     parts = [loader._dataset for loader in loaders]
-    small = evaluation_loader(loaders[1], 9, 5)
+    small = evaluation_loader(loaders[1], "valid", 9, 5)
     freeze(small, parts[:2], Catalogue.from_dataset(create_dataset(config), ["title"]), 5)
     met = set(zip(*met_items(*parts[:2]), strict=True))
     frozen = small._sampler
