@@ -13,7 +13,7 @@ from recbole.evaluator import Collector
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.evaluator.answers import HIT, VALID, named
+from recbole_sdpo.evaluator.answers import HIT, OF_ANSWERS, VALID, named
 
 METRICS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "hit": lambda rank, k: (rank <= k).astype(float),
@@ -35,8 +35,23 @@ def metric_of_ranks(metric: str, rank: np.ndarray) -> np.ndarray:
     """
     name, _, k = metric.lower().replace("hr@", "hit@").partition("@")
     if name not in METRICS or not k.isdecimal() or int(k) < 1:
-        raise ValueError(f"metric {metric!r} is not one of a target's rank; valid are HR@k, NDCG@k and MRR@k, such as NDCG@5.")
+        valid = ", ".join(kind.__name__ for kind in OF_ANSWERS.values())
+        raise ValueError(f"metric {metric!r} is not one of a single target; valid are HR@k, NDCG@k, MRR@k, such as NDCG@5, and {valid}.")
     return METRICS[name](np.asarray(rank, float), int(k))
+
+
+def metric_of_targets(metric: str, targets: pd.DataFrame) -> np.ndarray | None:
+    """A metric of each row of ``ranks.csv``, float64; None for a metric of answers where none were asked for.
+
+    Raises:
+        ValueError: there is no such metric.
+    """
+    if metric.lower() not in OF_ANSWERS:
+        return metric_of_ranks(metric, targets["rank"].to_numpy())
+    if "named" not in targets:
+        return None
+    valid = targets["named"] != ""
+    return (valid & (metric.lower() == "validratio" or targets["named"] == targets["item"])).to_numpy(float)
 
 
 class Writer(Protocol):
@@ -72,16 +87,16 @@ class RankCollector(Collector):
         if self.writer:
             if len(positive_i) != len(scores_tensor):
                 raise ValueError("A user has several targets, which RecBole ranks together; for answers use recbole_sdpo.quick_start.run.")
-            kept["answer"] = self._ask(first, interaction[self.config["ITEM_ID_FIELD"]].view(-1, each).cpu().numpy())
+            kept["answer"], kept["named"] = self._ask(first, interaction[self.config["ITEM_ID_FIELD"]].view(-1, each).cpu().numpy())
         self._kept.append(kept)
 
-    def _ask(self, rows: Interaction, candidates: np.ndarray) -> list[str]:
-        """The answers, of which the metrics are told the validity; the target is the first of its candidates."""
+    def _ask(self, rows: Interaction, candidates: np.ndarray) -> tuple[list[str], list[int]]:
+        """The answers, and the items that they name or 0; the metrics are told. The target is the first of its candidates."""
         answers, titles = self.writer.answers(rows, candidates), self.writer.catalogue.titles
         places = [named(answer, [titles[item] for item in row]) for answer, row in zip(answers, candidates, strict=True)]
         self.data_struct.update_tensor(VALID, torch.tensor([place is not None for place in places]))
         self.data_struct.update_tensor(HIT, torch.tensor([place == 0 for place in places]))
-        return answers
+        return answers, [0 if place is None else row[place] for place, row in zip(places, candidates, strict=True)]
 
     def get_data_struct(self) -> Any:
         """As RecBole's, which forgets what it has handed out."""
@@ -91,9 +106,12 @@ class RankCollector(Collector):
         return struct
 
     def take(self, user_token: np.ndarray, item_token: np.ndarray) -> pd.DataFrame:
-        """What was kept, as columns ``user`` and ``item`` in the data's own ids, ``rank`` and maybe ``answer``; and begin anew."""
+        """What was kept, in the data's own ids, and begin anew: ``user``, ``item``, ``rank``, and if answers were asked for
+        ``answer`` and ``named``, the candidate that it names or nothing."""
         kept = pd.concat(self._kept) if self._kept else pd.DataFrame({"user": [], "item": [], "rank": []}, dtype=np.int64)
         self._kept = []
+        if "named" in kept:
+            kept["named"] = np.where(kept["named"] > 0, item_token[kept["named"]], "")
         return kept.assign(user=user_token[kept["user"]], item=item_token[kept["item"]])
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.ranks import metric_of_ranks
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.quick_start import ExperimentConfig
@@ -99,7 +100,8 @@ class Experiment:
         _check_list(self.candidates, "candidates", lambda mode: isinstance(mode, str) and bool(re.fullmatch(MODE, mode)))
         _check_list(self.metrics, "metrics", lambda metric: isinstance(metric, str))
         for metric in self.metrics:
-            metric_of_ranks(metric, [1])
+            if metric.lower() not in OF_ANSWERS:
+                metric_of_ranks(metric, [1])
         if self.tries < 1:
             raise ValueError(f"tries={self.tries} must be 1 or more.")
         for where, settings in [("settings", self.settings), *((f"run {entry.name!r}", entry.settings) for entry in self.runs)]:
@@ -208,6 +210,9 @@ def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
     for key in ("eval_args", "train_neg_sample_args"):  # of one key each side, both count
         if isinstance(experiment.settings.get(key), dict) and isinstance(entry.settings.get(key), dict):
             settings[key] = experiment.settings[key] | entry.settings[key]
+    answers = [metric for metric in experiment.metrics if metric.lower() in OF_ANSWERS]
+    if answers and entry.model == MODEL:
+        settings["metrics"] = list(dict.fromkeys([*settings.get("metrics", default_settings(experiment.dataset)["metrics"]), *answers]))
     settings["eval_args"] = (settings.get("eval_args") or {}) | {"mode": experiment.candidates[0]}
     settings |= {"more_candidates": experiment.candidates[1:], "seed": seed, "show_progress": False}
     settings.setdefault("candidates_seed", experiment.seeds[0])
@@ -244,7 +249,7 @@ def _check_metrics(experiment: Experiment, settings: Settings) -> None:
         return
     known = max(np.atleast_1d((default_settings(experiment.dataset) | settings)["topk"]))
     for metric in experiment.metrics:
-        if int(metric.partition("@")[2]) > known:
+        if metric.lower() not in OF_ANSWERS and int(metric.partition("@")[2]) > known:
             raise ValueError(f"metric {metric!r} needs more than the top {known} that full_sort='topk' finds; give a larger topk.")
 
 

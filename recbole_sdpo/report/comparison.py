@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recbole_sdpo.evaluator.ranks import metric_of_ranks
+from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.evaluator.significance import Difference, holm, paired_difference
 
 LEVEL = 0.05
@@ -26,7 +26,7 @@ class Finished:
         name: of its row.
         axis: of a row of a sweep: the sweep's name, the setting, the value.
         result: ``result.json``.
-        ranks: of its last stage, ``ranks.csv``: user, item, rank, candidates.
+        ranks: of its last stage, ``ranks.csv``: user, item, rank, candidates, and maybe answer and named.
         steps: ``steps.csv``, or None for models without.
         wall_s: seconds of training and validation, those of the SFT that it began from included.
     """
@@ -43,7 +43,8 @@ class Finished:
     def read(cls, folder: Path, start: Path | None, name: str, axis: tuple[str, str, Any] | None, seed: int) -> Finished:
         """What a run left in its folder, and what the run that it began from left in ``start``."""
         result, *before = (json.loads((part / "result.json").read_text(encoding="utf-8")) for part in (folder, start) if part)
-        ranks = pd.read_csv(folder / "ranks.csv", dtype={"user": str, "item": str})
+        text = {"user": str, "item": str, "answer": str, "named": str}
+        ranks = pd.read_csv(folder / "ranks.csv", dtype=text, keep_default_na=False)
         steps = folder / "steps.csv"
         ranks = ranks[ranks["stage"] == list(result["stages"])[-1]]
         wall_s = sum(stage["wall_s"] for part in (result, *before) for stage in part["stages"].values())
@@ -55,7 +56,7 @@ class Row:
     """A row of the table on one set of candidates.
 
     Attributes:
-        users: each metric of each user, float64 ``[seeds, users]``.
+        users: each metric of each user, float64 ``[seeds, users]``; without those of answers for a model that writes none.
         user: who they are, ``[users]``, sorted: those whom every seed has.
         differences: for each metric the difference to the best baseline; none for that baseline itself.
         p: their p-values, Holm-corrected over the table.
@@ -75,12 +76,12 @@ class Row:
     p: dict[str, float] = field(default_factory=dict)
 
     def mean(self, metric: str) -> float:
-        """Over users and seeds."""
-        return float(self.users[metric].mean())
+        """Over users and seeds; not a number for a metric that the row has not."""
+        return float(self.users[metric].mean()) if metric in self.users else float("nan")
 
     def std(self, metric: str) -> float:
         """Over seeds, of the sample; not a number for a single seed."""
-        over_users = self.users[metric].mean(1)
+        over_users = self.users[metric].mean(1) if metric in self.users else ()
         return float(over_users.std(ddof=1)) if len(over_users) > 1 else float("nan")
 
     def significant(self, metric: str) -> bool:
@@ -103,32 +104,41 @@ class Comparison:
     best_baseline: dict[str, str]
 
     def placed(self, metric: str) -> list[str]:
-        """Names of the rows, the best first."""
-        return [row.name for row in sorted(self.rows, key=lambda row: -row.mean(metric))]
+        """Names of the rows that have the metric, the best first."""
+        return [row.name for row in sorted(self.rows, key=lambda row: -row.mean(metric)) if metric in row.users]
 
 
 def compare(runs: Sequence[Finished], candidates: str, metrics: Sequence[str], baselines: Sequence[str]) -> Comparison:
     """The table of ``runs`` on ``candidates``, with every row tested against the best baseline of each metric.
 
-    Tests are over the users whom both rows have. Where no baseline has a result, the first row stands in for them.
+    Tests are over the users whom both rows have. Where no baseline has a result, or none has the metric, the first row that has
+    stands in for them.
+
+    Raises:
+        ValueError: no run has a metric.
     """
     rows = []
     for name in dict.fromkeys(run.name for run in runs):
         mine = [run for run in runs if run.name == name]
-        ranks = pd.concat([_by_user(run, candidates) for run in mine], axis=1, join="inner").sort_index()
-        users = {metric: metric_of_ranks(metric, ranks.to_numpy().T) for metric in metrics}
+        user = pd.concat([_by_user(run, candidates, metrics) for run in mine], axis=1, join="inner", keys=range(len(mine))).sort_index()
+        users = {metric: user.xs(metric, axis=1, level=1).to_numpy().T for metric in metrics if (len(mine) - 1, metric) in user}
         wall = float(np.mean([run.wall_s for run in mine]))
-        rows.append(Row(name, name in baselines, mine[0].axis, [run.seed for run in mine], users, ranks.index, wall))
+        rows.append(Row(name, name in baselines, mine[0].axis, [run.seed for run in mine], users, user.index, wall))
     if not any(row.baseline for row in rows):
         rows[0].baseline = True
     rivals = [row for row in rows if row.baseline]
-    best = {metric: max(rivals, key=lambda row: row.mean(metric)) for metric in metrics}
+    best = {}
+    for metric in metrics:
+        having = [row for row in rows if metric in row.users]
+        if not having:
+            raise ValueError(f"metric {metric!r}: no run has it; ValidRatio and GenHit need a run of SDPO-LLM.")
+        best[metric] = max([row for row in having if row in rivals] or having[:1], key=lambda row: row.mean(metric))
     for row in rows:
-        if row is not best[metrics[0]] and best[metrics[0]].mean(metrics[0]):
+        if row is not best[metrics[0]] and metrics[0] in row.users and best[metrics[0]].mean(metrics[0]):
             row.improvement = row.mean(metrics[0]) / best[metrics[0]].mean(metrics[0]) - 1
         for metric in metrics:
             common = row.user.intersection(best[metric].user)
-            if row is not best[metric] and len(common) > 1:
+            if row is not best[metric] and metric in row.users and len(common) > 1:
                 mine, theirs = (r.users[metric][:, r.user.get_indexer(common)] for r in (row, best[metric]))
                 row.differences[metric] = paired_difference(mine, theirs)
     tested = [(row, metric) for row in rows for metric in row.differences]
@@ -137,8 +147,11 @@ def compare(runs: Sequence[Finished], candidates: str, metrics: Sequence[str], b
     return Comparison(candidates, list(metrics), rows, {metric: row.name for metric, row in best.items()})
 
 
-def _by_user(run: Finished, candidates: str) -> pd.Series:
-    return run.ranks[run.ranks["candidates"] == candidates].set_index("user")["rank"]
+def _by_user(run: Finished, candidates: str, metrics: Sequence[str]) -> pd.DataFrame:
+    """A column for each metric that the run has."""
+    targets = run.ranks[run.ranks["candidates"] == candidates].set_index("user")
+    found = {metric: metric_of_targets(metric, targets) for metric in metrics}
+    return pd.DataFrame({metric: values for metric, values in found.items() if values is not None}, index=targets.index)
 
 
 def unfair(runs: Sequence[Finished], candidates: Sequence[str]) -> list[str]:

@@ -63,7 +63,7 @@ def write_report(
 def _sizes(comparison: Comparison) -> str:
     row = max(comparison.rows, key=lambda row: len(row.seeds))
     seeds = len(row.seeds)
-    return f"{next(iter(row.users.values())).shape[1]} users, {seeds} seed{'s' * (seeds > 1)}"
+    return f"{len(row.user)} users, {seeds} seed{'s' * (seeds > 1)}"
 
 
 def _figures(comparisons: Sequence[Comparison], runs: Sequence[Finished]) -> dict[str, Figure]:

@@ -31,6 +31,8 @@ def bars(comparison: Comparison) -> Figure:
         means = [row.mean(metric) for row in rows]
         axes.barh(range(len(rows)), means, xerr=None if np.isnan(spread).all() else spread, color=colours)
         for place, mean in enumerate(means):
+            if metric not in rows[place].users:
+                continue
             axes.text(0, place, f" {mean:.3f}", va="center", color="white", fontsize=8)
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.set_xlabel(metric)

@@ -58,7 +58,7 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
     """All numbers of a comparison, a row for each model and metric."""
     found = []
     for row in comparison.rows:
-        for metric in comparison.metrics:
+        for metric in row.users:
             difference = row.differences.get(metric)
             found.append(
                 {
@@ -93,6 +93,8 @@ def _cells(comparison: Comparison, row: Row, marks: Marks) -> list[str]:
 
 
 def _cell(comparison: Comparison, row: Row, metric: str, marks: Marks) -> str:
+    if metric not in row.users:
+        return ""
     std = row.std(metric)
     text = f"{row.mean(metric):.4f}" + ("" if math.isnan(std) else f" {marks.between} {std:.4f}") + marks.star * row.significant(metric)
     place = comparison.placed(metric).index(row.name)

@@ -11,6 +11,7 @@ from recbole.quick_start import run_recbole
 from recbole_sdpo import quick_start
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.evaluator.answers import named
+from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.quick_start import ExperimentConfig
 from tests.conftest import TINY, write_dataset
 
@@ -69,6 +70,11 @@ def test_all_three_come_from_one_evaluation(ring):
     for mode, found in result["stages"]["sft"]["candidates"].items():
         mine = ranks[ranks.candidates == mode]
         right = (mine["answer"] == mine["item"].map(titles)).mean()
+        assert (mine["named"].map(titles).fillna("") == mine["answer"])[
+            mine["named"] != ""
+        ].mean() > 0.5  # some have words around the title
+        for metric in ("GenHit", "ValidRatio"):
+            assert metric_of_targets(metric, mine).mean() == pytest.approx(found["test"][metric.lower()], abs=6e-5)
         assert found["test"]["genhit"] == pytest.approx(right, abs=6e-5)
         assert 0 < right < found["test"]["validratio"] < 1  # some answers name another candidate, and some none
         assert found["test"]["hit@1"] == pytest.approx((mine["rank"] == 1).mean(), abs=6e-5)

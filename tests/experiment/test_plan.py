@@ -115,7 +115,7 @@ def test_every_model_gets_as_many_tries(write):
         ({"seeds": 3}, "seeds=3 must be a list"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be a list of different valid values"),
         ({"candidates": ["best"]}, "candidates="),
-        ({"metrics": ["AUC"]}, "metric 'AUC' is not one of a target's rank"),
+        ({"metrics": ["AUC"]}, "metric 'AUC' is not one of a single target"),
         ({"baselines": ["b"]}, "baselines name 'b', which is no run; valid are a"),
         ({"runs": []}, "has no runs"),
         ({"runs": [{"model": "Pop"}]}, "lacks the key 'name'"),
@@ -159,3 +159,11 @@ def test_the_experiments_that_ship_are_sound(file):
         runs = plan(experiment, experiment.seeds[:1])
         assert [run.name for run in runs] == [entry.name for entry in experiment.entries()]
         assert all(len(grid(entry, experiment.tries)) == experiment.tries for entry in experiment.runs if entry.tune)
+
+
+def test_who_writes_is_asked_for_answers_that_the_table_wants(write):
+    runs = [{"name": "Pop", "model": "Pop"}, {"name": "LM", "settings": {"objective": "sft"}}]
+    pop, lm = plan(Experiment.load(write(runs, metrics=["HR@1", "GenHit"])))
+    assert "metrics" not in pop.settings and lm.settings["metrics"] == ["Hit", "NDCG", "MRR", "GenHit"]
+    with pytest.raises(ValueError, match="run 'LM': .*GenHit needs sampled candidates"):
+        plan(Experiment.load(write(runs, metrics=["HR@1", "GenHit"], candidates=["full"])))

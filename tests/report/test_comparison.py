@@ -153,3 +153,32 @@ def test_figures_show_the_numbers(tmp_path, runs):
 def test_markdown_tables_line_up():
     lines = markdown_table(["a", "bb"], [["x", 0.5], ["longer", 1]]).splitlines()
     assert len({len(line) for line in lines}) == 1 and "0.5000" in lines[2]
+
+
+def test_answers_are_compared_where_there_are_any(runs, tmp_path):
+    """The row of a model that writes nothing has empty cells; the first row that writes stands in for a baseline."""
+    for run in runs:
+        if run.name in ("ours", "same"):
+            draw = np.random.default_rng(run.seed).random(USERS)
+            run.ranks["item"], run.ranks["answer"] = "i", "some text"
+            run.ranks["named"] = np.where(draw < (0.6 if run.name == "ours" else 0.2), "i", np.where(draw < 0.8, "j", ""))
+    metrics = ["HR@1", "GenHit", "ValidRatio"]
+    found = compare(runs, "uni19", metrics, ["weak", "rival"])
+    assert found.best_baseline == {"HR@1": "rival", "GenHit": "ours", "ValidRatio": "ours"}
+    rows = {row.name: row for row in found.rows}
+    for name in ("ours", "same"):
+        mine = [run.ranks for run in runs if run.name == name]
+        assert rows[name].mean("GenHit") == pytest.approx(np.mean([(ranks["named"] == "i").mean() for ranks in mine]))
+        assert rows[name].mean("ValidRatio") == pytest.approx(np.mean([(ranks["named"] != "").mean() for ranks in mine]))
+    assert rows["same"].significant("GenHit") and "GenHit" not in rows["ours"].differences and "GenHit" not in rows["weak"].p
+    assert found.placed("GenHit") == ["ours", "same"]
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in comparison_markdown(found).splitlines()
+    }
+    assert cells["weak"][1:] == ["", ""] and cells["ours"][1].startswith("**0.") and cells["same"][1].startswith("<u>0.")
+    frame = comparison_frame(found)
+    assert set(frame[frame.metric == "GenHit"].model) == {"ours", "same"}
+    write_report(tmp_path / "report", "answers", [found], runs, [], "made")
+    assert (tmp_path / "report" / "bars-uni19.png").is_file()
+    with pytest.raises(ValueError, match="metric 'GenHit': no run has it"):
+        compare([run for run in runs if run.name == "weak"], "uni19", metrics, ["weak"])
