@@ -253,9 +253,10 @@ class SDPOLLM(SequentialRecommender):
 
         found = self._in_batches(prompts.lengths + limit, limit, answer, dtype=torch.int64).cpu().numpy()
         if constrained:  # whatever the tokenizer makes of its tokens
-            written = titles.take(np.arange(self.n_items)).padded(NOTHING, limit)[candidates] == found[:, None]
-            chosen = written.all(2).argmax(1)
-            return [self.catalogue.titles[item] for item in candidates[np.arange(len(candidates)), chosen]]
+            written = (titles.take(np.arange(self.n_items)).padded(NOTHING, limit)[candidates] == found[:, None]).all(2)
+            if not written.any(1).all():  # its place would be that of the first candidate, the target
+                raise RuntimeError("A constrained answer is no candidate's title: the tokenizer ends lines within titles.")
+            return [self.catalogue.titles[item] for item in candidates[np.arange(len(candidates)), written.argmax(1)]]
         texts = self.lm.tokenizer.batch_decode([row[row != NOTHING] for row in found], skip_special_tokens=True)
         return [text.split(TERMINATOR)[0] for text in texts]
 

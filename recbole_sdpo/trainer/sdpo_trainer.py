@@ -310,7 +310,8 @@ class SDPOTrainer(Trainer):
 
     def _neg_sample_batch_eval(self, batched_data: tuple) -> tuple:
         interaction, row, *_ = batched_data
-        interaction.update(Interaction({TARGET_ROW: row}))
+        if row is not None:  # labelled rows are candidates for nothing
+            interaction.update(Interaction({TARGET_ROW: row}))
         return super()._neg_sample_batch_eval(batched_data)
 
     def _spilt_predict(self, interaction: Interaction, batch_size: int) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """When an answer is valid, and whether RecBole's evaluation counts it so."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +14,8 @@ from recbole_sdpo import quick_start
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.evaluator.answers import named
 from recbole_sdpo.evaluator.ranks import metric_of_targets
+from recbole_sdpo.lm.generation import NOTHING
+from recbole_sdpo.model import sdpo_llm
 from recbole_sdpo.quick_start import ExperimentConfig
 from tests.conftest import TINY, write_dataset
 
@@ -97,6 +101,25 @@ def test_constrained_answers_are_valid_whatever_titles_look_like(tmp_path):
     assert result["validratio"] == 1
     ranks = pd.read_csv("here/ranks.csv", keep_default_na=False)
     assert set(ranks["answer"]) <= set(titles.values()) and ranks["answer"].nunique() > 1
+
+
+def test_a_constrained_answer_that_is_no_title_is_no_hit(ring, monkeypatch):
+    monkeypatch.setattr(sdpo_llm, "write", lambda lm, prompts, limit, *_: np.full((len(prompts), limit), NOTHING))
+    with pytest.raises(RuntimeError, match="A constrained answer is no candidate's title"):
+        quick_start.run(
+            "SDPO-LLM", "toy", config_dict=ring | {"metrics": ANSWERS, "decoding": "constrained", "objective": "sft", "sft_epochs": 0}
+        )
+
+
+def test_labelled_rows_are_scored_one_by_one(ring):
+    """RecBole's value metrics have rows and no candidates."""
+    file = Path(ring["data_path"]) / "toy" / "toy.inter"
+    head, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([head + "\tlabel:float", *(f"{row}\t{number % 5 % 2}" for number, row in enumerate(rows))]) + "\n")
+    labels = {"eval_args": {"mode": "labeled"}, "metrics": ["AUC"], "valid_metric": "AUC", "train_neg_sample_args": None}
+    loaded = {"load_col": {"inter": ["user_id", "item_id", "timestamp", "label"]}}
+    result = quick_start.run("SDPO-LLM", "toy", config_dict=ring | labels | loaded | {"objective": "sft"})
+    assert 0 < result["test_result"]["auc"] < 1
 
 
 def test_targets_with_the_same_last_items_share_no_prompt(tmp_path):
