@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from recbole_sdpo import compat
 from recbole_sdpo.experiment import run_experiment
 from recbole_sdpo.quick_start import run
 from recbole_sdpo.settings import MODEL, table
@@ -64,11 +65,11 @@ def _experiment(args: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(f"--jobs={args.jobs} must be 1 or more.")
     if args.model != MODEL or args.dataset or args.config_files:
         raise ValueError("--experiment names models, dataset and settings in its file; leave out --model, --dataset and --config_files.")
-    sys.argv = sys.argv[:1]  # RecBole reads it, and these are not the settings of one run
     overrides = dict(argument[2:].split("=") for argument in rest)
     file = Path(args.experiment)
     output = Path(args.output or Path("saved") / file.stem)
-    failures = run_experiment(file, output, {key: _value(text) for key, text in overrides.items()}, args.tune, args.jobs, given)
+    with compat.no_arguments():  # these are not the settings of one run
+        failures = run_experiment(file, output, {key: _value(text) for key, text in overrides.items()}, args.tune, args.jobs, given)
     return int(bool(failures))
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from recbole.config import Config
@@ -41,6 +44,16 @@ def make_folders(config: Config) -> None:
     """Make RecBole's folders, which it makes without allowing for another process that makes them at the same moment."""
     for folder in (os.path.join("log", config["model"]), config["checkpoint_dir"]):
         os.makedirs(folder, exist_ok=True)
+
+
+@contextmanager
+def no_arguments() -> Iterator[None]:
+    """Hide the arguments of the program, which RecBole takes for its settings wherever a ``Config`` is made."""
+    given, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
 def check_launcher() -> None:

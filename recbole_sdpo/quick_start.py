@@ -133,9 +133,9 @@ def run(
     init_seed(config["seed"], config["reproducibility"])
     recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, recommender)
-    if config["model"] != MODEL:  # our trainer has one
-        trainer.eval_collector = RankCollector(config)
     ours = config["model"] == MODEL
+    if not ours:  # our trainer has one
+        trainer.eval_collector = RankCollector(config)
     targets = recommender.targets_per_epoch(train_data._dataset) if ours else len(train_data._dataset)
     _log_head(config, recommender, targets, test_data, sha256)
     logger.info(described)

@@ -6,8 +6,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -51,7 +50,7 @@ class Recommender:
         self.lm, self.catalogue, self.units = lm.eval(), catalogue, units
         self.item_tokens, self.users, self.window = item_tokens, users, window
         self._encoder = Encoder(catalogue, units, lm.tokenizer)
-        # Items of one title rank alike: the first stands for all of them.
+        # Of the items of one title the first stands for all.
         _, first = np.unique(catalogue.group[1:], return_index=True)
         self._first = np.sort(first) + 1
         self._item_of = {folded(catalogue.titles[item]): int(item) for item in self._first}
@@ -79,7 +78,7 @@ class Recommender:
             )
         given = data["settings"] | ({"data_path": str(data_path)} if data_path else {})
         try:
-            with _no_arguments():
+            with compat.no_arguments():
                 config = ExperimentConfig(MODEL, data["dataset"], config_dict=given)
             dataset = create_dataset(config)
         except (ValueError, FileNotFoundError) as error:
@@ -155,16 +154,6 @@ class Recommender:
             titles = {text: self.catalogue.titles[item] for text, item in self._item_of.items()}
             raise ValueError(f"title {title!r} is not in the catalogue{_nearest(folded(title), titles)}")
         return self._item_of[folded(title)]
-
-
-@contextmanager
-def _no_arguments() -> Iterator[None]:
-    """RecBole takes the arguments of whatever program it runs in for its settings."""
-    given, sys.argv = sys.argv, sys.argv[:1]
-    try:
-        yield
-    finally:
-        sys.argv = given
 
 
 def _nearest(name: str, known: dict[str, object]) -> str:

@@ -32,6 +32,14 @@ def test_recbole_still_cannot_load_its_own_checkpoints(ring):
     assert all(torch.equal(p, best[name]) for name, p in trainer.model.state_dict().items())
 
 
+def test_recbole_still_takes_a_programs_arguments_for_its_settings(ring, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--seed=5"])
+    assert ExperimentConfig("BPR", "toy", config_dict=ring)["seed"] == 5
+    with compat.no_arguments():
+        assert ExperimentConfig("BPR", "toy", config_dict=ring)["seed"] == 2020
+    assert sys.argv == ["serve.py", "--seed=5"]
+
+
 def test_accelerate_launch_still_starts_one_process_on_cpus(tmp_path):
     (tmp_path / "who.py").write_text("import os; print('world', os.environ.get('WORLD_SIZE'), 'master', 'MASTER_ADDR' in os.environ)")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]

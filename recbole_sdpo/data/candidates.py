@@ -121,14 +121,12 @@ def evaluation_loader(loader: AbstractDataLoader, phase: str, limit: int | None,
         phase: ``valid`` or ``test``.
         seed: by which the targets are drawn, the same ones for every model that has the same targets.
     """
-    dataset = loader._dataset
-    if limit is not None and limit < len(dataset):
-        rows = dataset.inter_feat
+    dataset, rows = loader._dataset, loader._dataset.inter_feat
+    if limit is not None and limit < len(rows):
         # By who is asked for what, in the data's own ids: the order of the rows is another for each kind of model.
-        names = zip(*(dataset.field2id_token[field][rows[field].numpy()] for field in (dataset.uid_field, dataset.iid_field)), strict=True)
-        order = sorted(range(len(rows)), key=dict(enumerate(names)).get)
+        user, item = (dataset.field2id_token[field][rows[field].numpy()] for field in (dataset.uid_field, dataset.iid_field))
         drawn = generator(seed, "evaluation targets", phase).choice(len(rows), limit, replace=False)
-        dataset = dataset.copy(rows[np.sort(np.array(order)[drawn])])
+        dataset = dataset.copy(rows[np.sort(np.lexsort((item, user))[drawn])])
     elif not samples_candidates(loader):
         return loader
     kind = TargetEvalDataLoader if samples_candidates(loader) else type(loader)

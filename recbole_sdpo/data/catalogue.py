@@ -51,7 +51,7 @@ class Catalogue:
         """One line for the log: how many items, how many without a title, how many titles shared."""
         return (
             f"{len(self.titles) - 1} items; {len(self.untitled)} without a title, called 'item <id>'; {self.shared} titles "
-            "shared by several items, which rank alike and never meet in one candidate set"
+            "shared by several items (case and blanks aside), which never meet in one candidate set"
         )
 
     @classmethod

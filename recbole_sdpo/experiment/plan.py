@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
-from recbole_sdpo.evaluator.ranks import metric_of_ranks
+from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.registry import default_settings
@@ -100,8 +101,7 @@ class Experiment:
         _check_list(self.candidates, "candidates", lambda mode: isinstance(mode, str) and bool(re.fullmatch(MODE, mode)))
         _check_list(self.metrics, "metrics", lambda metric: isinstance(metric, str))
         for metric in self.metrics:
-            if metric.lower() not in OF_ANSWERS:
-                metric_of_ranks(metric, [1])
+            metric_of_targets(metric, pd.DataFrame({"rank": [1]}))
         if self.tries < 1:
             raise ValueError(f"tries={self.tries} must be 1 or more.")
         for where, settings in [("settings", self.settings), *((f"run {entry.name!r}", entry.settings) for entry in self.runs)]:
@@ -249,7 +249,7 @@ def _check_metrics(experiment: Experiment, settings: Settings) -> None:
         return
     known = max(np.atleast_1d((default_settings(experiment.dataset) | settings)["topk"]))
     for metric in experiment.metrics:
-        if metric.lower() not in OF_ANSWERS and int(metric.partition("@")[2]) > known:
+        if int(metric.partition("@")[2] or 0) > known:
             raise ValueError(f"metric {metric!r} needs more than the top {known} that full_sort='topk' finds; give a larger topk.")
 
 

@@ -28,12 +28,10 @@ def bars(comparison: Comparison) -> Figure:
     for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics):
         spread = [row.std(metric) for row in rows]
         colours = ["tab:gray" if row.baseline else "tab:blue" for row in rows]
-        means = [row.mean(metric) for row in rows]
-        axes.barh(range(len(rows)), means, xerr=None if np.isnan(spread).all() else spread, color=colours)
-        for place, mean in enumerate(means):
-            if metric not in rows[place].users:
-                continue
-            axes.text(0, place, f" {mean:.3f}", va="center", color="white", fontsize=8)
+        axes.barh(range(len(rows)), [row.mean(metric) for row in rows], xerr=None if np.isnan(spread).all() else spread, color=colours)
+        for place, row in enumerate(rows):
+            if metric in row.users:
+                axes.text(0, place, f" {row.mean(metric):.3f}", va="center", color="white", fontsize=8)
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.set_xlabel(metric)
         axes.spines[["top", "right"]].set_visible(False)
