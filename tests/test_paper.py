@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from recbole_sdpo import quick_start
+from recbole_sdpo.data.prompts import Templates
 from recbole_sdpo.quick_start import ExperimentConfig
 from tests.conftest import TINY, write_dataset
 
@@ -128,5 +129,12 @@ def test_datasets_and_splits_go_with_a_recipe(name, split, tmp_path):
 
 
 def test_every_recipe_is_one_that_is_tested():
-    others = {"s-dpo", "split-by-time", "two-cores", "lastfm", "goodreads"}
+    others = {"s-dpo", "split-by-time", "two-cores", "one-template", "lastfm", "goodreads"}
     assert {file.stem for file in PAPER.glob("*.yaml")} == {*BACKBONES, *others}
+
+
+def test_the_budget_for_two_cores_trains_on_the_prompt_that_is_tested(monkeypatch):
+    monkeypatch.chdir(PAPER.parents[1])
+    settings = ExperimentConfig("SDPO-LLM", "ml-100k", recipe("smollm2-135m", "two-cores")).settings
+    own, movies = Templates.load(settings.prompt_templates), Templates.load("movies")
+    assert own.candidates == movies.candidates[:1] and settings.title_fields == ["movie_title"]
