@@ -109,7 +109,7 @@ class StageSettings:
 
 # For scratch tuned on the validation set of ml-100k; for pretrained backbones, usual values for LoRA.
 SUITED: dict[str, dict[str, dict[str, Any]]] = {
-    "scratch": {"sft": {"epochs": 30, "learning_rate": 3e-3}, "sdpo": {"epochs": 3, "learning_rate": 1e-3}},
+    "scratch": {"sft": {"epochs": 30, "learning_rate": 3e-3}, "sdpo": {"epochs": 10, "learning_rate": 3e-3}},
     "pretrained": {"sft": {"epochs": 2, "learning_rate": 5e-4}, "sdpo": {"epochs": 1, "learning_rate": 1e-4}},
 }
 
