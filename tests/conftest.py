@@ -26,6 +26,7 @@ TINY = {
     "show_progress": False,
     "MAX_ITEM_LIST_LENGTH": 8,
     "eval_args": {"mode": "uni5"},
+    "train_neg_sample_args": {"sample_num": 3},
     "sft_epochs": 2,
     "sft_learning_rate": 1e-3,
     "sft_tokens_per_batch": 1024,

@@ -74,7 +74,7 @@ def test_every_setting_is_explained():
         ({"train_neg_sample_args": None}, "needs 1 or more negatives; or set objective=sft"),
         ({"train_neg_sample_args": {"dynamic": True}}, "candidate_num=0: with dynamic=True, give 2 or more"),
         ({"train_neg_sample_args": {"dynamic": True, "candidate_num": 3}, "fixed_negatives": True}, "it needs fixed_negatives=False"),
-        ({"train_neg_sample_args": {"dynamic": True, "candidate_num": 8}}, "train_neg_sample_args asks for 24 negatives"),
+        ({"train_neg_sample_args": {"sample_num": 3, "dynamic": True, "candidate_num": 8}}, "train_neg_sample_args asks for 24 negatives"),
         ({"more_candidates": ["uni5"]}, r"more_candidates=\['uni5'\] must differ"),
         ({"more_candidates": ["best"]}, "valid is a list of full, uniN and popN"),
         ({"prompt_style": "candidates", "prompt_candidates": 3}, "valid is 1 to 2"),

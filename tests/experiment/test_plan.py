@@ -37,7 +37,7 @@ def test_alignments_of_one_sft_share_it(write):
 
 
 def test_what_suits_the_backbone_is_the_same_given_or_not(write):
-    runs = [{"name": "a"}, {"name": "b", "settings": {"sft_epochs": 30, "sdpo_learning_rate": 0.001}}]
+    runs = [{"name": "a"}, {"name": "b", "settings": {"sft_epochs": 30, "sdpo_learning_rate": 0.003}}]
     first, second = plan(Experiment.load(write(runs)))
     assert first.identity == second.identity and first.start.identity == second.start.identity
 
