@@ -37,7 +37,7 @@ from recbole_sdpo.evaluator.selection import Selection, restore, snapshot
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.registry import add_defaults, default_settings
 from recbole_sdpo.report.table import markdown_table
-from recbole_sdpo.settings import MODEL, Settings, check_settings, check_topk
+from recbole_sdpo.settings import MODEL, Settings, check_settings, check_topk, kind_of_negatives
 from recbole_sdpo.trainer.sdpo_trainer import run_folder
 
 VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")
@@ -269,8 +269,8 @@ def _log_head(config: Config, model: torch.nn.Module, targets: int, test_data: A
         why = f" (backbone=auto on {config['device']}; choose with --backbone=…)" if model.settings.backbone == "auto" else ""
         lines["backbone"] = f"{backbone.backbone}{why}, {total:,} parameters in {backbone.dtype}, peft {backbone.peft}"
         if model.negatives:
-            args = config["train_neg_sample_args"]
-            lines["negatives"] = f"{model.negatives} to a target, {args['distribution']}, never of the user's training items"
+            kind = kind_of_negatives(config["train_neg_sample_args"])
+            lines["negatives"] = f"{model.negatives} to a target, {kind}, never of the user's training items"
     lines["device"] = str(config["device"])
     for mode, digest in sha256.items():
         lines[f"candidates {mode}"] = f"{len(test_data._dataset):,} test targets, sha256 {digest[:16]}…"

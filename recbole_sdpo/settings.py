@@ -107,7 +107,8 @@ class StageSettings:
     )
 
 
-# For scratch tuned on the validation set of ml-100k; for pretrained backbones, usual values for LoRA.
+# For scratch tuned on the validation set of ml-100k, the second stage for S-DPO with 15 uniform negatives; for pretrained backbones, usual
+# values for LoRA.
 SUITED: dict[str, dict[str, dict[str, Any]]] = {
     "scratch": {"sft": {"epochs": 30, "learning_rate": 3e-3}, "sdpo": {"epochs": 10, "learning_rate": 3e-3}},
     "pretrained": {"sft": {"epochs": 2, "learning_rate": 5e-4}, "sdpo": {"epochs": 1, "learning_rate": 1e-4}},
@@ -303,8 +304,9 @@ def check_settings(config: Config) -> Settings:
                 f"train_neg_sample_args.sample_num={number!r}: objective={settings.objective!r} with prompt_style="
                 f"{settings.prompt_style!r} needs 1 or more negatives; or set objective=sft and prompt_style=history."
             )
+        _check_alpha(args)
         _check_dynamic(args, settings)
-        if in_text and number >= settings.prompt_candidates:
+        if in_text and OBJECTIVES[settings.objective].negatives and number >= settings.prompt_candidates:
             raise ValueError(
                 f"train_neg_sample_args.sample_num={number}: the negatives are among the {settings.prompt_candidates} candidates "
                 f"of the prompt (prompt_candidates); valid is 1 to {settings.prompt_candidates - 1}."
@@ -312,6 +314,21 @@ def check_settings(config: Config) -> Settings:
     if in_text and "full" in (*config["eval_args"]["mode"].values(), *settings.more_candidates):
         raise ValueError(f"eval_args.mode={config['eval_args']['mode']}, more_candidates={settings.more_candidates}: {NO_FULL_RANKING}")
     return settings
+
+
+def _check_alpha(args: Mapping[str, Any]) -> None:
+    """Negatives by popularity are drawn by its power ``alpha``."""
+    alpha = args["alpha"]
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or alpha < 0:
+        raise ValueError(f"train_neg_sample_args.alpha={alpha!r} must be a number, 0 or more.")
+    if alpha != 1 and args["distribution"] != "popularity":
+        getLogger().warning(f"train_neg_sample_args.alpha={alpha} has no effect with distribution={args['distribution']!r}.")
+
+
+def kind_of_negatives(args: Mapping[str, Any]) -> str:
+    """The sampler that ``train_neg_sample_args`` asks for, in a word: "uniform", "popularity" or "popularity^2"."""
+    power = args["distribution"] == "popularity" and args["alpha"] != 1
+    return args["distribution"] + power * f"^{args['alpha']:g}"
 
 
 def _check_dynamic(args: Mapping[str, Any], settings: Settings) -> None:

@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def ring(tmp_path) -> dict:
     words = ["red", "green", "blue", "black", "white", "grey"]
     shapes = ["cube", "ball", "cone", "ring"]
     titles = {i + 1: f"{words[i % 6]} {shapes[i // 6]}" for i in range(items)}
-    return TINY | {
+    return deepcopy(TINY) | {  # RecBole fills in dictionaries that it is given
         "data_path": str(write_dataset(tmp_path / "data", sequences, titles)),
         "checkpoint_dir": str(tmp_path / "saved"),
     }

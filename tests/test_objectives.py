@@ -51,25 +51,27 @@ def test_gradient_is_the_closed_form(logps):
 @pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("negatives", [1, 2])
 def test_the_best_policy_is_the_reference_times_a_power_of_the_odds(beta, negatives):
-    """Against a sampler q, S-DPO ends at log pi = log pi_ref + log(p / q) / beta: why negatives of popularity^(1 + beta) make it rank
-    by p / popularity, if the reference is p."""
-    p, popularity = (torch.tensor(weights, dtype=torch.float64).log_softmax(0) for weights in ([2, 0.5, 1, -1, 0], [1, 2, 0, 0.5, -1]))
-    q = ((1 + beta) * popularity).log_softmax(0)
+    """At its optimum against a sampler q, log pi is log pi_ref + log(p / q) / beta + a constant: why negatives of popularity^(1 + beta)
+    make it rank by p / popularity, if the reference is p. (Ours are distinct and never the target, which changes q by a few percent.)"""
+    log_p, log_popularity = (
+        torch.tensor(weights, dtype=torch.float64).log_softmax(0) for weights in ([2, 0.5, 1, -1, 0], [1, 2, 0, 0.5, -1])
+    )
+    log_q = ((1 + beta) * log_popularity).log_softmax(0)
     drawn = torch.cartesian_prod(*[torch.arange(5)] * (1 + negatives))
-    chance = p[drawn[:, 0]].exp() * q[drawn[:, 1:]].sum(-1).exp()
-    policy = p.clone().requires_grad_()
+    chance = log_p[drawn[:, 0]].exp() * log_q[drawn[:, 1:]].sum(-1).exp()
+    policy = log_p.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([policy], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
 
     def expected_loss():
         optimizer.zero_grad()
-        loss = (chance * sdpo(policy[drawn[:, 0]], policy[drawn[:, 1:]], p[drawn[:, 0]], p[drawn[:, 1:]], beta)).sum()
+        loss = (chance * sdpo(policy[drawn[:, 0]], policy[drawn[:, 1:]], log_p[drawn[:, 0]], log_p[drawn[:, 1:]], beta)).sum()
         loss.backward()
         return loss
 
     optimizer.step(expected_loss)
     best = policy.detach().log_softmax(0)
-    torch.testing.assert_close(best, (p + (p - q) / beta).log_softmax(0), rtol=0, atol=1e-5)
-    torch.testing.assert_close(best, ((1 + 1 / beta) * (p - popularity)).log_softmax(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(best, (log_p + (log_p - log_q) / beta).log_softmax(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(best, ((1 + 1 / beta) * (log_p - log_popularity)).log_softmax(0), rtol=0, atol=1e-5)
 
 
 def test_softmax_is_sdpo_with_a_uniform_reference(logps):

@@ -7,7 +7,7 @@ from recbole_sdpo import quick_start
 from recbole_sdpo import settings as module
 from recbole_sdpo.data.prompts import TEMPLATE_FOLDER
 from recbole_sdpo.quick_start import ExperimentConfig, run
-from recbole_sdpo.settings import Settings, check_given, check_unknown, names
+from recbole_sdpo.settings import Settings, check_given, check_settings, check_unknown, kind_of_negatives, names
 from tests.conftest import write_dataset
 
 
@@ -75,6 +75,8 @@ def test_every_setting_is_explained():
         ({"train_neg_sample_args": {"dynamic": True}}, "candidate_num=0: with dynamic=True, give 2 or more"),
         ({"train_neg_sample_args": {"dynamic": True, "candidate_num": 3}, "fixed_negatives": True}, "it needs fixed_negatives=False"),
         ({"train_neg_sample_args": {"sample_num": 3, "dynamic": True, "candidate_num": 8}}, "train_neg_sample_args asks for 24 negatives"),
+        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": -1}}, "alpha=-1 must be a number, 0 or more"),
+        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": "2"}}, "alpha='2' must be a number, 0 or more"),
         ({"more_candidates": ["uni5"]}, r"more_candidates=\['uni5'\] must differ"),
         ({"more_candidates": ["best"]}, "valid is a list of full, uniN and popN"),
         ({"prompt_style": "candidates", "prompt_candidates": 3}, "valid is 1 to 2"),
@@ -101,6 +103,19 @@ def test_errors_come_before_training(ring, change, message, monkeypatch):
     monkeypatch.setattr(Stage, "run_epoch", lambda *_: pytest.fail("training began"))
     with pytest.raises(ValueError, match=message):
         run("SDPO-LLM", "toy", config_dict=ring | change)
+
+
+def test_a_power_of_popularity_is_named_and_without_popularity_warned_of(ring, caplog):
+    check_settings(ExperimentConfig("SDPO-LLM", "toy", config_dict=ring | {"train_neg_sample_args": {"alpha": 2}}))
+    assert "train_neg_sample_args.alpha=2 has no effect with distribution='uniform'" in caplog.text
+    assert kind_of_negatives({"distribution": "uniform", "alpha": 2.0}) == "uniform"
+    assert kind_of_negatives({"distribution": "popularity", "alpha": 2.0}) == "popularity^2"
+    assert kind_of_negatives({"distribution": "popularity", "alpha": 1.0}) == "popularity"
+
+
+def test_sft_alone_draws_no_negatives_among_the_candidates(ring):
+    few = {"prompt_style": "candidates", "prompt_candidates": 3, "train_neg_sample_args": {"sample_num": 15}}
+    run("SDPO-LLM", "toy", config_dict=ring | few | {"objective": "sft", "sft_epochs": 1, "max_train_targets": 8})
 
 
 def test_recboles_own_entry_checks_the_same(ring):

@@ -28,6 +28,7 @@ from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.sdpo_llm import TARGET_ROW
 from recbole_sdpo.objectives import OBJECTIVES
+from recbole_sdpo.settings import kind_of_negatives
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.stage import Stage
 from recbole_sdpo.trainer.state import load_state, read_state, save_state
@@ -229,7 +230,7 @@ class SDPOTrainer(Trainer):
         stage = Stage(
             name, objective, stage_settings, limit, self.model, examples, self.accelerator, self.tensorboard, cache, self.config["worker"]
         )
-        negatives = f", {self.model.negatives} negatives each ({self.config['train_neg_sample_args']['distribution']})"
+        negatives = f", {self.model.negatives} negatives each ({kind_of_negatives(self.config['train_neg_sample_args'])})"
         self._log(
             f"{name}: objective {objective}, {stage_settings.epochs} epochs at most of {stage.targets_per_epoch:,} targets"
             + negatives * kind.negatives,

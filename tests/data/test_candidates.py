@@ -126,6 +126,19 @@ def test_draws_follow_recboles_distribution(distribution):
     assert stats.chisquare(seen[allowed], weight / weight.sum() * len(drawn)).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0])
+def test_training_negatives_follow_popularity_to_the_power_that_is_asked_for(path, alpha):
+    args = {"distribution": "popularity", "alpha": alpha}
+    (train, *_), catalogue = frozen(path, "SDPO-LLM", eval_args={"mode": "pop5"}, train_neg_sample_args=args)
+    sampler = NegativeSampler(train._sampler, catalogue, (np.array([0]), np.array([0])), "x")
+    with recbole_draws(1, "test"):
+        drawn = sampler.draw(np.zeros(20_000, int), np.zeros(20_000, int), 1)[:, 0]
+    # RecBole counts the targets of a sequential model, those held out included.
+    count = np.bincount(train._sampler.dataset.inter_feat["item_id"], minlength=41)
+    expected = count[count > 0] ** alpha
+    assert stats.chisquare(np.bincount(drawn, minlength=41)[count > 0], expected / expected.sum() * len(drawn)).pvalue > 1e-3
+
+
 def test_purposes_have_generators_of_their_own():
     assert generator(1, "a").random() == generator(1, "a").random() != generator(1, "b").random()
     np.random.seed(3)
