@@ -326,9 +326,9 @@ def _check_alpha(args: Mapping[str, Any]) -> None:
 
 
 def kind_of_negatives(args: Mapping[str, Any]) -> str:
-    """The sampler that ``train_neg_sample_args`` asks for, in a word: "uniform", "popularity" or "popularity^2"."""
-    power = args["distribution"] == "popularity" and args["alpha"] != 1
-    return args["distribution"] + power * f"^{args['alpha']:g}"
+    """The sampler that ``train_neg_sample_args`` asks for, in a word: "none", "uniform", "popularity" or "popularity^2"."""
+    kind = args["distribution"]
+    return f"{kind}^{args['alpha']:g}" if kind == "popularity" and args["alpha"] != 1 else kind
 
 
 def _check_dynamic(args: Mapping[str, Any], settings: Settings) -> None:
