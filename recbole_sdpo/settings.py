@@ -295,8 +295,8 @@ def check_settings(config: Config) -> Settings:
     for key in sorted(WITHOUT_EFFECT & set(config.external_config_dict)):
         own = f"its stages have sft_{key} and sdpo_{key}" if f"sft_{key}" in names() else "see recbole-sdpo --settings"
         getLogger().warning(f"{key}={config[key]!r} has no effect on {MODEL}; {own}.")
-    in_text = settings.prompt_style == "candidates"
-    if OBJECTIVES[settings.objective].negatives or in_text:
+    in_text, aligned = settings.prompt_style == "candidates", OBJECTIVES[settings.objective].negatives
+    if aligned or in_text:
         args = config["train_neg_sample_args"]
         number = args["sample_num"]
         if not isinstance(number, int) or number < 1:
@@ -306,7 +306,7 @@ def check_settings(config: Config) -> Settings:
             )
         _check_alpha(args)
         _check_dynamic(args, settings)
-        if in_text and OBJECTIVES[settings.objective].negatives and number >= settings.prompt_candidates:
+        if in_text and aligned and number >= settings.prompt_candidates:
             raise ValueError(
                 f"train_neg_sample_args.sample_num={number}: the negatives are among the {settings.prompt_candidates} candidates "
                 f"of the prompt (prompt_candidates); valid is 1 to {settings.prompt_candidates - 1}."
