@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
@@ -319,7 +320,7 @@ def check_settings(config: Config) -> Settings:
 def _check_alpha(args: Mapping[str, Any]) -> None:
     """Negatives by popularity are drawn by its power ``alpha``."""
     alpha = args["alpha"]
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or alpha < 0:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 <= alpha < math.inf:
         raise ValueError(f"train_neg_sample_args.alpha={alpha!r} must be a number, 0 or more.")
     if alpha != 1 and args["distribution"] != "popularity":
         getLogger().warning(f"train_neg_sample_args.alpha={alpha} has no effect with distribution={args['distribution']!r}.")

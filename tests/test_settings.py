@@ -77,6 +77,7 @@ def test_every_setting_is_explained():
         ({"train_neg_sample_args": {"sample_num": 3, "dynamic": True, "candidate_num": 8}}, "train_neg_sample_args asks for 24 negatives"),
         ({"train_neg_sample_args": {"distribution": "popularity", "alpha": -1}}, "alpha=-1 must be a number, 0 or more"),
         ({"train_neg_sample_args": {"distribution": "popularity", "alpha": "2"}}, "alpha='2' must be a number, 0 or more"),
+        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": float("nan")}}, "alpha=nan must be a number, 0 or more"),
         ({"more_candidates": ["uni5"]}, r"more_candidates=\['uni5'\] must differ"),
         ({"more_candidates": ["best"]}, "valid is a list of full, uniN and popN"),
         ({"prompt_style": "candidates", "prompt_candidates": 3}, "valid is 1 to 2"),

@@ -28,6 +28,9 @@ Settings = dict[str, Any]
 IN_THE_FILE = {"seed", "more_candidates", "run_dir", "resume"}
 """Settings that an experiment makes itself."""
 
+MAPPINGS = ("eval_args", "train_neg_sample_args")
+"""Settings with parts, each of which may be given where others are not."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -206,10 +209,7 @@ def _put(settings: Settings, key: str, value: Any) -> Settings:
 
 
 def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
-    settings = experiment.settings | entry.settings
-    for key in ("eval_args", "train_neg_sample_args"):  # of one key each side, both count
-        if isinstance(experiment.settings.get(key), dict) and isinstance(entry.settings.get(key), dict):
-            settings[key] = experiment.settings[key] | entry.settings[key]
+    settings = _over(experiment.settings, entry.settings)
     answers = [metric for metric in experiment.metrics if metric.lower() in OF_ANSWERS]
     if answers and entry.model == MODEL:
         settings["metrics"] = list(dict.fromkeys([*settings.get("metrics", default_settings(experiment.dataset)["metrics"]), *answers]))
@@ -222,6 +222,11 @@ def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
         return run
     except ValueError as error:
         raise ValueError(f"run {entry.name!r}: {error}") from error
+
+
+def _over(settings: Settings, upper: Settings) -> Settings:
+    """``upper`` over ``settings``; of the mappings, the parts of both count."""
+    return settings | upper | {key: settings[key] | upper[key] for key in MAPPINGS if key in settings and key in upper}
 
 
 def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
@@ -272,7 +277,10 @@ def _read(file: Path, depth: int = 0) -> Any:
     base, settings = _read(file.parent / name, depth + 1), given.get("settings", {})
     if not isinstance(base, dict) or not isinstance(base.get("settings", {}), dict) or not isinstance(settings, dict):
         raise ValueError(f"{file} and its base {name!r} must be mappings, and so must their settings.")
-    return base | given | {"settings": base.get("settings", {}) | settings}
+    below = base.get("settings", {})
+    for where, of in ((f"settings of {name!r}", below), (f"settings of {file}", settings)):
+        _check_settings(where, of)
+    return base | given | {"settings": _over(below, settings)}
 
 
 def _check_keys(given: Any, kind: type, where: str, needed: set[str], without: set[str] = frozenset()) -> None:
@@ -297,7 +305,7 @@ def _check_settings(where: str, settings: Settings) -> None:
     for key, value in settings.items():
         if key in IN_THE_FILE or (key == "eval_args" and isinstance(value, dict) and "mode" in value):
             raise ValueError(f"{where}: {key}={value!r} is the experiment's; give seeds and candidates at the top of its file.")
-        if key in ("eval_args", "train_neg_sample_args") and not isinstance(value, dict):
+        if key in MAPPINGS and not isinstance(value, dict):
             raise ValueError(f"{where}: {key}={value!r} must be a mapping.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import yaml
 
@@ -16,10 +17,11 @@ FILE = "tuned.yaml"
 
 
 def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experiment, list[Failure]]:
-    """Try ``experiment.tries`` settings of every entry that names some, with the first seed and the first candidates.
+    """Try ``experiment.tries`` settings of every entry that names some, with the first seed.
 
-    The choice looks at the validation set alone, and the chosen run is the table's own for that seed. ``folder`` gets
-    ``tuned.yaml``, with the settings that did best and all tries with their scores.
+    The choice looks at the validation set alone, at the mean of ``valid_metric`` over all candidate sets, so that a row meant for
+    the second of them is not tuned for the first; the chosen run is the table's own for that seed. ``folder`` gets ``tuned.yaml``,
+    with the settings that did best and all tries with their scores.
 
     Returns:
         the experiment with them in place, and the tries that failed.
@@ -53,8 +55,9 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
 
 def _score(folder: Path) -> float:
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    last = list(result["stages"].values())[-1]
-    if last["valid"] is None:
+    metric = result["settings"]["valid_metric"].lower()
+    scores = [found["valid"] for found in list(result["stages"].values())[-1]["candidates"].values()]
+    if None in scores:
         raise ValueError(f"--tune looks at the validation set, and {folder} has no validation; set eval_step to 1 or more.")
-    score = last["valid"][result["settings"]["valid_metric"].lower()]
+    score = fmean(valid[metric] for valid in scores)
     return score if result["settings"]["valid_metric_bigger"] else -score

@@ -92,6 +92,14 @@ def test_a_file_may_change_another(write, tmp_path):
     assert base.exists()
 
 
+def test_a_file_and_its_base_may_each_give_parts_of_a_mapping(write, tmp_path, ring):
+    ring["train_neg_sample_args"] = {"distribution": "popularity", "sample_num": 2}
+    write([{"name": "a"}])
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({"base": "try.yaml", "settings": {"train_neg_sample_args": {"alpha": 2.0}}}))
+    (run,) = plan(Experiment.load(tmp_path / "other.yaml"))
+    assert run.settings["train_neg_sample_args"] == {"distribution": "popularity", "sample_num": 2, "alpha": 2.0}
+
+
 def test_overrides_come_last(write):
     experiment = Experiment.load(write([{"name": "a", "settings": {"beta": 2.0}}]), {"beta": 0.5, "train_neg_sample_args.sample_num": 2})
     (run,) = plan(experiment)

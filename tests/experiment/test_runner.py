@@ -136,7 +136,7 @@ def test_an_interrupted_run_is_resumed_and_a_stillborn_one_begun_anew(tmp_path, 
 def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, monkeypatch):
     content = {
         "dataset": "toy",
-        "candidates": ["uni5"],
+        "candidates": ["uni5", "pop3"],
         "settings": {key: value for key, value in ring.items() if key != "eval_args"},
         "tries": 2,
         "runs": [
@@ -146,7 +146,7 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, monkeypatch
         ],
     }
     (tmp_path / "try.yaml").write_text(yaml.safe_dump(content))
-    scores = {0.1: 0.5, 0.3: 0.4, 1.0: 0.1, 3.0: 0.2}
+    scores = {0.1: (0.5, 0.4), 0.3: (0.4, 0.3), 1.0: (0.3, 0.0), 3.0: (0.2, 0.4)}  # with either candidate set
     tried = []
 
     class Pretended(Runner):
@@ -155,7 +155,8 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, monkeypatch
                 value = run.settings.get("learning_rate", run.settings.get("beta"))
                 tried.append(value)
                 self.folder(run).mkdir(parents=True)
-                stage = {"valid": {"ndcg@5": scores[value]}, "test": {"ndcg@5": -scores[value]}}
+                judged = [{"valid": {"ndcg@5": score}, "test": {"ndcg@5": -score}} for score in scores[value]]
+                stage = judged[0] | {"candidates": dict(zip(["uni5", "pop3"], judged, strict=True))}
                 result = {"stages": {"fit": stage}, "settings": {"valid_metric": "NDCG@5", "valid_metric_bigger": True}}
                 (self.folder(run) / "result.json").write_text(json.dumps(result))
             return []
@@ -165,4 +166,4 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, monkeypatch
     assert [entry.settings for entry in found.entries()] == [{"learning_rate": 0.1}, {"beta": 3.0}, {}]
     kept = yaml.safe_load((tmp_path / "out" / "tuned.yaml").read_text())
     assert kept["GRU"]["best"] == {"learning_rate": 0.1} and len(kept["S-DPO"]["tries"]) == 2
-    assert np.isclose(kept["S-DPO"]["tries"][1]["valid"], 0.2)
+    assert np.isclose(kept["S-DPO"]["tries"][1]["valid"], 0.3)
