@@ -32,7 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--config_files", default="", help="YAML files, separated by blanks; a later one overrides an earlier one")
     parser.add_argument("--experiment", help="a YAML file of many runs, such as configs/ml-100k/compare.yaml: run them, write a report")
-    parser.add_argument("--output", help="folder of an experiment's report (default: saved/ and the name of its file)")
+    parser.add_argument("--output", help="folder of an experiment's report (default: saved/ and its place below configs/, or its name)")
     parser.add_argument("--jobs", type=int, default=1, help="with --experiment: runs that go on at once, sharing the cores (default: 1)")
     parser.add_argument("--tune", action="store_true", help="with --experiment: first try the settings under tune of each run")
     parser.add_argument("--settings", action="store_true", help="print our settings with their defaults, and stop")
@@ -67,7 +67,9 @@ def _experiment(args: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError("--experiment names models, dataset and settings in its file; leave out --model, --dataset and --config_files.")
     overrides = dict(argument[2:].split("=") for argument in rest)
     file = Path(args.experiment)
-    output = Path(args.output or Path("saved") / file.stem)
+    below = file.with_suffix("").parts
+    place = below[below.index("configs") + 1 :] if "configs" in below else below[-1:]
+    output = Path(args.output or Path("saved", *place))
     with compat.no_arguments():  # these are not the settings of one run
         failures = run_experiment(file, output, {key: _value(text) for key, text in overrides.items()}, args.tune, args.jobs, given)
     return int(bool(failures))

@@ -7,6 +7,7 @@ from softplus and logsumexp, so that they and their gradients are finite for any
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -72,18 +73,18 @@ def diagnostics(policy_pos: Tensor, policy_neg: Tensor, ref_pos: Tensor, ref_neg
 
 
 class Kind(NamedTuple):
-    """An objective and what it needs."""
+    """An objective and what it needs; ``negatives`` is how many it looks at, at most."""
 
     title: str
     loss: Objective
-    negatives: bool
+    negatives: float
     reference: bool
 
 
 OBJECTIVES: dict[str, Kind] = {
-    "sft": Kind("SFT", sft, negatives=False, reference=False),
-    "sdpo": Kind("S-DPO", sdpo, negatives=True, reference=True),
-    "dpo": Kind("DPO", dpo, negatives=True, reference=True),
-    "dpo_multi": Kind("DPO-multi", dpo_multi, negatives=True, reference=True),
-    "softmax": Kind("softmax", softmax, negatives=True, reference=False),
+    "sft": Kind("SFT", sft, negatives=0, reference=False),
+    "sdpo": Kind("S-DPO", sdpo, negatives=math.inf, reference=True),
+    "dpo": Kind("DPO", dpo, negatives=1, reference=True),
+    "dpo_multi": Kind("DPO-multi", dpo_multi, negatives=math.inf, reference=True),
+    "softmax": Kind("softmax", softmax, negatives=math.inf, reference=False),
 }

@@ -15,13 +15,10 @@ from recbole.config import Config
 from recbole_sdpo import compat
 from recbole_sdpo.evaluator.answers import register_metrics
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.settings import MODEL, check_given
+from recbole_sdpo.settings import MODEL, PARTS, check_given
 from recbole_sdpo.trainer import SDPOTrainer
 
 PROPERTIES = Path(__file__).parent / "properties"
-
-# Settings of RecBole that are dictionaries: a user who gives one key means to keep the others.
-MERGED = ("eval_args", "train_neg_sample_args")
 
 # What RecBole loads of a dataset that it does not know: no time, without which there is no order.
 RECBOLE_LOADS = {"inter": ["user_id", "item_id"]}
@@ -63,7 +60,7 @@ def add_defaults(config: Config, defaults: dict[str, Any]) -> None:
     if internal["load_col"] == RECBOLE_LOADS:
         fields = [given.get(key, internal[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
         internal["load_col"] = {"inter": fields}
-    for key in MERGED:
+    for key in PARTS:  # a user who gives one part means to keep the others
         if isinstance(given.get(key), dict) and isinstance(internal.get(key), dict):
             given[key] = internal[key] | given[key]
     mode = given.get("eval_args", internal["eval_args"])["mode"]

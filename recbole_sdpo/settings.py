@@ -96,7 +96,7 @@ class StageSettings:
     learning_rate: float | None = _at_least(0, None, "peak learning rate of AdamW, or null for what suits the backbone")
     schedule: str = _choice("cosine", "what the learning rate does after its warm-up", "cosine", "linear", "constant")
     warmup: float = _share(0.05, "share of the stage's steps over which the learning rate rises to its peak")
-    tokens_per_batch: int = _at_least(1, 4096, "tokens in a batch over all processes, padding included")
+    tokens_per_batch: int = _at_least(1, 1024, "tokens in a batch over all processes, padding included")
     gradient_accumulation: int = _at_least(1, 1, "batches to an optimizer step")
     targets_per_step: int | None = _at_least(
         1, None, "training targets to an optimizer step, in as many batches as they need, or null for gradient_accumulation batches"
@@ -212,8 +212,8 @@ class Settings:
     run_dir: str | None = _setting(None, "folder of the run, or null for <checkpoint_dir>/<model>-<dataset>-<time>")
     eval_tokens_per_batch: int = _at_least(1, 8192, "tokens in a batch when scoring")
 
-    sft: StageSettings = field(default_factory=lambda: StageSettings(tokens_per_batch=1024))
-    sdpo: StageSettings = field(default_factory=lambda: StageSettings(tokens_per_batch=1024))
+    sft: StageSettings = field(default_factory=StageSettings)
+    sdpo: StageSettings = field(default_factory=StageSettings)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
@@ -456,7 +456,7 @@ def check_unknown(given: Mapping[str, Any], known: set[str], only_near: bool = F
     Args:
         given: what the user set.
         known: RecBole's keys.
-        only_near: refuse only what looks like a misspelt key of ours, for models that have keys of their own.
+        only_near: refuse only what looks like a misspelt key, for models that may read others.
 
     Raises:
         ValueError: naming the key and the nearest right one.
@@ -465,7 +465,7 @@ def check_unknown(given: Mapping[str, Any], known: set[str], only_near: bool = F
     for key in given:
         if key in known or key in ours:
             continue
-        near = difflib.get_close_matches(key, ours if only_near else [*ours, *sorted(known)], 1, 0.85 if only_near else 0.6)
+        near = difflib.get_close_matches(key, [*ours, *sorted(known)], 1, 0.85 if only_near else 0.6)
         if near or not only_near:
             hint = f"did you mean {near[0]!r}?" if near else "recbole-sdpo --settings lists ours."
             raise ValueError(f"Unknown setting {key!r}={given[key]!r}; {hint}")

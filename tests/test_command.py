@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from recbole_sdpo import command
@@ -28,6 +30,17 @@ def test_a_wrong_setting_ends_in_one_line(monkeypatch):
 def test_an_unknown_model_ends_in_one_line(monkeypatch, wrong, right):
     with pytest.raises(SystemExit, match=f"error: model='{wrong}' cannot be found; did you mean '{right}'"):
         call(monkeypatch, f"--model={wrong}")
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"), [("configs/ml-100k/gpu/compare.yaml", "saved/ml-100k/gpu/compare"), ("/some/where/mine.yaml", "saved/mine")]
+)
+def test_reports_of_files_of_one_name_lie_apart(monkeypatch, file, folder):
+    seen = []
+    monkeypatch.setattr(command, "run_experiment", lambda file, output, *_: seen.append(output) or [])
+    with pytest.raises(SystemExit):
+        call(monkeypatch, f"--experiment={file}")
+    assert seen == [Path(folder)]
 
 
 def test_files_and_arguments_reach_the_configuration(monkeypatch, tmp_path, ring):

@@ -124,9 +124,11 @@ def test_recboles_own_entry_checks_the_same(ring):
         run_recbole(model="SDPO-LLM", dataset="toy", config_dict=ring | {"betta": 1})
 
 
-def test_a_baseline_refuses_what_looks_like_a_setting_of_ours(ring):
+def test_a_baseline_refuses_what_looks_like_a_misspelt_setting(ring):
     with pytest.raises(ValueError, match="Unknown setting 'title_field'=.* did you mean 'title_fields'"):
         ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"title_field": "name"})
+    with pytest.raises(ValueError, match="Unknown setting 'learning_rat'=.* did you mean 'learning_rate'"):
+        ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"learning_rat": 0.1})
     ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"its_own": 1})
     with pytest.raises(ValueError, match="resume='x' is for SDPO-LLM"):
         ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"resume": "x"})

@@ -74,8 +74,8 @@ def identity(config: ExperimentConfig, begun_from: str | None) -> str:
 
 
 def _is_path(name: str | None) -> bool:
-    """Is it a place, and not a name of ours, such as ``scratch``?"""
-    return bool(name) and ("/" in name or name.endswith((".yaml", ".gguf")))
+    """Is it a place, and not a name of ours, such as ``scratch``, or of a hub?"""
+    return bool(name) and (name.endswith((".yaml", ".gguf")) or Path(name).expanduser().exists())
 
 
 def _data(folder: Path, name: str) -> dict[str, str]:

@@ -21,15 +21,12 @@ from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.registry import default_settings
-from recbole_sdpo.settings import MODE, MODEL
+from recbole_sdpo.settings import MODE, MODEL, PARTS
 
 Settings = dict[str, Any]
 
 IN_THE_FILE = {"seed", "more_candidates", "run_dir", "resume"}
 """Settings that an experiment makes itself."""
-
-MAPPINGS = ("eval_args", "train_neg_sample_args")
-"""Settings with parts, each of which may be given where others are not."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +97,10 @@ class Experiment:
         return experiment
 
     def _check(self) -> None:
-        _check_list(self.seeds, "seeds", lambda seed: isinstance(seed, int) and seed >= 0)
-        _check_list(self.candidates, "candidates", lambda mode: isinstance(mode, str) and bool(re.fullmatch(MODE, mode)))
-        _check_list(self.metrics, "metrics", lambda metric: isinstance(metric, str))
+        _check_list(self.seeds, "seeds", "whole numbers, 0 or more", lambda seed: isinstance(seed, int) and seed >= 0)
+        modes = "modes such as full, uni19 or pop19"
+        _check_list(self.candidates, "candidates", modes, lambda mode: isinstance(mode, str) and bool(re.fullmatch(MODE, mode)))
+        _check_list(self.metrics, "metrics", "names of metrics such as NDCG@5", lambda metric: isinstance(metric, str))
         for metric in self.metrics:
             metric_of_targets(metric, pd.DataFrame({"rank": [1]}))
         if self.tries < 1:
@@ -115,7 +113,7 @@ class Experiment:
             if len(entry.vary) > 1:
                 raise ValueError(f"run {entry.name!r} varies {', '.join(entry.vary)}; one setting at a time can be varied.")
             for key, values in (entry.vary | entry.tune).items():
-                _check_list(values, f"{key} of run {entry.name!r}", lambda value: True)
+                _check_list(values, f"{key} of run {entry.name!r}", "values")
         names = [entry.name for entry in self.entries()]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -188,9 +186,9 @@ def grid(entry: Entry, tries: int) -> list[Settings]:
 
 def with_settings(entry: Entry, settings: Settings) -> Entry:
     """``entry`` with other settings over its own."""
-    merged = dict(entry.settings)
+    merged = entry.settings
     for key, value in settings.items():
-        merged = _put(merged, key, value)
+        merged = _over(merged, _put(merged, key, value) if "." in str(key) else {key: value})
     return replace(entry, settings=merged)
 
 
@@ -225,8 +223,9 @@ def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
 
 
 def _over(settings: Settings, upper: Settings) -> Settings:
-    """``upper`` over ``settings``; of the mappings, the parts of both count."""
-    return settings | upper | {key: settings[key] | upper[key] for key in MAPPINGS if key in settings and key in upper}
+    """``upper`` over ``settings``; of a setting that has parts, those of both count."""
+    both = [key for key in PARTS if isinstance(settings.get(key), dict) and isinstance(upper.get(key), dict)]
+    return settings | upper | {key: settings[key] | upper[key] for key in both}
 
 
 def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
@@ -264,22 +263,21 @@ def _of_sft(settings: Settings, prompt_style: str) -> Settings:
     return {key: value for key, value in settings.items() if key not in second and not key.startswith("sdpo_")} | {"objective": "sft"}
 
 
-def _read(file: Path, depth: int = 0) -> Any:
+def _read(file: Path, depth: int = 0, asked_by: Path | None = None) -> Any:
     """What a file holds, over what the file that it names as ``base`` holds; of ``settings`` both count."""
     if not file.is_file():
-        raise FileNotFoundError(f"experiment={str(file)!r} does not exist; configs/ has some.")
+        what = f"experiment={str(file)!r}" if asked_by is None else f"base={str(file)!r} of {asked_by}"
+        raise FileNotFoundError(f"{what} does not exist; configs/ has some.")
     given = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(given, dict) or "base" not in given:
         return given
     name = given.pop("base")
     if not isinstance(name, str) or depth > 8:
         raise ValueError(f"{file}: base={name!r} must name a file, and files cannot be each other's base.")
-    base, settings = _read(file.parent / name, depth + 1), given.get("settings", {})
+    base, settings = _read(file.parent / name, depth + 1, file), given.get("settings", {})
     if not isinstance(base, dict) or not isinstance(base.get("settings", {}), dict) or not isinstance(settings, dict):
         raise ValueError(f"{file} and its base {name!r} must be mappings, and so must their settings.")
     below = base.get("settings", {})
-    for where, of in ((f"settings of {name!r}", below), (f"settings of {file}", settings)):
-        _check_settings(where, of)
     return base | given | {"settings": _over(below, settings)}
 
 
@@ -305,11 +303,11 @@ def _check_settings(where: str, settings: Settings) -> None:
     for key, value in settings.items():
         if key in IN_THE_FILE or (key == "eval_args" and isinstance(value, dict) and "mode" in value):
             raise ValueError(f"{where}: {key}={value!r} is the experiment's; give seeds and candidates at the top of its file.")
-        if key in MAPPINGS and not isinstance(value, dict):
+        if key in PARTS and not isinstance(value, dict):
             raise ValueError(f"{where}: {key}={value!r} must be a mapping.")
 
 
-def _check_list(values: Any, what: str, valid: Callable[[Any], bool]) -> None:
+def _check_list(values: Any, what: str, kind: str, valid: Callable[[Any], bool] = lambda value: True) -> None:
     different = isinstance(values, list) and not any(value in values[:place] for place, value in enumerate(values))
     if not values or not different or not all(map(valid, values)):
-        raise ValueError(f"{what}={values!r} must be a list of different valid values.")
+        raise ValueError(f"{what}={values!r} must be a list of different {kind}.")

@@ -20,8 +20,9 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
     """Try ``experiment.tries`` settings of every entry that names some, with the first seed.
 
     The choice looks at the validation set alone, at the mean of ``valid_metric`` over all candidate sets, so that a row meant for
-    the second of them is not tuned for the first; the chosen run is the table's own for that seed. ``folder`` gets ``tuned.yaml``,
-    with the settings that did best and all tries with their scores.
+    the second of them is not tuned for the first; the chosen run is the table's own for that seed. Alignments are tried after the
+    others, and begin from what did best for the row of their SFT. ``folder`` gets ``tuned.yaml``, with the settings that did best and
+    all tries with their scores.
 
     Returns:
         the experiment with them in place, and the tries that failed.
@@ -33,23 +34,33 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
     if not tuned:
         raise ValueError("--tune needs runs with a key tune, such as tune: {learning_rate: [0.001, 0.003]}; none has one.")
     points = {entry.name: grid(entry, experiment.tries) for entry in tuned}
-    tries = [(entry.name, point, with_settings(entry, point)) for entry in tuned for point in points[entry.name]]
-    runs = plan(experiment, experiment.seeds[:1], [tried for *_, tried in tries])
-    failures = runner.run_all(runs)
-    found: dict[str, list[tuple[float, Settings]]] = {entry.name: [] for entry in tuned}
-    for (name, point, _), run in zip(tries, runs):
-        if runner.done(run):
-            found[name].append((_score(runner.folder(run)), point))
-    for name, scored in found.items():
-        if not scored:
-            why = next(failure for failure in failures if failure.run.name in (name, f"SFT of {name}"))
-            raise ValueError(f"all tries of run {name!r} failed: {why.why} (see {why.log})")
-    best = {name: max(scored, key=lambda pair: pair[0])[1] for name, scored in found.items()}  # the first of equals
+    untuned = plan(experiment, experiment.seeds[:1])
+    rows = {run.identity: run.name for run in untuned}
+    sft_row = {run.name: rows.get(run.start.identity) for run in untuned if run.start}
+    found: dict[str, list[tuple[float, Settings]]] = {}
+    best: dict[str | None, Settings] = {}
+    failures: list[Failure] = []
+    for aligned in (False, True):
+        now = [entry for entry in tuned if (entry.name in sft_row) == aligned]
+        tries = [
+            (entry.name, point, with_settings(entry, best.get(sft_row.get(entry.name), {}) | point))
+            for entry in now
+            for point in points[entry.name]
+        ]
+        runs = plan(experiment, experiment.seeds[:1], [tried for *_, tried in tries])
+        failures += runner.run_all(runs)
+        for entry in now:
+            mine = [(point, run) for (name, point, _), run in zip(tries, runs) if name == entry.name and runner.done(run)]
+            if not mine:
+                why = next(failure for failure in failures if failure.run.name in (entry.name, f"SFT of {entry.name}"))
+                raise ValueError(f"all tries of run {entry.name!r} failed: {why.why} (see {why.log})")
+            found[entry.name] = [(_score(runner.folder(run)), point) for point, run in mine]
+            best[entry.name] = max(found[entry.name], key=lambda pair: pair[0])[1]  # the first of equals
     print(markdown_table(["tried", "validation", "settings"], [[n, s, json.dumps(p)] for n, pairs in found.items() for s, p in pairs]))
     folder.mkdir(parents=True, exist_ok=True)
     kept = {name: {"best": best[name], "tries": [{"valid": s, **p} for s, p in pairs]} for name, pairs in found.items()}
     (folder / FILE).write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
-    chosen = [with_settings(entry, best.get(entry.name, {})) for entry in experiment.entries()]
+    chosen = [with_settings(entry, best.get(sft_row.get(entry.name), {}) | best.get(entry.name, {})) for entry in experiment.entries()]
     return replace(experiment, runs=chosen), failures
 
 

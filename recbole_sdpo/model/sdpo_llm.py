@@ -71,7 +71,7 @@ class SDPOLLM(SequentialRecommender):
         self.seed: int = config["seed"]
         self.window: int = config["MAX_ITEM_LIST_LENGTH"] + 1
         negatives = config["train_neg_sample_args"]
-        self.negatives: int = negatives["sample_num"] if OBJECTIVES[settings.objective].negatives else 0
+        self.negatives: int = min(negatives["sample_num"], OBJECTIVES[settings.objective].negatives)
         self.draws: int = negatives["candidate_num"] if negatives["dynamic"] else 1  # to a negative, of which the hardest counts
         self.objective = "sft"
 
@@ -178,7 +178,7 @@ class SDPOLLM(SequentialRecommender):
         RecBole repeats the batch once for each negative; :class:`SDPOTrainer` does not, and serves whole sequences at once.
         """
         kind = OBJECTIVES[self.objective]
-        number = max(self.negatives, 1) if self.NEG_ITEM_ID in interaction else 1
+        number = self.config["train_neg_sample_args"]["sample_num"] if self.NEG_ITEM_ID in interaction else 1
         rows = len(interaction) // number
         target = interaction[self.ITEM_ID][:rows].cpu().numpy()
         user = interaction[self.USER_ID][:rows].cpu().numpy()
@@ -188,7 +188,7 @@ class SDPOLLM(SequentialRecommender):
         elif self.settings.prompt_style == "candidates":
             raise ValueError("prompt_style='candidates' needs negatives in the batch (train_neg_sample_args) for its text.")
         prompts = self._prompts(histories(interaction[:rows], self.config), Ragged.from_matrix(offered), target, user)
-        items = offered if kind.negatives else offered[:, :1]
+        items = offered[:, : 1 + min(number, kind.negatives)]
         found = self.logps(self.encoder.forest(prompts, items), items.shape[1], kind.reference)
         return kind.loss(*found, self.settings.beta).mean()
 

@@ -103,9 +103,9 @@ class Comparison:
     rows: list[Row]
     best_baseline: dict[str, str]
 
-    def placed(self, metric: str) -> list[str]:
-        """Names of the rows that have the metric, the best first."""
-        return [row.name for row in sorted(self.rows, key=lambda row: -row.mean(metric)) if metric in row.users]
+    def place(self, row: Row, metric: str) -> int:
+        """How many of the means are better than the row's; rows that are alike share a place."""
+        return sum(other > row.mean(metric) for other in {other.mean(metric) for other in self.rows if metric in other.users})
 
 
 def compare(runs: Sequence[Finished], candidates: str, metrics: Sequence[str], baselines: Sequence[str]) -> Comparison:

@@ -97,7 +97,7 @@ def _cell(comparison: Comparison, row: Row, metric: str, marks: Marks) -> str:
         return ""
     std = row.std(metric)
     text = f"{row.mean(metric):.4f}" + ("" if math.isnan(std) else f" {marks.between} {std:.4f}") + marks.star * row.significant(metric)
-    place = comparison.placed(metric).index(row.name)
+    place = comparison.place(row, metric)
     return marks.best.format(text) if place == 0 else marks.second.format(text) if place == 1 else text
 
 

@@ -233,7 +233,7 @@ class SDPOTrainer(Trainer):
         negatives = f", {self.model.negatives} negatives each ({kind_of_negatives(self.config['train_neg_sample_args'])})"
         self._log(
             f"{name}: objective {objective}, {stage_settings.epochs} epochs at most of {stage.targets_per_epoch:,} targets"
-            + negatives * kind.negatives,
+            + (negatives if kind.negatives else ""),
             verbose,
         )
         if cache:

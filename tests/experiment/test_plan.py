@@ -47,6 +47,9 @@ def test_files_cannot_be_each_others_base(tmp_path):
     (tmp_path / "b.yaml").write_text("base: a.yaml")
     with pytest.raises(ValueError, match="cannot be each other's base"):
         Experiment.load(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("base: c.yaml")
+    with pytest.raises(FileNotFoundError, match=r"base='.*c.yaml' of .*b.yaml does not exist"):
+        Experiment.load(tmp_path / "a.yaml")
 
 
 def test_what_a_result_depends_on_changes_its_identity(write, ring, tmp_path):
@@ -66,6 +69,17 @@ def test_what_a_result_depends_on_changes_its_identity(write, ring, tmp_path):
     data.write_text(data.read_text() + "u0\ti9\t99\n")
     identity._content.cache_clear()
     assert plan(Experiment.load(write(runs)))[0].identity != first.identity
+
+
+def test_what_a_checkpoint_holds_counts_wherever_it_lies(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for name, holds in (("A", "one"), ("B", "other"), ("C", "one")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(holds)
+        found += plan(Experiment.load(write([{"name": "a", "settings": {"sft_checkpoint": name}}])))
+    first, other, same = (run.identity for run in found)
+    assert first != other and first == same
 
 
 def test_seeds_come_one_after_the_other_and_share_candidates(write):
@@ -106,6 +120,13 @@ def test_overrides_come_last(write):
     assert run.settings["beta"] == 0.5 and run.settings["train_neg_sample_args"] == {"sample_num": 2}
 
 
+@pytest.mark.parametrize("override", [{"train_neg_sample_args.sample_num": 2}, {"train_neg_sample_args": {"sample_num": 2}}])
+def test_an_override_keeps_the_parts_that_it_does_not_name(write, override):
+    own = {"train_neg_sample_args": {"distribution": "popularity", "sample_num": 4}}
+    (run,) = plan(Experiment.load(write([{"name": "a", "settings": own}]), override))
+    assert run.settings["train_neg_sample_args"] == {"distribution": "popularity", "sample_num": 2}
+
+
 def test_every_model_gets_as_many_tries(write):
     tune = {"learning_rate": [1, 2, 3], "hidden_size": [4, 5]}
     (entry,) = Experiment.load(write([{"name": "a", "model": "GRU4Rec", "tune": tune}])).entries()
@@ -121,8 +142,8 @@ def test_every_model_gets_as_many_tries(write):
     [
         ({"seed": [1]}, "unknown key 'seed'; did you mean 'seeds'"),
         ({"seeds": 3}, "seeds=3 must be a list"),
-        ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be a list of different valid values"),
-        ({"candidates": ["best"]}, "candidates="),
+        ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be a list of different whole numbers, 0 or more"),
+        ({"candidates": ["best"]}, r"candidates=\['best'\] must be a list of different modes such as full, uni19 or pop19"),
         ({"metrics": ["AUC"]}, "metric 'AUC' is not one of a single target"),
         ({"baselines": ["b"]}, "baselines name 'b', which is no run; valid are a"),
         ({"runs": []}, "has no runs"),

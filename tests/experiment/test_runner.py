@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from recbole_sdpo.evaluator.ranks import metric_of_ranks
-from recbole_sdpo.experiment.plan import Experiment, Run
+from recbole_sdpo.experiment.plan import Experiment, Run, plan
 from recbole_sdpo.experiment.runner import Runner
 from recbole_sdpo.experiment.tune import tune
 from tests.conftest import TINY, write_dataset
@@ -142,17 +142,25 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, monkeypatch
         "runs": [
             {"name": "GRU", "model": "GRU4Rec", "tune": {"learning_rate": [0.1, 0.2, 0.3, 0.4]}},
             {"name": "S-DPO", "tune": {"beta": [1.0, 3.0]}},
+            {"name": "SFT", "settings": {"objective": "sft"}, "tune": {"sft_learning_rate": [0.01, 0.02]}},
             {"name": "Pop", "model": "Pop"},
         ],
     }
     (tmp_path / "try.yaml").write_text(yaml.safe_dump(content))
-    scores = {0.1: (0.5, 0.4), 0.3: (0.4, 0.3), 1.0: (0.3, 0.0), 3.0: (0.2, 0.4)}  # with either candidate set
+    scores = {
+        0.1: (0.5, 0.4),
+        0.3: (0.4, 0.3),
+        1.0: (0.3, 0.0),
+        3.0: (0.2, 0.4),
+        0.01: (0.1, 0.1),
+        0.02: (0.2, 0.2),
+    }  # with either candidate set
     tried = []
 
     class Pretended(Runner):
         def run_all(self, runs):
             for run in runs:
-                value = run.settings.get("learning_rate", run.settings.get("beta"))
+                value = run.settings.get("learning_rate", run.settings.get("beta", run.settings.get("sft_learning_rate")))
                 tried.append(value)
                 self.folder(run).mkdir(parents=True)
                 judged = [{"valid": {"ndcg@5": score}, "test": {"ndcg@5": -score}} for score in scores[value]]
@@ -162,8 +170,15 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, monkeypatch
             return []
 
     found, failures = tune(Experiment.load(tmp_path / "try.yaml"), Pretended(tmp_path / "runs"), tmp_path / "out")
-    assert not failures and tried == [0.1, 0.3, 1.0, 3.0]
-    assert [entry.settings for entry in found.entries()] == [{"learning_rate": 0.1}, {"beta": 3.0}, {}]
+    assert not failures and tried == [0.1, 0.3, 0.01, 0.02, 1.0, 3.0]
+    assert [entry.settings for entry in found.entries()] == [
+        {"learning_rate": 0.1},
+        {"sft_learning_rate": 0.02, "beta": 3.0},
+        {"objective": "sft", "sft_learning_rate": 0.02},
+        {},
+    ]
+    sft, sdpo = (next(run for run in plan(found) if run.name == name) for name in ("SFT", "S-DPO"))
+    assert sdpo.start.identity == sft.identity, "what is aligned is the SFT that was chosen"
     kept = yaml.safe_load((tmp_path / "out" / "tuned.yaml").read_text())
     assert kept["GRU"]["best"] == {"learning_rate": 0.1} and len(kept["S-DPO"]["tries"]) == 2
     assert np.isclose(kept["S-DPO"]["tries"][1]["valid"], 0.3)

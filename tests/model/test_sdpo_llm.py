@@ -122,6 +122,17 @@ def test_calculate_loss_serves_any_recbole_trainer(ring, style):
         assert float(model.calculate_loss(batch)) == pytest.approx(float(expected), abs=1e-5)
 
 
+@pytest.mark.parametrize("style", ["history", "candidates"])
+def test_dpo_draws_and_scores_the_one_negative_that_it_looks_at(ring, style, monkeypatch):
+    model, (train, *_) = build(ring | {"objective": "dpo", "prompt_style": style, "prompt_candidates": 6})
+    drawn = model.examples(train._dataset, train._sampler, model.negatives)
+    assert model.negatives == 1 and drawn.batch(np.arange(5), 0)[1].shape[1] == 2
+    model.lm.freeze_reference()
+    model.objective, widths, plain = "dpo", [], model.logps
+    monkeypatch.setattr(model, "logps", lambda forest, width, *rest: widths.append(width) or plain(forest, width, *rest))
+    assert float(model.calculate_loss(next(iter(train)))) == pytest.approx(np.log(2), abs=1e-6) and widths == [2]
+
+
 def test_a_deep_copy_shares_the_weights(ring):
     model, _ = build(ring)
     clone = copy.deepcopy(model)

@@ -1,5 +1,6 @@
 """Tables and figures say what the ranks say."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -68,11 +69,18 @@ def test_means_deviations_and_tests_are_over_the_right_things(runs):
     assert by_name["rival"].differences == {} and math.isnan(by_name["rival"].improvement)
 
 
+def test_rows_that_are_alike_share_their_mark(runs):
+    twins = [dataclasses.replace(run, name="twin") for run in runs if run.name == "ours"]
+    lines = comparison_markdown(compare([*runs, *twins], "uni19", ["HR@1"], ["weak", "rival"])).splitlines()
+    marked = {line.split("|")[1].strip(): ("**" in line, "<u>" in line) for line in lines if "±" in line}
+    assert marked["ours"] == marked["twin"] == (True, False) and marked["rival"] == (False, True)
+
+
 def test_tables_mark_the_best_the_second_and_the_significant(runs):
     found = compare(runs, "uni19", METRICS, ["weak", "rival"])
     rows = {row.name: row for row in found.rows}
     lines = {line.split("|")[1].strip(): line for line in comparison_markdown(found).splitlines()}
-    second = found.placed("HR@1")[1]
+    (second,) = (row.name for row in found.rows if found.place(row, "HR@1") == 1)
     assert f"**{rows['ours'].mean('HR@1'):.4f} ± {rows['ours'].std('HR@1'):.4f}***" in lines["ours"]
     assert f"<u>{rows[second].mean('HR@1'):.4f}" in lines[second] and "<u>" not in lines["weak"]
     assert f"{100 * rows['ours'].improvement:+.1f} %" in lines["ours"] and "%" not in lines["rival"]
@@ -171,7 +179,7 @@ def test_answers_are_compared_where_there_are_any(runs, tmp_path):
         assert rows[name].mean("GenHit") == pytest.approx(np.mean([(ranks["named"] == "i").mean() for ranks in mine]))
         assert rows[name].mean("ValidRatio") == pytest.approx(np.mean([(ranks["named"] != "").mean() for ranks in mine]))
     assert rows["same"].significant("GenHit") and "GenHit" not in rows["ours"].differences and "GenHit" not in rows["weak"].p
-    assert found.placed("GenHit") == ["ours", "same"]
+    assert [found.place(rows[name], "GenHit") for name in ("ours", "same")] == [0, 1]
     cells = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in comparison_markdown(found).splitlines()
     }
