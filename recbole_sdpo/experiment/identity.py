@@ -60,7 +60,7 @@ def identity(config: ExperimentConfig, begun_from: str | None) -> str:
         own = own.suited_to(chosen.resolve(torch.device(config["device"])).backbone)
     settings = config.final_config_dict | own.to_flat()
     idle = WITHOUT_INFLUENCE | (set() if ours else set(names()) - OF_EVERY_MODEL)
-    files = [key for key in FILES if ours and not (begun_from and key == "sft_checkpoint") and _is_path(settings[key])]
+    files = [key for key in FILES if ours and not (begun_from and key == "sft_checkpoint") and _is_path(key, settings[key])]
     parts = {
         "model": config["model"],
         "settings": {key: str(value) for key, value in sorted(settings.items()) if key not in idle},
@@ -73,9 +73,9 @@ def identity(config: ExperimentConfig, begun_from: str | None) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _is_path(name: str | None) -> bool:
-    """Is it a place, and not a name of ours, such as ``scratch``, or of a hub?"""
-    return bool(name) and (name.endswith((".yaml", ".gguf")) or Path(name).expanduser().exists())
+def _is_path(key: str, name: str | None) -> bool:
+    """Is it a place, as a checkpoint is, and not a name of ours, such as ``scratch``?"""
+    return bool(name) and (key == "sft_checkpoint" or "/" in name or name.endswith((".yaml", ".gguf")))
 
 
 def _data(folder: Path, name: str) -> dict[str, str]:

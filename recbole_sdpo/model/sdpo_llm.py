@@ -71,7 +71,8 @@ class SDPOLLM(SequentialRecommender):
         self.seed: int = config["seed"]
         self.window: int = config["MAX_ITEM_LIST_LENGTH"] + 1
         negatives = config["train_neg_sample_args"]
-        self.negatives: int = min(negatives["sample_num"], OBJECTIVES[settings.objective].negatives)
+        most = OBJECTIVES[settings.objective].negatives
+        self.negatives: int = min(negatives["sample_num"], most) if most else 0
         self.draws: int = negatives["candidate_num"] if negatives["dynamic"] else 1  # to a negative, of which the hardest counts
         self.objective = "sft"
 

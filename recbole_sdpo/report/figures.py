@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from recbole_sdpo.report.comparison import Comparison, Finished, Row
 
@@ -92,6 +93,7 @@ def _curve(axes, runs: Sequence[Finished], column: str, label: str) -> None:
         smooth = steps[column].rolling(max(1, int(SMOOTHED * len(steps))), min_periods=1).mean()
         axes.plot(steps["targets"], smooth, label=run.name, linewidth=1.2)
     axes.set(xlabel="targets seen in the second stage", ylabel=label)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k; all digits would run into each other
     axes.grid(alpha=0.3)
 
 

@@ -80,6 +80,10 @@ def test_what_a_checkpoint_holds_counts_wherever_it_lies(write, tmp_path, monkey
         found += plan(Experiment.load(write([{"name": "a", "settings": {"sft_checkpoint": name}}])))
     first, other, same = (run.identity for run in found)
     assert first != other and first == same
+    (before,) = plan(Experiment.load(write([{"name": "a"}])))
+    (tmp_path / "scratch").mkdir()
+    (after,) = plan(Experiment.load(write([{"name": "a"}])))
+    assert before.identity == after.identity, "a folder of a backbone's name is not the backbone"
 
 
 def test_seeds_come_one_after_the_other_and_share_candidates(write):
