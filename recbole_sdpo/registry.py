@@ -15,7 +15,7 @@ from recbole.config import Config
 from recbole_sdpo import compat
 from recbole_sdpo.evaluator.answers import register_metrics
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.settings import MODEL, PARTS, check_given
+from recbole_sdpo.settings import MODEL, check_given, merged_parts
 from recbole_sdpo.trainer import SDPOTrainer
 
 PROPERTIES = Path(__file__).parent / "properties"
@@ -60,9 +60,7 @@ def add_defaults(config: Config, defaults: dict[str, Any]) -> None:
     if internal["load_col"] == RECBOLE_LOADS:
         fields = [given.get(key, internal[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
         internal["load_col"] = {"inter": fields}
-    for key in PARTS:  # a user who gives one part means to keep the others
-        if isinstance(given.get(key), dict) and isinstance(internal.get(key), dict):
-            given[key] = internal[key] | given[key]
+    given |= merged_parts(internal, given)
     mode = given.get("eval_args", internal["eval_args"])["mode"]
     if internal["train_neg_sample_args"] is None and "labeled" not in str(mode):
         # RecBole's context-aware models learn from labels in their data; ranked among samples, they learn from samples.

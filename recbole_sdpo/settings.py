@@ -317,6 +317,12 @@ def check_settings(config: Config) -> Settings:
     return settings
 
 
+def merged_parts(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of the settings that have parts, those that both give: who gives one part means to keep the others."""
+    both = [key for key in PARTS if isinstance(lower.get(key), dict) and isinstance(upper.get(key), dict)]
+    return {key: lower[key] | upper[key] for key in both}
+
+
 def _check_alpha(args: Mapping[str, Any]) -> None:
     """Negatives by popularity are drawn by its power ``alpha``."""
     alpha = args["alpha"]

@@ -21,7 +21,7 @@ from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.registry import default_settings
-from recbole_sdpo.settings import MODE, MODEL, PARTS
+from recbole_sdpo.settings import MODE, MODEL, PARTS, merged_parts
 
 Settings = dict[str, Any]
 
@@ -224,8 +224,7 @@ def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
 
 def _over(settings: Settings, upper: Settings) -> Settings:
     """``upper`` over ``settings``; of a setting that has parts, those of both count."""
-    both = [key for key in PARTS if isinstance(settings.get(key), dict) and isinstance(upper.get(key), dict)]
-    return settings | upper | {key: settings[key] | upper[key] for key in both}
+    return settings | upper | merged_parts(settings, upper)
 
 
 def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:

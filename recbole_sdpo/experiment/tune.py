@@ -9,7 +9,7 @@ from statistics import fmean
 
 import yaml
 
-from recbole_sdpo.experiment.plan import Experiment, Settings, grid, plan, with_settings
+from recbole_sdpo.experiment.plan import Entry, Experiment, Settings, grid, plan, with_settings
 from recbole_sdpo.experiment.runner import Failure, Runner
 from recbole_sdpo.report.table import markdown_table
 
@@ -40,13 +40,13 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
     found: dict[str, list[tuple[float, Settings]]] = {}
     best: dict[str | None, Settings] = {}
     failures: list[Failure] = []
+
+    def with_tuned(entry: Entry, point: Settings) -> Entry:
+        return with_settings(entry, best.get(sft_row.get(entry.name), {}) | point)
+
     for aligned in (False, True):
         now = [entry for entry in tuned if (entry.name in sft_row) == aligned]
-        tries = [
-            (entry.name, point, with_settings(entry, best.get(sft_row.get(entry.name), {}) | point))
-            for entry in now
-            for point in points[entry.name]
-        ]
+        tries = [(entry.name, point, with_tuned(entry, point)) for entry in now for point in points[entry.name]]
         runs = plan(experiment, experiment.seeds[:1], [tried for *_, tried in tries])
         failures += runner.run_all(runs)
         for entry in now:
@@ -60,7 +60,7 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
     folder.mkdir(parents=True, exist_ok=True)
     kept = {name: {"best": best[name], "tries": [{"valid": s, **p} for s, p in pairs]} for name, pairs in found.items()}
     (folder / FILE).write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
-    chosen = [with_settings(entry, best.get(sft_row.get(entry.name), {}) | best.get(entry.name, {})) for entry in experiment.entries()]
+    chosen = [with_tuned(entry, best.get(entry.name, {})) for entry in experiment.entries()]
     return replace(experiment, runs=chosen), failures
 
 
