@@ -99,7 +99,7 @@ def _marked(cell: str) -> str:
 
 def _embedded(figure: Figure) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
+    figure.savefig(buffer, dpi=96, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from cycler import cycler
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -13,6 +15,12 @@ from recbole_sdpo.report.comparison import Comparison, Finished, Row
 
 SMOOTHED = 0.05
 """Share of a stage's steps over which its curves are averaged: single batches are noisy."""
+
+POINTS = 300
+"""Points of a curve, at least, where it has as many: more of them only make the file large."""
+
+LEGEND_LINE = 0.08
+"""Inches that a legend below a figure takes for each run, two of which stand in a line."""
 
 CURVES = {
     "reward_positive": "reward of the positive",
@@ -68,30 +76,32 @@ def _line(axes, rows: list[Row], metric: str, label: str, values: list[str]) -> 
 
 def curves(runs: Sequence[Finished]) -> Figure:
     """What happens while aligning: rewards, margin and log-probability of the positive, for each of ``runs``."""
-    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    figure = Figure(figsize=(9, 6.4 + LEGEND_LINE * len(runs)), layout="constrained")
     for axes, (column, label) in zip(figure.subplots(2, 2).flat, CURVES.items()):
         _curve(axes, runs, column, label)
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
 def hardest_weight(runs: Sequence[Finished]) -> Figure:
     """The weight of the hardest negative in the gradient over training, against 1/K of equal weights."""
-    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.4, 3.6 + LEGEND_LINE * len(runs)), layout="constrained")
     axes = figure.subplots()
     _curve(axes, runs, "hardest_negative_weight", "weight of the hardest negative")
     for number in sorted({run.result["settings"]["train_neg_sample_args"]["sample_num"] for run in runs}):
         axes.axhline(1 / number, color="gray", linestyle=":", linewidth=1)
         axes.annotate(f"1/{number}", (1, 1 / number), xycoords=("axes fraction", "data"), fontsize=8, color="gray")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
 def _curve(axes, runs: Sequence[Finished], column: str, label: str) -> None:
+    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])  # there are ten colours
     for run in runs:
         steps = alignment_steps(run)
         smooth = steps[column].rolling(max(1, int(SMOOTHED * len(steps))), min_periods=1).mean()
-        axes.plot(steps["targets"], smooth, label=run.name, linewidth=1.2)
+        shown = slice(None, None, max(1, len(steps) // POINTS))
+        axes.plot(steps["targets"][shown], smooth[shown], label=run.name, linewidth=1.2)
     axes.set(xlabel="targets seen in the second stage", ylabel=label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k; all digits would run into each other
     axes.grid(alpha=0.3)
