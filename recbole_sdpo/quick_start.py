@@ -25,7 +25,7 @@ from recbole.data import create_dataset, data_preparation
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.dataloader.general_dataloader import FullSortEvalDataLoader
 from recbole.trainer import Trainer
-from recbole.utils import ModelType, dict2str, get_model, get_trainer, init_logger, init_seed, set_color
+from recbole.utils import ModelType, dict2str, get_trainer, init_logger, init_seed, set_color
 
 from recbole_sdpo import compat
 from recbole_sdpo.data.candidates import evaluation_loader, fingerprint, freeze, with_mode
@@ -131,11 +131,11 @@ def run(
     sha256 = {mode: fingerprint(*pair) for mode, pair in loaders.items()}
 
     init_seed(config["seed"], config["reproducibility"])
-    recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    recommender = compat.model_class(config["model"])(config, train_data._dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, recommender)
     ours = config["model"] == MODEL
     if not ours:  # our trainer has one
-        trainer.eval_collector = RankCollector(config)
+        trainer.eval_collector = RankCollector(config, popularity_discount=config.settings.popularity_discount)
     targets = recommender.targets_per_epoch(train_data._dataset) if ours else len(train_data._dataset)
     _log_head(config, recommender, targets, test_data, sha256)
     logger.info(described)
@@ -256,7 +256,9 @@ def _test(trainer: Trainer, loaders: Loaders, selection: Selection, stage: str, 
     return found
 
 
-def _log_head(config: Config, model: torch.nn.Module, targets: int, test_data: AbstractDataLoader, sha256: dict[str, str]) -> None:
+def _log_head(
+    config: ExperimentConfig, model: torch.nn.Module, targets: int, test_data: AbstractDataLoader, sha256: dict[str, str]
+) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = {
         "model": config["model"],
@@ -271,6 +273,8 @@ def _log_head(config: Config, model: torch.nn.Module, targets: int, test_data: A
         if model.negatives:
             kind = kind_of_negatives(config["train_neg_sample_args"])
             lines["negatives"] = f"{model.negatives} to a target, {kind}, never of the user's training items"
+    if config.settings.popularity_discount:
+        lines["ranked by"] = f"score less {config.settings.popularity_discount:g} times log popularity"
     lines["device"] = str(config["device"])
     for mode, digest in sha256.items():
         lines[f"candidates {mode}"] = f"{len(test_data._dataset):,} test targets, sha256 {digest[:16]}…"

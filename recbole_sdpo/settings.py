@@ -49,6 +49,7 @@ OF_EVERY_MODEL = {
     "candidates_seed",
     "more_candidates",
     "max_eval_targets",
+    "popularity_discount",
 }
 """Settings of ours that count for the baselines, too: all meet the same targets and candidates."""
 
@@ -138,6 +139,12 @@ class Settings:
     )
     max_eval_targets: int | None = _at_least(
         1, None, "validate and test on so many targets, drawn by the candidates' seed, or null for all"
+    )
+    popularity_discount: float = _setting(
+        0.0,
+        "how many times log popularity (users who met an item in training, plus 1) comes off the scores by which evaluations rank",
+        lambda times: 0 <= times < math.inf,
+        "0 or more",
     )
     prompt_style: str = _choice("history", "titles in order, or also the candidates in the text", "history", "candidates")
     prompt_templates: str = _setting("items", "a domain of recbole_sdpo/properties/prompts, or a .yaml file of one's own", bool, "a name")
@@ -279,6 +286,10 @@ def check_settings(config: Config) -> Settings:
     settings = Settings.from_mapping(config.final_config_dict)
     _check_more_candidates(config, settings)
     _check_answers(config, settings)
+    if settings.popularity_discount and config["eval_type"] != EvaluatorType.RANKING:
+        raise ValueError(
+            f"popularity_discount={settings.popularity_discount} is for metrics of a ranking, and {config['metrics']} are none."
+        )
     if not ours:
         if settings.resume:
             raise ValueError(f"resume={settings.resume!r} is for {MODEL}; {config['model']} starts anew.")
@@ -447,13 +458,19 @@ def check_topk(config: Config, items: int) -> None:
 def _check_full_sort(config: Config, settings: Settings) -> None:
     """Bounds in place of scores serve metrics of the top k alone."""
     if settings.full_sort == "topk":
-        if "full" not in config["eval_args"]["mode"].values():
-            getLogger().warning(f"full_sort='topk' has no effect with eval_args.mode={config['eval_args']['mode']}, which ranks a sample.")
+        modes = {*config["eval_args"]["mode"].values(), *settings.more_candidates}
+        if "full" not in modes:
+            getLogger().warning(f"full_sort='topk' has no effect on {', '.join(sorted(modes))}: candidates that are a sample.")
             return
         for metric in config["metrics"]:
             needed = set(metrics_dict[metric.lower()].metric_need)
             if needed & {"rec.score", "rec.meanrank"}:
                 raise ValueError(f"full_sort='topk' finds the top k alone, and metric {metric} needs all scores; set full_sort='exact'.")
+        if settings.popularity_discount:
+            raise ValueError(
+                f"full_sort='topk' finds the top k by log-probability, and popularity_discount={settings.popularity_discount} makes "
+                "other ones; set full_sort='exact'."
+            )
 
 
 def check_unknown(given: Mapping[str, Any], known: set[str], only_near: bool = False) -> None:

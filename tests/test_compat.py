@@ -11,6 +11,7 @@ import scipy.sparse
 import setuptools
 import torch
 from recbole.data import create_dataset, data_preparation
+from recbole.model.general_recommender import pop
 from recbole.model.general_recommender.bpr import BPR
 from recbole.trainer import Trainer
 
@@ -30,6 +31,18 @@ def test_recbole_still_cannot_load_its_own_checkpoints(ring):
         trainer.evaluate(test, load_best_model=True)
     compat.load_best(trainer)
     assert all(torch.equal(p, best[name]) for name, p in trainer.model.state_dict().items())
+
+
+def test_recboles_pop_still_counts_an_item_once_a_batch_and_negatives_too(ring):
+    config = ExperimentConfig("Pop", "toy", config_dict=ring)
+    dataset = create_dataset(config)
+    batch = {dataset.iid_field: torch.tensor([3, 5, 3, 7]), config["LABEL_FIELD"]: torch.tensor([1.0, 1.0, 1.0, 0.0])}
+    theirs, ours = (kind(config, dataset) for kind in (pop.Pop, compat.Pop))
+    for _ in range(2):
+        theirs.calculate_loss(batch)
+        ours.calculate_loss(batch).backward()
+    assert theirs.item_cnt[[3, 5, 7], 0].tolist() == [2, 2, 2]
+    assert ours.item_cnt[[3, 5, 7], 0].tolist() == [4, 2, 0] and ours.max_cnt.tolist() == [4] and ours.item_cnt.sum() == 6
 
 
 def test_recbole_still_takes_a_programs_arguments_for_its_settings(ring, monkeypatch):

@@ -93,5 +93,6 @@ def met_items(*datasets: Dataset) -> tuple[np.ndarray, np.ndarray]:
         if dataset.iid_field + dataset.config["LIST_SUFFIX"] in rows:
             past = histories(rows, dataset.config)
             pairs.append(np.stack([np.repeat(user, past.lengths), past.values]))
-    users, items = np.unique(np.concatenate(pairs, axis=1), axis=1) if pairs else np.empty((2, 0), np.int64)
-    return users, items
+    users, items = np.concatenate(pairs, axis=1) if pairs else np.empty((2, 0), np.int64)
+    each = items.max(initial=0) + 1  # one number for a pair sorts many times as fast as two
+    return np.divmod(np.unique(users * each + items), each)

@@ -1,4 +1,4 @@
-"""Popularity, the floor under every table."""
+"""Popularity: the floor under every table, and what ``popularity_discount`` takes off."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ import copy
 import torch
 from recbole.config import Config
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+from recbole.data.dataset import Dataset
 from recbole.model.general_recommender.pop import Pop
 from recbole.trainer import Trainer
+from torch import Tensor
 
 from recbole_sdpo.data.sequences import met_items
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 
 
+def popularity(dataset: Dataset) -> Tensor:
+    """The number of users who met each item in ``dataset``, int64 ``[items]``."""
+    return torch.bincount(torch.from_numpy(met_items(dataset)[1]), minlength=dataset.item_num)
+
+
 def popularity_result(config: Config, train_data: AbstractDataLoader, eval_data: AbstractDataLoader) -> dict[str, float]:
-    """Metrics on ``eval_data`` of ranking by the number of users who met an item in training."""
+    """Metrics on ``eval_data`` of ranking by popularity in training."""
     dataset, config = train_data._dataset, copy.copy(config)
     kept = [metric for metric in config["metrics"] if metric.lower() not in OF_ANSWERS]  # it writes none
     config.final_config_dict = config.final_config_dict | {"metrics": kept}
     pop = Pop(config, dataset)
-    counts = torch.bincount(torch.from_numpy(met_items(dataset)[1]), minlength=dataset.item_num)
-    pop.item_cnt = counts[:, None].to(pop.device)
+    pop.item_cnt = popularity(dataset)[:, None].to(pop.device)
     pop.max_cnt = pop.item_cnt.max(dim=0)[0]
     trainer = Trainer(config, pop.to(config["device"]))
     trainer.eval_collector.data_collect(train_data)

@@ -8,12 +8,14 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 import torch
+from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.interaction import Interaction
 from recbole.evaluator import Collector
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.evaluator.answers import HIT, OF_ANSWERS, VALID, named
+from recbole_sdpo.evaluator.popularity import popularity
 
 METRICS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "hit": lambda rank, k: (rank <= k).astype(float),
@@ -68,14 +70,25 @@ class RankCollector(Collector):
 
     Args:
         writer: who answers, where the metrics ask for answers.
+        popularity_discount: how often log popularity is taken off every score before items are ranked by it.
     """
 
-    def __init__(self, config: Any, writer: Writer | None = None) -> None:
+    def __init__(self, config: Any, writer: Writer | None = None, popularity_discount: float = 0.0) -> None:
         super().__init__(config)
         self.writer = writer if any(map(self.register.need, (VALID, HIT))) else None
+        self.popularity_discount = popularity_discount
+        self._discount: Tensor | None = None
         self._kept: list[pd.DataFrame] = []
 
+    def data_collect(self, train_data: AbstractDataLoader) -> None:
+        """As RecBole's, and what to take off each item's score: one is added to its popularity, which may be 0."""
+        super().data_collect(train_data)
+        if self.popularity_discount:
+            self._discount = self.popularity_discount * (popularity(train_data._dataset) + 1).double().log()
+
     def eval_batch_collect(self, scores_tensor: Tensor, interaction: Interaction, positive_u: Tensor, positive_i: Tensor) -> None:
+        if self.popularity_discount:
+            scores_tensor = scores_tensor - self._discount.to(scores_tensor)
         super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
         if positive_u is None:  # RecBole's value metrics rank nothing
             return

@@ -233,7 +233,8 @@ def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
     if entry.model == MODEL and not config.settings.sft_checkpoint:
         alone = _of_sft(settings, config.settings.prompt_style)
         if config.settings.reaches_alignment:
-            start = _resolved(replace(entry, name=f"SFT of {entry.name}"), dataset, alone)
+            # What suits the scores after alignment does not suit those before, and an SFT is chosen by its scores as they are.
+            start = _resolved(replace(entry, name=f"SFT of {entry.name}"), dataset, alone | {"popularity_discount": 0.0})
         elif settings != alone:
             return _resolved(entry, dataset, alone)
     return Run(entry.name, entry.model, dataset, settings["seed"], settings, identity(config, start and start.identity), start)

@@ -36,6 +36,17 @@ def test_alignments_of_one_sft_share_it(write):
     assert sft.settings["objective"] == "sft" and "beta" not in sft.settings
 
 
+def test_alignments_begin_from_an_sft_that_is_chosen_by_its_scores_as_they_are(write):
+    runs = [
+        {"name": "SFT", "settings": {"objective": "sft"}},
+        {"name": "SFT, less popularity", "settings": {"objective": "sft", "popularity_discount": 1}},
+        {"name": "S-DPO, less popularity", "settings": {"popularity_discount": 2}},
+    ]
+    sft, less, sdpo = plan(Experiment.load(write(runs)))
+    assert sdpo.start.identity == sft.identity != less.identity
+    assert less.settings["popularity_discount"] == 1 and sdpo.settings["popularity_discount"] == 2
+
+
 def test_what_suits_the_backbone_is_the_same_given_or_not(write):
     runs = [{"name": "a"}, {"name": "b", "settings": {"sft_epochs": 30, "sdpo_learning_rate": 0.003}}]
     first, second = plan(Experiment.load(write(runs)))

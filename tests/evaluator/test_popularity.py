@@ -1,0 +1,67 @@
+"""Popularity taken off a model's scores, against counts of the sequences that the test itself has written."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from recbole_sdpo import quick_start
+from tests.conftest import write_dataset
+
+ITEMS, USERS = 12, 40
+
+
+@pytest.fixture
+def skewed(ring, tmp_path) -> tuple[dict, list[list[int]]]:
+    """Settings for a dataset of which some items are popular, and its sequences."""
+    draw, share = np.random.default_rng(3), np.arange(1, ITEMS + 1) ** 2.0
+    sequences = [draw.choice(ITEMS, 6, replace=False, p=share / share.sum()).tolist() for _ in range(USERS)]
+    titles = {item: f"title {'abcdefghijkl'[item]}" for item in range(ITEMS)}
+    settings = {"data_path": str(write_dataset(tmp_path / "skewed", sequences, titles)), "eval_args": {"mode": "full"}}
+    return ring | settings | {"run_dir": "here", "topk": [5, ITEMS]}, sequences
+
+
+def places(score: np.ndarray, sequences: list[list[int]], masked: bool) -> dict[str, tuple[int, int]]:
+    """For each user the first and the last place that the last item may have, ranked by ``score`` among all, or all not met before."""
+    found = {}
+    for user, (*met, target) in enumerate(sequences):
+        others = np.delete(score, [target, *met] if masked else [target])
+        found[f"u{user}"] = (1 + (others > score[target] + 1e-6).sum(), 1 + (others >= score[target] - 1e-6).sum())
+    return found
+
+
+def met_in_training(sequences: list[list[int]]) -> np.ndarray:
+    return np.bincount([item for row in sequences for item in row[:-2]], minlength=ITEMS)
+
+
+def check_ranks(expected: dict[str, tuple[int, int]]) -> None:
+    kept = pd.read_csv("here/ranks.csv")
+    assert set(kept["user"]) == set(expected)
+    for user, rank in zip(kept["user"], kept["rank"]):
+        assert expected[user][0] <= rank <= expected[user][1]
+
+
+@pytest.mark.parametrize("mode", ["full", "uni5"])
+def test_recboles_pop_is_the_floor(skewed, mode):
+    settings, _ = skewed
+    result = quick_start.run("Pop", "toy", config_dict=settings | {"eval_args": {"mode": mode}})
+    assert result["test_result"] == result["popularity"]
+
+
+@pytest.mark.parametrize("times", [0.5, 2.0])
+def test_log_popularity_comes_off_the_scores(skewed, times):
+    settings, sequences = skewed
+    quick_start.run("Pop", "toy", config_dict=settings | {"popularity_discount": times})
+    met = met_in_training(sequences)
+    check_ranks(places(met / met.max() - times * np.log(met + 1), sequences, masked=True))
+
+
+@pytest.mark.parametrize("model", ["SDPO-LLM", "GRU4Rec"])
+def test_so_much_of_it_that_the_rarest_is_first(skewed, model):
+    settings, sequences = skewed
+    few = {"epochs": 1} if model == "GRU4Rec" else {"sft_epochs": 1, "objective": "sft"}
+    result = quick_start.run(model, "toy", config_dict=settings | few | {"popularity_discount": 1e6})
+    rarity = -met_in_training(sequences)
+    check_ranks(places(rarity, sequences, masked=False))
+    first, last = np.array(list(places(rarity, [row[:-1] for row in sequences], masked=False).values())).T
+    (stage,) = result["stages"].values()  # the weights are chosen by the same scores
+    assert (1 / last).mean() - 1e-4 <= stage["valid"][f"mrr@{ITEMS}"] <= (1 / first).mean() + 1e-4
