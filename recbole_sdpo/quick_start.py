@@ -118,15 +118,8 @@ def run(
     catalogue = _catalogue(config, raw)
     check_topk(config, raw.item_num - 1)
     train_data, *rest = data_preparation(config, raw)
-    parts = [loader._dataset for loader in (train_data, *rest)]
-    seed = config["seed"] if config.settings.candidates_seed is None else config.settings.candidates_seed
-    limit, phases = config.settings.max_eval_targets, zip(rest, ("valid", "test"), strict=True)
-    valid_data, test_data = (evaluation_loader(loader, phase, limit, seed) for loader, phase in phases)
-    loaders = {config["eval_args"]["mode"]["test"]: (valid_data, test_data)}
-    loaders |= {mode: (with_mode(valid_data, mode), with_mode(test_data, mode)) for mode in config.settings.more_candidates}
-    for pair in loaders.values():
-        for number, loader in enumerate(pair, 2):
-            freeze(loader, parts[:number], catalogue, seed, config.settings.candidates_exclude_history)
+    loaders = _evaluation_loaders(config, train_data, rest, catalogue)
+    _, test_data = next(iter(loaders.values()))
     _warn_of_users_ranked_once(test_data)
     sha256 = {mode: fingerprint(*pair) for mode, pair in loaders.items()}
 
@@ -143,23 +136,17 @@ def run(
     further = {mode: loaders[mode][0] for mode in config.settings.more_candidates}
     selection = Selection(trainer, further, run_dir / "selection" if saved else None)
     stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
-    floor = popularity_result(config, train_data, test_data)
     result = {
         "model": config["model"],
         "dataset": config["dataset"],
         "seed": config["seed"],
         "stages": stages,
         "test_result": list(stages.values())[-1]["test"],
-        "popularity": floor,
+        "popularity": popularity_result(config, train_data, test_data),
         "candidates_sha256": sha256,
         "training_targets": targets,
         "peak_memory_gib": _peak_memory_gib(),
-        "machine": {
-            "python": platform.python_version(),
-            "cpus": os.cpu_count(),
-            "device": str(trainer.device),
-            "processes": state.num_processes,
-        },
+        "machine": _machine(trainer.device, state),
         "versions": package_versions(),
         "settings": {key: _plain(value) for key, value in sorted(config.final_config_dict.items())},
         "command": sys.argv,
@@ -199,6 +186,22 @@ def _catalogue(config: ExperimentConfig, dataset: Any) -> Catalogue:
 
 Loaders = dict[str, tuple[AbstractDataLoader, AbstractDataLoader]]
 """For each evaluation mode, the one that ``eval_args`` names first, the loaders for validation and test."""
+
+
+def _evaluation_loaders(
+    config: ExperimentConfig, train_data: AbstractDataLoader, rest: list[AbstractDataLoader], catalogue: Catalogue
+) -> Loaders:
+    """Of RecBole's loaders for validation and test, ``rest``, one of each for every evaluation mode, their candidates frozen."""
+    settings, parts = config.settings, [loader._dataset for loader in (train_data, *rest)]
+    seed = config["seed"] if settings.candidates_seed is None else settings.candidates_seed
+    phases = zip(rest, ("valid", "test"), strict=True)
+    valid_data, test_data = (evaluation_loader(loader, phase, settings.max_eval_targets, seed) for loader, phase in phases)
+    loaders = {config["eval_args"]["mode"]["test"]: (valid_data, test_data)}
+    loaders |= {mode: (with_mode(valid_data, mode), with_mode(test_data, mode)) for mode in settings.more_candidates}
+    for pair in loaders.values():
+        for number, loader in enumerate(pair, 2):
+            freeze(loader, parts[:number], catalogue, seed, settings.candidates_exclude_history)
+    return loaders
 
 
 def _run_stages(trainer: Any, train_data: AbstractDataLoader, loaders: Loaders, selection: Selection, saved: bool) -> tuple[dict, list]:
@@ -299,6 +302,10 @@ def _table(result: dict[str, Any]) -> str:
         rows.append((f"{result['model']} after {after[stage]}" if stage in after else result["model"], found["test"]))
     head = ["test", *(OF_ANSWERS[name].__name__ if name in OF_ANSWERS else name.upper().replace("HIT", "HR") for name in metrics)]
     return markdown_table(head, [[label, *(found.get(name, "") for name in metrics)] for label, found in rows])
+
+
+def _machine(device: torch.device, state: PartialState) -> dict[str, Any]:
+    return {"python": platform.python_version(), "cpus": os.cpu_count(), "device": str(device), "processes": state.num_processes}
 
 
 def _peak_memory_gib() -> float:

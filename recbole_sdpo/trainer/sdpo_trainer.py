@@ -151,8 +151,9 @@ class SDPOTrainer(Trainer):
             self._log(f"{name}: already done in {self.run_dir}.", verbose)
             return self.reports[name]
         main = self.accelerator.is_main_process
+        show = show_progress and main
         began = saved_at = time.time()  # what the reference is asked before the first step counts, too
-        stage = self._open(name, train_data, verbose, show_progress and main)
+        stage = self._open(name, train_data, verbose, show)
         self._start_score(name, valid_data if stage.settings.epochs == 0 else None, show_progress)
         best, kept = snapshot(self.model), False
         if resumed.get("stage") == name:
@@ -174,30 +175,17 @@ class SDPOTrainer(Trainer):
                 saved_at = time.time()
 
         patience = self.stopping_step if stage.settings.stopping_step is None else stage.settings.stopping_step
-        stop = self.cur_step > patience
-        while stage.epoch < stage.settings.epochs and not stop:
+        while stage.epoch < stage.settings.epochs and self.cur_step <= patience:
             epoch, epoch_began = stage.epoch, time.time()
-            loss = stage.run_epoch(show_progress and main, keep_state)
+            loss = stage.run_epoch(show, keep_state)
             self.train_loss_dict[len(self.train_loss_dict)] = loss
             self._log(f"{name} " + self._generate_train_loss_output(epoch, epoch_began, time.time(), loss), verbose)
-            better = not valid_data
-            if valid_data and (stage.epoch % self.config["eval_step"] == 0 or stage.epoch == stage.settings.epochs):
-                score, result = self._valid_epoch(valid_data, show_progress and main)
-                self._log(set_color(f"{name} epoch {epoch} valid", "blue") + f": {dict2str(result)}", verbose)
-                # As RecBole's early stopping, but that an equal score is no better one.
-                better = score > self.best_valid_score if self.valid_metric_bigger else score < self.best_valid_score
-                self.cur_step = 0 if better else self.cur_step + 1
-                stop = self.cur_step > patience
-                if better:
-                    self.best_valid_score, self.best_valid_result = score, dict(result)
-                if callback_fn:
-                    callback_fn(epoch, score)
-                if stop:
-                    self._log(f"{name}: no better {self.valid_metric} in {self.cur_step} evaluations; stopping.", verbose)
-            if better:
+            if self._is_best(stage, valid_data, verbose, show, callback_fn):
                 best, kept = snapshot(self.model), True
                 self._save(name, saved)
             keep_state(now=True)
+        if self.cur_step > patience:
+            self._log(f"{name}: no better {self.valid_metric} in {self.cur_step} evaluations; stopped.", verbose)
         if stage.step_file:
             stage.step_file.close()
         restore(self.model, best)
@@ -207,6 +195,23 @@ class SDPOTrainer(Trainer):
         self.reports[name] = StageReport(self.best_valid_result, time.time() - began, stage.targets, stage.tokens)
         keep_state(now=True)
         return self.reports[name]
+
+    def _is_best(self, stage: Stage, valid_data: AbstractDataLoader | None, verbose: bool, show_progress: bool, callback_fn) -> bool:
+        """After an epoch: is it the best so far, where one is validated? Without validation the last one is."""
+        if not valid_data:
+            return True
+        if stage.epoch % self.config["eval_step"] and stage.epoch < stage.settings.epochs:
+            return False
+        score, result = self._valid_epoch(valid_data, show_progress)
+        self._log(set_color(f"{stage.name} epoch {stage.epoch - 1} valid", "blue") + f": {dict2str(result)}", verbose)
+        # As RecBole's early stopping, but that an equal score is no better one.
+        better = score > self.best_valid_score if self.valid_metric_bigger else score < self.best_valid_score
+        self.cur_step = 0 if better else self.cur_step + 1
+        if better:
+            self.best_valid_score, self.best_valid_result = score, dict(result)
+        if callback_fn:
+            callback_fn(stage.epoch - 1, score)
+        return better
 
     def _open(self, name: str, train_data: AbstractDataLoader, verbose: bool, show_progress: bool) -> Stage:
         """The stage before its first step: policy and reference in place, examples and optimizer built."""
