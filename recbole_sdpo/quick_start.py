@@ -37,7 +37,7 @@ from recbole_sdpo.evaluator.selection import Selection, restore, snapshot
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.registry import add_defaults, default_settings
 from recbole_sdpo.report.table import markdown_table
-from recbole_sdpo.settings import MODEL, Settings, check_settings, check_topk, kind_of_negatives
+from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, Settings, check_settings, check_topk, kind_of_negatives
 from recbole_sdpo.trainer.sdpo_trainer import run_folder
 
 VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")
@@ -121,6 +121,8 @@ def run(
     loaders = _evaluation_loaders(config, train_data, rest, catalogue)
     _, test_data = next(iter(loaders.values()))
     _warn_of_users_ranked_once(test_data)
+    if config["train_stage"] not in (None, "finetune"):
+        logger.warning(f"train_stage={config['train_stage']!r} ends before {config['model']} has learned its task; see RecBole on it.")
     sha256 = {mode: fingerprint(*pair) for mode, pair in loaders.items()}
 
     init_seed(config["seed"], config["reproducibility"])
@@ -129,6 +131,7 @@ def run(
     ours = config["model"] == MODEL
     if not ours:  # our trainer has one
         trainer.eval_collector = RankCollector(config, popularity_discount=config.settings.popularity_discount)
+        trainer.eval_collector.data_collect(train_data)  # RecBole's trainers that only pretrain do not
     targets = recommender.targets_per_epoch(train_data._dataset) if ours else len(train_data._dataset)
     _log_head(config, recommender, targets, test_data, sha256)
     logger.info(described)
@@ -136,6 +139,7 @@ def run(
     further = {mode: loaders[mode][0] for mode in config.settings.more_candidates}
     selection = Selection(trainer, further, run_dir / "selection" if saved else None)
     stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
+    own = {key: value for key, value in config.settings.to_flat().items() if ours or key in OF_EVERY_MODEL}
     result = {
         "model": config["model"],
         "dataset": config["dataset"],
@@ -148,12 +152,10 @@ def run(
         "peak_memory_gib": _peak_memory_gib(),
         "machine": _machine(trainer.device, state),
         "versions": package_versions(),
-        "settings": {key: _plain(value) for key, value in sorted(config.final_config_dict.items())},
+        "settings": {key: _plain(value) for key, value in sorted(config.final_config_dict.items())} | own,
         "command": sys.argv,
         "run_dir": str(run_dir),
     }
-    if ours:
-        result["settings"] |= config.settings.to_flat()
     if state.is_main_process:
         pd.concat(ranks).to_csv(run_dir / "ranks.csv", index=False)
         (run_dir / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
@@ -211,6 +213,7 @@ def _run_stages(trainer: Any, train_data: AbstractDataLoader, loaders: Loaders, 
     stages, ranks = {}, []
     for name in trainer.stages:
         selection.begin(name, resume)
+        trainer.rank_for(name)
         if name == "sdpo" and trainer.config["eval_step"] > 0:
             selection()  # no epoch may be better than its start
         report = trainer.fit_stage(name, train_data, valid_data, saved=saved, show_progress=show, callback_fn=selection)
@@ -300,6 +303,8 @@ def _table(result: dict[str, Any]) -> str:
     rows = [("popularity", result["popularity"])]
     for stage, found in result["stages"].items():
         rows.append((f"{result['model']} after {after[stage]}" if stage in after else result["model"], found["test"]))
+    if discount := result["settings"]["popularity_discount"]:
+        rows[-1] = (f"{rows[-1][0]}, less {discount:g} x log popularity", rows[-1][1])
     head = ["test", *(OF_ANSWERS[name].__name__ if name in OF_ANSWERS else name.upper().replace("HIT", "HR") for name in metrics)]
     return markdown_table(head, [[label, *(found.get(name, "") for name in metrics)] for label, found in rows])
 

@@ -142,9 +142,10 @@ class Settings:
     )
     popularity_discount: float = _setting(
         0.0,
-        "how many times log popularity (users who met an item in training, plus 1) comes off the scores by which evaluations rank",
-        lambda times: 0 <= times < math.inf,
-        "0 or more",
+        "how many times log popularity (users who met an item in training, plus 1) comes off the scores by which the last stage's "
+        "evaluations rank, all candidate sets alike; answers and recommendations are as they were",
+        lambda times: 0 <= times <= 1000,  # float32 holds no more without loss
+        "0 to 1000",
     )
     prompt_style: str = _choice("history", "titles in order, or also the candidates in the text", "history", "candidates")
     prompt_templates: str = _setting("items", "a domain of recbole_sdpo/properties/prompts, or a .yaml file of one's own", bool, "a name")
@@ -286,7 +287,8 @@ def check_settings(config: Config) -> Settings:
     settings = Settings.from_mapping(config.final_config_dict)
     _check_more_candidates(config, settings)
     _check_answers(config, settings)
-    if settings.popularity_discount and config["eval_type"] != EvaluatorType.RANKING:
+    ranks = config["eval_type"] == EvaluatorType.RANKING and not all(metric.lower() in OF_ANSWERS for metric in config["metrics"])
+    if settings.popularity_discount and not ranks:
         raise ValueError(
             f"popularity_discount={settings.popularity_discount} is for metrics of a ranking, and {config['metrics']} are none."
         )
@@ -468,8 +470,8 @@ def _check_full_sort(config: Config, settings: Settings) -> None:
                 raise ValueError(f"full_sort='topk' finds the top k alone, and metric {metric} needs all scores; set full_sort='exact'.")
         if settings.popularity_discount:
             raise ValueError(
-                f"full_sort='topk' finds the top k by log-probability, and popularity_discount={settings.popularity_discount} makes "
-                "other ones; set full_sort='exact'."
+                f"full_sort='topk' finds the top k by log-probability, which popularity_discount={settings.popularity_discount} does "
+                "not rank by; set full_sort='exact'."
             )
 
 

@@ -29,8 +29,8 @@ def test_defaults_are_valid_and_round_trip():
         ({"objective": "ppo"}, "valid is one of sft, sdpo, dpo, dpo_multi, softmax"),
         ({"trust_remote_code": 1}, "trust_remote_code=1 must be true or false"),
         ({"max_train_targets": 0}, "valid is 1 or more"),
-        ({"popularity_discount": -1}, "popularity_discount=-1.0 is out of range; valid is 0 or more"),
-        ({"popularity_discount": float("inf")}, "popularity_discount=inf is out of range"),
+        ({"popularity_discount": -1}, "popularity_discount=-1.0 is out of range; valid is 0 to 1000"),
+        ({"popularity_discount": 1e4}, "popularity_discount=10000.0 is out of range"),
         ({"lora_target_modules": 3}, "lora_target_modules=3 must be text or a list of text values"),
         ({"scratch_hidden_size": 100, "scratch_heads": 3}, "must be a multiple of twice scratch_heads=3; valid is 96"),
     ],
@@ -86,7 +86,7 @@ def test_every_setting_is_explained():
         ({"eval_args": {"mode": "uni23"}}, "mode='uni23' asks for 23 negatives"),
         ({"peft": "lora", "lora_layers": [5]}, "valid are 0 to 1"),
         ({"peft": "lora", "lora_target_modules": ["nope"]}, "lora_target_modules=.*does not fit the backbone"),
-        ({"full_sort": "topk", "popularity_discount": 1, "more_candidates": ["full"]}, "popularity_discount=1.0 makes other"),
+        ({"full_sort": "topk", "popularity_discount": 1, "more_candidates": ["full"]}, "popularity_discount=1.0 does not rank by"),
         ({"prompt_style": "candidates", "eval_args": {"mode": "full"}}, "cannot rank the whole catalogue"),
         ({"sft_checkpoint": "nowhere"}, "checkpoint 'nowhere' has no config.json"),
         ({"resume": "nowhere"}, "resume='nowhere' holds no state"),
@@ -138,9 +138,18 @@ def test_a_baseline_refuses_what_looks_like_a_misspelt_setting(ring):
 
 
 def test_popularity_comes_off_a_ranking_alone(ring):
+    answers = {"metrics": ["GenHit"], "valid_metric": "GenHit", "popularity_discount": 1}
+    with pytest.raises(ValueError, match=r"popularity_discount=1.0 is for metrics of a ranking, and \['GenHit'\] are none"):
+        check_settings(ExperimentConfig("SDPO-LLM", "toy", config_dict=ring | answers))
     labeled = {"eval_args": {"mode": "labeled"}, "metrics": ["AUC"], "valid_metric": "AUC", "train_neg_sample_args": {"sample_num": 1}}
     with pytest.raises(ValueError, match=r"popularity_discount=1.0 is for metrics of a ranking, and \['AUC'\] are none"):
         ExperimentConfig("FM", "toy", config_dict=ring | labeled | {"popularity_discount": 1})
+
+
+def test_a_model_that_is_only_pretrained_is_warned_of(ring, caplog):
+    few = {"pretrain_epochs": 1, "popularity_discount": 1.0}  # its trainer tells no collector of the training data
+    run("RaCT", "toy", config_dict=ring | few, saved=False)
+    assert "train_stage='actor_pretrain' ends before RaCT has learned its task" in caplog.text
 
 
 def test_context_aware_models_run(ring):

@@ -69,26 +69,31 @@ class RankCollector(Collector):
     """RecBole's collector, which also keeps the rank of every target since :meth:`take` was last called, and its answer.
 
     Args:
-        writer: who answers, where the metrics ask for answers.
-        popularity_discount: how often log popularity is taken off every score before items are ranked by it.
+        writer: a language model, who answers where the metrics ask for answers, and to whom items of one title are one.
+
+        popularity_discount: how many times log popularity comes off every score before items are ranked by it.
     """
 
     def __init__(self, config: Any, writer: Writer | None = None, popularity_discount: float = 0.0) -> None:
         super().__init__(config)
         self.writer = writer if any(map(self.register.need, (VALID, HIT))) else None
         self.popularity_discount = popularity_discount
-        self._discount: Tensor | None = None
+        self._group = writer.catalogue.group if writer else None
+        self._log_popularity: Tensor | None = None
         self._kept: list[pd.DataFrame] = []
 
     def data_collect(self, train_data: AbstractDataLoader) -> None:
-        """As RecBole's, and what to take off each item's score: one is added to its popularity, which may be 0."""
+        """As RecBole's, and the popularity of items, or of their titles, with one added, for it may be 0."""
         super().data_collect(train_data)
-        if self.popularity_discount:
-            self._discount = self.popularity_discount * (popularity(train_data._dataset) + 1).double().log()
+        met = popularity(train_data._dataset)
+        if self._group is not None:
+            group = torch.from_numpy(self._group)
+            met = torch.bincount(group, weights=met)[group]
+        self._log_popularity = (met + 1).double().log()
 
     def eval_batch_collect(self, scores_tensor: Tensor, interaction: Interaction, positive_u: Tensor, positive_i: Tensor) -> None:
         if self.popularity_discount:
-            scores_tensor = scores_tensor - self._discount.to(scores_tensor)
+            scores_tensor = scores_tensor - (self.popularity_discount * self._log_popularity).to(scores_tensor)
         super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
         if positive_u is None:  # RecBole's value metrics rank nothing
             return

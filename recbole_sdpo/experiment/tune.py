@@ -13,7 +13,7 @@ from recbole_sdpo.experiment.plan import Entry, Experiment, Settings, grid, plan
 from recbole_sdpo.experiment.runner import Failure, Runner
 from recbole_sdpo.report.table import markdown_table
 
-FILE = "tuned.yaml"
+FILE, DISCOUNT = "tuned.yaml", "popularity_discount"
 
 
 def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experiment, list[Failure]]:
@@ -34,15 +34,17 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
     if not tuned:
         raise ValueError("--tune needs runs with a key tune, such as tune: {learning_rate: [0.001, 0.003]}; none has one.")
     points = {entry.name: grid(entry, experiment.tries) for entry in tuned}
-    untuned = plan(experiment, experiment.seeds[:1])
-    rows = {run.identity: run.name for run in untuned}
+    # A discount is a row's own: whose SFT an alignment begins from is asked without it, and it is not handed on.
+    untuned = plan(experiment, experiment.seeds[:1], [with_settings(entry, {DISCOUNT: 0.0}) for entry in experiment.entries()])
+    rows = {run.identity: run.name for run in reversed(untuned) if run.name in points}
     sft_row = {run.name: rows.get(run.start.identity) for run in untuned if run.start}
     found: dict[str, list[tuple[float, Settings]]] = {}
     best: dict[str | None, Settings] = {}
     failures: list[Failure] = []
 
     def with_tuned(entry: Entry, point: Settings) -> Entry:
-        return with_settings(entry, best.get(sft_row.get(entry.name), {}) | point)
+        of_sft = best.get(sft_row.get(entry.name), {})
+        return with_settings(entry, {key: value for key, value in of_sft.items() if key != DISCOUNT} | point)
 
     for aligned in (False, True):
         now = [entry for entry in tuned if (entry.name in sft_row) == aligned]

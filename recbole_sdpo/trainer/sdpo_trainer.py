@@ -28,7 +28,7 @@ from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.sdpo_llm import TARGET_ROW
 from recbole_sdpo.objectives import OBJECTIVES
-from recbole_sdpo.settings import kind_of_negatives
+from recbole_sdpo.settings import Settings, kind_of_negatives
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.stage import Stage
 from recbole_sdpo.trainer.state import load_state, read_state, save_state
@@ -95,7 +95,7 @@ class SDPOTrainer(Trainer):
         super().__init__(config, model)
         settings = model.settings
         mixed = "bf16" if model.backbone.peft == "none" and settings.dtype == "auto" and _bf16(model.lm.device) else "no"
-        self.eval_collector = RankCollector(config, model, model.settings.popularity_discount)
+        self.eval_collector = RankCollector(config, model)
         self.accelerator = Accelerator(cpu=model.lm.device.type == "cpu", mixed_precision=mixed)
         self.device = self.accelerator.device
         self.model.to(self.device)
@@ -112,6 +112,11 @@ class SDPOTrainer(Trainer):
     def stages(self) -> list[str]:
         """``sft``, and ``sdpo`` unless the objective is SFT."""
         return ["sft", "sdpo"] if self.model.settings.reaches_alignment else ["sft"]
+
+    def rank_for(self, stage: str) -> None:
+        """Take off popularity in evaluations of the last stage alone: what suits its scores does not suit those before."""
+        discount = self.model.settings.popularity_discount
+        self.eval_collector.popularity_discount = discount if stage == self.stages[-1] else 0.0
 
     def fit(
         self,
@@ -144,6 +149,7 @@ class SDPOTrainer(Trainer):
         if self.config["eval_step"] < 1:  # as in RecBole: no validation, the last weights count
             valid_data = None
         self.prepare(train_data, valid_data)
+        self.rank_for(name)
         resumed = self._resumed()
         if name in resumed.get("reports", {}):
             restore_policy(self.model.lm, self.run_dir / name)
@@ -154,7 +160,7 @@ class SDPOTrainer(Trainer):
         show = show_progress and main
         began = saved_at = time.time()  # what the reference is asked before the first step counts, too
         stage = self._open(name, train_data, verbose, show)
-        self._start_score(name, valid_data if stage.settings.epochs == 0 else None, show_progress)
+        self._start_score(stage, valid_data, show_progress)
         best, kept = snapshot(self.model), False
         if resumed.get("stage") == name:
             if (self.run_dir / name).is_dir():
@@ -180,7 +186,7 @@ class SDPOTrainer(Trainer):
             loss = stage.run_epoch(show, keep_state)
             self.train_loss_dict[len(self.train_loss_dict)] = loss
             self._log(f"{name} " + self._generate_train_loss_output(epoch, epoch_began, time.time(), loss), verbose)
-            if self._is_best(stage, valid_data, verbose, show, callback_fn):
+            if self._judge(stage, valid_data, verbose, show, callback_fn):
                 best, kept = snapshot(self.model), True
                 self._save(name, saved)
             keep_state(now=True)
@@ -196,8 +202,8 @@ class SDPOTrainer(Trainer):
         keep_state(now=True)
         return self.reports[name]
 
-    def _is_best(self, stage: Stage, valid_data: AbstractDataLoader | None, verbose: bool, show_progress: bool, callback_fn) -> bool:
-        """After an epoch: is it the best so far, where one is validated? Without validation the last one is."""
+    def _judge(self, stage: Stage, valid_data: AbstractDataLoader | None, verbose: bool, show_progress: bool, callback_fn) -> bool:
+        """Validate after an epoch for which that is due; returns whether to keep its weights. Without validation the last are kept."""
         if not valid_data:
             return True
         if stage.epoch % self.config["eval_step"] and stage.epoch < stage.settings.epochs:
@@ -255,15 +261,15 @@ class SDPOTrainer(Trainer):
             raise ValueError(f"cache_dir={self.model.settings.cache_dir!r} cannot hold files ({error}); give another folder.") from error
         return folder
 
-    def _start_score(self, name: str, valid_data: AbstractDataLoader | None, show_progress: bool) -> None:
+    def _start_score(self, stage: Stage, valid_data: AbstractDataLoader | None, show_progress: bool) -> None:
         """The score to beat: of the SFT model for alignment, of the start for a stage that will not train, else the worst."""
         self.best_valid_score = -float("inf") if self.valid_metric_bigger else float("inf")
         self.best_valid_result, self.cur_step = None, 0
         sft = self.reports.get("sft")
-        if name == "sdpo" and sft and sft.valid:
+        if stage.name == "sdpo" and sft and sft.valid and not self.eval_collector.popularity_discount:
             self.best_valid_result = sft.valid
             self.best_valid_score = calculate_valid_score(sft.valid, self.valid_metric)
-        elif valid_data:
+        elif valid_data and (stage.name == "sdpo" or stage.settings.epochs == 0):
             self.best_valid_score, result = self._valid_epoch(valid_data, show_progress)
             self.best_valid_result = dict(result)
 
@@ -293,7 +299,8 @@ class SDPOTrainer(Trainer):
         if not self.model.settings.resume:
             return {}
         state, now = read_state(self.run_dir), self._identity()
-        other = [f"{key}={value!r} (now {now.get(key)!r})" for key, value in state["settings"].items() if now.get(key) != value]
+        had = Settings().to_flat() | state["settings"]  # a setting that is younger than the state had its default
+        other = [f"{key}={had.get(key)!r} (now {value!r})" for key, value in now.items() if had.get(key) != value]
         if other:
             raise ValueError(f"resume={str(self.run_dir)!r}: that run had {', '.join(other)}; give each as it was.")
         return state

@@ -1,10 +1,13 @@
 """Popularity taken off a model's scores, against counts of the sequences that the test itself has written."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from recbole_sdpo import quick_start
+from recbole_sdpo.recommend import Recommender
 from tests.conftest import write_dataset
 
 ITEMS, USERS = 12, 40
@@ -33,8 +36,9 @@ def met_in_training(sequences: list[list[int]]) -> np.ndarray:
     return np.bincount([item for row in sequences for item in row[:-2]], minlength=ITEMS)
 
 
-def check_ranks(expected: dict[str, tuple[int, int]]) -> None:
+def check_ranks(expected: dict[str, tuple[int, int]], stage: str | None = None) -> None:
     kept = pd.read_csv("here/ranks.csv")
+    kept = kept[kept.stage == stage] if stage else kept
     assert set(kept["user"]) == set(expected)
     for user, rank in zip(kept["user"], kept["rank"]):
         assert expected[user][0] <= rank <= expected[user][1]
@@ -55,11 +59,41 @@ def test_log_popularity_comes_off_the_scores(skewed, times):
     check_ranks(places(met / met.max() - times * np.log(met + 1), sequences, masked=True))
 
 
+def test_of_a_language_model_it_is_that_of_the_title_and_of_the_last_stage(skewed, tmp_path):
+    settings, sequences = skewed
+    file, twins = tmp_path / "skewed" / "toy" / "toy.item", [9, 11]
+    file.write_text(file.read_text().replace("title l", "title j"))
+    quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"popularity_discount": 1.5})
+    met = met_in_training(sequences)
+    met[twins] = met[twins].sum()
+    recommender, expected = Recommender.load("here"), {}
+    for user, row in enumerate(sequences):
+        found = recommender.recommend(history=[f"title {'abcdefghijkj'[item]}" for item in row[:-1]], k=ITEMS - 1)
+        score = np.empty(ITEMS)
+        for item, log_prob in zip(found["item"], found["score"]):
+            score[twins if int(item[1:]) in twins else int(item[1:])] = log_prob
+        expected |= {f"u{user}": place for place in places(score - 1.5 * np.log(met + 1), [row], masked=False).values()}
+    check_ranks(expected, "sdpo")
+    quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"run_dir": "plain"})
+    assert Path("here/sft/model.safetensors").read_bytes() == Path("plain/sft/model.safetensors").read_bytes()
+    plain, less = (pd.read_csv(f"{folder}/ranks.csv") for folder in ("plain", "here"))
+    assert less[less.stage == "sft"].equals(plain[plain.stage == "sft"]) and not less.equals(plain)
+
+
+def test_alignment_has_to_beat_its_start_under_the_same_discount(skewed):
+    settings = skewed[0] | {"popularity_discount": 1.5}
+    aligned = quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"sdpo_epochs": 0})["stages"]
+    start = quick_start.run(
+        "SDPO-LLM", "toy", config_dict=settings | {"sft_checkpoint": "here/sft", "objective": "sft", "run_dir": "start"}
+    )
+    assert aligned["sdpo"]["valid"] == start["stages"]["sft"]["valid"] != aligned["sft"]["valid"]
+
+
 @pytest.mark.parametrize("model", ["SDPO-LLM", "GRU4Rec"])
 def test_so_much_of_it_that_the_rarest_is_first(skewed, model):
     settings, sequences = skewed
     few = {"epochs": 1} if model == "GRU4Rec" else {"sft_epochs": 1, "objective": "sft"}
-    result = quick_start.run(model, "toy", config_dict=settings | few | {"popularity_discount": 1e6})
+    result = quick_start.run(model, "toy", config_dict=settings | few | {"popularity_discount": 1000})
     rarity = -met_in_training(sequences)
     check_ranks(places(rarity, sequences, masked=False))
     first, last = np.array(list(places(rarity, [row[:-1] for row in sequences], masked=False).values())).T

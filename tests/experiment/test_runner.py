@@ -133,16 +133,18 @@ def test_an_interrupted_run_is_resumed_and_a_stillborn_one_begun_anew(tmp_path, 
     assert (tmp_path / "1" / "left").exists() and not (tmp_path / "2").exists()
 
 
-def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("of_all", "of_sft"), [({}, {}), ({"popularity_discount": 1.0}, {}), ({}, {"popularity_discount": [0.5]})])
+def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, of_all, of_sft):
     content = {
         "dataset": "toy",
         "candidates": ["uni5", "pop3"],
-        "settings": {key: value for key, value in ring.items() if key != "eval_args"},
+        "settings": {key: value for key, value in ring.items() if key != "eval_args"} | of_all,
         "tries": 2,
         "runs": [
             {"name": "GRU", "model": "GRU4Rec", "tune": {"learning_rate": [0.1, 0.2, 0.3, 0.4]}},
             {"name": "S-DPO", "tune": {"beta": [1.0, 3.0]}},
-            {"name": "SFT", "settings": {"objective": "sft"}, "tune": {"sft_learning_rate": [0.01, 0.02]}},
+            {"name": "SFT, not tuned", "settings": {"objective": "sft"}},
+            {"name": "SFT", "settings": {"objective": "sft"}, "tune": {"sft_learning_rate": [0.01, 0.02], **of_sft}},
             {"name": "Pop", "model": "Pop"},
         ],
     }
@@ -174,11 +176,13 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, monkeypatch
     assert [entry.settings for entry in found.entries()] == [
         {"learning_rate": 0.1},
         {"sft_learning_rate": 0.02, "beta": 3.0},
-        {"objective": "sft", "sft_learning_rate": 0.02},
+        {"objective": "sft"},
+        {"objective": "sft", "sft_learning_rate": 0.02, **{key: value for key, (value,) in of_sft.items()}},
         {},
     ]
     sft, sdpo = (next(run for run in plan(found) if run.name == name) for name in ("SFT", "S-DPO"))
-    assert sdpo.start.identity == sft.identity, "what is aligned is the SFT that was chosen"
+    assert sdpo.start.settings["sft_learning_rate"] == 0.02, "what is aligned is the SFT that was chosen"
+    assert (sdpo.start.identity == sft.identity) == (not of_all and not of_sft), "but that an alignment begins from one without discount"
     kept = yaml.safe_load((tmp_path / "out" / "tuned.yaml").read_text())
     assert kept["GRU"]["best"] == {"learning_rate": 0.1} and len(kept["S-DPO"]["tries"]) == 2
     assert np.isclose(kept["S-DPO"]["tries"][1]["valid"], 0.3)
