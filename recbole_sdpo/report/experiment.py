@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -51,9 +52,10 @@ def write_report(
     _write(folder / "table.tex", "\n\n".join(comparison_latex(comparison) for comparison in comparisons))
     _write(folder / "results.jsonl", "\n".join(json.dumps(_line(run)) for run in runs))
     drawn = _figures(comparisons, runs)
-    for name, figure in drawn.items():
-        for end in ("png", "svg"):
-            figure.savefig(folder / f"{name}.{end}", dpi=150, metadata={"Date": None} if end == "svg" else None)
+    with matplotlib.rc_context({"svg.hashsalt": ""}):  # else a drawing made again has other names within
+        for name, figure in drawn.items():
+            figure.savefig(folder / f"{name}.png", dpi=150)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     body = [_html_table(comparison) for comparison in comparisons]
     body += [f"<p class='{'warning' if text.startswith('Warning') else 'note'}'>{html.escape(text)}</p>" for text in notes]
     body += [f"<h2>{name.replace('-', ' ')}</h2>\n<img alt='{name}' src='{_embedded(figure)}'>" for name, figure in drawn.items()]
