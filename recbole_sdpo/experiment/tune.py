@@ -50,7 +50,7 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
         now = [entry for entry in tuned if (entry.name in sft_row) == aligned]
         tries = [(entry.name, point, with_tuned(entry, point)) for entry in now for point in points[entry.name]]
         runs = plan(experiment, experiment.seeds[:1], [tried for *_, tried in tries])
-        failures += runner.run_all(runs)
+        failures += runner.run_all(runs) if runs else []
         for entry in now:
             mine = [(point, run) for (name, point, _), run in zip(tries, runs) if name == entry.name and runner.done(run)]
             if not mine:
