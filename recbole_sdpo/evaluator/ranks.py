@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,7 +71,6 @@ class RankCollector(Collector):
 
     Args:
         writer: a language model, who answers where the metrics ask for answers, and to whom items of one title are one.
-
         popularity_discount: how many times log popularity comes off every score before items are ranked by it.
     """
 
@@ -79,17 +79,21 @@ class RankCollector(Collector):
         self.writer = writer if any(map(self.register.need, (VALID, HIT))) else None
         self.popularity_discount = popularity_discount
         self._group = writer.catalogue.group if writer else None
-        self._log_popularity: Tensor | None = None
         self._kept: list[pd.DataFrame] = []
 
     def data_collect(self, train_data: AbstractDataLoader) -> None:
-        """As RecBole's, and the popularity of items, or of their titles, with one added, for it may be 0."""
+        """As RecBole's, and remember where popularity is to be counted."""
         super().data_collect(train_data)
-        met = popularity(train_data._dataset)
+        self._train = train_data._dataset
+
+    @cached_property
+    def _log_popularity(self) -> Tensor:
+        """Of each item, or of its title; one is added, for popularity may be 0. Counted only where a discount asks for it."""
+        met = popularity(self._train)
         if self._group is not None:
             group = torch.from_numpy(self._group)
             met = torch.bincount(group, weights=met)[group]
-        self._log_popularity = (met + 1).double().log()
+        return (met + 1).double().log()
 
     def eval_batch_collect(self, scores_tensor: Tensor, interaction: Interaction, positive_u: Tensor, positive_i: Tensor) -> None:
         if self.popularity_discount:
