@@ -136,8 +136,9 @@ def run(
     _log_head(config, recommender, targets, test_data, sha256)
     logger.info(described)
 
-    further = {mode: loaders[mode][0] for mode in config.settings.more_candidates}
-    selection = Selection(trainer, further, run_dir / "selection" if saved else None)
+    # A trainer of RecBole's has its best weights on the first candidates in a file, or not at all.
+    selected = config.settings.more_candidates if ours or saved else loaders
+    selection = Selection(trainer, {mode: loaders[mode][0] for mode in selected}, run_dir / "selection" if saved else None)
     stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
     own = {key: value for key, value in config.settings.to_flat().items() if ours or key in OF_EVERY_MODEL}
     result = {

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -26,6 +27,9 @@ MODEL = "SDPO-LLM"
 
 NO_FULL_RANKING = "prompt_style='candidates' cannot rank the whole catalogue; use prompt_style='history', or a mode such as uni19."
 
+LEAVE_ONE_OUT = {"LS": "valid_and_test"}
+"""RecBole's split that leaves the last two targets of each user to validation and test."""
+
 # Keys that RecBole reads without naming them in its defaults.
 RECBOLE_KEYS = {
     "model",
@@ -37,6 +41,9 @@ RECBOLE_KEYS = {
     "wandb_project",
     "embedding_size",
     "reg_weight",
+    "mask_ratio",
+    "ft_ratio",
+    "eta",
 }
 
 # Keys of RecBole's training loop that our stages do without: what they have in place of each is among their own settings.
@@ -282,7 +289,7 @@ def check_settings(config: Config) -> Settings:
     """
     known = set(config.internal_config_dict) | {key for keys in config.parameters.values() for key in keys} | RECBOLE_KEYS
     ours = config["model"] == MODEL
-    check_unknown(config.external_config_dict, known, only_near=not ours)
+    check_unknown(config.external_config_dict, known, "" if ours else inspect.getsource(inspect.getmodule(config.model_class)))
     _check_recbole(config)
     settings = Settings.from_mapping(config.final_config_dict)
     _check_more_candidates(config, settings)
@@ -369,20 +376,35 @@ def check_given(given: Mapping[str, Any]) -> None:
     """Check of what the user gave to RecBole that on which its ``Config`` itself would stumble.
 
     Raises:
-        ValueError: a metric, a top k or an evaluation mode is none.
+        ValueError: a metric, a top k, a split or an evaluation mode is none.
     """
     if not isinstance(given.get("valid_metric", ""), str):
         raise ValueError(f"valid_metric={given['valid_metric']!r} must be the name of a metric, such as NDCG@5.")
-    if not isinstance(given.get("eval_args") or {}, dict):
+    metrics = given.get("metrics", [])
+    for metric in metrics if isinstance(metrics, list | tuple) else [metrics]:
+        if str(metric).lower() not in metrics_dict:
+            hint = "it is called Hit here" if str(metric).upper() == "HR" else f"valid are {', '.join(sorted(metrics_dict))}"
+            raise ValueError(f"metrics={metrics!r}: there is no {metric!r}; {hint}.")
+    if not isinstance(given.get("eval_args", {}), dict):
         raise ValueError(f"eval_args={given['eval_args']!r} must be a dictionary, such as {{'mode': 'full'}}.")
     topk = given.get("topk", 1)
     for k in topk if isinstance(topk, list | tuple) else [topk]:
         if not isinstance(k, int) or k < 1:
             raise ValueError(f"topk={topk!r} must be a whole number of 1 or more, or a list of them, such as [1, 5, 10].")
-    modes = (given.get("eval_args") or {}).get("mode", "full")
+    split = given.get("eval_args", {}).get("split", LEAVE_ONE_OUT)
+    if not _is_split(split):
+        raise ValueError(f"eval_args.split={split!r}: valid are {LEAVE_ONE_OUT}, and {{'RS': [0.8, 0.1, 0.1]}} with other shares.")
+    modes = given.get("eval_args", {}).get("mode", "full")
     for mode in modes.values() if isinstance(modes, dict) else [modes]:
         if not re.fullmatch(f"labeled|{MODE}", str(mode)):
             raise ValueError(f"eval_args.mode={mode!r}: valid are full, labeled, and uniN or popN for N sampled items, such as uni19.")
+
+
+def _is_split(split: Any) -> bool:
+    """Are there to be parts for training, validation and test?"""
+    shares = split.get("RS") if isinstance(split, dict) and len(split) == 1 else None
+    numbers = isinstance(shares, list | tuple) and all(isinstance(share, int | float) and share >= 0 for share in shares)
+    return split == LEAVE_ONE_OUT or (numbers and len(shares) == 3 and any(shares))
 
 
 def _check_recbole(config: Config) -> None:
@@ -394,10 +416,15 @@ def _check_recbole(config: Config) -> None:
         ("stopping_step", 0),
         ("eval_step", -1),
         ("worker", 0),
+        ("epochs", 1),
+        ("train_batch_size", 1),
     ):
         value = config[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{key}={value!r} must be a whole number, {least} or more.")
+    rate = config["learning_rate"]
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or rate <= 0:
+        raise ValueError(f"learning_rate={rate!r} must be a number above 0, such as 0.001.")
     for key, parts in PARTS.items():
         for part in config.external_config_dict.get(key) or ():
             if part not in parts:
@@ -475,25 +502,24 @@ def _check_full_sort(config: Config, settings: Settings) -> None:
             )
 
 
-def check_unknown(given: Mapping[str, Any], known: set[str], only_near: bool = False) -> None:
+def check_unknown(given: Mapping[str, Any], known: set[str], code: str = "") -> None:
     """Refuse keys that nobody reads.
 
     Args:
         given: what the user set.
         known: RecBole's keys.
-        only_near: refuse only what looks like a misspelt key, for models that may read others.
+        code: of the model: a few of RecBole's read keys that are not in their defaults.
 
     Raises:
         ValueError: naming the key and the nearest right one.
     """
     ours = names()
     for key in given:
-        if key in known or key in ours:
+        if key in known or key in ours or re.search(f"""["']{re.escape(str(key))}["']""", code):
             continue
-        near = difflib.get_close_matches(key, [*ours, *sorted(known)], 1, 0.85 if only_near else 0.6)
-        if near or not only_near:
-            hint = f"did you mean {near[0]!r}?" if near else "recbole-sdpo --settings lists ours."
-            raise ValueError(f"Unknown setting {key!r}={given[key]!r}; {hint}")
+        near = difflib.get_close_matches(str(key), [*ours, *sorted(known)], 1)
+        hint = f"did you mean {near[0]!r}?" if near else "recbole-sdpo --settings lists ours."
+        raise ValueError(f"Unknown setting {key!r}={given[key]!r}; {hint}")
 
 
 def _own_fields(cls: type) -> list[Field]:

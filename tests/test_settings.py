@@ -127,12 +127,15 @@ def test_recboles_own_entry_checks_the_same(ring):
         run_recbole(model="SDPO-LLM", dataset="toy", config_dict=ring | {"betta": 1})
 
 
-def test_a_baseline_refuses_what_looks_like_a_misspelt_setting(ring):
+def test_a_baseline_refuses_settings_that_nobody_reads(ring):
     with pytest.raises(ValueError, match="Unknown setting 'title_field'=.* did you mean 'title_fields'"):
         ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"title_field": "name"})
     with pytest.raises(ValueError, match="Unknown setting 'learning_rat'=.* did you mean 'learning_rate'"):
         ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"learning_rat": 0.1})
-    ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"its_own": 1})
+    for key in ("lr", "batch_size", "num_layer", "its_own"):
+        with pytest.raises(ValueError, match=f"Unknown setting '{key}'=1; "):
+            ExperimentConfig("SASRec", "toy", config_dict=ring | {key: 1})
+    ExperimentConfig("FEARec", "toy", config_dict=ring | {"use_filter": True})  # which its code reads, and its defaults lack
     with pytest.raises(ValueError, match="resume='x' is for SDPO-LLM"):
         ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"resume": "x"})
 

@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from recbole_sdpo.experiment.plan import Experiment, plan
+from recbole_sdpo.experiment.plan import Experiment, plan, written
 from recbole_sdpo.experiment.runner import Failure, Runner
 from recbole_sdpo.experiment.tune import tune
 from recbole_sdpo.quick_start import package_versions
@@ -63,7 +63,7 @@ def _made(file: Path, command: str, finished: list[Finished]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     hours = sum({run.result["run_dir"]: run.wall_s for run in finished}.values()) / 3600
     lines = [command, f"training: {hours:.1f} hours, shared SFT counted in each run", *sorted(machines)]
-    return "\n".join([*lines, f"Python {platform.python_version()}, {versions}", "", file.read_text(encoding="utf-8").rstrip()])
+    return "\n".join([*lines, f"Python {platform.python_version()}, {versions}", "", written(file)])
 
 
 def _processor() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import recbole_sdpo
-from recbole_sdpo.lm.backbone import BackboneConfig
+from recbole_sdpo.lm.backbone import BackboneConfig, source
 from recbole_sdpo.quick_start import ExperimentConfig, package_versions
 from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, names
 
@@ -32,17 +32,13 @@ WITHOUT_INFLUENCE = {
     "state",
     "verbose",
     "wandb_project",
-    "worker",
 }
-
-# Settings that may name a file or a folder.
-FILES = ("backbone", "prompt_templates", "sft_checkpoint")
 
 # Parts of the package that only look at results, or decide what to run, or whose outcome is in the settings already.
 ONLOOKERS = {"experiment", "report", "command.py", "__main__.py", "significance.py", "SDPO-LLM.yaml"}
 
 # Parts that models of RecBole have nothing to do with.
-OF_SDPO_LLM = {"settings.py", "lm", "model", "trainer", "objectives.py", "ragged.py", "prompts.py", "prompts", "examples.py"}
+OF_SDPO_LLM = {"settings.py", "lm", "model", "trainer", "objectives.py", "prompts.py", "prompts", "examples.py"}
 
 
 def identity(config: ExperimentConfig, begun_from: str | None) -> str:
@@ -54,28 +50,26 @@ def identity(config: ExperimentConfig, begun_from: str | None) -> str:
     Raises:
         ValueError: the dataset has no files.
     """
-    ours, own = config["model"] == MODEL, config.settings
+    ours, own, files = config["model"] == MODEL, config.settings, {}
     if ours:
         chosen = BackboneConfig(**{f.name: getattr(own, f.name) for f in fields(BackboneConfig)})
-        own = own.suited_to(chosen.resolve(torch.device(config["device"])).backbone)
+        backbone = chosen.resolve(torch.device(config["device"])).backbone
+        own = own.suited_to(backbone)
+        files = {"backbone": backbone != "scratch" and source(backbone), "prompt_templates": own.prompt_templates}
+        files |= {} if begun_from else {"sft_checkpoint": own.sft_checkpoint}
     settings = config.final_config_dict | own.to_flat()
-    idle = WITHOUT_INFLUENCE | (set() if ours else set(names()) - OF_EVERY_MODEL)
-    files = [key for key in FILES if ours and not (begun_from and key == "sft_checkpoint") and _is_path(key, settings[key])]
+    # RecBole's loaders draw a baseline's negatives in their worker processes; ours are drawn before.
+    idle = WITHOUT_INFLUENCE | ({"worker"} if ours else set(names()) - OF_EVERY_MODEL)
     parts = {
         "model": config["model"],
         "settings": {key: str(value) for key, value in sorted(settings.items()) if key not in idle},
-        "files": {key: _content(Path(str(settings[key])).expanduser()) for key in files},
+        "files": {key: _content(Path(place).expanduser()) for key, place in files.items() if place},
         "begun_from": begun_from,
         "data": _data(Path(config["data_path"]), config["dataset"]),
         "code": sources(frozenset(ONLOOKERS if ours else ONLOOKERS | OF_SDPO_LLM)),
         "versions": package_versions(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _is_path(key: str, name: str | None) -> bool:
-    """Is it a place, as a checkpoint is, and not a name of ours, such as ``scratch``?"""
-    return bool(name) and (key == "sft_checkpoint" or "/" in name or name.endswith((".yaml", ".gguf")))
 
 
 def _data(folder: Path, name: str) -> dict[str, str]:
@@ -87,7 +81,7 @@ def _data(folder: Path, name: str) -> dict[str, str]:
 
 @cache
 def _content(path: Path) -> str | None:
-    """sha256 of a file, or of the files in a folder; None where there is none, as for a backbone of the hub."""
+    """sha256 of a file, or of the files in a folder; None where there is none, as for a backbone of the hub or prompts of ours."""
     if path.is_file():
         digest = hashlib.sha256()
         with path.open("rb") as stream:

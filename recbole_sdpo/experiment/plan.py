@@ -21,7 +21,7 @@ from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.registry import default_settings
-from recbole_sdpo.settings import MODE, MODEL, PARTS, merged_parts
+from recbole_sdpo.settings import LEAVE_ONE_OUT, MODE, MODEL, PARTS, merged_parts
 
 Settings = dict[str, Any]
 
@@ -103,6 +103,8 @@ class Experiment:
         _check_list(self.metrics, "metrics", "names of metrics such as NDCG@5", lambda metric: isinstance(metric, str))
         for metric in self.metrics:
             metric_of_targets(metric, pd.DataFrame({"rank": [1]}))
+            if metric.lower() in OF_ANSWERS and not any(entry.model == MODEL for entry in self.runs):
+                raise ValueError(f"metric {metric!r} needs a run of {MODEL}, which alone writes answers; leave it out.")
         if self.tries < 1:
             raise ValueError(f"tries={self.tries} must be 1 or more.")
         for where, settings in [("settings", self.settings), *((f"run {entry.name!r}", entry.settings) for entry in self.runs)]:
@@ -243,8 +245,8 @@ def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
 def _check_targets(config: ExperimentConfig) -> None:
     """The table is of one target to a user, and of ranks that are known."""
     split = config["eval_args"]["split"]
-    if not isinstance(split, dict) or "LS" not in split:
-        raise ValueError(f"eval_args.split={split!r}: users are compared by the rank of one target; valid is {{'LS': 'valid_and_test'}}.")
+    if split != LEAVE_ONE_OUT:
+        raise ValueError(f"eval_args.split={split!r}: users are compared by the rank of one target; valid is {LEAVE_ONE_OUT}.")
 
 
 def _check_metrics(experiment: Experiment, settings: Settings) -> None:
@@ -279,6 +281,13 @@ def _read(file: Path, depth: int = 0, asked_by: Path | None = None) -> Any:
         raise ValueError(f"{file} and its base {name!r} must be mappings, and so must their settings.")
     below = base.get("settings", {})
     return base | given | {"settings": _over(below, settings)}
+
+
+def written(file: Path) -> str:
+    """The text of an experiment's file, and below it that of its base, and so on."""
+    text = file.read_text(encoding="utf-8").rstrip()
+    base = (yaml.safe_load(text) or {}).get("base")
+    return f"{text}\n\n# {file.parent / base}\n{written(file.parent / base)}" if base else text
 
 
 def _check_keys(given: Any, kind: type, where: str, needed: set[str], without: set[str] = frozenset()) -> None:

