@@ -9,7 +9,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from logging import getLogger
 from types import UnionType
@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from recbole.config import Config
 from recbole.evaluator.register import metrics_dict
+from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import EvaluatorType
 
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
@@ -289,7 +290,7 @@ def check_settings(config: Config) -> Settings:
     """
     known = set(config.internal_config_dict) | {key for keys in config.parameters.values() for key in keys} | RECBOLE_KEYS
     ours = config["model"] == MODEL
-    check_unknown(config.external_config_dict, known, "" if ours else inspect.getsource(inspect.getmodule(config.model_class)))
+    check_unknown(config.external_config_dict, known, names() if ours else OF_EVERY_MODEL, "" if ours else _code(config.model_class))
     _check_recbole(config)
     settings = Settings.from_mapping(config.final_config_dict)
     _check_more_candidates(config, settings)
@@ -381,6 +382,8 @@ def check_given(given: Mapping[str, Any]) -> None:
     if not isinstance(given.get("valid_metric", ""), str):
         raise ValueError(f"valid_metric={given['valid_metric']!r} must be the name of a metric, such as NDCG@5.")
     metrics = given.get("metrics", [])
+    if metrics == [] and "metrics" in given:
+        raise ValueError("metrics=[] must have one or more, such as NDCG.")
     for metric in metrics if isinstance(metrics, list | tuple) else [metrics]:
         if str(metric).lower() not in metrics_dict:
             hint = "it is called Hit here" if str(metric).upper() == "HR" else f"valid are {', '.join(sorted(metrics_dict))}"
@@ -393,7 +396,9 @@ def check_given(given: Mapping[str, Any]) -> None:
             raise ValueError(f"topk={topk!r} must be a whole number of 1 or more, or a list of them, such as [1, 5, 10].")
     split = given.get("eval_args", {}).get("split", LEAVE_ONE_OUT)
     if not _is_split(split):
-        raise ValueError(f"eval_args.split={split!r}: valid are {LEAVE_ONE_OUT}, and {{'RS': [0.8, 0.1, 0.1]}} with other shares.")
+        raise ValueError(
+            f"eval_args.split={split!r}: valid are {LEAVE_ONE_OUT}, and {{'RS': [0.8, 0.1, 0.1]}} or TS with three shares above 0."
+        )
     modes = given.get("eval_args", {}).get("mode", "full")
     for mode in modes.values() if isinstance(modes, dict) else [modes]:
         if not re.fullmatch(f"labeled|{MODE}", str(mode)):
@@ -402,9 +407,9 @@ def check_given(given: Mapping[str, Any]) -> None:
 
 def _is_split(split: Any) -> bool:
     """Are there to be parts for training, validation and test?"""
-    shares = split.get("RS") if isinstance(split, dict) and len(split) == 1 else None
-    numbers = isinstance(shares, list | tuple) and all(isinstance(share, int | float) and share >= 0 for share in shares)
-    return split == LEAVE_ONE_OUT or (numbers and len(shares) == 3 and any(shares))
+    kind, shares = next(iter(split.items())) if isinstance(split, dict) and len(split) == 1 else (None, None)
+    numbers = isinstance(shares, list) and all(isinstance(share, int | float) and share > 0 for share in shares)
+    return split == LEAVE_ONE_OUT or (kind in ("RS", "TS") and numbers and len(shares) == 3)
 
 
 def _check_recbole(config: Config) -> None:
@@ -416,7 +421,7 @@ def _check_recbole(config: Config) -> None:
         ("stopping_step", 0),
         ("eval_step", -1),
         ("worker", 0),
-        ("epochs", 1),
+        ("epochs", 0),
         ("train_batch_size", 1),
     ):
         value = config[key]
@@ -502,24 +507,30 @@ def _check_full_sort(config: Config, settings: Settings) -> None:
             )
 
 
-def check_unknown(given: Mapping[str, Any], known: set[str], code: str = "") -> None:
+def check_unknown(given: Mapping[str, Any], known: set[str], ours: Collection[str], code: str = "") -> None:
     """Refuse keys that nobody reads.
 
     Args:
         given: what the user set.
         known: RecBole's keys.
+        ours: those of our settings that count for the model; the others do no harm.
         code: of the model: a few of RecBole's read keys that are not in their defaults.
 
     Raises:
         ValueError: naming the key and the nearest right one.
     """
-    ours = names()
     for key in given:
-        if key in known or key in ours or re.search(f"""["']{re.escape(str(key))}["']""", code):
+        if key in known or key in names() or re.search(f"""["']{re.escape(str(key))}["']""", code):
             continue
-        near = difflib.get_close_matches(str(key), [*ours, *sorted(known)], 1)
-        hint = f"did you mean {near[0]!r}?" if near else "recbole-sdpo --settings lists ours."
+        near = difflib.get_close_matches(str(key), [*sorted(ours), *sorted(known)], 1)
+        hint = f"did you mean {near[0]!r}?" if near else "recbole-sdpo --settings lists ours, RecBole's documentation its own."
         raise ValueError(f"Unknown setting {key!r}={given[key]!r}; {hint}")
+
+
+def _code(model_class: type) -> str:
+    """The text of a model's module, and of those of RecBole that it builds on."""
+    modules = {inspect.getmodule(cls) for cls in model_class.__mro__ if issubclass(cls, AbstractRecommender)}
+    return "".join(inspect.getsource(module) for module in modules if getattr(module, "__file__", None))
 
 
 def _own_fields(cls: type) -> list[Field]:

@@ -53,7 +53,7 @@ def test_a_slip_of_one_letter_finds_its_setting(name, data):
     if wrong in names():
         return
     with pytest.raises(ValueError, match="Unknown setting.*did you mean"):
-        check_unknown({wrong: 1}, set())
+        check_unknown({wrong: 1}, set(), names())
 
 
 def test_every_setting_is_explained():
@@ -135,9 +135,21 @@ def test_a_baseline_refuses_settings_that_nobody_reads(ring):
     for key in ("lr", "batch_size", "num_layer", "its_own"):
         with pytest.raises(ValueError, match=f"Unknown setting '{key}'=1; "):
             ExperimentConfig("SASRec", "toy", config_dict=ring | {key: 1})
-    ExperimentConfig("FEARec", "toy", config_dict=ring | {"use_filter": True})  # which its code reads, and its defaults lack
+    with pytest.raises(ValueError, match="Unknown setting 'dropout'=1; recbole-sdpo --settings lists ours"):
+        ExperimentConfig("SASRec", "toy", config_dict=ring | {"dropout": 1})
+    # Which its code reads, or that of the model that it builds on, and its defaults lack.
+    ExperimentConfig("FEARec", "toy", config_dict=ring | {"use_filter": True})
+    ExperimentConfig("LDiffRec", "toy", config_dict=ring | {"norm": True})
     with pytest.raises(ValueError, match="resume='x' is for SDPO-LLM"):
         ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"resume": "x"})
+
+
+@pytest.mark.parametrize("split", [{"LS": "valid_and_test"}, {"RS": [8, 1, 1]}, {"TS": [0.8, 0.1, 0.1]}])
+def test_splits_into_three_parts_are_ones(split):
+    check_given({"eval_args": {"split": split}})
+    for wrong in ({**split, "KS": 1}, {"RS": [8, 2]}, {"RS": [8, 0, 2]}, {"LS": "valid_only"}, None, "LS"):
+        with pytest.raises(ValueError, match=r"eval_args.split=.*valid are .*valid_and_test.*RS.*TS"):
+            check_given({"eval_args": {"split": wrong}})
 
 
 def test_popularity_comes_off_a_ranking_alone(ring):

@@ -17,6 +17,11 @@ TEMPLATE_FOLDER = Path(__file__).parents[1] / "properties" / "prompts"
 SLOTS = ("{history}", "{candidates}")
 
 
+def template_file(name: str) -> Path:
+    """Where the templates lie that ``prompt_templates`` names, if there are such."""
+    return Path(name) if Path(name).suffix in (".yaml", ".yml") else TEMPLATE_FOLDER / f"{name}.yaml"
+
+
 @dataclass(frozen=True)
 class Templates:
     """Prompt templates of one domain.
@@ -37,7 +42,7 @@ class Templates:
         Raises:
             ValueError: there is no such domain or file, or it does not hold a header and templates.
         """
-        path = Path(name) if Path(name).suffix in (".yaml", ".yml") else TEMPLATE_FOLDER / f"{name}.yaml"
+        path = template_file(name)
         domains = sorted(file.stem for file in TEMPLATE_FOLDER.glob("*.yaml"))
         if not path.is_file():
             raise ValueError(f"prompt_templates={name!r} is not here; valid are {', '.join(domains)} or a .yaml file.")

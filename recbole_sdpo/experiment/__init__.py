@@ -37,6 +37,7 @@ def run_experiment(
         ValueError: a setting of any run is wrong; nothing has run yet.
     """
     experiment, runner, failures = Experiment.load(file, overrides), Runner(STORE, jobs), []
+    text = written(file)  # as it is now, whatever becomes of it until all have run
     runs = plan(experiment)  # which checks all settings before any run begins
     if search:
         experiment, failures = tune(experiment, runner, output)
@@ -50,20 +51,20 @@ def run_experiment(
     if finished:
         warnings = unfair(finished, experiment.candidates) + warnings
         comparisons = [compare(finished, mode, experiment.metrics, experiment.baseline_names()) for mode in experiment.candidates]
-        write_report(output, experiment.title, comparisons, finished, warnings, _made(file, command, finished))
+        write_report(output, experiment.title, comparisons, finished, warnings, _made(text, command, finished))
         print("", *(comparison_markdown(comparison) + "\n" for comparison in comparisons), f"report: {output / 'report.html'}", sep="\n")
     for warning in warnings:
         print(f"warning: {warning}")
     return failures
 
 
-def _made(file: Path, command: str, finished: list[Finished]) -> str:
+def _made(text: str, command: str, finished: list[Finished]) -> str:
     """How the results came about, in lines."""
     machines = {f"{run.result['machine']['device']}, {run.result['machine']['cpus']} CPU cores ({_processor()})" for run in finished}
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     hours = sum({run.result["run_dir"]: run.wall_s for run in finished}.values()) / 3600
     lines = [command, f"training: {hours:.1f} hours, shared SFT counted in each run", *sorted(machines)]
-    return "\n".join([*lines, f"Python {platform.python_version()}, {versions}", "", written(file)])
+    return "\n".join([*lines, f"Python {platform.python_version()}, {versions}", "", text])
 
 
 def _processor() -> str:

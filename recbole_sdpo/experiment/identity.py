@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 import recbole_sdpo
+from recbole_sdpo.data.prompts import template_file
 from recbole_sdpo.lm.backbone import BackboneConfig, source
 from recbole_sdpo.quick_start import ExperimentConfig, package_versions
 from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, names
@@ -50,12 +52,12 @@ def identity(config: ExperimentConfig, begun_from: str | None) -> str:
     Raises:
         ValueError: the dataset has no files.
     """
-    ours, own, files = config["model"] == MODEL, config.settings, {}
+    ours, own, files = config["model"] == MODEL, config.settings, {"pre_model_path": config["pre_model_path"]}
     if ours:
         chosen = BackboneConfig(**{f.name: getattr(own, f.name) for f in fields(BackboneConfig)})
         backbone = chosen.resolve(torch.device(config["device"])).backbone
         own = own.suited_to(backbone)
-        files = {"backbone": backbone != "scratch" and source(backbone), "prompt_templates": own.prompt_templates}
+        files = {"backbone": backbone != "scratch" and source(backbone), "prompt_templates": template_file(own.prompt_templates)}
         files |= {} if begun_from else {"sft_checkpoint": own.sft_checkpoint}
     settings = config.final_config_dict | own.to_flat()
     # RecBole's loaders draw a baseline's negatives in their worker processes; ours are drawn before.
@@ -65,15 +67,16 @@ def identity(config: ExperimentConfig, begun_from: str | None) -> str:
         "settings": {key: str(value) for key, value in sorted(settings.items()) if key not in idle},
         "files": {key: _content(Path(place).expanduser()) for key, place in files.items() if place},
         "begun_from": begun_from,
-        "data": _data(Path(config["data_path"]), config["dataset"]),
+        "data": _data(Path(config["data_path"]), config["dataset"], config["additional_feat_suffix"] or ()),
         "code": sources(frozenset(ONLOOKERS if ours else ONLOOKERS | OF_SDPO_LLM)),
         "versions": package_versions(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _data(folder: Path, name: str) -> dict[str, str]:
-    files = sorted(file for file in folder.glob(f"{name}.*") if file.suffix in {".inter", ".item", ".user", ".kg", ".link", ".net"})
+def _data(folder: Path, name: str, more: Iterable[str]) -> dict[str, str]:
+    ends = {".inter", ".item", ".user", ".kg", ".link", ".net", *(f".{end}" for end in more)}
+    files = sorted(file for file in folder.glob(f"{name}.*") if file.suffix in ends)
     if not files:
         raise ValueError(f"dataset={name!r}: {folder} holds no atomic files, such as {name}.inter; give the folder above it as data_path.")
     return {file.name: _content(file) for file in files}
@@ -81,7 +84,7 @@ def _data(folder: Path, name: str) -> dict[str, str]:
 
 @cache
 def _content(path: Path) -> str | None:
-    """sha256 of a file, or of the files in a folder; None where there is none, as for a backbone of the hub or prompts of ours."""
+    """sha256 of a file, or of the files in a folder; None where there is none, as for a backbone of the hub."""
     if path.is_file():
         digest = hashlib.sha256()
         with path.open("rb") as stream:

@@ -212,7 +212,8 @@ def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
     settings = _over(experiment.settings, entry.settings)
     answers = [metric for metric in experiment.metrics if metric.lower() in OF_ANSWERS]
     if answers and entry.model == MODEL:
-        settings["metrics"] = list(dict.fromkeys([*settings.get("metrics", default_settings(experiment.dataset)["metrics"]), *answers]))
+        others = settings.get("metrics", default_settings(experiment.dataset)["metrics"])
+        settings["metrics"] = list(dict.fromkeys([*map(str, np.atleast_1d(others)), *answers]))
     settings["eval_args"] = (settings.get("eval_args") or {}) | {"mode": experiment.candidates[0]}
     settings |= {"more_candidates": experiment.candidates[1:], "seed": seed, "show_progress": False}
     settings.setdefault("candidates_seed", experiment.seeds[0])

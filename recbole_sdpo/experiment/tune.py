@@ -36,7 +36,7 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
     points = {entry.name: grid(entry, experiment.tries) for entry in tuned}
     first = experiment.seeds[:1]
     for run in plan(experiment, first, [with_settings(entry, point) for entry in tuned for point in points[entry.name]]):
-        if run.settings.get("eval_step", 1) < 1:  # found now, and not when all others have trained
+        if int(run.settings.get("eval_step", 1)) < 1:  # found now, and not when all others have trained
             raise ValueError(f"run {run.name!r}: --tune looks at the validation set; set eval_step to 1 or more.")
     # A discount is a row's own: whose SFT an alignment begins from is asked without it, and it is not handed on.
     untuned = plan(experiment, first, [with_settings(entry, {DISCOUNT: 0.0}) for entry in experiment.entries()])
@@ -73,5 +73,8 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
 def _score(folder: Path) -> float:
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     metric = result["settings"]["valid_metric"].lower()
-    score = fmean(found["valid"][metric] for found in list(result["stages"].values())[-1]["candidates"].values())
+    scores = [found["valid"] for found in list(result["stages"].values())[-1]["candidates"].values()]
+    if None in scores:
+        raise ValueError(f"--tune looks at the validation set, and {folder} has no validation, as where nothing was trained.")
+    score = fmean(valid[metric] for valid in scores)
     return score if result["settings"]["valid_metric_bigger"] else -score

@@ -79,6 +79,14 @@ def test_what_a_result_depends_on_changes_its_identity(write, ring, tmp_path):
     negatives = [{"name": "a", "model": "BPR", "settings": {"worker": workers}} for workers in (0, 1)]
     drawn, elsewhere = (plan(Experiment.load(write([run])))[0].identity for run in negatives)
     assert drawn != elsewhere, "RecBole's workers draw negatives of their own"
+    finetuned = [{"name": "a", "model": "S3Rec", "settings": {"train_stage": "finetune", "pre_model_path": str(tmp_path / "pre.pth")}}]
+    features = [{"name": "a", "model": "BPR", "settings": {"additional_feat_suffix": ["useremb"]}}]
+    for run, file in ((finetuned, tmp_path / "pre.pth"), (features, tmp_path / "data" / "toy" / "toy.useremb")):
+        file.write_text("one")
+        before = plan(Experiment.load(write(run)))[0].identity
+        file.write_text("other")
+        identity._content.cache_clear()
+        assert plan(Experiment.load(write(run)))[0].identity != before, file.name
     data = tmp_path / "data" / "toy" / "toy.inter"
     data.write_text(data.read_text() + "u0\ti9\t99\n")
     identity._content.cache_clear()
@@ -108,10 +116,12 @@ def test_what_a_checkpoint_holds_counts_wherever_it_lies(write, tmp_path, monkey
     assert changed != first, "its weights count"
     assert found != packaged, "as do those that a name of ours stands for here"
     (before,) = plan(Experiment.load(write([{"name": "a"}])))
-    (tmp_path / "scratch").mkdir()
+    for name in ("scratch", "items"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("no backbone, and no prompts")
     identity._content.cache_clear()
     (after,) = plan(Experiment.load(write([{"name": "a"}])))
-    assert before.identity == after.identity, "a folder of a backbone's name is not the backbone"
+    assert before.identity == after.identity, "a folder of a backbone's name is not the backbone, nor one of a domain's name its prompts"
 
 
 def test_seeds_come_one_after_the_other_and_share_candidates(write):
@@ -205,6 +215,8 @@ def test_every_model_gets_as_many_tries(write):
         ({"metrics": ["HR@1", "GenHit"], "runs": [{"name": "a", "model": "Pop"}]}, "metric 'GenHit' needs a run of SDPO-LLM"),
         ({"settings": {"metrics": ["HR", "NDCG"]}}, "run 'a': metrics=.*there is no 'HR'; it is called Hit here"),
         ({"settings": {"metrics": None}}, "run 'a': metrics=None: there is no None; valid are .*ndcg"),
+        ({"settings": {"metrics": []}}, r"run 'a': metrics=\[\] must have one or more"),
+        ({"settings": {"metrics": "Hits"}, "metrics": ["GenHit"]}, "run 'a': metrics=.*there is no 'Hits'"),
         ({"settings": {"learning_rate": "fast"}}, "run 'a': learning_rate='fast' must be a number above 0"),
         ({"settings": {"train_batch_size": -1}}, "run 'a': train_batch_size=-1 must be a whole number, 1 or more"),
         ({"runs": [{"name": "a", "model": "GRU4Rec", "settings": {"lr": 0.1}}]}, "run 'a': Unknown setting 'lr'=0.1"),
