@@ -290,7 +290,10 @@ def check_settings(config: Config) -> Settings:
     """
     known = set(config.internal_config_dict) | {key for keys in config.parameters.values() for key in keys} | RECBOLE_KEYS
     ours = config["model"] == MODEL
-    check_unknown(config.external_config_dict, known, names() if ours else OF_EVERY_MODEL, "" if ours else _code(config.model_class))
+    if ours:
+        check_unknown(config.external_config_dict, known, names())
+    else:
+        check_unknown(config.external_config_dict, known, OF_EVERY_MODEL, config.model_class)
     _check_recbole(config)
     settings = Settings.from_mapping(config.final_config_dict)
     _check_more_candidates(config, settings)
@@ -381,25 +384,26 @@ def check_given(given: Mapping[str, Any]) -> None:
     """
     if not isinstance(given.get("valid_metric", ""), str):
         raise ValueError(f"valid_metric={given['valid_metric']!r} must be the name of a metric, such as NDCG@5.")
-    metrics = given.get("metrics", [])
-    if metrics == [] and "metrics" in given:
+    metrics = given.get("metrics", ["NDCG"])
+    if metrics == []:
         raise ValueError("metrics=[] must have one or more, such as NDCG.")
     for metric in metrics if isinstance(metrics, list | tuple) else [metrics]:
         if str(metric).lower() not in metrics_dict:
             hint = "it is called Hit here" if str(metric).upper() == "HR" else f"valid are {', '.join(sorted(metrics_dict))}"
             raise ValueError(f"metrics={metrics!r}: there is no {metric!r}; {hint}.")
-    if not isinstance(given.get("eval_args", {}), dict):
-        raise ValueError(f"eval_args={given['eval_args']!r} must be a dictionary, such as {{'mode': 'full'}}.")
+    eval_args = given.get("eval_args", {})
+    if not isinstance(eval_args, dict):
+        raise ValueError(f"eval_args={eval_args!r} must be a dictionary, such as {{'mode': 'full'}}.")
     topk = given.get("topk", 1)
     for k in topk if isinstance(topk, list | tuple) else [topk]:
         if not isinstance(k, int) or k < 1:
             raise ValueError(f"topk={topk!r} must be a whole number of 1 or more, or a list of them, such as [1, 5, 10].")
-    split = given.get("eval_args", {}).get("split", LEAVE_ONE_OUT)
+    split = eval_args.get("split", LEAVE_ONE_OUT)
     if not _is_split(split):
         raise ValueError(
             f"eval_args.split={split!r}: valid are {LEAVE_ONE_OUT}, and {{'RS': [0.8, 0.1, 0.1]}} or TS with three shares above 0."
         )
-    modes = given.get("eval_args", {}).get("mode", "full")
+    modes = eval_args.get("mode", "full")
     for mode in modes.values() if isinstance(modes, dict) else [modes]:
         if not re.fullmatch(f"labeled|{MODE}", str(mode)):
             raise ValueError(f"eval_args.mode={mode!r}: valid are full, labeled, and uniN or popN for N sampled items, such as uni19.")
@@ -507,30 +511,31 @@ def _check_full_sort(config: Config, settings: Settings) -> None:
             )
 
 
-def check_unknown(given: Mapping[str, Any], known: set[str], ours: Collection[str], code: str = "") -> None:
+def check_unknown(given: Mapping[str, Any], known: set[str], ours: Collection[str], model_class: type | None = None) -> None:
     """Refuse keys that nobody reads.
 
     Args:
         given: what the user set.
         known: RecBole's keys.
         ours: those of our settings that count for the model; the others do no harm.
-        code: of the model: a few of RecBole's read keys that are not in their defaults.
+        model_class: of RecBole's, of which a few read keys that are not in their defaults.
 
     Raises:
         ValueError: naming the key and the nearest right one.
     """
     for key in given:
-        if key in known or key in names() or re.search(f"""["']{re.escape(str(key))}["']""", code):
+        if key in known or key in names() or (model_class and _reads(model_class, key)):
             continue
         near = difflib.get_close_matches(str(key), [*sorted(ours), *sorted(known)], 1)
         hint = f"did you mean {near[0]!r}?" if near else "recbole-sdpo --settings lists ours, RecBole's documentation its own."
         raise ValueError(f"Unknown setting {key!r}={given[key]!r}; {hint}")
 
 
-def _code(model_class: type) -> str:
-    """The text of a model's module, and of those of RecBole that it builds on."""
+def _reads(model_class: type, key: str) -> bool:
+    """Does the module of a model name the key, or one of those of RecBole that it builds on?"""
     modules = {inspect.getmodule(cls) for cls in model_class.__mro__ if issubclass(cls, AbstractRecommender)}
-    return "".join(inspect.getsource(module) for module in modules if getattr(module, "__file__", None))
+    texts = [inspect.getsource(module) for module in modules if getattr(module, "__file__", None)]
+    return any(f'"{key}"' in text or f"'{key}'" in text for text in texts)
 
 
 def _own_fields(cls: type) -> list[Field]:

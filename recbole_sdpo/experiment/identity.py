@@ -13,7 +13,7 @@ import torch
 
 import recbole_sdpo
 from recbole_sdpo.data.prompts import template_file
-from recbole_sdpo.lm.backbone import BackboneConfig, source
+from recbole_sdpo.lm.backbone import BackboneConfig, weights_source
 from recbole_sdpo.quick_start import ExperimentConfig, package_versions
 from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, names
 
@@ -57,7 +57,7 @@ def identity(config: ExperimentConfig, begun_from: str | None) -> str:
         chosen = BackboneConfig(**{f.name: getattr(own, f.name) for f in fields(BackboneConfig)})
         backbone = chosen.resolve(torch.device(config["device"])).backbone
         own = own.suited_to(backbone)
-        files = {"backbone": backbone != "scratch" and source(backbone), "prompt_templates": template_file(own.prompt_templates)}
+        files = {"backbone": backbone != "scratch" and weights_source(backbone), "prompt_templates": template_file(own.prompt_templates)}
         files |= {} if begun_from else {"sft_checkpoint": own.sft_checkpoint}
     settings = config.final_config_dict | own.to_flat()
     # RecBole's loaders draw a baseline's negatives in their worker processes; ours are drawn before.

@@ -148,7 +148,7 @@ def restore_policy(lm: LanguageModel, folder: Path) -> None:
         raise ValueError(f"checkpoint {str(folder)!r} does not fit this backbone at {problems[0]!r}; use the settings it was made with.")
 
 
-def source(backbone: str) -> str:
+def weights_source(backbone: str) -> str:
     """The file, folder or hub id whose weights the setting ``backbone`` names."""
     if backbone != SMOLLM2:
         return os.path.expanduser(backbone)
@@ -159,7 +159,7 @@ def source(backbone: str) -> str:
 
 def _locate(config: BackboneConfig) -> str:
     """A folder or hub id for ``transformers``; a GGUF file is converted first."""
-    name = source(config.backbone)
+    name = weights_source(config.backbone)
     if name.endswith(".gguf"):
         if not os.path.isfile(name):
             raise ValueError(f"backbone={config.backbone!r} is a file that does not exist; give the path of a .gguf file.")

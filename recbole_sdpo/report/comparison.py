@@ -126,13 +126,12 @@ def compare(runs: Sequence[Finished], candidates: str, metrics: Sequence[str], b
         rows.append(Row(name, name in baselines, mine[0].axis, [run.seed for run in mine], users, user.index, wall))
     if not any(row.baseline for row in rows):
         rows[0].baseline = True
-    best, asked = {}, metrics
-    metrics = [metric for metric in asked if any(metric in row.users for row in rows)]
-    if not metrics:
-        raise ValueError(f"metrics {', '.join(asked)}: no run has one of them; ValidRatio and GenHit need a run of SDPO-LLM.")
+    having = {metric: [row for row in rows if metric in row.users] for metric in metrics}
+    if not any(having.values()):
+        raise ValueError(f"metrics {', '.join(metrics)}: no run has one of them; ValidRatio and GenHit need a run of SDPO-LLM.")
+    metrics, best = [metric for metric in metrics if having[metric]], {}
     for metric in metrics:
-        having = [row for row in rows if metric in row.users]
-        best[metric] = max([row for row in having if row.baseline] or having[:1], key=lambda row: row.mean(metric))
+        best[metric] = max([row for row in having[metric] if row.baseline] or having[metric][:1], key=lambda row: row.mean(metric))
     for row in rows:
         if row is not best[metrics[0]] and metrics[0] in row.users and best[metrics[0]].mean(metrics[0]):
             row.improvement = row.mean(metrics[0]) / best[metrics[0]].mean(metrics[0]) - 1
