@@ -26,6 +26,7 @@ import torch
 from recbole.data import create_dataset, data_preparation
 from torch import Tensor
 
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.examples import Examples
 from recbole_sdpo.data.prompts import Prompts, batches, history_prompts
 from recbole_sdpo.data.sequences import histories
@@ -33,7 +34,6 @@ from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.lm.ranking import score_all, score_top
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import sdpo
-from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.ragged import exclusive_cumsum
 from recbole_sdpo.report.table import markdown_table
 
@@ -70,7 +70,7 @@ class Bench:
         """A policy that has moved away from its reference, as in the middle of training."""
         given = {"prompt_style": style, "MAX_ITEM_LIST_LENGTH": 10 if style == "candidates" else 50, "backbone": args.backbone}
         given |= SCRATCH | {"show_progress": False}
-        config = ExperimentConfig("SDPO-LLM", "ml-100k", config_dict=given)
+        config = RunConfig("SDPO-LLM", "ml-100k", config_dict=given)
         loaders = data_preparation(config, create_dataset(config))
         torch.manual_seed(0)
         recommender = SDPOLLM(config, loaders[0]._dataset).to(config["device"]).eval()

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from recbole_sdpo import compat
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment import run_experiment
 from recbole_sdpo.quick_start import run
 from recbole_sdpo.settings import MODEL, table
@@ -50,9 +51,9 @@ def main() -> None:
         if args.experiment:
             sys.exit(_experiment(args, rest))
         if args.tune or args.output or args.jobs != 1:
-            raise ValueError("--tune, --output and --jobs go with --experiment.")
+            raise UserError("--tune, --output and --jobs go with --experiment.")
         run(args.model, args.dataset or "ml-100k", args.config_files.split())
-    except (ValueError, NotImplementedError, SyntaxError, FileNotFoundError, FloatingPointError, yaml.YAMLError) as error:
+    except (UserError, NotImplementedError, SyntaxError, FileNotFoundError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -60,11 +61,11 @@ def _experiment(args: argparse.Namespace, rest: list[str]) -> int:
     """Run an experiment; every other argument is a setting of all its runs. 1 if a run failed."""
     given = shlex.join(["python", *sys.argv])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--experiment starts its runs itself; call it with plain python, and --jobs for several at once.")
+        raise UserError("--experiment starts its runs itself; call it with plain python, and --jobs for several at once.")
     if args.jobs < 1:
-        raise ValueError(f"--jobs={args.jobs} must be 1 or more.")
+        raise UserError(f"--jobs={args.jobs} must be 1 or more.")
     if args.model != MODEL or args.dataset or args.config_files:
-        raise ValueError("--experiment names models, dataset and settings in its file; leave out --model, --dataset and --config_files.")
+        raise UserError("--experiment names models, dataset and settings in its file; leave out --model, --dataset and --config_files.")
     overrides = dict(argument[2:].split("=") for argument in rest)
     file = Path(args.experiment)
     below = file.with_suffix("").parts

@@ -22,6 +22,8 @@ from recbole.trainer import Trainer
 from recbole.utils import get_model
 from torch import Tensor, nn
 
+from recbole_sdpo.errors import UserError
+
 
 def load_best(trainer: Trainer) -> None:
     """Load the checkpoint that ``trainer`` has just written.
@@ -91,10 +93,10 @@ def check_launcher() -> None:
     It leaves a master address without a world size (https://github.com/huggingface/accelerate/issues/2741).
 
     Raises:
-        ValueError: naming the command that does start several.
+        UserError: naming the command that does start several.
     """
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise ValueError(
+        raise UserError(
             "accelerate launch --cpu starts one process whatever --num_processes says; use torchrun --nproc_per_node=2 "
             "run_recbole_sdpo.py …, which accelerate joins."
         )

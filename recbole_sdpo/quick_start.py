@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import json
 import os
@@ -12,72 +11,33 @@ import sys
 import time
 from collections.abc import Sequence
 from logging import INFO, WARNING, getLogger
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import recbole
 import torch
 import transformers
 from accelerate import PartialState
-from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.dataloader.general_dataloader import FullSortEvalDataLoader
 from recbole.trainer import Trainer
-from recbole.utils import ModelType, dict2str, get_trainer, init_logger, init_seed, set_color
+from recbole.utils import dict2str, get_trainer, init_logger, init_seed, set_color
 
 from recbole_sdpo import compat
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidates import evaluation_loader, fingerprint, freeze, with_mode
 from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import Selection, restore, snapshot
 from recbole_sdpo.objectives import OBJECTIVES
-from recbole_sdpo.registry import add_defaults, default_settings
 from recbole_sdpo.report.table import markdown_table
-from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, Settings, check_settings, check_topk, kind_of_negatives
+from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, check_topk, kind_of_negatives
 from recbole_sdpo.trainer.sdpo_trainer import run_folder
 
 VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")
-
-
-class ExperimentConfig(Config):
-    """RecBole's configuration with our evaluation defaults under it, whichever the model.
-
-    Raises:
-        ValueError: an unknown or wrong setting of ours.
-    """
-
-    def _load_internal_config_dict(self, model: str, model_class: type, dataset: str) -> None:
-        super()._load_internal_config_dict(model, model_class, dataset)
-        if model == MODEL:
-            return
-        add_defaults(self, default_settings(dataset))
-        loss = self.external_config_dict.get("loss_type", self.internal_config_dict.get("loss_type"))
-        if loss == "CE" and model_class.type == ModelType.SEQUENTIAL:
-            # RecBole refuses such a model while its own default asks for negatives, which cross-entropy has no use for.
-            if self.external_config_dict.pop("train_neg_sample_args", None):
-                getLogger().warning(f"train_neg_sample_args has no use for {model}, whose loss is cross-entropy over all items.")
-            self.internal_config_dict["train_neg_sample_args"] = None
-
-    def _get_model_and_dataset(self, model: str | None, dataset: str | None) -> tuple:
-        try:
-            return super()._get_model_and_dataset(model, dataset)
-        except (ValueError, AttributeError, ModuleNotFoundError) as error:
-            # RecBole looks for an unknown name among models whose libraries are not installed, and stumbles over those.
-            names = [MODEL, *(file.stem for file in Path(recbole.__path__[0]).glob("properties/model/*.yaml"))]
-            folded = {name.lower(): name for name in names}
-            near = [folded[name] for name in difflib.get_close_matches(str(model).lower(), folded, 1)]
-            hint = f"did you mean {near[0]!r}?" if near else f"valid are {MODEL} and the models of RecBole, such as GRU4Rec."
-            if near == [model]:
-                hint = f"RecBole has it, but: {error}."
-            raise ValueError(f"model={model!r} cannot be found; {hint}") from error
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.settings: Settings = check_settings(self)
 
 
 def run(
@@ -96,16 +56,16 @@ def run(
         saved: keep checkpoints.
 
     Raises:
-        ValueError: a setting is wrong; the message names it and what would be valid.
+        UserError: a setting is wrong; the message names it and what would be valid.
     """
     compat.quiet_warnings()
     transformers.utils.logging.disable_progress_bar()
     compat.check_launcher()
     # RecBole sets the visible GPUs by gpu_id, which must come before anything looks at them.
-    config = ExperimentConfig(model, dataset, list(config_file_list or []), {**(config_dict or {}), **_process_settings()})
+    config = RunConfig(model, dataset, list(config_file_list or []), {**(config_dict or {}), **_process_settings()})
     state = PartialState(cpu=config["device"].type == "cpu")
     if state.num_processes > 1 and config["model"] != MODEL:
-        raise ValueError(f"A launch of {state.num_processes} processes serves {MODEL} only; start {config['model']} with plain python.")
+        raise UserError(f"A launch of {state.num_processes} processes serves {MODEL} only; start {config['model']} with plain python.")
     compat.make_folders(config)
     run_dir = run_folder(config)
     config["run_dir"] = str(run_dir)
@@ -173,7 +133,7 @@ def _process_settings() -> dict[str, Any]:
     return quiet | ({"gpu_id": devices} if devices else {})
 
 
-def _catalogue(config: ExperimentConfig, dataset: Any) -> Catalogue:
+def _catalogue(config: RunConfig, dataset: Any) -> Catalogue:
     settings = config.settings
     try:
         catalogue = Catalogue.from_dataset(dataset, settings.title_fields, settings.title_article_first)
@@ -192,7 +152,7 @@ Loaders = dict[str, tuple[AbstractDataLoader, AbstractDataLoader]]
 
 
 def _evaluation_loaders(
-    config: ExperimentConfig, train_data: AbstractDataLoader, rest: list[AbstractDataLoader], catalogue: Catalogue
+    config: RunConfig, train_data: AbstractDataLoader, rest: list[AbstractDataLoader], catalogue: Catalogue
 ) -> Loaders:
     """Of RecBole's loaders for validation and test, ``rest``, one of each for every evaluation mode, their candidates frozen."""
     settings, parts = config.settings, [loader._dataset for loader in (train_data, *rest)]
@@ -264,7 +224,7 @@ def _test(trainer: Trainer, loaders: Loaders, selection: Selection, stage: str, 
 
 
 def _log_head(
-    config: ExperimentConfig, model: torch.nn.Module, targets: int, test_data: AbstractDataLoader, sha256: dict[str, str]
+    config: RunConfig, model: torch.nn.Module, targets: int, test_data: AbstractDataLoader, sha256: dict[str, str]
 ) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = {

@@ -18,13 +18,14 @@ from recbole.data import create_dataset
 from transformers import AutoTokenizer
 
 from recbole_sdpo import compat
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.catalogue import Catalogue, folded
 from recbole_sdpo.data.prompts import Templates, Units, history_prompts
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone, restore_policy
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.ranking import TitleTree, score_top
 from recbole_sdpo.model.encoder import Encoder
-from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.random import derive_seed
 from recbole_sdpo.report.table import markdown_table
@@ -66,23 +67,23 @@ class Recommender:
             device: such as ``cpu`` or ``cuda``; a GPU is taken if there is one.
 
         Raises:
-            ValueError: it is no checkpoint, its data are not there, or its prompts need candidates.
+            UserError: it is no checkpoint, its data are not there, or its prompts need candidates.
         """
         folder = _checkpoint(Path(checkpoint).expanduser())
         made = json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
         data = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
         if made["prompt_style"] != "history":
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {str(folder)!r} was trained with prompt_style={made['prompt_style']!r}, whose prompts hold candidates and "
                 "cannot rank the whole catalogue; train with prompt_style=history."
             )
         given = data["settings"] | ({"data_path": str(data_path)} if data_path else {})
         try:
             with compat.no_arguments():
-                config = ExperimentConfig(MODEL, data["dataset"], config_dict=given)
+                config = RunConfig(MODEL, data["dataset"], config_dict=given)
             dataset = create_dataset(config)
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(
+            raise UserError(
                 f"the data of checkpoint {str(folder)!r} cannot be loaded: {error} If they have moved, give data_path."
             ) from error
         catalogue = Catalogue.from_dataset(dataset, made["title_fields"], made["title_article_first"])
@@ -90,7 +91,7 @@ class Recommender:
         try:
             where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError as error:
-            raise ValueError(f"device={device!r} is none; valid are cpu, cuda, cuda:1 and the like.") from error
+            raise UserError(f"device={device!r} is none; valid are cpu, cuda, cuda:1 and the like.") from error
         chosen = {f.name: made[f.name] for f in fields(BackboneConfig)} | {"backbone": data["backbone"]}
         backbone = BackboneConfig(**chosen).resolve(where)
         lm = load_backbone(
@@ -119,18 +120,18 @@ class Recommender:
             Columns ``item`` (the id in the data), ``title`` and ``score``, the title's log-probability.
 
         Raises:
-            ValueError: the user or a title is unknown, the history is empty, or ``k`` is out of range.
+            UserError: the user or a title is unknown, the history is empty, or ``k`` is out of range.
         """
         if (user is None) == (history is None) or isinstance(history, str):
-            raise ValueError("Give either a user, or a history as a list of titles.")
+            raise UserError("Give either a user, or a history as a list of titles.")
         met = self._met(str(user)) if history is None else np.array([self._item(title) for title in history], np.int64)
         if not len(met):
-            raise ValueError("The history is empty; give one title or more.")
+            raise UserError("The history is empty; give one title or more.")
         allowed = self._first
         if exclude_history:
             allowed = allowed[~np.isin(self.catalogue.group[allowed], self.catalogue.group[met])]
         if not isinstance(k, int) or not 1 <= k <= len(allowed):
-            raise ValueError(f"k={k} is out of range; there are {len(allowed)} titles to recommend.")
+            raise UserError(f"k={k} is out of range; there are {len(allowed)} titles to recommend.")
         shown = Ragged.from_rows([met[-self.window :]])
         tree = TitleTree(self._encoder.tokens.take(allowed)) if exclude_history else self._tree
         prompt = self._encoder.trunks(history_prompts(shown, np.zeros(1, int), np.zeros(1, int), self.units.header))
@@ -142,7 +143,7 @@ class Recommender:
 
     def _met(self, user: str) -> np.ndarray:
         if user not in self.users:
-            raise ValueError(f"user {user!r} is not in the data{_nearest(user, self.users)}")
+            raise UserError(f"user {user!r} is not in the data{_nearest(user, self.users)}")
         return self.users[user]
 
     def __contains__(self, title: str) -> bool:
@@ -152,7 +153,7 @@ class Recommender:
     def _item(self, title: str) -> int:
         if title not in self:
             titles = {text: self.catalogue.titles[item] for text, item in self._item_of.items()}
-            raise ValueError(f"title {title!r} is not in the catalogue{_nearest(folded(title), titles)}")
+            raise UserError(f"title {title!r} is not in the catalogue{_nearest(folded(title), titles)}")
         return self._item_of[folded(title)]
 
 
@@ -166,7 +167,7 @@ def _nearest(name: str, known: dict[str, object]) -> str:
 def _checkpoint(folder: Path) -> Path:
     places = [place for place in (folder / "sdpo", folder / "sft", folder) if (place / DATA_FILE).is_file()]
     if not places:
-        raise ValueError(f"checkpoint={str(folder)!r} holds no {DATA_FILE}; valid is the folder of a run, or 'sft' or 'sdpo' in it.")
+        raise UserError(f"checkpoint={str(folder)!r} holds no {DATA_FILE}; valid is the folder of a run, or 'sft' or 'sdpo' in it.")
     return places[0]
 
 

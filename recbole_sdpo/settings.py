@@ -20,6 +20,7 @@ from recbole.evaluator.register import metrics_dict
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import EvaluatorType
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.objectives import OBJECTIVES
 
@@ -236,14 +237,14 @@ class Settings:
         """Settings from a configuration, of which only the keys named here are read.
 
         Raises:
-            ValueError: a value is of the wrong type or out of range.
+            UserError: a value is of the wrong type or out of range.
         """
         defaults = cls()
         own = _read(cls, values, "", defaults)
         stages = {name: StageSettings(**_read(StageSettings, values, f"{name}_", getattr(defaults, name))) for name in ("sft", "sdpo")}
         width, unit = own["scratch_hidden_size"], 2 * own["scratch_heads"]
         if width % unit:
-            raise ValueError(
+            raise UserError(
                 f"scratch_hidden_size={width} must be a multiple of twice scratch_heads={unit // 2}; "
                 f"valid is {max(unit, width - width % unit)}."
             )
@@ -286,7 +287,7 @@ def check_settings(config: Config) -> Settings:
     """Our settings from a configuration, checked, together with what they ask of RecBole's.
 
     Raises:
-        ValueError: a key that nobody reads, or a value that is wrong or does not go with another.
+        UserError: a key that nobody reads, or a value that is wrong or does not go with another.
     """
     known = set(config.internal_config_dict) | {key for keys in config.parameters.values() for key in keys} | RECBOLE_KEYS
     ours = config["model"] == MODEL
@@ -300,20 +301,20 @@ def check_settings(config: Config) -> Settings:
     _check_answers(config, settings)
     ranks = config["eval_type"] == EvaluatorType.RANKING and not all(metric.lower() in OF_ANSWERS for metric in config["metrics"])
     if settings.popularity_discount and not ranks:
-        raise ValueError(
+        raise UserError(
             f"popularity_discount={settings.popularity_discount} is for metrics of a ranking, and {config['metrics']} are none."
         )
     if not ours:
         if settings.resume:
-            raise ValueError(f"resume={settings.resume!r} is for {MODEL}; {config['model']} starts anew.")
+            raise UserError(f"resume={settings.resume!r} is for {MODEL}; {config['model']} starts anew.")
         return settings
     if settings.reference == "cache" and not settings.fixed_negatives:
-        raise ValueError("reference='cache' needs negatives that stay the same; set fixed_negatives=True, or reference='auto'.")
+        raise UserError("reference='cache' needs negatives that stay the same; set fixed_negatives=True, or reference='auto'.")
     _check_full_sort(config, settings)
     for stage in ("sft", "sdpo"):
         own = getattr(settings, stage)
         if own.targets_per_step and own.gradient_accumulation > 1:
-            raise ValueError(
+            raise UserError(
                 f"{stage}_targets_per_step={own.targets_per_step} and {stage}_gradient_accumulation={own.gradient_accumulation} both say "
                 "when the optimizer steps; give one of them."
             )
@@ -325,19 +326,19 @@ def check_settings(config: Config) -> Settings:
         args = config["train_neg_sample_args"]
         number = args["sample_num"]
         if not isinstance(number, int) or number < 1:
-            raise ValueError(
+            raise UserError(
                 f"train_neg_sample_args.sample_num={number!r}: objective={settings.objective!r} with prompt_style="
                 f"{settings.prompt_style!r} needs 1 or more negatives; or set objective=sft and prompt_style=history."
             )
         _check_alpha(args)
         _check_dynamic(args, settings)
         if in_text and aligned and number >= settings.prompt_candidates:
-            raise ValueError(
+            raise UserError(
                 f"train_neg_sample_args.sample_num={number}: the negatives are among the {settings.prompt_candidates} candidates "
                 f"of the prompt (prompt_candidates); valid is 1 to {settings.prompt_candidates - 1}."
             )
     if in_text and "full" in (*config["eval_args"]["mode"].values(), *settings.more_candidates):
-        raise ValueError(f"eval_args.mode={config['eval_args']['mode']}, more_candidates={settings.more_candidates}: {NO_FULL_RANKING}")
+        raise UserError(f"eval_args.mode={config['eval_args']['mode']}, more_candidates={settings.more_candidates}: {NO_FULL_RANKING}")
     return settings
 
 
@@ -351,7 +352,7 @@ def _check_alpha(args: Mapping[str, Any]) -> None:
     """Negatives by popularity are drawn by its power ``alpha``."""
     alpha = args["alpha"]
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 <= alpha < math.inf:
-        raise ValueError(f"train_neg_sample_args.alpha={alpha!r} must be a number, 0 or more.")
+        raise UserError(f"train_neg_sample_args.alpha={alpha!r} must be a number, 0 or more.")
     if alpha != 1 and args["distribution"] != "popularity":
         getLogger().warning(f"train_neg_sample_args.alpha={alpha} has no effect with distribution={args['distribution']!r}.")
 
@@ -368,9 +369,9 @@ def _check_dynamic(args: Mapping[str, Any], settings: Settings) -> None:
         return
     draws = args["candidate_num"]
     if not isinstance(draws, int) or draws < 2:
-        raise ValueError(f"train_neg_sample_args.candidate_num={draws!r}: with dynamic=True, give 2 or more draws to a negative.")
+        raise UserError(f"train_neg_sample_args.candidate_num={draws!r}: with dynamic=True, give 2 or more draws to a negative.")
     if settings.fixed_negatives or settings.prompt_style == "candidates":
-        raise ValueError(
+        raise UserError(
             "train_neg_sample_args.dynamic=True draws negatives anew by the model's scores; it needs fixed_negatives=False and "
             f"prompt_style='history' (now {settings.fixed_negatives} and {settings.prompt_style!r})."
         )
@@ -380,33 +381,33 @@ def check_given(given: Mapping[str, Any]) -> None:
     """Check of what the user gave to RecBole that on which its ``Config`` itself would stumble.
 
     Raises:
-        ValueError: a metric, a top k, a split or an evaluation mode is none.
+        UserError: a metric, a top k, a split or an evaluation mode is none.
     """
     if not isinstance(given.get("valid_metric", ""), str):
-        raise ValueError(f"valid_metric={given['valid_metric']!r} must be the name of a metric, such as NDCG@5.")
+        raise UserError(f"valid_metric={given['valid_metric']!r} must be the name of a metric, such as NDCG@5.")
     metrics = given.get("metrics", ["NDCG"])
     if metrics == []:
-        raise ValueError("metrics=[] must have one or more, such as NDCG.")
+        raise UserError("metrics=[] must have one or more, such as NDCG.")
     for metric in metrics if isinstance(metrics, list | tuple) else [metrics]:
         if str(metric).lower() not in metrics_dict:
             hint = "it is called Hit here" if str(metric).upper() == "HR" else f"valid are {', '.join(sorted(metrics_dict))}"
-            raise ValueError(f"metrics={metrics!r}: there is no {metric!r}; {hint}.")
+            raise UserError(f"metrics={metrics!r}: there is no {metric!r}; {hint}.")
     eval_args = given.get("eval_args", {})
     if not isinstance(eval_args, dict):
-        raise ValueError(f"eval_args={eval_args!r} must be a dictionary, such as {{'mode': 'full'}}.")
+        raise UserError(f"eval_args={eval_args!r} must be a dictionary, such as {{'mode': 'full'}}.")
     topk = given.get("topk", 1)
     for k in topk if isinstance(topk, list | tuple) else [topk]:
         if not isinstance(k, int) or k < 1:
-            raise ValueError(f"topk={topk!r} must be a whole number of 1 or more, or a list of them, such as [1, 5, 10].")
+            raise UserError(f"topk={topk!r} must be a whole number of 1 or more, or a list of them, such as [1, 5, 10].")
     split = eval_args.get("split", LEAVE_ONE_OUT)
     if not _is_split(split):
-        raise ValueError(
+        raise UserError(
             f"eval_args.split={split!r}: valid are {LEAVE_ONE_OUT}, and {{'RS': [0.8, 0.1, 0.1]}} or TS with three shares above 0."
         )
     modes = eval_args.get("mode", "full")
     for mode in modes.values() if isinstance(modes, dict) else [modes]:
         if not re.fullmatch(f"labeled|{MODE}", str(mode)):
-            raise ValueError(f"eval_args.mode={mode!r}: valid are full, labeled, and uniN or popN for N sampled items, such as uni19.")
+            raise UserError(f"eval_args.mode={mode!r}: valid are full, labeled, and uniN or popN for N sampled items, such as uni19.")
 
 
 def _is_split(split: Any) -> bool:
@@ -430,14 +431,14 @@ def _check_recbole(config: Config) -> None:
     ):
         value = config[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{key}={value!r} must be a whole number, {least} or more.")
+            raise UserError(f"{key}={value!r} must be a whole number, {least} or more.")
     rate = config["learning_rate"]
     if not isinstance(rate, int | float) or isinstance(rate, bool) or rate <= 0:
-        raise ValueError(f"learning_rate={rate!r} must be a number above 0, such as 0.001.")
+        raise UserError(f"learning_rate={rate!r} must be a number above 0, such as 0.001.")
     for key, parts in PARTS.items():
         for part in config.external_config_dict.get(key) or ():
             if part not in parts:
-                raise ValueError(f"{key} has no part {part!r}; valid are {', '.join(sorted(parts))}.")
+                raise UserError(f"{key} has no part {part!r}; valid are {', '.join(sorted(parts))}.")
     metrics = [metric.lower() for metric in config["metrics"]]
     ranked = config["eval_type"] == EvaluatorType.RANKING
     computed = [
@@ -446,7 +447,7 @@ def _check_recbole(config: Config) -> None:
         for name in ([metric] if not ranked or metric in OF_ANSWERS else [f"{metric}@{k}" for k in config["topk"]])
     ]
     if str(config["valid_metric"]).lower() not in computed:
-        raise ValueError(
+        raise UserError(
             f"valid_metric={config['valid_metric']!r} is not computed; with these metrics and topk, valid are {', '.join(computed)}."
         )
 
@@ -454,7 +455,7 @@ def _check_recbole(config: Config) -> None:
 def _check_more_candidates(config: Config, settings: Settings) -> None:
     modes = [config["eval_args"]["mode"]["test"], *settings.more_candidates]
     if settings.more_candidates and (config["eval_type"] != EvaluatorType.RANKING or len(set(modes)) < len(modes)):
-        raise ValueError(
+        raise UserError(
             f"more_candidates={settings.more_candidates} must differ from each other and from eval_args.mode="
             f"{config['eval_args']['mode']['test']!r}, and both must rank items."
         )
@@ -463,12 +464,12 @@ def _check_more_candidates(config: Config, settings: Settings) -> None:
 def _check_answers(config: Config, settings: Settings) -> None:
     asked = [metric for metric in config["metrics"] if metric.lower() in OF_ANSWERS]
     if asked and config["model"] != MODEL:
-        raise ValueError(
+        raise UserError(
             f"metrics={config['metrics']}: {asked[0]} needs an answer in words, and {config['model']} writes none; leave it out."
         )
     modes = [*config["eval_args"]["mode"].values(), *settings.more_candidates]
     if asked and not all(re.fullmatch("(uni|pop)[0-9]+", mode) for mode in modes):
-        raise ValueError(
+        raise UserError(
             f"metrics={config['metrics']}: {asked[0]} needs sampled candidates, such as eval_args.mode=uni19 (now {', '.join(modes)})."
         )
     if asked and settings.decoding == "constrained" and settings.max_new_tokens:
@@ -487,10 +488,10 @@ def check_topk(config: Config, items: int) -> None:
         items: of the catalogue, without the padding.
 
     Raises:
-        ValueError: it does; RecBole would find out at its first evaluation.
+        UserError: it does; RecBole would find out at its first evaluation.
     """
     if config["eval_type"] == EvaluatorType.RANKING and max(config["topk"]) > items:
-        raise ValueError(f"topk={config['topk']} asks for more than the {items} items that there are; give smaller ones.")
+        raise UserError(f"topk={config['topk']} asks for more than the {items} items that there are; give smaller ones.")
 
 
 def _check_full_sort(config: Config, settings: Settings) -> None:
@@ -503,9 +504,9 @@ def _check_full_sort(config: Config, settings: Settings) -> None:
         for metric in config["metrics"]:
             needed = set(metrics_dict[metric.lower()].metric_need)
             if needed & {"rec.score", "rec.meanrank"}:
-                raise ValueError(f"full_sort='topk' finds the top k alone, and metric {metric} needs all scores; set full_sort='exact'.")
+                raise UserError(f"full_sort='topk' finds the top k alone, and metric {metric} needs all scores; set full_sort='exact'.")
         if settings.popularity_discount:
-            raise ValueError(
+            raise UserError(
                 f"full_sort='topk' finds the top k by log-probability, which popularity_discount={settings.popularity_discount} does "
                 "not rank by; set full_sort='exact'."
             )
@@ -521,14 +522,14 @@ def check_unknown(given: Mapping[str, Any], known: set[str], ours: Collection[st
         model_class: of RecBole's, of which a few read keys that are not in their defaults.
 
     Raises:
-        ValueError: naming the key and the nearest right one.
+        UserError: naming the key and the nearest right one.
     """
     for key in given:
         if key in known or key in names() or (model_class and _reads(model_class, key)):
             continue
         near = difflib.get_close_matches(str(key), [*sorted(ours), *sorted(known)], 1)
         hint = f"did you mean {near[0]!r}?" if near else "recbole-sdpo --settings lists ours, RecBole's documentation its own."
-        raise ValueError(f"Unknown setting {key!r}={given[key]!r}; {hint}")
+        raise UserError(f"Unknown setting {key!r}={given[key]!r}; {hint}")
 
 
 def _reads(model_class: type, key: str) -> bool:
@@ -555,9 +556,9 @@ def _read(cls: type, values: Mapping[str, Any], prefix: str, defaults: Any) -> d
         if float in _kinds(hints[f.name]) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not any(_is_a(value, kind) for kind in _kinds(hints[f.name])):
-            raise ValueError(f"{name}={value!r} must be {_type_name(hints[f.name])}; the default is {getattr(defaults, f.name)!r}.")
+            raise UserError(f"{name}={value!r} must be {_type_name(hints[f.name])}; the default is {getattr(defaults, f.name)!r}.")
         if not f.metadata["check"](value):
-            raise ValueError(f"{name}={value!r} is out of range; valid is {f.metadata['valid']}.")
+            raise UserError(f"{name}={value!r} is out of range; valid is {f.metadata['valid']}.")
         read[f.name] = value
     return read
 

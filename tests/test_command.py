@@ -52,7 +52,7 @@ def test_files_and_arguments_reach_the_configuration(monkeypatch, tmp_path, ring
     monkeypatch.setattr(command, "run", lambda *args: seen.update(config=args))
     call(monkeypatch, "--dataset=toy", f"--config_files={tmp_path / 'a.yaml'} {tmp_path / 'b.yaml'}", "--sft_epochs=0")
     assert seen["config"] == ("SDPO-LLM", "toy", [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])
-    from recbole_sdpo.quick_start import ExperimentConfig
+    from recbole_sdpo.config import RunConfig
 
-    config = ExperimentConfig(*seen["config"])
+    config = RunConfig(*seen["config"])
     assert config.settings.beta == 0.2 and config.settings.sft.epochs == 0

@@ -16,11 +16,11 @@ from recbole.model.general_recommender.bpr import BPR
 from recbole.trainer import Trainer
 
 from recbole_sdpo import compat
-from recbole_sdpo.quick_start import ExperimentConfig
+from recbole_sdpo.config import RunConfig
 
 
 def test_recbole_still_cannot_load_its_own_checkpoints(ring):
-    config = ExperimentConfig("BPR", "toy", config_dict=ring | {"epochs": 1})
+    config = RunConfig("BPR", "toy", config_dict=ring | {"epochs": 1})
     train, valid, test = data_preparation(config, create_dataset(config))
     trainer = Trainer(config, BPR(config, train._dataset))
     trainer.fit(train, valid)
@@ -34,7 +34,7 @@ def test_recbole_still_cannot_load_its_own_checkpoints(ring):
 
 
 def test_recboles_pop_still_counts_an_item_once_a_batch_and_negatives_too(ring):
-    config = ExperimentConfig("Pop", "toy", config_dict=ring)
+    config = RunConfig("Pop", "toy", config_dict=ring)
     dataset = create_dataset(config)
     batch = {dataset.iid_field: torch.tensor([3, 5, 3, 7]), config["LABEL_FIELD"]: torch.tensor([1.0, 1.0, 1.0, 0.0])}
     theirs, ours = (kind(config, dataset) for kind in (pop.Pop, compat.Pop))
@@ -47,9 +47,9 @@ def test_recboles_pop_still_counts_an_item_once_a_batch_and_negatives_too(ring):
 
 def test_recbole_still_takes_a_programs_arguments_for_its_settings(ring, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["serve.py", "--seed=5"])
-    assert ExperimentConfig("BPR", "toy", config_dict=ring)["seed"] == 5
+    assert RunConfig("BPR", "toy", config_dict=ring)["seed"] == 5
     with compat.no_arguments():
-        assert ExperimentConfig("BPR", "toy", config_dict=ring)["seed"] == 2020
+        assert RunConfig("BPR", "toy", config_dict=ring)["seed"] == 2020
     assert sys.argv == ["serve.py", "--seed=5"]
 
 

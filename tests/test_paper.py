@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from recbole_sdpo import quick_start
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import Templates
-from recbole_sdpo.quick_start import ExperimentConfig
 from tests.conftest import TINY, write_dataset
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper"
@@ -122,7 +122,7 @@ def test_datasets_and_splits_go_with_a_recipe(name, split, tmp_path):
     file = data / name / f"{name}.item"
     file.write_text(file.read_text().replace("title:token_seq", f"{fields[0]}:token_seq"))
     small = {key: TINY[key] for key in TINY if key.startswith(("scratch", "backbone"))} | SMALL | {"data_path": str(data), "peft": "none"}
-    small["eval_args"] = {**ExperimentConfig("SDPO-LLM", name, recipe(name, *split), {"data_path": str(data)})["eval_args"], "mode": "uni4"}
+    small["eval_args"] = {**RunConfig("SDPO-LLM", name, recipe(name, *split), {"data_path": str(data)})["eval_args"], "mode": "uni4"}
     result = quick_start.run("SDPO-LLM", name, recipe(name, *split), small)
     ranks = pd.read_csv("run/ranks.csv", keep_default_na=False)
     assert len(ranks) == 2 * 8 and ranks["answer"].str.len().gt(0).any() and "validratio" in result["test_result"]
@@ -135,6 +135,6 @@ def test_every_recipe_is_one_that_is_tested():
 
 def test_the_budget_for_two_cores_trains_on_the_prompt_that_is_tested(monkeypatch):
     monkeypatch.chdir(PAPER.parents[1])
-    settings = ExperimentConfig("SDPO-LLM", "ml-100k", recipe("smollm2-135m", "two-cores")).settings
+    settings = RunConfig("SDPO-LLM", "ml-100k", recipe("smollm2-135m", "two-cores")).settings
     own, movies = Templates.load(settings.prompt_templates), Templates.load("movies")
     assert own.candidates == movies.candidates[:1] and settings.title_fields == ["movie_title"]

@@ -5,8 +5,9 @@ from recbole.quick_start import run_recbole
 
 from recbole_sdpo import quick_start
 from recbole_sdpo import settings as module
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import TEMPLATE_FOLDER
-from recbole_sdpo.quick_start import ExperimentConfig, run
+from recbole_sdpo.quick_start import run
 from recbole_sdpo.settings import Settings, check_given, check_settings, check_unknown, kind_of_negatives, names
 from tests.conftest import write_dataset
 
@@ -110,7 +111,7 @@ def test_errors_come_before_training(ring, change, message, monkeypatch):
 
 
 def test_a_power_of_popularity_is_named_and_without_popularity_warned_of(ring, caplog):
-    check_settings(ExperimentConfig("SDPO-LLM", "toy", config_dict=ring | {"train_neg_sample_args": {"alpha": 2}}))
+    check_settings(RunConfig("SDPO-LLM", "toy", config_dict=ring | {"train_neg_sample_args": {"alpha": 2}}))
     assert "train_neg_sample_args.alpha=2 has no effect with distribution='uniform'" in caplog.text
     assert kind_of_negatives({"distribution": "uniform", "alpha": 2.0}) == "uniform"
     assert kind_of_negatives({"distribution": "popularity", "alpha": 2.0}) == "popularity^2"
@@ -129,19 +130,19 @@ def test_recboles_own_entry_checks_the_same(ring):
 
 def test_a_baseline_refuses_settings_that_nobody_reads(ring):
     with pytest.raises(ValueError, match="Unknown setting 'title_field'=.* did you mean 'title_fields'"):
-        ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"title_field": "name"})
+        RunConfig("GRU4Rec", "toy", config_dict=ring | {"title_field": "name"})
     with pytest.raises(ValueError, match="Unknown setting 'learning_rat'=.* did you mean 'learning_rate'"):
-        ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"learning_rat": 0.1})
+        RunConfig("GRU4Rec", "toy", config_dict=ring | {"learning_rat": 0.1})
     for key in ("lr", "batch_size", "num_layer", "its_own"):
         with pytest.raises(ValueError, match=f"Unknown setting '{key}'=1; "):
-            ExperimentConfig("SASRec", "toy", config_dict=ring | {key: 1})
+            RunConfig("SASRec", "toy", config_dict=ring | {key: 1})
     with pytest.raises(ValueError, match="Unknown setting 'dropout'=1; recbole-sdpo --settings lists ours"):
-        ExperimentConfig("SASRec", "toy", config_dict=ring | {"dropout": 1})
+        RunConfig("SASRec", "toy", config_dict=ring | {"dropout": 1})
     # Which its code reads, or that of the model that it builds on, and its defaults lack.
-    ExperimentConfig("FEARec", "toy", config_dict=ring | {"use_filter": True})
-    ExperimentConfig("LDiffRec", "toy", config_dict=ring | {"norm": True})
+    RunConfig("FEARec", "toy", config_dict=ring | {"use_filter": True})
+    RunConfig("LDiffRec", "toy", config_dict=ring | {"norm": True})
     with pytest.raises(ValueError, match="resume='x' is for SDPO-LLM"):
-        ExperimentConfig("GRU4Rec", "toy", config_dict=ring | {"resume": "x"})
+        RunConfig("GRU4Rec", "toy", config_dict=ring | {"resume": "x"})
 
 
 @pytest.mark.parametrize("split", [{"LS": "valid_and_test"}, {"RS": [8, 1, 1]}, {"TS": [0.8, 0.1, 0.1]}])
@@ -155,10 +156,10 @@ def test_splits_into_three_parts_are_ones(split):
 def test_popularity_comes_off_a_ranking_alone(ring):
     answers = {"metrics": ["GenHit"], "valid_metric": "GenHit", "popularity_discount": 1}
     with pytest.raises(ValueError, match=r"popularity_discount=1.0 is for metrics of a ranking, and \['GenHit'\] are none"):
-        check_settings(ExperimentConfig("SDPO-LLM", "toy", config_dict=ring | answers))
+        check_settings(RunConfig("SDPO-LLM", "toy", config_dict=ring | answers))
     labeled = {"eval_args": {"mode": "labeled"}, "metrics": ["AUC"], "valid_metric": "AUC", "train_neg_sample_args": {"sample_num": 1}}
     with pytest.raises(ValueError, match=r"popularity_discount=1.0 is for metrics of a ranking, and \['AUC'\] are none"):
-        ExperimentConfig("FM", "toy", config_dict=ring | labeled | {"popularity_discount": 1})
+        RunConfig("FM", "toy", config_dict=ring | labeled | {"popularity_discount": 1})
 
 
 def test_a_model_that_is_only_pretrained_is_warned_of(ring, caplog):
@@ -172,9 +173,9 @@ def test_context_aware_models_run(ring):
 
 
 def test_half_a_dictionary_keeps_the_other_half():
-    config = ExperimentConfig("BPR", "ml-100k", config_dict={"eval_args": {"mode": "pop19"}})
+    config = RunConfig("BPR", "ml-100k", config_dict={"eval_args": {"mode": "pop19"}})
     assert config["eval_args"]["order"] == "TO" and config["eval_args"]["split"] == {"LS": "valid_and_test"}
-    config = ExperimentConfig("SDPO-LLM", "ml-100k", config_dict={"train_neg_sample_args": {"sample_num": 7}})
+    config = RunConfig("SDPO-LLM", "ml-100k", config_dict={"train_neg_sample_args": {"sample_num": 7}})
     assert config["train_neg_sample_args"] == {
         "distribution": "uniform",
         "sample_num": 7,

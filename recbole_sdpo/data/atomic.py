@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from recbole_sdpo.errors import UserError
+
 # pandas, by which RecBole reads ids, takes these for missing, and a quote at the start for that of a quoted field.
 NO_ID = r'|".*|#?N/?A|#N/A N/A|<NA>|n/a|NULL|null|None|-?(NaN|nan)|-?1\.#(IND|QNAN)'
 
@@ -37,20 +39,20 @@ def write_atomic(
         item_key: the column of ``items`` that holds the item, if it is not called ``item`` there.
 
     Raises:
-        ValueError: a name, file, column or value that cannot be used.
-        FileExistsError: there are such files already; nothing is overwritten.
+        UserError: a name, file, column or value that cannot be used.
+        UserError: there are such files already; nothing is overwritten.
     """
     folder, item_key = Path(output) / name, item_key or item
     titles = [titles] if isinstance(titles, str) else titles
     if not re.fullmatch(r"[\w-][\w.-]*", name) or name == "ml-100k":
-        raise ValueError(f"name={name!r}: valid are letters, digits, '_', '-' and '.'; ml-100k is the data that comes with RecBole.")
+        raise UserError(f"name={name!r}: valid are letters, digits, '_', '-' and '.'; ml-100k is the data that comes with RecBole.")
     fields = ["title", *titles[1:]]
     if len({"item_id", *fields}) <= len(fields) or any(re.search(r'[:"\t\r\n]', field) for field in fields):
-        raise ValueError(f"titles={list(titles)} become the columns {fields}; each needs a name of its own, without ':', quotes and tabs.")
+        raise UserError(f"titles={list(titles)} become the columns {fields}; each needs a name of its own, without ':', quotes and tabs.")
     paths = {end: folder / f"{name}.{end}" for end in ("inter", "item")}
     for path in paths.values():
         if path.exists():
-            raise FileExistsError(f"{path} exists already; delete it, or choose another name or output.")
+            raise UserError(f"{path} exists already; delete it, or choose another name or output.")
 
     rows, source = _read(events, "events", [user, item, time])
     inter = pd.DataFrame({"user_id:token": _ids(rows, user, source), "item_id:token": _ids(rows, item, source)})
@@ -67,7 +69,7 @@ def write_atomic(
     strangers = ~inter["item_id:token"].isin(unique["item_id:token"])
     if strangers.all():
         some = (inter["item_id:token"].iloc[0], unique["item_id:token"].iloc[0])
-        raise ValueError(f"no item of the events is in the items file; its ids must be written alike, not {some[0]!r} and {some[1]!r}.")
+        raise UserError(f"no item of the events is in the items file; its ids must be written alike, not {some[0]!r} and {some[1]!r}.")
 
     folder.mkdir(parents=True, exist_ok=True)
     for end, table in (("inter", inter), ("item", unique)):
@@ -88,9 +90,9 @@ def _read(source: pd.DataFrame | str | Path, what: str, columns: Sequence[str]) 
         if column not in frame:
             near = difflib.get_close_matches(column, map(str, frame), 1)
             hint = f"did you mean {near[0]!r}? Valid" if near else "valid"
-            raise ValueError(f"{name} has no column {column!r}; {hint} are {', '.join(map(str, frame))}.")
+            raise UserError(f"{name} has no column {column!r}; {hint} are {', '.join(map(str, frame))}.")
     if frame.empty:
-        raise ValueError(f"{name} has no rows; it must have one or more below its header.")
+        raise UserError(f"{name} has no rows; it must have one or more below its header.")
     frame = frame[list(dict.fromkeys(columns))].reset_index(drop=True)
     frame = frame.astype(object).where(frame.notna(), "").astype(str)
     return frame.apply(lambda column: column.str.replace("\0", " ").str.split().str.join(" ")), name
@@ -100,9 +102,9 @@ def _read_csv(path: str | Path) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what has no name for an index
-            raise ValueError("its rows have more values than its header has names")
+            raise UserError("its rows have more values than its header has names")
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).strip()}; it must be a CSV file in UTF-8 with a header.") from error
+        raise UserError(f"{path} cannot be read: {str(error).strip()}; it must be a CSV file in UTF-8 with a header.") from error
     return frame
 
 
@@ -134,7 +136,7 @@ def _as_seconds(text: pd.Series, form: str | None) -> pd.Series:
 def _refuse(wrong: pd.Series, text: pd.Series, source: str, why: str) -> None:
     if wrong.any():
         row = int(wrong.to_numpy().argmax())
-        raise ValueError(f"{source}, row {row + 2} (the header is row 1), column {text.name!r}: {text[row]!r} {why}.")
+        raise UserError(f"{source}, row {row + 2} (the header is row 1), column {text.name!r}: {text[row]!r} {why}.")
 
 
 def _moment(seconds: float) -> str:

@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 from recbole.data.dataset import Dataset
 
+from recbole_sdpo.errors import UserError
+
 # Articles that catalogues move behind the title: "Godfather, The", "Enfants du paradis, Les (Children of Paradise)".
 ARTICLE = re.compile(r"^(?P<rest>.+), (?P<article>The|A|An|Les|Le|La|L'|Il|Lo|I|Gli|El|Los|Las|Der|Die|Das|Det|Den|De)(?= \(|$)")
 
@@ -66,7 +68,7 @@ class Catalogue:
             article_first: read "Godfather, The" as "The Godfather".
 
         Raises:
-            ValueError: there is no ``.item`` file, or it lacks one of ``fields``.
+            UserError: there is no ``.item`` file, or it lacks one of ``fields``.
         """
         frame = _read_items(dataset, fields)
         parts = frame.apply(lambda column: column.str.split().str.join(" "))
@@ -100,7 +102,7 @@ def _read_items(dataset: Dataset, fields: Sequence[str]) -> pd.DataFrame:
     """The wanted columns of the ``.item`` file as text, by item token."""
     path = os.path.join(dataset.dataset_path, f"{dataset.dataset_name}.item")
     if not os.path.isfile(path):
-        raise ValueError(
+        raise UserError(
             f"title_fields={list(fields)} needs the file {path}, which does not exist; it is a RecBole atomic file with "
             f"the columns {dataset.iid_field}:token and, for each title field, <field>:token_seq."
         )
@@ -116,7 +118,7 @@ def _read_items(dataset: Dataset, fields: Sequence[str]) -> pd.DataFrame:
     frame.columns = [column.split(":")[0] for column in frame.columns]
     missing = [field for field in (dataset.iid_field, *fields) if field not in frame.columns]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"title_fields={list(fields)}: {path} has no column {missing[0]!r}; valid are "
             f"{', '.join(sorted(set(frame.columns) - {dataset.iid_field}))}."
         )

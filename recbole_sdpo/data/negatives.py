@@ -8,6 +8,7 @@ import numpy as np
 from recbole.sampler.sampler import AbstractSampler
 
 from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.errors import UserError
 
 
 @dataclass
@@ -38,7 +39,7 @@ class NegativeSampler:
         """``number`` negatives for each of the given users and targets, int64 ``[len(user), number]``.
 
         Raises:
-            ValueError: a user has fewer than ``number`` items to draw from.
+            UserError: a user has fewer than ``number`` items to draw from.
         """
         self.check(user, target, number)
         group = self.catalogue.group
@@ -58,7 +59,7 @@ class NegativeSampler:
         """Are there ``number`` items to draw for each of the given users and targets?
 
         Raises:
-            ValueError: for some user there are fewer.
+            UserError: for some user there are fewer.
         """
         if self.sampler.distribution == "popularity":
             drawable = np.unique(self.catalogue.group[list(self.sampler.prob)])
@@ -69,7 +70,7 @@ class NegativeSampler:
         title = self.catalogue.group[target]
         pool = pool - (_is_in(title, drawable) & ~_is_in(user * self._groups + title, self._met))
         if len(pool) and pool.min() < number:
-            raise ValueError(
+            raise UserError(
                 f"{self.setting} asks for {number} negatives of distinct titles, but for user number {user[pool.argmin()]} "
                 f"only {pool.min()} are left that the user has not met; ask for at most {pool.min()}, or leave such users out "
                 "with user_inter_num_interval."

@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 
 from recbole_sdpo.data.sequences import Sequences
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.ragged import Ragged, steps
 
 TEMPLATE_FOLDER = Path(__file__).parents[1] / "properties" / "prompts"
@@ -40,22 +41,22 @@ class Templates:
         """Read a domain that ships here, such as ``movies``, or a YAML file of one's own.
 
         Raises:
-            ValueError: there is no such domain or file, or it does not hold a header and templates.
+            UserError: there is no such domain or file, or it does not hold a header and templates.
         """
         path = template_file(name)
         domains = sorted(file.stem for file in TEMPLATE_FOLDER.glob("*.yaml"))
         if not path.is_file():
-            raise ValueError(f"prompt_templates={name!r} is not here; valid are {', '.join(domains)} or a .yaml file.")
+            raise UserError(f"prompt_templates={name!r} is not here; valid are {', '.join(domains)} or a .yaml file.")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         templates = content.get("candidates") if isinstance(content, dict) else None
         texts = [content.get("header"), *templates] if isinstance(templates, list) and templates else [None]
         if not all(isinstance(text, str) for text in texts) or set(content) != {"header", "candidates"}:
-            raise ValueError(f"prompt_templates={name!r} must hold the keys 'header' (text) and 'candidates' (a list of texts).")
+            raise UserError(f"prompt_templates={name!r} must hold the keys 'header' (text) and 'candidates' (a list of texts).")
         for template in templates:
             if any(template.count(slot) != 1 for slot in SLOTS):
-                raise ValueError(f"prompt_templates={name!r}: each of {SLOTS} must occur once in {template!r}.")
+                raise UserError(f"prompt_templates={name!r}: each of {SLOTS} must occur once in {template!r}.")
             if template.lstrip().startswith(SLOTS):
-                raise ValueError(f"prompt_templates={name!r}: {template!r} must begin with text.")
+                raise UserError(f"prompt_templates={name!r}: {template!r} must begin with text.")
         return cls(content["header"].strip() + "\n", tuple(t.strip() + "\n" for t in content["candidates"]))
 
     def of_style(self, style: str) -> Templates:

@@ -15,6 +15,7 @@ from recbole.evaluator import Collector
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import HIT, OF_ANSWERS, VALID, named
 from recbole_sdpo.evaluator.popularity import popularity
 
@@ -34,12 +35,12 @@ def metric_of_ranks(metric: str, rank: np.ndarray) -> np.ndarray:
         rank: of each target, from 1.
 
     Raises:
-        ValueError: the metric is none of one target's rank.
+        UserError: the metric is none of one target's rank.
     """
     name, _, k = metric.lower().replace("hr@", "hit@").partition("@")
     if name not in METRICS or not k.isdecimal() or int(k) < 1:
         valid = ", ".join(kind.__name__ for kind in OF_ANSWERS.values())
-        raise ValueError(f"metric {metric!r} is not one of a single target; valid are HR@k, NDCG@k, MRR@k, such as NDCG@5, and {valid}.")
+        raise UserError(f"metric {metric!r} is not one of a single target; valid are HR@k, NDCG@k, MRR@k, such as NDCG@5, and {valid}.")
     return METRICS[name](np.asarray(rank, float), int(k))
 
 
@@ -47,7 +48,7 @@ def metric_of_targets(metric: str, targets: pd.DataFrame) -> np.ndarray | None:
     """A metric of each row of ``ranks.csv``, float64; None for a metric of answers where none were asked for.
 
     Raises:
-        ValueError: there is no such metric.
+        UserError: there is no such metric.
     """
     if metric.lower() not in OF_ANSWERS:
         return metric_of_ranks(metric, targets["rank"].to_numpy())
@@ -108,7 +109,7 @@ class RankCollector(Collector):
         kept = pd.DataFrame({"user": user[place], "item": positive_i.cpu().numpy(), "rank": rank.cpu().numpy()})
         if self.writer:
             if len(positive_i) != len(scores_tensor):
-                raise ValueError("A user has several targets, which RecBole ranks together; for answers use recbole_sdpo.quick_start.run.")
+                raise UserError("A user has several targets, which RecBole ranks together; for answers use recbole_sdpo.quick_start.run.")
             kept["answer"], kept["named"] = self._ask(first, interaction[self.config["ITEM_ID_FIELD"]].view(-1, each).cpu().numpy())
         self._kept.append(kept)
 

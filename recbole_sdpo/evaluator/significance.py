@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from recbole_sdpo.errors import UserError
+
 RESAMPLES = 9999
 """Of the bootstrap, and of the sign flips that stand in for McNemar's test with several seeds."""
 
@@ -41,10 +43,10 @@ def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> D
         seed: of the resampling.
 
     Raises:
-        ValueError: the users differ in number.
+        UserError: the users differ in number.
     """
     if first.shape[1] != second.shape[1]:
-        raise ValueError(f"{first.shape[1]} users cannot be paired with {second.shape[1]}; compare runs on the same candidates.")
+        raise UserError(f"{first.shape[1]} users cannot be paired with {second.shape[1]}; compare runs on the same candidates.")
     difference = first.mean(0) - second.mean(0)
     rng = np.random.default_rng(seed)
     interval = stats.bootstrap(

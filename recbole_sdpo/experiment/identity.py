@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 import recbole_sdpo
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import template_file
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import BackboneConfig, weights_source
-from recbole_sdpo.quick_start import ExperimentConfig, package_versions
+from recbole_sdpo.quick_start import package_versions
 from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, names
 
 # Settings that say where and how to run, not what comes out; of files the contents count, and not where they lie.
@@ -43,14 +45,14 @@ ONLOOKERS = {"experiment", "report", "command.py", "__main__.py", "significance.
 OF_SDPO_LLM = {"settings.py", "lm", "model", "trainer", "objectives.py", "prompts.py", "prompts", "examples.py"}
 
 
-def identity(config: ExperimentConfig, begun_from: str | None) -> str:
+def identity(config: RunConfig, begun_from: str | None) -> str:
     """The identity of the run that ``config`` describes, 16 hexadecimal digits.
 
     Args:
         begun_from: the identity of the run whose SFT checkpoint it begins from, which counts in place of that file.
 
     Raises:
-        ValueError: the dataset has no files.
+        UserError: the dataset has no files.
     """
     ours, own, files = config["model"] == MODEL, config.settings, {"pre_model_path": config["pre_model_path"]}
     if ours:
@@ -78,7 +80,7 @@ def _data(folder: Path, name: str, more: Iterable[str]) -> dict[str, str]:
     ends = {".inter", ".item", ".user", ".kg", ".link", ".net", *(f".{end}" for end in more)}
     files = sorted(file for file in folder.glob(f"{name}.*") if file.suffix in ends)
     if not files:
-        raise ValueError(f"dataset={name!r}: {folder} holds no atomic files, such as {name}.inter; give the folder above it as data_path.")
+        raise UserError(f"dataset={name!r}: {folder} holds no atomic files, such as {name}.inter; give the folder above it as data_path.")
     return {file.name: _content(file) for file in files}
 
 

@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from recbole_sdpo.config import RunConfig
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.experiment.identity import identity
-from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.registry import default_settings
 from recbole_sdpo.settings import LEAVE_ONE_OUT, MODE, MODEL, PARTS, merged_parts
 
@@ -81,13 +82,13 @@ class Experiment:
         """Read and check an experiment; ``overrides`` are settings over those of every run.
 
         Raises:
-            ValueError: a key, a name or a value is wrong.
-            FileNotFoundError: there is no such file.
+            UserError: a key, a name or a value is wrong.
+            UserError: there is no such file.
         """
         given = _read(file)
         _check_keys(given, cls, str(file), {"dataset", "runs"})
         if not given["runs"]:
-            raise ValueError(f"{file} has no runs; give one or more, each with a name.")
+            raise UserError(f"{file} has no runs; give one or more, each with a name.")
         entries = []
         for number, run in enumerate(given["runs"]):
             _check_keys(run, Entry, f"run {number + 1} of {file}", {"name"}, without={"axis"})
@@ -104,25 +105,25 @@ class Experiment:
         for metric in self.metrics:
             metric_of_targets(metric, pd.DataFrame({"rank": [1]}))
             if metric.lower() in OF_ANSWERS and not any(entry.model == MODEL for entry in self.runs):
-                raise ValueError(f"metric {metric!r} needs a run of {MODEL}, which alone writes answers; leave it out.")
+                raise UserError(f"metric {metric!r} needs a run of {MODEL}, which alone writes answers; leave it out.")
         if self.tries < 1:
-            raise ValueError(f"tries={self.tries} must be 1 or more.")
+            raise UserError(f"tries={self.tries} must be 1 or more.")
         for where, settings in [("settings", self.settings), *((f"run {entry.name!r}", entry.settings) for entry in self.runs)]:
             _check_settings(where, settings)
         for entry in self.runs:
             if not entry.name.strip() or "|" in entry.name or "\n" in entry.name:
-                raise ValueError(f"run {entry.name!r}: a name is a line of text without '|', which would end its cell of the table.")
+                raise UserError(f"run {entry.name!r}: a name is a line of text without '|', which would end its cell of the table.")
             if len(entry.vary) > 1:
-                raise ValueError(f"run {entry.name!r} varies {', '.join(entry.vary)}; one setting at a time can be varied.")
+                raise UserError(f"run {entry.name!r} varies {', '.join(entry.vary)}; one setting at a time can be varied.")
             for key, values in (entry.vary | entry.tune).items():
                 _check_list(values, f"{key} of run {entry.name!r}", "values")
         names = [entry.name for entry in self.entries()]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"runs have one name each, and {twice[0]!r} comes twice.")
+            raise UserError(f"runs have one name each, and {twice[0]!r} comes twice.")
         for name in self.baselines:
             if name not in names:
-                raise ValueError(f"baselines name {name!r}, which is no run; valid are {', '.join(names)}.")
+                raise UserError(f"baselines name {name!r}, which is no run; valid are {', '.join(names)}.")
 
     def entries(self) -> list[Entry]:
         """The rows of the table."""
@@ -162,7 +163,7 @@ def plan(experiment: Experiment, seeds: list[int] | None = None, entries: list[E
     """All runs of an experiment, seed by seed; alignments of one SFT begin from the same run of it.
 
     Raises:
-        ValueError: a setting of one of them is wrong; the message names the run.
+        UserError: a setting of one of them is wrong; the message names the run.
     """
     rows = experiment.entries() if entries is None else entries
     logging.disable(logging.WARNING)  # each run says again in its own log what it is warned of
@@ -176,11 +177,11 @@ def grid(entry: Entry, tries: int) -> list[Settings]:
     """The settings that ``--tune`` tries for ``entry``, ``tries`` of them, spread evenly over the product of its values.
 
     Raises:
-        ValueError: the product has fewer.
+        UserError: the product has fewer.
     """
     points = [dict(zip(entry.tune, values)) for values in itertools.product(*entry.tune.values())]
     if len(points) < tries:
-        raise ValueError(
+        raise UserError(
             f"run {entry.name!r} gives {len(points)} settings to tune, and every model gets tries={tries}; add values, or lower tries."
         )
     return [points[number * len(points) // tries] for number in range(tries)]
@@ -204,7 +205,7 @@ def _put(settings: Settings, key: str, value: Any) -> Settings:
     first, _, rest = str(key).partition(".")
     inner = settings.get(first) or {}
     if rest and not isinstance(inner, dict):
-        raise ValueError(f"{key!r} names a part of {first}={inner!r}, which has no parts.")
+        raise UserError(f"{key!r} names a part of {first}={inner!r}, which has no parts.")
     return settings | {first: _put(inner, rest, value) if rest else value}
 
 
@@ -222,7 +223,7 @@ def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
         _check_metrics(experiment, settings)
         return run
     except ValueError as error:
-        raise ValueError(f"run {entry.name!r}: {error}") from error
+        raise UserError(f"run {entry.name!r}: {error}") from error
 
 
 def _over(settings: Settings, upper: Settings) -> Settings:
@@ -231,7 +232,7 @@ def _over(settings: Settings, upper: Settings) -> Settings:
 
 
 def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
-    config, start = ExperimentConfig(entry.model, dataset, config_dict=copy.deepcopy(settings)), None
+    config, start = RunConfig(entry.model, dataset, config_dict=copy.deepcopy(settings)), None
     _check_targets(config)
     if entry.model == MODEL and not config.settings.sft_checkpoint:
         alone = _of_sft(settings, config.settings.prompt_style)
@@ -243,11 +244,11 @@ def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
     return Run(entry.name, entry.model, dataset, settings["seed"], settings, identity(config, start and start.identity), start)
 
 
-def _check_targets(config: ExperimentConfig) -> None:
+def _check_targets(config: RunConfig) -> None:
     """The table is of one target to a user, and of ranks that are known."""
     split = config["eval_args"]["split"]
     if split != LEAVE_ONE_OUT:
-        raise ValueError(f"eval_args.split={split!r}: users are compared by the rank of one target; valid is {LEAVE_ONE_OUT}.")
+        raise UserError(f"eval_args.split={split!r}: users are compared by the rank of one target; valid is {LEAVE_ONE_OUT}.")
 
 
 def _check_metrics(experiment: Experiment, settings: Settings) -> None:
@@ -257,7 +258,7 @@ def _check_metrics(experiment: Experiment, settings: Settings) -> None:
     known = max(np.atleast_1d((default_settings(experiment.dataset) | settings)["topk"]))
     for metric in experiment.metrics:
         if int(metric.partition("@")[2] or 0) > known:
-            raise ValueError(f"metric {metric!r} needs more than the top {known} that full_sort='topk' finds; give a larger topk.")
+            raise UserError(f"metric {metric!r} needs more than the top {known} that full_sort='topk' finds; give a larger topk.")
 
 
 def _of_sft(settings: Settings, prompt_style: str) -> Settings:
@@ -270,16 +271,16 @@ def _read(file: Path, depth: int = 0, asked_by: Path | None = None) -> Any:
     """What a file holds, over what the file that it names as ``base`` holds; of ``settings`` both count."""
     if not file.is_file():
         what = f"experiment={str(file)!r}" if asked_by is None else f"base={str(file)!r} of {asked_by}"
-        raise FileNotFoundError(f"{what} does not exist; configs/ has some.")
+        raise UserError(f"{what} does not exist; configs/ has some.")
     given = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(given, dict) or "base" not in given:
         return given
     name = given.pop("base")
     if not isinstance(name, str) or depth > 8:
-        raise ValueError(f"{file}: base={name!r} must name a file, and files cannot be each other's base.")
+        raise UserError(f"{file}: base={name!r} must name a file, and files cannot be each other's base.")
     base, settings = _read(file.parent / name, depth + 1, file), given.get("settings", {})
     if not isinstance(base, dict) or not isinstance(base.get("settings", {}), dict) or not isinstance(settings, dict):
-        raise ValueError(f"{file} and its base {name!r} must be mappings, and so must their settings.")
+        raise UserError(f"{file} and its base {name!r} must be mappings, and so must their settings.")
     below = base.get("settings", {})
     return base | given | {"settings": _over(below, settings)}
 
@@ -294,30 +295,30 @@ def written(file: Path) -> str:
 def _check_keys(given: Any, kind: type, where: str, needed: set[str], without: set[str] = frozenset()) -> None:
     valid = {f.name: f.type for f in fields(kind) if f.name not in without}
     if not isinstance(given, dict):
-        raise ValueError(f"{where} must be a mapping with the keys {', '.join(valid)}.")
+        raise UserError(f"{where} must be a mapping with the keys {', '.join(valid)}.")
     for key, value in given.items():
         if key not in valid:
             near = difflib.get_close_matches(str(key), valid, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(valid)}."
-            raise ValueError(f"{where} has an unknown key {key!r}; {hint}")
+            raise UserError(f"{where} has an unknown key {key!r}; {hint}")
         kinds = {"str": str, "int": int, "Settings": dict}
         wanted = kinds.get(valid[key], dict if valid[key].startswith("dict") else list)
         if not isinstance(value, wanted):
             words = {str: "text", int: "a whole number", dict: "a mapping", list: "a list"}
-            raise ValueError(f"{where}: {key}={value!r} must be {words[wanted]}.")
+            raise UserError(f"{where}: {key}={value!r} must be {words[wanted]}.")
     for key in sorted(needed - set(given)):
-        raise ValueError(f"{where} lacks the key {key!r}.")
+        raise UserError(f"{where} lacks the key {key!r}.")
 
 
 def _check_settings(where: str, settings: Settings) -> None:
     for key, value in settings.items():
         if key in IN_THE_FILE or (key == "eval_args" and isinstance(value, dict) and "mode" in value):
-            raise ValueError(f"{where}: {key}={value!r} is the experiment's; give seeds and candidates at the top of its file.")
+            raise UserError(f"{where}: {key}={value!r} is the experiment's; give seeds and candidates at the top of its file.")
         if key in PARTS and not isinstance(value, dict):
-            raise ValueError(f"{where}: {key}={value!r} must be a mapping.")
+            raise UserError(f"{where}: {key}={value!r} must be a mapping.")
 
 
 def _check_list(values: Any, what: str, kind: str, valid: Callable[[Any], bool] = lambda value: True) -> None:
     different = isinstance(values, list) and not any(value in values[:place] for place, value in enumerate(values))
     if not values or not different or not all(map(valid, values)):
-        raise ValueError(f"{what}={values!r} must be a list of different {kind}.")
+        raise UserError(f"{what}={values!r} must be a list of different {kind}.")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.identity import sources
 from recbole_sdpo.experiment.plan import Run
 from recbole_sdpo.trainer.state import FOLDER
@@ -74,7 +75,7 @@ class Runner:
 
     def _in_turn(self, run: Run, start: Future | None, left: list[Run], total: int, took: dict[str, float]) -> Failure | None:
         if sources() != self._sources:
-            raise ValueError("recbole_sdpo's sources changed since the experiment began; begin it again: what is done is kept.")
+            raise UserError("recbole_sdpo's sources changed since the experiment began; begin it again: what is done is kept.")
         failed = start and start.result()
         if failed:
             return Failure(run, f"what it begins from failed: {failed.why}", failed.log)

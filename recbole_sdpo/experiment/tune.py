@@ -9,6 +9,7 @@ from statistics import fmean
 
 import yaml
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.plan import Entry, Experiment, Settings, grid, plan, with_settings
 from recbole_sdpo.experiment.runner import Failure, Runner
 from recbole_sdpo.report.table import markdown_table
@@ -28,16 +29,16 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
         the experiment with them in place, and the tries that failed.
 
     Raises:
-        ValueError: no entry has settings to try, one has too few of them, or all tries of one failed.
+        UserError: no entry has settings to try, one has too few of them, or all tries of one failed.
     """
     tuned = [entry for entry in experiment.entries() if entry.tune]
     if not tuned:
-        raise ValueError("--tune needs runs with a key tune, such as tune: {learning_rate: [0.001, 0.003]}; none has one.")
+        raise UserError("--tune needs runs with a key tune, such as tune: {learning_rate: [0.001, 0.003]}; none has one.")
     points = {entry.name: grid(entry, experiment.tries) for entry in tuned}
     first = experiment.seeds[:1]
     for run in plan(experiment, first, [with_settings(entry, point) for entry in tuned for point in points[entry.name]]):
         if int(run.settings.get("eval_step", 1)) < 1:  # found now, and not when all others have trained
-            raise ValueError(f"run {run.name!r}: --tune looks at the validation set; set eval_step to 1 or more.")
+            raise UserError(f"run {run.name!r}: --tune looks at the validation set; set eval_step to 1 or more.")
     # A discount is a row's own: whose SFT an alignment begins from is asked without it, and it is not handed on.
     untuned = plan(experiment, first, [with_settings(entry, {DISCOUNT: 0.0}) for entry in experiment.entries()])
     rows = {run.identity: run.name for run in reversed(untuned) if run.name in points}
@@ -59,7 +60,7 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
             mine = [(point, run) for (name, point, _), run in zip(tries, runs) if name == entry.name and runner.done(run)]
             if not mine:
                 why = next(failure for failure in failures if failure.run.name in (entry.name, f"SFT of {entry.name}"))
-                raise ValueError(f"all tries of run {entry.name!r} failed: {why.why} (see {why.log})")
+                raise UserError(f"all tries of run {entry.name!r} failed: {why.why} (see {why.log})")
             found[entry.name] = [(_score(runner.folder(run)), point) for point, run in mine]
             best[entry.name] = max(found[entry.name], key=lambda pair: pair[0])[1]  # the first of equals
     print(markdown_table(["tried", "validation", "settings"], [[n, s, json.dumps(p)] for n, pairs in found.items() for s, p in pairs]))
@@ -75,6 +76,6 @@ def _score(folder: Path) -> float:
     metric = result["settings"]["valid_metric"].lower()
     scores = [found["valid"] for found in list(result["stages"].values())[-1]["candidates"].values()]
     if None in scores:
-        raise ValueError(f"--tune looks at the validation set, and {folder} has no validation, as where nothing was trained.")
+        raise UserError(f"--tune looks at the validation set, and {folder} has no validation, as where nothing was trained.")
     score = fmean(valid[metric] for valid in scores)
     return score if result["settings"]["valid_metric_bigger"] else -score

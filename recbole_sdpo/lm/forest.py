@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.ragged import Ragged, exclusive_cumsum, steps
 
 
@@ -82,14 +83,14 @@ def plant(trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged
         responses: the tokens of each of the ``R`` responses, none empty.
 
     Raises:
-        ValueError: a response is empty, or its prompt is empty or longer than its trunk.
+        UserError: a response is empty, or its prompt is empty or longer than its trunk.
     """
     tree, start = np.asarray(tree, np.int64), np.asarray(start, np.int64)
     if responses.lengths.min(initial=1) < 1:
-        raise ValueError(f"response {responses.lengths.argmin()} has no token; each needs at least one.")
+        raise UserError(f"response {responses.lengths.argmin()} has no token; each needs at least one.")
     if len(start) and (start.min() < 1 or (start > trunks.lengths[tree]).any()):
         bad = int(np.argmax((start < 1) | (start > trunks.lengths[tree])))
-        raise ValueError(
+        raise UserError(
             f"response {bad} starts after {start[bad]} tokens of a trunk of {trunks.lengths[tree[bad]]}; valid is 1 to the trunk's length."
         )
     # A response's last token is predicted but predicts nothing, so it needs no place in the forest.

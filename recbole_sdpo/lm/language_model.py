@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.attention import attention_inputs, check_attention, dense_implementation, set_attention
 from recbole_sdpo.lm.forest import Forest, plant
 from recbole_sdpo.lm.projection import token_logps
@@ -36,7 +37,7 @@ class LanguageModel(nn.Module):
         attention: ``sdpa``, ``eager``, ``flex_attention``, or ``auto``, as in :func:`attention_inputs`.
 
     Raises:
-        ValueError: a forest's scores are not those of one sequence at a time, or ``attention`` is not for this model.
+        UserError: a forest's scores are not those of one sequence at a time, or ``attention`` is not for this model.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, attention: str = "auto") -> None:
@@ -180,14 +181,14 @@ class LanguageModel(nn.Module):
             forest = plant(Ragged.from_rows([trunk]), np.zeros(len(starts), int), np.array(starts), Ragged.from_rows(responses))
             found = self._response_logps(model, forest).double()
         except Exception as error:
-            raise ValueError(f"backbone {model.config.model_type!r} cannot score a tree ({error}); {VALID}") from error
+            raise UserError(f"backbone {model.config.model_type!r} cannot score a tree ({error}); {VALID}") from error
         finally:
             self.train(training)
         # Far above rounding, and far below what a wrong mask, position or logit does.
         tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
         expected = torch.stack(expected)
         if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
-            raise ValueError(
+            raise UserError(
                 f"backbone {model.config.model_type!r} scores a tree otherwise than one sequence at a time, by up to "
                 f"{float((found - expected).abs().max()):.2g}: its positions, masks or logits are of a kind not known here; {VALID}"
             )
@@ -222,6 +223,6 @@ def _layers_below_training(model: PreTrainedModel, layers: tuple[nn.Module, ...]
 def _check_kinds(model: PreTrainedModel) -> None:
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
-        raise ValueError(
+        raise UserError(
             f"backbone {model.config.model_type!r} has layers of kind {', '.join(sorted(kinds))}, which cannot be given a tree; {VALID}"
         )

@@ -27,6 +27,7 @@ from recbole_sdpo.data.examples import CandidateExamples, Examples, FixedExample
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.prompts import Prompts, Templates, Units, batches, candidate_prompts, history_prompts
 from recbole_sdpo.data.sequences import histories, last_targets, met_items, training_sequences
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.lm.generation import NOTHING, line_ends, write
@@ -59,7 +60,7 @@ class SDPOLLM(SequentialRecommender):
         dataset: RecBole's training dataset.
 
     Raises:
-        ValueError: a setting is wrong, a title field is missing, or the backbone cannot be loaded.
+        UserError: a setting is wrong, a title field is missing, or the backbone cannot be loaded.
     """
 
     input_type = InputType.PAIRWISE
@@ -127,7 +128,7 @@ class SDPOLLM(SequentialRecommender):
         """Can the backbone read the prompts of ``dataset``'s rows, with so many candidates in the text if they stand there?
 
         Raises:
-            ValueError: one is too long.
+            UserError: one is too long.
         """
         lengths, units = self.encoder.tokens.lengths, self.units
         past = histories(dataset.inter_feat, self.config)
@@ -142,7 +143,7 @@ class SDPOLLM(SequentialRecommender):
         """Are there enough negatives for every user, in every stage?
 
         Raises:
-            ValueError: some user has met too many items.
+            UserError: some user has met too many items.
         """
         rows, in_text = dataset.inter_feat, self.settings.prompt_style == "candidates"
         shown = (self.settings.prompt_candidates - 1) * in_text
@@ -187,7 +188,7 @@ class SDPOLLM(SequentialRecommender):
         if self.NEG_ITEM_ID in interaction:
             offered = np.concatenate([offered, interaction[self.NEG_ITEM_ID].view(number, rows).T.cpu().numpy()], axis=1)
         elif self.settings.prompt_style == "candidates":
-            raise ValueError("prompt_style='candidates' needs negatives in the batch (train_neg_sample_args) for its text.")
+            raise UserError("prompt_style='candidates' needs negatives in the batch (train_neg_sample_args) for its text.")
         prompts = self._prompts(histories(interaction[:rows], self.config), Ragged.from_matrix(offered), target, user)
         items = offered[:, : 1 + min(number, kind.negatives)]
         found = self.logps(self.encoder.forest(prompts, items), items.shape[1], kind.reference)
@@ -216,10 +217,10 @@ class SDPOLLM(SequentialRecommender):
         """Scores of the whole catalogue for each row, float32 ``[rows * items]``; padding scores ``-inf``.
 
         Raises:
-            ValueError: the prompt style needs candidates in its text.
+            UserError: the prompt style needs candidates in its text.
         """
         if self.settings.prompt_style == "candidates":
-            raise ValueError(NO_FULL_RANKING)
+            raise UserError(NO_FULL_RANKING)
         user, past = interaction[self.USER_ID].cpu().numpy(), histories(interaction, self.config)
         prompts = self.encoder.trunks(history_prompts(past, np.zeros_like(user), user, self.units.header))
 
@@ -304,7 +305,7 @@ class SDPOLLM(SequentialRecommender):
             rows_of: from the numbers of some trees to those of their rows.
 
         Raises:
-            FloatingPointError: one of them is not finite.
+            UserError: one of them is not finite.
         """
         state = PartialState()
         scores = torch.zeros(len(rows_of(np.arange(len(sizes)))), width, device=self.lm.device, dtype=dtype)
@@ -312,7 +313,7 @@ class SDPOLLM(SequentialRecommender):
             scores[torch.from_numpy(rows_of(trees)).to(scores.device)] = score(trees).to(scores.dtype)
         scores = reduce(scores, "sum") if state.num_processes > 1 else scores
         if not scores.isfinite().all():
-            raise FloatingPointError(
+            raise UserError(
                 f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores are not finite; train with a lower learning rate."
             )
         return scores
@@ -329,7 +330,7 @@ class SDPOLLM(SequentialRecommender):
             f"{history + titles} tokens, and backbone={self.backbone.backbone!r} was made for {limit}; give {remedy}."
         )
         if getattr(config, "rope_parameters", None) is None:
-            raise ValueError(message)
+            raise UserError(message)
         self.logger.warning(message)
 
     def __deepcopy__(self, memo: dict) -> SDPOLLM:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.evaluator.significance import Difference, holm, paired_difference
 
@@ -115,7 +116,7 @@ def compare(runs: Sequence[Finished], candidates: str, metrics: Sequence[str], b
     stands in for them. A metric that no row has, as where all runs that write answers failed, is left out.
 
     Raises:
-        ValueError: no run has any metric.
+        UserError: no run has any metric.
     """
     rows = []
     for name in dict.fromkeys(run.name for run in runs):
@@ -128,7 +129,7 @@ def compare(runs: Sequence[Finished], candidates: str, metrics: Sequence[str], b
         rows[0].baseline = True
     having = {metric: [row for row in rows if metric in row.users] for metric in metrics}
     if not any(having.values()):
-        raise ValueError(f"metrics {', '.join(metrics)}: no run has one of them; ValidRatio and GenHit need a run of SDPO-LLM.")
+        raise UserError(f"metrics {', '.join(metrics)}: no run has one of them; ValidRatio and GenHit need a run of SDPO-LLM.")
     metrics, best = [metric for metric in metrics if having[metric]], {}
     for metric in metrics:
         best[metric] = max([row for row in having[metric] if row.baseline] or having[metric][:1], key=lambda row: row.mean(metric))

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from recbole_sdpo.data.examples import FixedExamples
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.ragged import Ragged
 
@@ -35,7 +36,7 @@ class ReferenceCache:
         precision: of mixed precision, as ``accelerate`` names it.
 
     Raises:
-        ValueError: the file is there but not whole.
+        UserError: the file is there but not whole.
     """
 
     def __init__(self, folder: Path, lm: LanguageModel, examples: FixedExamples, tokens: Ragged, precision: str) -> None:
@@ -50,9 +51,9 @@ class ReferenceCache:
         try:
             whole = np.load(self.file, allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{self.file} in cache_dir cannot be read ({error}); delete it, and the run makes it anew.") from error
+            raise UserError(f"{self.file} in cache_dir cannot be read ({error}); delete it, and the run makes it anew.") from error
         if whole.shape != examples.items.shape or whole.dtype != np.float32:
-            raise ValueError(f"{self.file} in cache_dir is not what this run wrote there; delete it, and the run makes it anew.")
+            raise UserError(f"{self.file} in cache_dir is not what this run wrote there; delete it, and the run makes it anew.")
         self._values = np.load(self.file, mmap_mode="r+")
 
     def missing(self) -> np.ndarray:

@@ -22,6 +22,7 @@ from recbole.utils import calculate_valid_score, dict2str, get_local_time, set_c
 
 from recbole_sdpo.data.candidates import freeze, samples_candidates
 from recbole_sdpo.data.sequences import training_sequences
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import restore, snapshot
 from recbole_sdpo.lm.backbone import restore_policy, save_backbone
@@ -258,7 +259,7 @@ class SDPOTrainer(Trainer):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cache_dir={self.model.settings.cache_dir!r} cannot hold files ({error}); give another folder.") from error
+            raise UserError(f"cache_dir={self.model.settings.cache_dir!r} cannot hold files ({error}); give another folder.") from error
         return folder
 
     def _start_score(self, stage: Stage, valid_data: AbstractDataLoader | None, show_progress: bool) -> None:
@@ -294,7 +295,7 @@ class SDPOTrainer(Trainer):
         """The state of the run to resume, or nothing.
 
         Raises:
-            ValueError: it had other settings.
+            UserError: it had other settings.
         """
         if not self.model.settings.resume:
             return {}
@@ -302,7 +303,7 @@ class SDPOTrainer(Trainer):
         had = Settings().to_flat() | state["settings"]  # a setting that is younger than the state had its default
         other = [f"{key}={had.get(key)!r} (now {value!r})" for key, value in now.items() if had.get(key) != value]
         if other:
-            raise ValueError(f"resume={str(self.run_dir)!r}: that run had {', '.join(other)}; give each as it was.")
+            raise UserError(f"resume={str(self.run_dir)!r}: that run had {', '.join(other)}; give each as it was.")
         return state
 
     def evaluate(
@@ -349,13 +350,13 @@ class SDPOTrainer(Trainer):
         """Load a checkpoint, if its policy was made as this one.
 
         Raises:
-            ValueError: it was made otherwise, or is none.
+            UserError: it was made otherwise, or is none.
         """
         file = folder / POLICY_FILE
         made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         for key, value in self._policy_identity().items():
             if made.get(key, value) != value:
-                raise ValueError(
+                raise UserError(
                     f"checkpoint {str(folder)!r} was made with {key}={made[key]!r}, and this run has {value!r}; "
                     "use the settings it was made with."
                 )
@@ -365,7 +366,7 @@ class SDPOTrainer(Trainer):
         """Check what could fail late, and freeze the candidates of the given loaders, in the order of the split.
 
         Raises:
-            ValueError: a user has too few negatives left, a prompt is too long for the backbone, or nothing can be kept in
+            UserError: a user has too few negatives left, a prompt is too long for the backbone, or nothing can be kept in
             ``cache_dir``.
         """
         if not self._parts:
@@ -419,7 +420,7 @@ def run_folder(config: Config) -> Path:
     """The folder of a run, for all its processes: the run's that it resumes, or a new one, as asked for or named by time.
 
     Raises:
-        ValueError: there is nothing to resume, or the folder asked for holds a run.
+        UserError: there is nothing to resume, or the folder asked for holds a run.
     """
     if config["resume"]:
         folder = Path(config["resume"]).expanduser()
@@ -427,7 +428,7 @@ def run_folder(config: Config) -> Path:
         return folder
     wanted = Path(config["run_dir"]).expanduser() if config["run_dir"] else None
     if wanted and any((wanted / part).exists() for part in ("result.json", "sft", "state")):
-        raise ValueError(f"run_dir={str(wanted)!r} holds a run already; give another folder, or resume={str(wanted)!r}.")
+        raise UserError(f"run_dir={str(wanted)!r} holds a run already; give another folder, or resume={str(wanted)!r}.")
     state, chosen = PartialState(), [None]
     if state.is_main_process:
         name = f"{config['model']}-{config['dataset']}-{get_local_time()}"

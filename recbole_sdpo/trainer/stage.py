@@ -18,6 +18,7 @@ from transformers import get_scheduler
 
 from recbole_sdpo.data.examples import Examples
 from recbole_sdpo.data.prompts import Prompts, batches
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.encoder import Encoder
@@ -190,7 +191,7 @@ class Stage:
             after_step: called after each optimizer step.
 
         Raises:
-            FloatingPointError: the loss is no longer finite.
+            UserError: the loss is no longer finite.
         """
         self.model.train()
         self.model.objective = self.objective
@@ -253,7 +254,7 @@ class Stage:
         norm = clip_grad_norm_(self._parameters, settings.clip_norm or float("inf"))
         loss, tokens, *shown = watched.tolist()
         if not np.isfinite(loss) or not torch.isfinite(norm):
-            raise FloatingPointError(
+            raise UserError(
                 f"{self.name} step {self.step}: the loss is {loss / targets} and the gradient's norm {float(norm)}; lower "
                 f"{self.name}_learning_rate (now {settings.learning_rate})."
             )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.trainer.stage import Stage
 
 FOLDER = "state"
@@ -43,11 +44,11 @@ def read_state(run_dir: Path) -> dict[str, Any]:
     """What :func:`save_state` wrote as JSON.
 
     Raises:
-        ValueError: there is nothing to resume in ``run_dir``.
+        UserError: there is nothing to resume in ``run_dir``.
     """
     file = run_dir / FOLDER / "state.json"
     if not file.is_file():
-        raise ValueError(f"resume={str(run_dir)!r} holds no {FOLDER}/state.json; give the folder of a run that was interrupted.")
+        raise UserError(f"resume={str(run_dir)!r} holds no {FOLDER}/state.json; give the folder of a run that was interrupted.")
     return json.loads(file.read_text(encoding="utf-8"))
 
 

@@ -4,10 +4,11 @@ import pandas as pd
 import pytest
 from recbole.data import create_dataset
 
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data import atomic
 from recbole_sdpo.data.atomic import write_atomic
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.quick_start import ExperimentConfig
+from recbole_sdpo.errors import UserError
 from tests.conftest import TINY
 
 TITLES = {
@@ -39,7 +40,7 @@ SOME = events(("u", "a", 1), ("u", "b", 2))
 
 def through_recbole(folder, *fields):
     """Titles by item token, and each user's items in RecBole's order."""
-    config = ExperimentConfig("GRU4Rec", "shop", config_dict=TINY | {"data_path": str(folder)})
+    config = RunConfig("GRU4Rec", "shop", config_dict=TINY | {"data_path": str(folder)})
     dataset = create_dataset(config)
     titles = Catalogue.from_dataset(dataset, fields or ["title"]).titles
     users, items = (dataset.field2id_token[field] for field in (dataset.uid_field, dataset.iid_field))
@@ -72,7 +73,7 @@ def test_recbole_reads_the_same_events_and_titles(tmp_path, as_csv):
 def test_a_tab_or_quote_cannot_shift_what_recbole_itself_reads_of_the_items(tmp_path):
     write_atomic(events(*(("u", item, 1) for item in TITLES)), ITEMS, "shop", tmp_path)
     load = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "title"]}
-    dataset = create_dataset(ExperimentConfig("GRU4Rec", "shop", config_dict=TINY | {"data_path": str(tmp_path), "load_col": load}))
+    dataset = create_dataset(RunConfig("GRU4Rec", "shop", config_dict=TINY | {"data_path": str(tmp_path), "load_col": load}))
     words = dataset.field2id_token["title"]
     read = {dataset.id2token("item_id", row.item_id): " ".join(words[row.title]) for row in dataset.item_feat.iloc[1:].itertuples()}
     assert read == CLEAN | {"d": "", "f": ""}  # RecBole takes NA for missing; Catalogue does not
@@ -162,7 +163,7 @@ def test_no_id_is_accepted_that_recbole_would_take_for_missing(tmp_path, value):
 def test_nothing_is_overwritten(tmp_path):
     write_atomic(SOME, ITEMS, "shop", tmp_path)
     before = (tmp_path / "shop" / "shop.inter").read_text()
-    with pytest.raises(FileExistsError, match=r"shop.inter exists already; delete it, or choose another name"):
+    with pytest.raises(UserError, match=r"shop.inter exists already; delete it, or choose another name"):
         write_atomic(SOME.head(1), ITEMS, "shop", tmp_path)
     assert (tmp_path / "shop" / "shop.inter").read_text() == before
 

@@ -5,11 +5,11 @@ from recbole.data import create_dataset, data_preparation
 from scipy import stats
 
 from recbole_sdpo import quick_start
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidates import FrozenCandidates, PopulationSampler, evaluation_loader, fingerprint, freeze
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.sequences import met_items
-from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.random import generator, recbole_draws
 from tests.conftest import TINY, write_dataset
 
@@ -25,7 +25,7 @@ def path(tmp_path):
 
 
 def frozen(path, model, disturb=False, **settings):
-    config = ExperimentConfig(model, "toy", config_dict=TINY | {"data_path": str(path)} | settings)
+    config = RunConfig(model, "toy", config_dict=TINY | {"data_path": str(path)} | settings)
     dataset = create_dataset(config)
     catalogue = Catalogue.from_dataset(dataset, ["title"])
     loaders = data_preparation(config, dataset)
@@ -177,7 +177,7 @@ def test_every_model_meets_the_same_part_of_the_targets(path, mode):
 
 def test_what_users_met_counts_whole_where_a_part_of_the_targets_is_evaluated(path):
     """The negatives of a drawn target are none of the items that its user meets later, or that lie in rows left out."""
-    config = ExperimentConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
+    config = RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
     loaders = data_preparation(config, create_dataset(config))
     parts = [loader._dataset for loader in loaders]
     small = evaluation_loader(loaders[1], "valid", 9, 5)

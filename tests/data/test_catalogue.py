@@ -1,8 +1,8 @@
 import pytest
 from recbole.data import create_dataset
 
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.quick_start import ExperimentConfig
 from tests.conftest import TINY, write_dataset
 
 TITLES = {
@@ -21,7 +21,7 @@ TITLES = {
 
 def catalogue(tmp_path, titles=TITLES, sequences=((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),), **settings):
     path = write_dataset(tmp_path, [list(s) for s in sequences], titles)
-    config = ExperimentConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
+    config = RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
     dataset = create_dataset(config)
     made = Catalogue.from_dataset(dataset, **{"fields": ["title"], **settings})
     ids = {int(token[1:]): number for number, token in enumerate(dataset.field2id_token["item_id"]) if number}
@@ -61,7 +61,7 @@ def test_missing_and_shared_titles_are_counted(tmp_path):
 def test_further_fields_go_into_parentheses(tmp_path):
     path = write_dataset(tmp_path, [[1, 2, 3]], None)
     (path / "toy" / "toy.item").write_text("item_id:token\tname:token_seq\tyear:token\ni1\tAlien\t1979\ni2\tBrazil\t\ni3\t\t1999\n")
-    dataset = create_dataset(ExperimentConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)}))
+    dataset = create_dataset(RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)}))
     assert Catalogue.from_dataset(dataset, ["name", "year"]).titles == ("", "Alien (1979)", "Brazil", "item i3")
 
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recbole.data import create_dataset, data_preparation
 
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import batches, history_windows
 from recbole_sdpo.data.sequences import Sequences, histories, last_targets, met_items, training_sequences
-from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.ragged import Ragged
 from tests.conftest import TINY, write_dataset
 
@@ -23,7 +23,7 @@ def loaders(tmp_path):
     path = write_dataset(tmp_path / "d", content, None)
 
     def load(model):
-        config = ExperimentConfig(model, "toy", config_dict=TINY | {"data_path": str(path), "MAX_ITEM_LIST_LENGTH": 5})
+        config = RunConfig(model, "toy", config_dict=TINY | {"data_path": str(path), "MAX_ITEM_LIST_LENGTH": 5})
         return data_preparation(config, create_dataset(config))
 
     return content, load
@@ -106,7 +106,7 @@ def test_the_last_target_of_each_user(tmp_path, split):
     rng = np.random.default_rng(0)
     content = [rng.integers(1, 30, length).tolist() for length in (20, 5, 4, 9, 15)]
     path = write_dataset(tmp_path / "d", content, None)
-    config = ExperimentConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path), "eval_args": {"mode": "uni5", **split}})
+    config = RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path), "eval_args": {"mode": "uni5", **split}})
     dataset = data_preparation(config, create_dataset(config))[0]._dataset
     rows = dataset.inter_feat
     latest = {}

@@ -11,12 +11,12 @@ from recbole.data import create_dataset
 from recbole.quick_start import run_recbole
 
 from recbole_sdpo import quick_start
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.evaluator.answers import named
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.lm.generation import NOTHING
 from recbole_sdpo.model import sdpo_llm
-from recbole_sdpo.quick_start import ExperimentConfig
 from tests.conftest import TINY, write_dataset
 
 FILMS = ["Star Trek", "Star Trek: First Contact", "M", "Heat (1995)", "Se7en", "The Net", "the  net", "$9.99"]
@@ -67,7 +67,7 @@ def test_all_three_come_from_one_evaluation(ring):
     settings = ring | {"metrics": ANSWERS, "prompt_style": "candidates", "prompt_candidates": 6, "run_dir": "here", "objective": "sft"}
     settings |= {"sft_epochs": 6, "sft_learning_rate": 1e-2, "sft_tokens_per_batch": 512, "max_train_targets": 400}
     result = quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"more_candidates": ["uni3"], "valid_metric": "GenHit"})
-    config = ExperimentConfig("SDPO-LLM", "toy", config_dict=settings)
+    config = RunConfig("SDPO-LLM", "toy", config_dict=settings)
     dataset = create_dataset(config)
     titles = dict(zip(dataset.field2id_token["item_id"], Catalogue.from_dataset(dataset, ["title"]).titles, strict=True))
     ranks = pd.read_csv("here/ranks.csv", keep_default_na=False)
@@ -171,4 +171,4 @@ def test_each_target_is_ranked_on_its_own(ring, tmp_path):
 )
 def test_what_cannot_be_answered_is_refused(ring, model, settings, message):
     with pytest.raises(ValueError, match=message):
-        ExperimentConfig(model, "toy", config_dict=ring | {"metrics": ["Hit", "NDCG", "GenHit"]} | settings)
+        RunConfig(model, "toy", config_dict=ring | {"metrics": ["Hit", "NDCG", "GenHit"]} | settings)

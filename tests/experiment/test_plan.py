@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment import identity
 from recbole_sdpo.experiment.plan import Experiment, grid, plan, with_settings, written
 
@@ -59,7 +60,7 @@ def test_files_cannot_be_each_others_base(tmp_path):
     with pytest.raises(ValueError, match="cannot be each other's base"):
         Experiment.load(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("base: c.yaml")
-    with pytest.raises(FileNotFoundError, match=r"base='.*c.yaml' of .*b.yaml does not exist"):
+    with pytest.raises(UserError, match=r"base='.*c.yaml' of .*b.yaml does not exist"):
         Experiment.load(tmp_path / "a.yaml")
 
 

@@ -10,16 +10,17 @@ import torch
 from recbole.data import create_dataset, data_preparation
 
 from recbole_sdpo import quick_start
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.sequences import histories
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import ranking
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import sdpo
-from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.ragged import Ragged
 
 
 def build(settings):
-    config = ExperimentConfig("SDPO-LLM", "toy", config_dict=settings)
+    config = RunConfig("SDPO-LLM", "toy", config_dict=settings)
     loaders = data_preparation(config, create_dataset(config))
     return SDPOLLM(config, loaders[0]._dataset).to(config["device"]).double(), loaders
 
@@ -185,7 +186,7 @@ def test_scores_that_are_not_finite_are_no_scores(ring):
     model, (*_, test) = build(ring)
     with torch.no_grad():
         next(iter(model.lm.trainable().values())).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="scores are not finite"):
+    with pytest.raises(UserError, match="scores are not finite"):
         model.eval().predict(next(iter(test))[0][:6])
 
 

@@ -15,14 +15,15 @@ from recbole.utils import get_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recbole_sdpo import quick_start
+from recbole_sdpo.config import RunConfig
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.quick_start import ExperimentConfig
 from recbole_sdpo.trainer.sdpo_trainer import run_folder
 from recbole_sdpo.trainer.stage import Stage
 
 
 def start(settings):
-    config = ExperimentConfig("SDPO-LLM", "toy", config_dict=settings)
+    config = RunConfig("SDPO-LLM", "toy", config_dict=settings)
     loaders = data_preparation(config, create_dataset(config))
     model = SDPOLLM(config, loaders[0]._dataset).to(config["device"])
     return get_trainer(config["MODEL_TYPE"], config["model"])(config, model), loaders
@@ -235,7 +236,7 @@ def test_candidates_are_not_frozen_before_what_users_met_is_known(ring):
 
 
 def test_runs_of_one_second_have_folders_of_their_own(ring):
-    config = ExperimentConfig("SDPO-LLM", "toy", config_dict=ring)
+    config = RunConfig("SDPO-LLM", "toy", config_dict=ring)
     assert len({run_folder(config) for _ in range(5)}) == 5
 
 
@@ -271,7 +272,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(ring):
     trainer, loaders = start(ring)
     with torch.no_grad():
         next(iter(trainer.model.lm.trainable().values())).fill_(float("inf"))
-    with pytest.raises(FloatingPointError, match="lower sft_learning_rate"):
+    with pytest.raises(UserError, match="lower sft_learning_rate"):
         trainer.fit(*loaders[:2])
 
 

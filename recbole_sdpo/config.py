@@ -1,0 +1,53 @@
+"""The configuration of one run: RecBole's, with our evaluation defaults under what the user gave."""
+
+from __future__ import annotations
+
+import difflib
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import recbole
+from recbole.config import Config
+from recbole.utils import ModelType
+
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.registry import add_defaults, default_settings
+from recbole_sdpo.settings import MODEL, Settings, check_settings
+
+
+class RunConfig(Config):
+    """RecBole's configuration with our evaluation defaults under it, whichever the model.
+
+    Raises:
+        UserError: an unknown or wrong setting of ours.
+    """
+
+    def _load_internal_config_dict(self, model: str, model_class: type, dataset: str) -> None:
+        super()._load_internal_config_dict(model, model_class, dataset)
+        if model == MODEL:
+            return
+        add_defaults(self, default_settings(dataset))
+        loss = self.external_config_dict.get("loss_type", self.internal_config_dict.get("loss_type"))
+        if loss == "CE" and model_class.type == ModelType.SEQUENTIAL:
+            # RecBole refuses such a model while its own default asks for negatives, which cross-entropy has no use for.
+            if self.external_config_dict.pop("train_neg_sample_args", None):
+                getLogger().warning(f"train_neg_sample_args has no use for {model}, whose loss is cross-entropy over all items.")
+            self.internal_config_dict["train_neg_sample_args"] = None
+
+    def _get_model_and_dataset(self, model: str | None, dataset: str | None) -> tuple:
+        try:
+            return super()._get_model_and_dataset(model, dataset)
+        except (ValueError, AttributeError, ModuleNotFoundError) as error:
+            # RecBole looks for an unknown name among models whose libraries are not installed, and stumbles over those.
+            names = [MODEL, *(file.stem for file in Path(recbole.__path__[0]).glob("properties/model/*.yaml"))]
+            folded = {name.lower(): name for name in names}
+            near = [folded[name] for name in difflib.get_close_matches(str(model).lower(), folded, 1)]
+            hint = f"did you mean {near[0]!r}?" if near else f"valid are {MODEL} and the models of RecBole, such as GRU4Rec."
+            if near == [model]:
+                hint = f"RecBole has it, but: {error}."
+            raise UserError(f"model={model!r} cannot be found; {hint}") from error
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings: Settings = check_settings(self)
