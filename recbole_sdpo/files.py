@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from recbole_sdpo.errors import UserError
+
+SUMS = "SHA256SUMS"
+"""The digests of a folder's files, as ``sha256sum --check`` reads them."""
+
 PART, OLD = ".part", ".old"
 """Names of what is being written, and of what it is about to replace, end so; a run that begins or goes on removes them."""
 
@@ -81,6 +86,30 @@ def sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Write the digests of the files in ``folder`` into it."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != SUMS)
+    lines = [f"{sha256(file)}  {file.relative_to(folder)}\n" for file in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_seal(folder: Path) -> None:
+    """Are the files in ``folder`` those that :func:`seal` saw?
+
+    Raises:
+        UserError: naming the file that is not, or is not there.
+    """
+    sums = folder / SUMS
+    if not sums.is_file():
+        raise UserError(f"{sums} is missing: the folder is not whole, or not one that a run wrote; give another one.")
+    for line in sums.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        file = folder / name
+        if not file.is_file() or sha256(file) != digest:
+            state = "damaged" if file.is_file() else "missing"
+            raise UserError(f"{file} is {state}: it is not what the run wrote ({SUMS} beside it); give another checkpoint.")
 
 
 def _flush(path: Path) -> None:

@@ -1,0 +1,58 @@
+"""``result.json``: what a run found, and the digests by which damage to it and to the files beside it is seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import sha256, write_text
+
+RESULT_FILE = "result.json"
+
+
+def write_result(folder: Path, result: dict[str, Any], files: Iterable[str]) -> dict[str, Any]:
+    """Write ``result.json``, the last of a run's files: where it is whole, the run is done.
+
+    Args:
+        folder: of the run.
+        result: what JSON can hold.
+        files: names in ``folder`` whose digests it keeps, such as ``ranks.csv``; all are on the disk already.
+
+    Returns:
+        what the file holds: ``result`` with ``files``, and ``sha256`` of all the rest.
+    """
+    result = {**result, "files": {name: sha256(folder / name) for name in files}}
+    result["sha256"] = _digest(result)
+    write_text(folder / RESULT_FILE, json.dumps(result, indent=2))
+    return result
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What :func:`write_result` wrote.
+
+    Raises:
+        UserError: it is not there, or it or a file beside it is not as it was written; the message names the file.
+    """
+    file = folder / RESULT_FILE
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: the run has not ended.")
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        whole = result["sha256"] == _digest({key: value for key, value in result.items() if key != "sha256"})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{file} is damaged: it is not what the run wrote; run it again.")
+    for name, digest in result["files"].items():
+        beside = folder / name
+        if not beside.is_file() or sha256(beside) != digest:
+            raise UserError(f"{beside} is {'damaged' if beside.is_file() else 'missing'}: it is not what the run wrote; run it again.")
+    return result
+
+
+def _digest(result: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
