@@ -25,7 +25,7 @@ def write_result(folder: Path, result: dict[str, Any], files: Iterable[str]) -> 
     Returns:
         what the file holds: ``result`` with ``files``, and ``sha256`` of all the rest.
     """
-    result = {**result, "files": {name: sha256(folder / name) for name in files}}
+    result = json.loads(json.dumps({**result, "files": {name: sha256(folder / name) for name in files}}))  # as it will be read
     result["sha256"] = _digest(result)
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2))
     return result
