@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recbole_sdpo import compat
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment import run_experiment
 from recbole_sdpo.quick_start import run
 from recbole_sdpo.settings import MODEL, table
+from recbole_sdpo.values import read_arguments
 
 
 def main() -> None:
@@ -31,7 +29,7 @@ def main() -> None:
         "--dataset",
         help="name of a dataset of atomic files (default: ml-100k, which RecBole brings)",
     )
-    parser.add_argument("--config_files", default="", help="YAML files, separated by blanks; a later one overrides an earlier one")
+    parser.add_argument("--config_files", help="YAML files, separated by blanks; a later one overrides an earlier one")
     parser.add_argument("--experiment", help="a YAML file of many runs, such as configs/ml-100k/compare.yaml: run them, write a report")
     parser.add_argument("--output", help="folder of an experiment's report (default: saved/ and its place below configs/, or its name)")
     parser.add_argument("--jobs", type=int, default=1, help="with --experiment: runs that go on at once, sharing the cores (default: 1)")
@@ -41,24 +39,24 @@ def main() -> None:
     if args.settings:
         print(table())
         return
-    for argument in rest:
-        if not argument.startswith("--") or argument.count("=") != 1:
-            sys.exit(
-                f"error: cannot read {argument!r}; settings are given as --name=value, without blanks, "
-                "and a value that holds '=' in a YAML file."
-            )
     try:
+        settings, others = read_arguments(rest)
+        if others:
+            raise UserError(f"cannot read {others[0]!r}; settings are given as --name=value, without blanks.")
+        for name in ("dataset", "config_files", "experiment", "output"):
+            if getattr(args, name) is not None and not getattr(args, name).strip():
+                raise UserError(f"--{name}={getattr(args, name)} is blank; give a name, or leave it out.")
         if args.experiment:
-            sys.exit(_experiment(args, rest))
+            sys.exit(_experiment(args, settings))
         if args.tune or args.output or args.jobs != 1:
             raise UserError("--tune, --output and --jobs go with --experiment.")
-        run(args.model, args.dataset or "ml-100k", args.config_files.split())
-    except (UserError, NotImplementedError, SyntaxError, FileNotFoundError, yaml.YAMLError) as error:
+        run(args.model, args.dataset or "ml-100k", (args.config_files or "").split())
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 
-def _experiment(args: argparse.Namespace, rest: list[str]) -> int:
-    """Run an experiment; every other argument is a setting of all its runs. 1 if a run failed."""
+def _experiment(args: argparse.Namespace, settings: dict[str, Any]) -> int:
+    """Run an experiment, its runs with ``settings`` beside their own. 1 if a run failed."""
     given = shlex.join(["python", *sys.argv])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--experiment starts its runs itself; call it with plain python, and --jobs for several at once.")
@@ -66,19 +64,10 @@ def _experiment(args: argparse.Namespace, rest: list[str]) -> int:
         raise UserError(f"--jobs={args.jobs} must be 1 or more.")
     if args.model != MODEL or args.dataset or args.config_files:
         raise UserError("--experiment names models, dataset and settings in its file; leave out --model, --dataset and --config_files.")
-    overrides = dict(argument[2:].split("=") for argument in rest)
     file = Path(args.experiment)
     below = file.with_suffix("").parts
     place = below[below.index("configs") + 1 :] if "configs" in below else below[-1:]
     output = Path(args.output or Path("saved", *place))
     with compat.no_arguments():  # these are not the settings of one run
-        failures = run_experiment(file, output, {key: _value(text) for key, text in overrides.items()}, args.tune, args.jobs, given)
+        failures = run_experiment(file, output, settings, args.tune, args.jobs, given)
     return int(bool(failures))
-
-
-def _value(text: str) -> Any:
-    """A number, a list, … as Python writes it, or else text, as RecBole reads its command line."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

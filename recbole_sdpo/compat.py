@@ -12,6 +12,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import getLogger
+from typing import Any
 
 import torch
 from recbole.config import Config
@@ -23,6 +25,7 @@ from recbole.utils import get_model
 from torch import Tensor, nn
 
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.values import Loader, check_values, read_arguments, read_yaml, value
 
 
 def load_best(trainer: Trainer) -> None:
@@ -34,6 +37,34 @@ def load_best(trainer: Trainer) -> None:
     checkpoint = torch.load(trainer.saved_model_file, map_location=trainer.device, weights_only=False)
     trainer.model.load_state_dict(checkpoint["state_dict"])
     trainer.model.load_other_parameter(checkpoint.get("other_parameter"))
+
+
+def take_values_as_data() -> None:
+    """Have RecBole's ``Config`` read values, which it evaluates as Python: ``__import__('os').system(…)`` runs, ``self`` is its ``self``.
+
+    Its YAML loader also builds Python's objects, and changes the loader of the whole process. Reported nowhere that we found;
+    recbole/config/configurator.py, lines 97 to 140.
+    """
+    Config._build_yaml_loader = lambda self: Loader
+    Config._convert_config_dict = _convert_config_dict
+    Config._load_config_files = _load_config_files
+    Config._load_cmd_line = _load_cmd_line
+
+
+def _convert_config_dict(self: Config, config_dict: dict[str, Any]) -> dict[str, Any]:
+    values = check_values(config_dict)
+    return check_values({key: value(item) if isinstance(item, str) else item for key, item in values.items()})
+
+
+def _load_config_files(self: Config, files: list[str] | None) -> dict[str, Any]:
+    return {key: item for file in files or () for key, item in read_yaml(file).items()}
+
+
+def _load_cmd_line(self: Config) -> dict[str, Any]:
+    settings, rest = read_arguments(() if "ipykernel_launcher" in sys.argv[0] else sys.argv[1:])
+    if rest:
+        getLogger().warning(f"command line args [{' '.join(rest)}] will not be used in RecBole")
+    return settings
 
 
 def import_models() -> None:

@@ -11,9 +11,10 @@ import recbole
 from recbole.config import Config
 from recbole.utils import ModelType
 
+from recbole_sdpo.checks import MODEL_NAME, check_settings
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.registry import add_defaults, default_settings
-from recbole_sdpo.settings import MODEL, Settings, check_settings
+from recbole_sdpo.settings import MODEL, Settings
 
 
 class RunConfig(Config):
@@ -36,6 +37,12 @@ class RunConfig(Config):
             self.internal_config_dict["train_neg_sample_args"] = None
 
     def _get_model_and_dataset(self, model: str | None, dataset: str | None) -> tuple:
+        for key, argument in (("model", model), ("dataset", dataset)):
+            if argument is None and key not in self.external_config_dict:
+                raise UserError(f"{key} must be given, as an argument or a setting.")
+        model = self.external_config_dict["model"] if model is None else model
+        if not isinstance(model, type):
+            MODEL_NAME.check("model", model)
         try:
             return super()._get_model_and_dataset(model, dataset)
         except (ValueError, AttributeError, ModuleNotFoundError) as error:
@@ -43,7 +50,7 @@ class RunConfig(Config):
             names = [MODEL, *(file.stem for file in Path(recbole.__path__[0]).glob("properties/model/*.yaml"))]
             folded = {name.lower(): name for name in names}
             near = [folded[name] for name in difflib.get_close_matches(str(model).lower(), folded, 1)]
-            hint = f"did you mean {near[0]!r}?" if near else f"valid are {MODEL} and the models of RecBole, such as GRU4Rec."
+            hint = f"did you mean {near[0]!r}?" if near else f"it must be {MODEL} or a model of RecBole, such as GRU4Rec."
             if near == [model]:
                 hint = f"RecBole has it, but: {error}."
             raise UserError(f"model={model!r} cannot be found; {hint}") from error

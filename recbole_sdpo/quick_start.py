@@ -24,6 +24,7 @@ from recbole.trainer import Trainer
 from recbole.utils import dict2str, get_trainer, init_logger, init_seed, set_color
 
 from recbole_sdpo import compat
+from recbole_sdpo.checks import check_folders, check_topk
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidates import evaluation_loader, fingerprint, freeze, with_mode
 from recbole_sdpo.data.catalogue import Catalogue
@@ -34,7 +35,7 @@ from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import Selection, restore, snapshot
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.report.table import markdown_table
-from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, check_topk, kind_of_negatives
+from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, kind_of_negatives
 from recbole_sdpo.trainer.sdpo_trainer import run_folder
 
 VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")
@@ -66,6 +67,7 @@ def run(
     state = PartialState(cpu=config["device"].type == "cpu")
     if state.num_processes > 1 and config["model"] != MODEL:
         raise UserError(f"A launch of {state.num_processes} processes serves {MODEL} only; start {config['model']} with plain python.")
+    check_folders(config)
     compat.make_folders(config)
     run_dir = run_folder(config)
     config["run_dir"] = str(run_dir)

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import recbole.trainer
-import yaml
 from recbole.config import Config
 
 from recbole_sdpo import compat
+from recbole_sdpo.checks import check_dataset, check_given
 from recbole_sdpo.evaluator.answers import register_metrics
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.settings import MODEL, check_given, merged_parts
+from recbole_sdpo.settings import MODEL, merged_parts
 from recbole_sdpo.trainer import SDPOTrainer
+from recbole_sdpo.values import read_yaml
 
 PROPERTIES = Path(__file__).parent / "properties"
 
@@ -34,6 +35,7 @@ def register() -> None:
     sys.modules[name] = module
     setattr(recbole.trainer, f"{MODEL}Trainer", SDPOTrainer)
     register_metrics()
+    compat.take_values_as_data()
     Config._load_internal_config_dict = _load_internal_config_dict
 
 
@@ -41,7 +43,12 @@ _recbole_load = Config._load_internal_config_dict
 
 
 def _load_internal_config_dict(self: Config, model: str, model_class: type, dataset: str) -> None:
-    """RecBole's defaults, and for our model ours: RecBole reads a model's defaults from its own folder only."""
+    """RecBole's defaults, and for our model ours: RecBole reads a model's defaults from its own folder only.
+
+    Raises:
+        UserError: the dataset's name leads elsewhere, or a setting is wrong.
+    """
+    check_dataset(dataset)
     _recbole_load(self, model, model_class, dataset)
     if model == MODEL:
         add_defaults(self, default_settings(dataset) | _read(PROPERTIES / f"{MODEL}.yaml"))
@@ -56,10 +63,10 @@ def add_defaults(config: Config, defaults: dict[str, Any]) -> None:
     """Put ``defaults`` under what the user gave, key by key in the settings that are dictionaries."""
     internal, given = config.internal_config_dict, config.external_config_dict
     internal |= defaults
-    check_given(given)
     if internal["load_col"] == RECBOLE_LOADS:
         fields = [given.get(key, internal[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
         internal["load_col"] = {"inter": fields}
+    check_given(given, internal, config.model)
     given |= merged_parts(internal, given)
     mode = given.get("eval_args", internal["eval_args"])["mode"]
     if internal["train_neg_sample_args"] is None and "labeled" not in str(mode):
@@ -68,4 +75,4 @@ def add_defaults(config: Config, defaults: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    return read_yaml(path) if path.is_file() else {}

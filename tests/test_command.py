@@ -10,7 +10,7 @@ def call(monkeypatch, *arguments):
     command.main()
 
 
-@pytest.mark.parametrize("argument", ["--beta", "0.3", "beta=0.3", "--beta=a=b"])
+@pytest.mark.parametrize("argument", ["--beta", "0.3", "beta=0.3", "--=0.3"])
 def test_an_argument_that_nobody_reads_is_an_error(monkeypatch, argument):
     with pytest.raises(SystemExit, match=r"error: cannot read .*--name=value"):
         call(monkeypatch, "--model=SDPO-LLM", argument)

@@ -5,10 +5,11 @@ from recbole.quick_start import run_recbole
 
 from recbole_sdpo import quick_start
 from recbole_sdpo import settings as module
+from recbole_sdpo.checks import check_given, check_settings, check_unknown
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import TEMPLATE_FOLDER
 from recbole_sdpo.quick_start import run
-from recbole_sdpo.settings import Settings, check_given, check_settings, check_unknown, kind_of_negatives, names
+from recbole_sdpo.settings import Settings, kind_of_negatives, names
 from tests.conftest import write_dataset
 
 
@@ -19,21 +20,21 @@ def test_defaults_are_valid_and_round_trip():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"beta": -1}, "beta=-1.0 is out of range; valid is more than 0"),
+        ({"beta": -1}, "beta=-1.0 must be more than 0"),
         ({"beta": "high"}, "beta='high' must be a number; the default is 1.0"),
         ({"beta": True}, "beta=True must be a number"),
-        ({"beta": float("nan")}, "beta=nan is out of range"),
+        ({"beta": float("nan")}, "beta=nan must be a finite number"),
         ({"sft_epochs": 1.5}, "sft_epochs=1.5 must be a whole number"),
-        ({"sdpo_schedule": "cos"}, "sdpo_schedule='cos' is out of range; valid is one of cosine, linear, constant"),
+        ({"sdpo_schedule": "cos"}, "sdpo_schedule='cos' must be one of cosine, linear, constant"),
         ({"title_fields": [1]}, "title_fields=.1. must be a list of text values"),
-        ({"title_fields": []}, "valid is a non-empty list"),
-        ({"objective": "ppo"}, "valid is one of sft, sdpo, dpo, dpo_multi, softmax"),
+        ({"title_fields": []}, "must be a non-empty list"),
+        ({"objective": "ppo"}, "must be one of sft, sdpo, dpo, dpo_multi, softmax"),
         ({"trust_remote_code": 1}, "trust_remote_code=1 must be true or false"),
-        ({"max_train_targets": 0}, "valid is 1 or more"),
-        ({"popularity_discount": -1}, "popularity_discount=-1.0 is out of range; valid is 0 to 1000"),
-        ({"popularity_discount": 1e4}, "popularity_discount=10000.0 is out of range"),
+        ({"max_train_targets": 0}, "must be 1 or more"),
+        ({"popularity_discount": -1}, "popularity_discount=-1.0 must be 0 to 1000"),
+        ({"popularity_discount": 1e4}, "popularity_discount=10000.0 must be 0 to 1000"),
         ({"lora_target_modules": 3}, "lora_target_modules=3 must be text or a list of text values"),
-        ({"scratch_hidden_size": 100, "scratch_heads": 3}, "must be a multiple of twice scratch_heads=3; valid is 96"),
+        ({"scratch_hidden_size": 100, "scratch_heads": 3}, "must be a multiple of twice scratch_heads=3, such as 96"),
     ],
 )
 def test_a_wrong_value_is_one_sentence_with_setting_value_and_remedy(given, message):
@@ -80,10 +81,10 @@ def test_every_setting_is_explained():
         ({"train_neg_sample_args": {"sample_num": 3, "dynamic": True, "candidate_num": 8}}, "train_neg_sample_args asks for 24 negatives"),
         ({"train_neg_sample_args": {"distribution": "popularity", "alpha": -1}}, "alpha=-1 must be a number, 0 or more"),
         ({"train_neg_sample_args": {"distribution": "popularity", "alpha": "2"}}, "alpha='2' must be a number, 0 or more"),
-        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": float("nan")}}, "alpha=nan must be a number, 0 or more"),
+        ({"train_neg_sample_args": {"alpha": float("nan")}}, "train_neg_sample_args must be a finite number, not nan"),
         ({"more_candidates": ["uni5"]}, r"more_candidates=\['uni5'\] must differ"),
-        ({"more_candidates": ["best"]}, "valid is a list of full, uniN and popN"),
-        ({"prompt_style": "candidates", "prompt_candidates": 3}, "valid is 1 to 2"),
+        ({"more_candidates": ["best"]}, "must be a list of full, uniN and popN"),
+        ({"prompt_style": "candidates", "prompt_candidates": 3}, "it must be 1 to 2"),
         ({"eval_args": {"mode": "uni23"}}, "mode='uni23' asks for 23 negatives"),
         ({"peft": "lora", "lora_layers": [5]}, "valid are 0 to 1"),
         ({"peft": "lora", "lora_target_modules": ["nope"]}, "lora_target_modules=.*does not fit the backbone"),
@@ -91,14 +92,14 @@ def test_every_setting_is_explained():
         ({"prompt_style": "candidates", "eval_args": {"mode": "full"}}, "cannot rank the whole catalogue"),
         ({"sft_checkpoint": "nowhere"}, "checkpoint 'nowhere' has no config.json"),
         ({"resume": "nowhere"}, "resume='nowhere' holds no state"),
-        ({"valid_metric": "NDCG@20"}, "valid_metric='NDCG@20' is not computed.*valid are hit@1, hit@5"),
+        ({"valid_metric": "NDCG@20"}, "valid_metric='NDCG@20' is not computed.*must be one of hit@1, hit@5"),
         ({"topk": [10]}, "valid_metric='NDCG@5' is not computed"),
         ({"valid_metric": None}, "valid_metric=None must be the name of a metric, such as NDCG@5"),
-        ({"eval_args": {"mode": "uni"}}, "eval_args.mode='uni': valid are full"),
+        ({"eval_args": {"mode": "uni"}}, "eval_args.mode='uni' must be full"),
         ({"eval_args": {"mode": "uni0"}}, "eval_args.mode='uni0'"),
-        ({"eval_args": {"mod": "full"}}, "eval_args has no part 'mod'; valid are group_by, mode, order, split"),
+        ({"eval_args": {"mod": "full"}}, "eval_args has no part 'mod'; it must be one of group_by, mode, order, split"),
         ({"train_neg_sample_args": {"sample_nums": 7}}, "train_neg_sample_args has no part 'sample_nums'"),
-        ({"MAX_ITEM_LIST_LENGTH": 0}, "MAX_ITEM_LIST_LENGTH=0 must be a whole number, 1 or more"),
+        ({"MAX_ITEM_LIST_LENGTH": 0}, "MAX_ITEM_LIST_LENGTH=0 must be a whole number from 1 to 10000"),
         ({"seed": "abc"}, "seed='abc' must be a whole number"),
     ],
 )
@@ -149,7 +150,7 @@ def test_a_baseline_refuses_settings_that_nobody_reads(ring):
 def test_splits_into_three_parts_are_ones(split):
     check_given({"eval_args": {"split": split}})
     for wrong in ({**split, "KS": 1}, {"RS": [8, 2]}, {"RS": [8, 0, 2]}, {"LS": "valid_only"}, None, "LS"):
-        with pytest.raises(ValueError, match=r"eval_args.split=.*valid are .*valid_and_test.*RS.*TS"):
+        with pytest.raises(ValueError, match=r"eval_args.split=.*must be .*valid_and_test.*RS.*TS"):
             check_given({"eval_args": {"split": wrong}})
 
 
@@ -157,7 +158,7 @@ def test_popularity_comes_off_a_ranking_alone(ring):
     answers = {"metrics": ["GenHit"], "valid_metric": "GenHit", "popularity_discount": 1}
     with pytest.raises(ValueError, match=r"popularity_discount=1.0 is for metrics of a ranking, and \['GenHit'\] are none"):
         check_settings(RunConfig("SDPO-LLM", "toy", config_dict=ring | answers))
-    labeled = {"eval_args": {"mode": "labeled"}, "metrics": ["AUC"], "valid_metric": "AUC", "train_neg_sample_args": {"sample_num": 1}}
+    labeled = {"threshold": {"timestamp": 3}, "eval_args": {"mode": "labeled"}, "metrics": ["AUC"], "valid_metric": "AUC"}
     with pytest.raises(ValueError, match=r"popularity_discount=1.0 is for metrics of a ranking, and \['AUC'\] are none"):
         RunConfig("FM", "toy", config_dict=ring | labeled | {"popularity_discount": 1})
 
@@ -201,7 +202,7 @@ def test_templates_ship_with_the_package():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"topk": "ten"}, "topk='ten' must be a whole number of 1 or more, or a list of them"),
+        ({"topk": "ten"}, "topk='ten' must be a whole number from 1 to 1000000, or a list of them"),
         ({"topk": [0]}, r"topk=\[0\] must be"),
         ({"eval_args": "full"}, "eval_args='full' must be a dictionary"),
     ],

@@ -22,6 +22,7 @@ from recbole.utils import InputType
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from recbole_sdpo.checks import check_settings, check_topk
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.examples import CandidateExamples, Examples, FixedExamples, HistoryExamples
 from recbole_sdpo.data.negatives import NegativeSampler
@@ -37,7 +38,7 @@ from recbole_sdpo.model.encoder import TERMINATOR, Encoder
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import derive_seed, generator
-from recbole_sdpo.settings import NO_FULL_RANKING, Settings, check_settings, check_topk
+from recbole_sdpo.settings import NO_FULL_RANKING, Settings
 
 TARGET_ROW = "target_row"
 """Column of an evaluation batch: the number of the target, from 0, that a row's item is a candidate for."""

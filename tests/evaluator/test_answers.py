@@ -165,7 +165,7 @@ def test_each_target_is_ranked_on_its_own(ring, tmp_path):
     [
         ("GRU4Rec", {}, "GenHit needs an answer in words, and GRU4Rec writes none"),
         ("SDPO-LLM", {"eval_args": {"mode": "full"}}, "GenHit needs sampled candidates"),
-        ("SDPO-LLM", {"decoding": "beam"}, "decoding='beam' is out of range; valid is one of free, constrained"),
+        ("SDPO-LLM", {"decoding": "beam"}, "decoding='beam' must be one of free, constrained"),
         ("SDPO-LLM", {"valid_metric": "GenHit@1"}, "valid_metric='GenHit@1' is not computed"),
     ],
 )

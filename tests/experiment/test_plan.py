@@ -209,13 +209,13 @@ def test_every_model_gets_as_many_tries(write):
         *(
             (
                 {"runs": [{"name": "a", "settings": {"eval_args": {"split": {"LS": part}}}}]},
-                "run 'a': eval_args.split=.*valid are.*valid_and_test",
+                "run 'a': eval_args.split=.*must be.*valid_and_test",
             )
             for part in ("valid_only", "test_only", "valid_and_tets")
         ),
         ({"metrics": ["HR@1", "GenHit"], "runs": [{"name": "a", "model": "Pop"}]}, "metric 'GenHit' needs a run of SDPO-LLM"),
         ({"settings": {"metrics": ["HR", "NDCG"]}}, "run 'a': metrics=.*there is no 'HR'; it is called Hit here"),
-        ({"settings": {"metrics": None}}, "run 'a': metrics=None: there is no None; valid are .*ndcg"),
+        ({"settings": {"metrics": None}}, "run 'a': metrics=None must be a list of metrics"),
         ({"settings": {"metrics": []}}, r"run 'a': metrics=\[\] must have one or more"),
         ({"settings": {"metrics": "Hits"}, "metrics": ["GenHit"]}, "run 'a': metrics=.*there is no 'Hits'"),
         ({"settings": {"learning_rate": "fast"}}, "run 'a': learning_rate='fast' must be a number above 0"),
