@@ -139,7 +139,7 @@ _DECLARED: dict[str, Rule | Parts] = {
         null=True,
     ),
     "loss_decimal_place": whole(0, 32),
-    "transform": one_of("mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq", "user_defined").or_null(),
+    "transform": one_of("mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq").or_null(),
     "mask_ratio": number(0, 1),
     "ft_ratio": number(0, 1),
     "eta": number(0, 1),
@@ -225,21 +225,21 @@ FIELDS = [key for key in RECBOLE if key.endswith("_FIELD")]
 
 
 @cache
-def _properties() -> tuple[dict[str, dict[str, Any]], dict[str, set[str]]]:
-    """For each property of RecBole's models, its default for each of them; and the words between which its comment lets choose."""
+def properties() -> tuple[dict[str, dict[str, Any]], dict[tuple[str, str], set[str]]]:
+    """Of RecBole's models: for each property, each model's default; for some and a model, the words that its comment lets choose from."""
     defaults, words = {}, {}
     for file in sorted(PROPERTIES.glob("model/*.yaml")):
         content = file.read_text(encoding="utf-8")
         for key, default in (yaml.load(content, Loader) or {}).items():
             defaults.setdefault(key, {})[file.stem] = default
         for key, choices in re.findall(r"(?m)^([\w-]+):.*# \(str\).*[Rr]ang(?:e|ing) in \[(.*?)\]", content):
-            words.setdefault(key, set()).update(re.findall(r"\w+", choices))
+            words[key, file.stem] = set(re.findall(r"\w+", choices))
     return defaults, words
 
 
-def model_rule(key: str, default: Any) -> Rule:
-    """What a property of one of RecBole's models must be: of the type of its default; and whole numbers and words within reason."""
-    known, words = _properties()
+def model_rule(key: str, default: Any, model: str) -> Rule:
+    """What a property of one of RecBole's models must be: of the type of its default, and within reason."""
+    known, words = properties()
     others = [other for other in known.get(key, {}).values() if isinstance(other, int | float) and not isinstance(other, bool)]
     if isinstance(default, bool) and not others:
         return FLAG
@@ -252,8 +252,9 @@ def model_rule(key: str, default: Any) -> Rule:
         sizes = re.search("size|dim|head|rank|num|factor|len|memory|order|interest|^n[hv]$|^k", key) and min(others) > 0
         return whole(1 if sizes else least, max(10_000, 100 * max(others)))
     if isinstance(default, str):
-        choices = words.get(key, set()) | {other for other in known.get(key, {}).values() if isinstance(other, str)}
-        return one_of(*sorted(choices)) if key in words else text("text", r"(?s).*" if not default else r"(?s).*\S.*", default)
+        if choices := words.get((key, model)):
+            return one_of(*sorted(choices | {default}))
+        return text("text", r"(?s).*" if not default else r"(?s).*\S.*", default)
     if isinstance(default, list):
         numbers = all(isinstance(item, int | float) for item in default)
         item = (number(0) if any(isinstance(item, float) for item in default) else whole(0, 10_000)) if numbers else text("text")
@@ -284,7 +285,7 @@ def check_given(given: dict[str, Any], defaults: Mapping[str, Any] | None = None
                 _check_metrics(value)
             RECBOLE[key].check(key, value)
         elif key in defaults and key not in OF_EVERY_MODEL and not (model == MODEL and key in names()):
-            model_rule(key, defaults[key]).check(key, value)
+            model_rule(key, defaults[key], model).check(key, value)
     if given.get("log_wandb") and not importlib.util.find_spec("wandb"):
         raise UserError("log_wandb=True needs the package wandb, which is not installed; pip install wandb, or leave it out.")
     if defaults:
@@ -306,8 +307,8 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise UserError(f"metrics={metrics} must all be of a ranking, such as NDCG, or all of labels, such as AUC.")
     modes = args.get("mode", "full")
     modes = set(modes.values() if isinstance(modes, dict) else [modes])
-    if kinds == {EvaluatorType.VALUE} and "full" in modes:
-        raise UserError(f"metrics={metrics} and eval_args.mode=full: metrics of labels must have another mode, such as labeled.")
+    if kinds == {EvaluatorType.VALUE} and modes != {"labeled"}:
+        raise UserError(f"metrics={metrics} and eval_args.mode={shown(args.get('mode'))}: the mode must be labeled, for metrics of labels.")
     if kinds == {EvaluatorType.RANKING} and "labeled" in modes:
         raise UserError(f"metrics={metrics} and eval_args.mode=labeled: the metrics must be of labels, such as AUC.")
     if values["MODEL_TYPE"] == ModelType.SEQUENTIAL:
@@ -339,6 +340,28 @@ def check_dataset(dataset: Any) -> None:
         UserError: it is not the name of a folder.
     """
     DATASET.check("dataset", dataset)
+
+
+def check_memory(config: Config, events: int) -> None:
+    """RecBole writes the sequence before each event out, one number of 64 bits for each of its items and columns.
+
+    Args:
+        events: of the data.
+
+    Raises:
+        UserError: the machine has not the memory for one column of them.
+    """
+    length = config["MAX_ITEM_LIST_LENGTH"]
+    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and 8 * length * events > _memory():
+        raise UserError(
+            f"MAX_ITEM_LIST_LENGTH={length} must be smaller: with {events:,} events, {8 * length * events / 2**30:,.0f} GiB and more are "
+            f"needed, and this machine has {_memory() / 2**30:,.0f}."
+        )
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_folders(config: Config) -> None:
@@ -383,6 +406,10 @@ def _check_columns(config: Config) -> None:
     Raises:
         UserError: naming the setting, the column and the file.
     """
+    for name in config["benchmark_filename"] or ():
+        file = os.path.join(config["data_path"], f"{config['dataset']}.{name}.inter")
+        if os.path.isdir(config["data_path"]) and not os.path.isfile(file):
+            raise UserError(f"benchmark_filename={config['benchmark_filename']} needs the file {file}, which is not there.")
     files, load, unload = _columns(config), config["load_col"], config["unload_col"] or {}
     where = lambda source: os.path.join(config["data_path"], f"{config['dataset']}.{source}")  # noqa: E731
     for source, fields in (load or {}).items():
@@ -402,6 +429,13 @@ def _check_columns(config: Config) -> None:
         ids["inter"] = [*ids["inter"], "TIME_FIELD"]
     for source, keys in ids.items():
         for key in keys:
+            types = files.get(source) or {config[key]: "token"}
+            if source == "inter" and (config[key] not in types or (key != "TIME_FIELD" and types[config[key]] != "token")):
+                kind = "" if key == "TIME_FIELD" else " of type token"
+                raise UserError(
+                    f"{key}={config[key]!r} must be a column{kind} of {where(source)}, whose columns are "
+                    f"{', '.join(':'.join(column) for column in types.items())}."
+                )
             read = source == "inter" or load is None or load.get(source)
             if read and not _loads(load, unload, source, config[key]):
                 raise UserError(f"load_col and unload_col must leave {key}={config[key]!r} among the columns of the {source} file.")
@@ -475,8 +509,6 @@ def check_settings(config: Config) -> Settings:
     _check_model(config)
     theirs = set() if ours else set(config.internal_config_dict) - OF_EVERY_MODEL  # such as the beta of AsymKNN
     settings = Settings.from_mapping({key: value for key, value in config.final_config_dict.items() if key not in theirs})
-    if ours and config["eval_type"] != EvaluatorType.RANKING:
-        raise UserError(f"metrics={config['metrics']} must be of a ranking, such as NDCG: {MODEL} learns from no labels.")
     _check_more_candidates(config, settings)
     _check_answers(config, settings)
     ranks = config["eval_type"] == EvaluatorType.RANKING and not all(metric.lower() in OF_ANSWERS for metric in config["metrics"])
@@ -488,6 +520,12 @@ def check_settings(config: Config) -> Settings:
         if settings.resume:
             raise UserError(f"resume={settings.resume!r} is for {MODEL}; {config['model']} starts anew.")
         return settings
+    bytes_needed = 16 * 12 * settings.scratch_layers * settings.scratch_hidden_size**2  # weights, gradients, AdamW's two moments
+    if settings.backbone == "scratch" and bytes_needed > _memory():
+        raise UserError(
+            f"scratch_hidden_size={settings.scratch_hidden_size} with scratch_layers={settings.scratch_layers} must be smaller: "
+            f"training takes {bytes_needed / 2**30:,.0f} GiB and more, and this machine has {_memory() / 2**30:,.0f}."
+        )
     if settings.reference == "cache" and not settings.fixed_negatives:
         raise UserError("reference='cache' needs negatives that stay the same; set fixed_negatives=True, or reference='auto'.")
     _check_full_sort(config, settings)

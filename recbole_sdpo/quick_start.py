@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from logging import INFO, WARNING, getLogger
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import transformers
@@ -24,7 +25,7 @@ from recbole.trainer import Trainer
 from recbole.utils import dict2str, get_trainer, init_logger, init_seed, set_color
 
 from recbole_sdpo import compat
-from recbole_sdpo.checks import check_folders, check_topk
+from recbole_sdpo.checks import check_folders, check_memory, check_topk
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidates import evaluation_loader, fingerprint, freeze, with_mode
 from recbole_sdpo.data.catalogue import Catalogue
@@ -79,6 +80,7 @@ def run(
     described = str(raw)  # RecBole changes the dataset as it splits it
     catalogue = _catalogue(config, raw)
     check_topk(config, raw.item_num - 1)
+    check_memory(config, len(raw))
     train_data, *rest = data_preparation(config, raw)
     loaders = _evaluation_loaders(config, train_data, rest, catalogue)
     _, test_data = next(iter(loaders.values()))
@@ -109,7 +111,7 @@ def run(
         "seed": config["seed"],
         "stages": stages,
         "test_result": list(stages.values())[-1]["test"],
-        "popularity": popularity_result(config, train_data, test_data),
+        "popularity": _plain(popularity_result(config, train_data, test_data)),
         "candidates_sha256": sha256,
         "training_targets": targets,
         "peak_memory_gib": _peak_memory_gib(),
@@ -300,4 +302,5 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    value = value.item() if isinstance(value, np.generic) else value  # as GAUC is
     return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)

@@ -51,15 +51,15 @@ ANY = Rule("anything", lambda value: True, (None,))
 
 def whole(least: int, most: int = 10**9) -> Rule:
     """A whole number."""
-    words = f"a whole number, {least} or more" if most >= 10**9 else f"a whole number from {least} to {most}"
     examples = tuple(dict.fromkeys(min(max(least, number), most) for number in (least, 1, 2, 8)))
+    words = f"a whole number from {least:,} to {most:,}"
     return Rule(words, lambda value: _is_number(value) and isinstance(value, int) and least <= value <= most, examples)
 
 
 def number(least: float = -1e9, most: float = 1e9, above: bool = False) -> Rule:
     """A number from ``least``, or above it, to ``most``."""
-    lower = f"above {least:g}" if above else f"{least:g} or more"
-    words = f"a number, {lower}" if most >= 1e9 else f"a number {'above' if above else 'from'} {least:g} to {most:g}"
+    ends = [f"{end:,.0f}" if end == int(end) else f"{end:g}" for end in (least, most)]
+    words = f"a number {'above' if above else 'from'} {ends[0]} to {ends[1]}"
     examples = tuple(item for item in dict.fromkeys((least, min(0.1, most), most / 2)) if abs(item) < 1e6 and (item > least or not above))
     return Rule(words, lambda value: _is_number(value) and (least < value if above else least <= value) and value <= most, examples)
 

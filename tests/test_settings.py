@@ -79,8 +79,8 @@ def test_every_setting_is_explained():
         ({"train_neg_sample_args": {"dynamic": True}}, "candidate_num=0: with dynamic=True, give 2 or more"),
         ({"train_neg_sample_args": {"dynamic": True, "candidate_num": 3}, "fixed_negatives": True}, "it needs fixed_negatives=False"),
         ({"train_neg_sample_args": {"sample_num": 3, "dynamic": True, "candidate_num": 8}}, "train_neg_sample_args asks for 24 negatives"),
-        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": -1}}, "alpha=-1 must be a number, 0 or more"),
-        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": "2"}}, "alpha='2' must be a number, 0 or more"),
+        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": -1}}, "alpha=-1 must be a number from 0 to 1,000,000,000"),
+        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": "2"}}, "alpha='2' must be a number from 0 to 1,000,000,000"),
         ({"train_neg_sample_args": {"alpha": float("nan")}}, "train_neg_sample_args must be a finite number, not nan"),
         ({"more_candidates": ["uni5"]}, r"more_candidates=\['uni5'\] must differ"),
         ({"more_candidates": ["best"]}, "must be a list of full, uniN and popN"),
@@ -99,7 +99,7 @@ def test_every_setting_is_explained():
         ({"eval_args": {"mode": "uni0"}}, "eval_args.mode='uni0'"),
         ({"eval_args": {"mod": "full"}}, "eval_args has no part 'mod'; it must be one of group_by, mode, order, split"),
         ({"train_neg_sample_args": {"sample_nums": 7}}, "train_neg_sample_args has no part 'sample_nums'"),
-        ({"MAX_ITEM_LIST_LENGTH": 0}, "MAX_ITEM_LIST_LENGTH=0 must be a whole number from 1 to 10000"),
+        ({"MAX_ITEM_LIST_LENGTH": 0}, "MAX_ITEM_LIST_LENGTH=0 must be a whole number from 1 to 10,000"),
         ({"seed": "abc"}, "seed='abc' must be a whole number"),
     ],
 )
@@ -202,7 +202,7 @@ def test_templates_ship_with_the_package():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"topk": "ten"}, "topk='ten' must be a whole number from 1 to 1000000, or a list of them"),
+        ({"topk": "ten"}, "topk='ten' must be a whole number from 1 to 1,000,000, or a list of them"),
         ({"topk": [0]}, r"topk=\[0\] must be"),
         ({"eval_args": "full"}, "eval_args='full' must be a dictionary"),
     ],

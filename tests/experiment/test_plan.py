@@ -216,7 +216,7 @@ def test_every_model_gets_as_many_tries(write):
         ({"metrics": ["HR@1", "GenHit"], "runs": [{"name": "a", "model": "Pop"}]}, "metric 'GenHit' needs a run of SDPO-LLM"),
         ({"settings": {"metrics": ["HR", "NDCG"]}}, "run 'a': metrics=.*there is no 'HR'; it is called Hit here"),
         ({"settings": {"metrics": None}}, "run 'a': metrics=None must be a list of metrics"),
-        ({"settings": {"metrics": []}}, r"run 'a': metrics=\[\] must have one or more"),
+        ({"settings": {"metrics": []}}, r"run 'a': metrics=\[\] must be a list of metrics"),
         ({"settings": {"metrics": "Hits"}, "metrics": ["GenHit"]}, "run 'a': metrics=.*there is no 'Hits'"),
         ({"settings": {"learning_rate": "fast"}}, "run 'a': learning_rate='fast' must be a number above 0"),
         ({"settings": {"train_batch_size": -1}}, "run 'a': train_batch_size=-1 must be a whole number, 1 or more"),
