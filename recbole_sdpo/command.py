@@ -12,11 +12,13 @@ from typing import Any
 from recbole_sdpo import compat
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment import run_experiment
+from recbole_sdpo.interrupt import endings
 from recbole_sdpo.quick_start import run
 from recbole_sdpo.settings import MODEL, table
 from recbole_sdpo.values import read_arguments
 
 
+@endings()
 def main() -> None:
     """Parse ``--model``, ``--dataset`` and ``--config_files``; every other ``--name=value`` is a setting, as in RecBole."""
     parser = argparse.ArgumentParser(

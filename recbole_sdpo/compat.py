@@ -7,36 +7,105 @@ pandas<3 (in-place ``fillna`` on a column), scipy<1.13 (``dok_matrix._update``, 
 from __future__ import annotations
 
 import importlib
+import io
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
+import colorama
+import colorlog
+import recbole.trainer.trainer
 import torch
 from recbole.config import Config
 from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.model.general_recommender import pop
 from recbole.trainer import Trainer
-from recbole.utils import get_model
+from recbole.utils import get_model, get_trainer
+from recbole.utils.logger import RemoveColorFilter, log_colors_config
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import naming, whole_file
 from recbole_sdpo.values import Loader, check_values, read_arguments, read_yaml, value
 
 
-def load_best(trainer: Trainer) -> None:
-    """Load the checkpoint that ``trainer`` has just written.
+def trainer_class(config: Config) -> type[Trainer]:
+    """RecBole's trainer for a model of RecBole, but that of its weights it keeps the best alone, in one file that is whole.
 
-    RecBole's own loading fails on torch >= 2.6, whose ``torch.load`` refuses the ``Config`` object that RecBole pickles
-    (https://github.com/RUCAIBox/RecBole/issues/2142). The file is this process's own, so unpickling it is safe.
+    RecBole's own checkpoint also pickles its ``Config`` and the optimizer: three times the bytes, and torch >= 2.6 refuses to load it
+    (https://github.com/RUCAIBox/RecBole/issues/2142). Its name ends with the second, which two runs may share; reported nowhere that we
+    found.
     """
-    checkpoint = torch.load(trainer.saved_model_file, map_location=trainer.device, weights_only=False)
-    trainer.model.load_state_dict(checkpoint["state_dict"])
-    trainer.model.load_other_parameter(checkpoint.get("other_parameter"))
+
+    class WeightsOnly(get_trainer(config["MODEL_TYPE"], config["model"])):
+        def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
+            self._save_weights(Path(self.saved_model_file))
+
+        def save_pretrained_model(self, epoch: int, saved_model_file: str) -> None:
+            """RecBole's models read such a file by ``pre_model_path``."""
+            self._save_weights(Path(saved_model_file))
+            self.saved_model_file = saved_model_file
+
+        def _save_weights(self, file: Path) -> None:
+            weights = {"state_dict": self.model.state_dict(), "other_parameter": self.model.other_parameter()}
+            content = io.BytesIO()  # to a full disk torch.save says "unexpected pos"
+            torch.save(weights, content)
+            with whole_file(file) as part:
+                part.write_bytes(content.getbuffer())
+
+    return WeightsOnly
+
+
+def load_best(trainer: Trainer) -> None:
+    """Load the weights that ``trainer``, of :func:`trainer_class`, has just written, this process's own; without any, keep the last."""
+    if Path(trainer.saved_model_file).is_file():
+        weights = torch.load(trainer.saved_model_file, map_location=trainer.device, weights_only=False)
+        trainer.model.load_state_dict(weights["state_dict"])
+        trainer.model.load_other_parameter(weights["other_parameter"])
+
+
+class _LogFile(logging.FileHandler):
+    """Ends the run where nothing can be written, such as on a full disk; ``logging`` would print a traceback at each message."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        with naming(Path(self.baseFilename)):
+            raise
+
+
+@contextmanager
+def records_in(folder: Path, log: str, config: Config) -> Iterator[None]:
+    """Let RecBole log into the file ``log`` in ``folder`` and draw curves into ``tensorboard`` there; on the screen as ever.
+
+    RecBole names both by the second, in the working directory, and the first run of a process keeps its log file for all that come
+    after. Reported nowhere that we found; recbole/utils/logger.py, ``init_logger``, and utils.py, ``get_tensorboard``.
+    """
+    colorama.init(autoreset=True)
+    level = getattr(logging, str(config["state"] or "info").upper(), logging.INFO)
+    screen, file = logging.StreamHandler(), _LogFile(folder / log, encoding="utf-8")
+    line = "%(asctime)-15s %(levelname)s  %(message)s"
+    screen.setFormatter(colorlog.ColoredFormatter(f"%(log_color)s{line}", "%d %b %H:%M", log_colors=log_colors_config))
+    file.setFormatter(logging.Formatter(line, "%a %d %b %Y %H:%M:%S"))
+    file.addFilter(RemoveColorFilter())
+    logging.basicConfig(level=level, handlers=[screen])
+    for handler in (screen, file):
+        handler.setLevel(level)
+    logging.getLogger().addHandler(file)
+    theirs = recbole.trainer.trainer.get_tensorboard
+    recbole.trainer.trainer.get_tensorboard = lambda logger: SummaryWriter(str(folder / "tensorboard"))
+    try:
+        yield
+    finally:
+        recbole.trainer.trainer.get_tensorboard = theirs
+        logging.getLogger().removeHandler(file)
+        file.close()
 
 
 def take_values_as_data() -> None:
@@ -100,12 +169,6 @@ class Pop(pop.Pop):
 def model_class(name: str) -> type[nn.Module]:
     """The model that RecBole has under ``name``, or what stands in for it here."""
     return Pop if name == "Pop" else get_model(name)
-
-
-def make_folders(config: Config) -> None:
-    """Make RecBole's folders, which it makes without allowing for another process that makes them at the same moment."""
-    for folder in (os.path.join("log", config["model"]), config["checkpoint_dir"]):
-        os.makedirs(folder, exist_ok=True)
 
 
 @contextmanager

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 from recbole_sdpo.errors import UserError
 
@@ -22,18 +27,24 @@ PART, OLD = ".part", ".old"
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write a file to, which takes the place of ``path`` at the end, or is gone if that fails.
 
+    Whatever writes it, its permissions are those that the umask leaves.
+
     Raises:
-        OSError: the disk is full, the folder is read-only, …
+        OSError: the disk is full, the folder is read-only, …; it names the file.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
-    try:
-        yield part
-        _flush(part)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _flush(path.parent)
+    with naming(path):
+        try:
+            part.touch()
+            mode = part.stat().st_mode
+            yield part
+            part.chmod(mode)
+            _flush(part)
+            os.replace(part, path)
+        except BaseException:
+            _remove(part)
+            raise
+        _flush(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,33 +53,58 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write ``record`` as JSON, whole or not at all, with its own digest as ``sha256``; returns what the file holds."""
+    record = json.loads(json.dumps(record))  # as it will be read
+    record["sha256"] = _digest(record)
+    write_text(path, json.dumps(record, indent=2))
+    return record
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What :func:`write_record` wrote, or None if the file is not as it was written."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        whole = record["sha256"] == _digest({key: value for key, value in record.items() if key != "sha256"})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return record if whole else None
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder`` to write into, which takes its place at the end.
+    """A new folder beside ``folder`` to write into, which takes its place at the end; permissions as the umask leaves them.
 
     A folder cannot be renamed over another one: the old one steps aside first. A process that dies in between leaves it there, and
     :func:`settle` puts it back.
 
     Raises:
-        OSError: the disk is full, the folder is read-only, …
+        OSError: the disk is full, the folder is read-only, …; it names the folder.
     """
     part, old = (folder.with_name(folder.name + end) for end in (PART, OLD))
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        for file in [*part.rglob("*"), part]:
-            _flush(file)
-        settle(folder)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(part, folder)
-    except BaseException:
+    with naming(folder):
         shutil.rmtree(part, ignore_errors=True)
-        settle(folder)
-        raise
-    _flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        part.mkdir(parents=True)
+        mode = part.stat().st_mode & 0o777
+        try:
+            yield part
+            for file in [*part.rglob("*"), part]:
+                file.chmod(mode if file.is_dir() else mode & 0o666)
+                _flush(file)
+            settle(folder)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(part, folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            settle(folder)
+            raise
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def settle(folder: Path) -> None:
@@ -77,6 +113,12 @@ def settle(folder: Path) -> None:
     if old.exists() and not folder.exists():
         os.rename(old, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove from ``folder`` what processes that died were writing there."""
+    for part in [*folder.glob(f"*{PART}"), *folder.glob(f"*{OLD}")]:
+        _remove(part)
 
 
 def sha256(path: Path) -> str:
@@ -119,3 +161,26 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the operating system name ``path``; those of safetensors, which has a class of its own for them, become such."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from logging import INFO, WARNING, getLogger
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from recbole.data import create_dataset, data_preparation
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.dataloader.general_dataloader import FullSortEvalDataLoader
 from recbole.trainer import Trainer
-from recbole.utils import dict2str, get_trainer, init_logger, init_seed, set_color
+from recbole.utils import dict2str, get_trainer, init_seed, set_color
 
 from recbole_sdpo import compat
 from recbole_sdpo.checks import check_folders, check_memory, check_topk
@@ -33,11 +34,18 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
-from recbole_sdpo.evaluator.selection import Selection, restore, snapshot
+from recbole_sdpo.evaluator.selection import FOLDER, Selection, restore, snapshot
+from recbole_sdpo.files import whole_file
+from recbole_sdpo.interrupt import say_how_to_go_on
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.report.table import markdown_table
+from recbole_sdpo.result import RESULT_FILE, write_result
 from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, kind_of_negatives
-from recbole_sdpo.trainer.sdpo_trainer import run_folder
+from recbole_sdpo.trainer.folder import LOG_FILE, alone_in, run_folder, tidy
+from recbole_sdpo.trainer.state import holds_state
+from recbole_sdpo.trainer.steps import FILE as STEPS_FILE
+
+RANKS_FILE = "ranks.csv"
 
 VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")
 
@@ -51,6 +59,18 @@ def run(
 ) -> dict[str, Any]:
     """Train and evaluate one model and write ``result.json`` into its run folder; returns what the file holds.
 
+    The folder, which no other run may use meanwhile, holds all that a run writes, but for what it keeps in ``cache_dir``. A run that has
+    ended leaves there
+
+    * ``result.json``, the last of its files, with the digests of the next two;
+    * ``ranks.csv``, and of SDPO-LLM ``steps.csv``, a row for each optimizer step;
+    * ``sft`` and ``sdpo``, checkpoints with their digests in ``SHA256SUMS``, or of another model RecBole's ``.pth`` with its best weights
+      (neither unless ``saved``);
+    * ``run.log``, and ``tensorboard`` with the curves (``tensorboard --logdir saved``).
+
+    While it goes on, SDPO-LLM also has ``state`` there, from which ``resume`` goes on, and ``selection``, the best weights so far on
+    each of ``more_candidates``. A folder holds a run from its first state on.
+
     Args:
         model: a model of RecBole, or ``SDPO-LLM``.
         dataset: its name; the files are in ``data_path``, but ml-100k comes with RecBole.
@@ -59,6 +79,7 @@ def run(
 
     Raises:
         UserError: a setting is wrong; the message names it and what would be valid.
+        OSError, KeyboardInterrupt: a note on it says how the run goes on.
     """
     compat.quiet_warnings()
     transformers.utils.logging.disable_progress_bar()
@@ -69,13 +90,25 @@ def run(
     if state.num_processes > 1 and config["model"] != MODEL:
         raise UserError(f"A launch of {state.num_processes} processes serves {MODEL} only; start {config['model']} with plain python.")
     check_folders(config)
-    compat.make_folders(config)
     run_dir = run_folder(config)
-    config["run_dir"] = str(run_dir)
-    init_seed(config["seed"], config["reproducibility"])
-    init_logger(config)
-    logger = getLogger()
+    config["run_dir"] = config["checkpoint_dir"] = str(run_dir)  # RecBole names its files by the second; here they are alone
+    with ExitStack() as stack:
+        if state.is_main_process:
+            stack.enter_context(alone_in(run_dir))
+        stack.enter_context(compat.records_in(run_dir, LOG_FILE, config))
+        try:
+            return _run(config, state, run_dir, saved)
+        except (OSError, KeyboardInterrupt) as error:
+            say_how_to_go_on(error, run_dir if holds_state(run_dir) else None)
+            raise
 
+
+def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> dict[str, Any]:
+    """:func:`run`, in its folder."""
+    logger = getLogger()
+    if config["resume"] and not holds_state(run_dir):
+        logger.info(f"The run in {run_dir} ended before there was a state to go on from; it begins anew.")
+    init_seed(config["seed"], config["reproducibility"])
     raw = create_dataset(config)
     described = str(raw)  # RecBole changes the dataset as it splits it
     catalogue = _catalogue(config, raw)
@@ -91,8 +124,8 @@ def run(
 
     init_seed(config["seed"], config["reproducibility"])
     recommender = compat.model_class(config["model"])(config, train_data._dataset).to(config["device"])
-    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, recommender)
     ours = config["model"] == MODEL
+    trainer = (get_trainer(config["MODEL_TYPE"], MODEL) if ours else compat.trainer_class(config))(config, recommender)
     if not ours:  # our trainer has one
         trainer.eval_collector = RankCollector(config, popularity_discount=config.settings.popularity_discount)
         trainer.eval_collector.data_collect(train_data)  # RecBole's trainers that only pretrain do not
@@ -102,7 +135,7 @@ def run(
 
     # A trainer of RecBole's has its best weights on the first candidates in a file, or not at all.
     selected = config.settings.more_candidates if ours or saved else loaders
-    selection = Selection(trainer, {mode: loaders[mode][0] for mode in selected}, run_dir / "selection" if saved else None)
+    selection = Selection(trainer, {mode: loaders[mode][0] for mode in selected}, run_dir / FOLDER if ours and saved else None)
     stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
     own = {key: value for key, value in config.settings.to_flat().items() if ours or key in OF_EVERY_MODEL}
     result = {
@@ -122,9 +155,11 @@ def run(
         "run_dir": str(run_dir),
     }
     if state.is_main_process:
-        pd.concat(ranks).to_csv(run_dir / "ranks.csv", index=False)
-        (run_dir / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-        logger.info(f"{set_color('result', 'yellow')}: {run_dir / 'result.json'}\n\n{_table(result)}\n")
+        with whole_file(run_dir / RANKS_FILE) as part:
+            pd.concat(ranks).to_csv(part, index=False)
+        result = write_result(run_dir, result, [file for file in (RANKS_FILE, STEPS_FILE) if (run_dir / file).is_file()])
+        tidy(run_dir)
+        logger.info(f"{set_color('result', 'yellow')}: {run_dir / RESULT_FILE}\n\n{_table(result)}\n")
     return result
 
 
@@ -172,12 +207,12 @@ def _evaluation_loaders(
 
 
 def _run_stages(trainer: Any, train_data: AbstractDataLoader, loaders: Loaders, selection: Selection, saved: bool) -> tuple[dict, list]:
-    show, resume = trainer.config["show_progress"], bool(trainer.config["resume"])
+    show = trainer.config["show_progress"]
     trainer.prepare(train_data, *(loader for pair in loaders.values() for loader in pair))
     valid_data, _ = next(iter(loaders.values()))
     stages, ranks = {}, []
     for name in trainer.stages:
-        selection.begin(name, resume)
+        selection.begin(name, trainer.validated(name))
         trainer.rank_for(name)
         if name == "sdpo" and trainer.config["eval_step"] > 0:
             selection()  # no epoch may be better than its start
@@ -189,8 +224,9 @@ def _run_stages(trainer: Any, train_data: AbstractDataLoader, loaders: Loaders, 
 
 def _fit(trainer: Trainer, train_data: AbstractDataLoader, loaders: Loaders, selection: Selection, saved: bool) -> tuple[dict, list]:
     valid_data, _ = next(iter(loaders.values()))
-    selection.begin("fit", resume=False)
+    selection.begin("fit", validated=False)
     began, ranks = time.time(), []
+    Path(trainer.saved_model_file).unlink(missing_ok=True)  # what is there afterwards this process has written
     _, valid = trainer.fit(train_data, valid_data, saved=saved, show_progress=trainer.config["show_progress"], callback_fn=selection)
     wall = time.time() - began
     if saved:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import sha256, write_text
+from recbole_sdpo.files import read_record, sha256, write_record
 
 RESULT_FILE = "result.json"
 
@@ -25,10 +23,7 @@ def write_result(folder: Path, result: dict[str, Any], files: Iterable[str]) -> 
     Returns:
         what the file holds: ``result`` with ``files``, and ``sha256`` of all the rest.
     """
-    result = json.loads(json.dumps({**result, "files": {name: sha256(folder / name) for name in files}}))  # as it will be read
-    result["sha256"] = _digest(result)
-    write_text(folder / RESULT_FILE, json.dumps(result, indent=2))
-    return result
+    return write_record(folder / RESULT_FILE, {**result, "files": {name: sha256(folder / name) for name in files}})
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -40,19 +35,11 @@ def read_result(folder: Path) -> dict[str, Any]:
     file = folder / RESULT_FILE
     if not file.is_file():
         raise UserError(f"{file} does not exist: the run has not ended.")
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        whole = result["sha256"] == _digest({key: value for key, value in result.items() if key != "sha256"})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+    result = read_record(file)
+    if result is None:
         raise UserError(f"{file} is damaged: it is not what the run wrote; run it again.")
     for name, digest in result["files"].items():
         beside = folder / name
         if not beside.is_file() or sha256(beside) != digest:
             raise UserError(f"{beside} is {'damaged' if beside.is_file() else 'missing'}: it is not what the run wrote; run it again.")
     return result
-
-
-def _digest(result: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()

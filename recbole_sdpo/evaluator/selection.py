@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-import os
 from itertools import chain
 from logging import getLogger
 from pathlib import Path
@@ -15,8 +15,14 @@ from accelerate import PartialState
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.trainer import Trainer
 from recbole.utils import calculate_valid_score, dict2str
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import whole_file
+
+FOLDER = "selection"
 
 
 class Selection:
@@ -34,14 +40,15 @@ class Selection:
         self._weights: dict[str, dict[str, Tensor]] = {}
         self._rest: dict[str, dict[str, Any]] = {}
 
-    def begin(self, stage: str, resume: bool) -> None:
-        """Forget what was kept; go on with what an interrupted run of the stage had kept."""
+    def begin(self, stage: str, validated: bool) -> None:
+        """Forget what was kept; go on with what an interrupted run of the stage had kept, if that had validated in it.
+
+        Raises:
+            UserError: what it had kept is missing or damaged.
+        """
         self.valid, self._weights, self._rest, self._stage = {}, {}, {}, stage
-        for mode in self.loaders if resume else ():
-            file = self._file(mode)
-            if file.is_file():
-                self._weights[mode] = load_file(file)
-                self.valid[mode] = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        for mode in self.loaders if validated and self.folder else ():
+            self.valid[mode], self._weights[mode] = _read(self._file(mode))
 
     def __call__(self, epoch: int | None = None, score: float | None = None) -> None:
         """Validate on each candidate set, and keep the weights where that is better than before."""
@@ -65,16 +72,32 @@ class Selection:
         return self.folder / f"{self._stage}-{mode}.safetensors"
 
     def _write(self, mode: str) -> None:
-        """The weights first, whole or not at all: an epoch that is run again finds the same score and writes nothing new."""
+        """An epoch that is run again finds the same score and writes nothing new."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self._file(mode)
-        for target, write in (
-            (file, lambda part: save_file(self._weights[mode], part)),
-            (file.with_suffix(".json"), lambda part: part.write_text(json.dumps(self.valid[mode]), encoding="utf-8")),
-        ):
-            part = target.with_name(target.name + ".part")
-            write(part)
-            os.replace(part, target)
+        valid = json.dumps(self.valid[mode])
+        with whole_file(self._file(mode)) as part:
+            save_file(self._weights[mode], part, {"valid": valid, "sha256": _digest(valid, self._weights[mode])})
+
+
+def _read(file: Path) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Metrics and weights that were best on a candidate set."""
+    try:
+        with safe_open(file, framework="pt") as stream:
+            about, weights = stream.metadata(), {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  it is no dictionary
+        whole = about["sha256"] == _digest(about["valid"], weights)
+    except (OSError, SafetensorError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{file} is missing or damaged: it is not what the run wrote, which cannot be resumed; begin it in another folder.")
+    return json.loads(about["valid"]), weights
+
+
+def _digest(valid: str, weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(valid.encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        digest.update(weight.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

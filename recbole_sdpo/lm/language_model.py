@@ -45,7 +45,7 @@ class LanguageModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.attention = attention
-        self._frozen: PreTrainedModel | None = None
+        self._frozen: list[PreTrainedModel] = []  # in a list, for it is no part of the policy: not to train, move, save or restore
         check_attention(self.causal_lm, attention)
         self._layers = _decoder_layers(self.causal_lm)
         self._shared = _layers_below_training(self.causal_lm, self._layers)
@@ -90,7 +90,7 @@ class LanguageModel(nn.Module):
         if not self.has_reference:
             raise RuntimeError("There is no reference yet; call freeze_reference() first.")
         if not isinstance(self.model, PeftModel):
-            yield self._frozen.eval()  # train() reaches it, as it does every submodule
+            yield self._frozen[0]
             return
         training = self.model.training
         self.eval()
@@ -133,8 +133,8 @@ class LanguageModel(nn.Module):
     def freeze_reference(self) -> None:
         """Make the policy as it now is the reference."""
         if not isinstance(self.model, PeftModel):
-            self._frozen = None
-            self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
+            self._frozen = []  # before the copy, which needs its memory
+            self._frozen = [copy.deepcopy(self.model).eval().requires_grad_(False)]
             return
         if REFERENCE not in self.model.peft_config:
             self.model.add_adapter(REFERENCE, self.model.peft_config["default"])
@@ -148,7 +148,7 @@ class LanguageModel(nn.Module):
     @property
     def has_reference(self) -> bool:
         """Has a reference been frozen?"""
-        return self._frozen is not None or (isinstance(self.model, PeftModel) and REFERENCE in self.model.peft_config)
+        return bool(self._frozen) or (isinstance(self.model, PeftModel) and REFERENCE in self.model.peft_config)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The policy's trained parameters by name."""

@@ -4,77 +4,69 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from logging import getLogger
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from peft import PeftModel
+from safetensors.numpy import load, save
 from torch import Tensor
 
 from recbole_sdpo.data.examples import FixedExamples
-from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import whole_file
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.ragged import Ragged
 
-FORMAT = 1
+FORMAT = 2
 """To be raised when scores change, so that files of before are not read."""
 
 
 class ReferenceCache:
-    """Log-probabilities of the reference, float32 ``[targets, 1 + K]`` in a memory-mapped ``.npy`` file, NaN where not known.
+    """Log-probabilities of the reference, float32 ``[targets, 1 + K]``, as far as they are known.
 
-    The file is named by a digest of all that the values depend on, so that a run with another beta or learning rate finds
-    what an earlier one computed, and a run with another reference, title or negative does not.
+    They are kept in a folder that is named by a digest of all that they depend on, so that a run with another beta or learning rate
+    finds what an earlier one computed, and a run with another reference, title or negative does not. Each of its files holds some
+    targets and what was said of them, and is named by the digest of its bytes: files are whole and never change, several runs may add
+    theirs at once, and of a file that does not fit its name nothing is believed.
 
     Args:
-        folder: where such files are kept.
+        folder: where such folders are.
         lm: its policy is the reference, as it is just after ``freeze_reference``.
         examples: with their negatives.
         tokens: the tokens of every unit.
         precision: of mixed precision, as ``accelerate`` names it.
-
-    Raises:
-        UserError: the file is there but not whole.
     """
 
     def __init__(self, folder: Path, lm: LanguageModel, examples: FixedExamples, tokens: Ragged, precision: str) -> None:
-        self.file = folder / f"{_digest(lm, examples, tokens, precision)}.npy"
-        with PartialState().local_main_process_first():
-            if not self.file.is_file():
-                part = self.file.with_suffix(f".{os.getpid()}.part")
-                with part.open("wb") as stream:
-                    np.save(stream, np.full(examples.items.shape, np.nan, np.float32))
-                os.replace(part, self.file)  # whole or not at all
-        # Mapping a file that was cut short would lengthen it with zeros, which are log-probabilities.
-        try:
-            whole = np.load(self.file, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise UserError(f"{self.file} in cache_dir cannot be read ({error}); delete it, and the run makes it anew.") from error
-        if whole.shape != examples.items.shape or whole.dtype != np.float32:
-            raise UserError(f"{self.file} in cache_dir is not what this run wrote there; delete it, and the run makes it anew.")
-        self._values = np.load(self.file, mmap_mode="r+")
+        self.folder = folder / _digest(lm, examples, tokens, precision)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._values = np.full(examples.items.shape, np.nan, np.float32)
+        for file in sorted(self.folder.glob("*.safetensors")):
+            content = file.read_bytes()
+            if hashlib.sha256(content).hexdigest() != file.stem:
+                getLogger().warning(f"{file} is damaged; the reference is asked again for what it held.")
+                continue
+            held = load(content)
+            # A log-probability is below 0; an exact 0 is rather a value that was never written.
+            sound = (np.isfinite(held["logps"]) & (held["logps"] < 0)).all(1)
+            self._values[held["targets"][sound]] = held["logps"][sound]
 
     def missing(self) -> np.ndarray:
         """Of which targets something is not known, bool ``[targets]``."""
         return np.isnan(self._values).any(1)
 
     def read(self, targets: np.ndarray) -> Tensor:
-        """What was said of the given targets, float32 ``[len(targets), 1 + K]``.
+        """What was said of the given targets, float32 ``[len(targets), 1 + K]``; of each, something was."""
+        return torch.from_numpy(self._values[targets])
 
-        Raises:
-            KeyError: of one of them nothing is known.
-        """
-        values = torch.from_numpy(self._values[targets])
-        if values.isnan().any():
-            raise KeyError(f"{self.file} does not have all that this run asks of it; delete it, and the run makes it anew.")
-        return values
-
-    def write(self, targets: np.ndarray, logps: Tensor) -> None:
-        """Keep the log-probabilities of the given targets, in place of any that are there."""
+    def add(self, targets: np.ndarray, logps: Tensor, to_disk: bool) -> None:
+        """Keep the log-probabilities of the given targets, in place of any that are there; in a file, too, if ``to_disk``."""
         self._values[targets] = logps.float().cpu().numpy()
-        self._values.flush()
+        if to_disk:
+            content = save({"targets": targets, "logps": self._values[targets]})
+            with whole_file(self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors") as part:
+                part.write_bytes(content)
 
 
 def _digest(lm: LanguageModel, examples: FixedExamples, tokens: Ragged, precision: str) -> str:

@@ -12,27 +12,28 @@ from typing import Any
 
 import recbole
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator
 from recbole.config import Config
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
-from recbole.utils import calculate_valid_score, dict2str, get_local_time, set_color
+from recbole.utils import calculate_valid_score, dict2str, set_color
 
 from recbole_sdpo.data.candidates import freeze, samples_candidates
 from recbole_sdpo.data.sequences import training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import restore, snapshot
+from recbole_sdpo.files import SUMS, check_seal, seal, settle, whole_folder, write_text
 from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.sdpo_llm import TARGET_ROW
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.settings import Settings, kind_of_negatives
+from recbole_sdpo.trainer.folder import STAGES, run_folder
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.stage import Stage
-from recbole_sdpo.trainer.state import load_state, read_state, save_state
+from recbole_sdpo.trainer.state import holds_state, load_state, read_state, save_state
 from recbole_sdpo.trainer.steps import StepFile
 
 # What makes a run what it is, beside our own settings; and what of those a resumed run may change.
@@ -112,7 +113,7 @@ class SDPOTrainer(Trainer):
     @property
     def stages(self) -> list[str]:
         """``sft``, and ``sdpo`` unless the objective is SFT."""
-        return ["sft", "sdpo"] if self.model.settings.reaches_alignment else ["sft"]
+        return list(STAGES if self.model.settings.reaches_alignment else STAGES[:1])
 
     def rank_for(self, stage: str) -> None:
         """Take off popularity in evaluations of the last stage alone: what suits its scores does not suit those before."""
@@ -151,9 +152,11 @@ class SDPOTrainer(Trainer):
             valid_data = None
         self.prepare(train_data, valid_data)
         self.rank_for(name)
-        resumed = self._resumed()
+        resumed, checkpoint = self._resumed(), self.run_dir / name
+        if resumed:
+            settle(checkpoint)
         if name in resumed.get("reports", {}):
-            restore_policy(self.model.lm, self.run_dir / name)
+            self._restore(checkpoint)
             self.reports[name] = StageReport(**resumed["reports"][name])
             self._log(f"{name}: already done in {self.run_dir}.", verbose)
             return self.reports[name]
@@ -164,8 +167,8 @@ class SDPOTrainer(Trainer):
         self._start_score(stage, valid_data, show_progress)
         best, kept = snapshot(self.model), False
         if resumed.get("stage") == name:
-            if (self.run_dir / name).is_dir():
-                restore_policy(self.model.lm, self.run_dir / name)
+            if checkpoint.is_dir():
+                self._restore(checkpoint)
                 best, kept = snapshot(self.model), True
             load_state(self.run_dir, stage)
             self.best_valid_score, self.best_valid_result, self.cur_step = resumed["best"]
@@ -181,6 +184,8 @@ class SDPOTrainer(Trainer):
                 self._save_state(stage, time.time() - began)
                 saved_at = time.time()
 
+        if not holds_state(self.run_dir):
+            keep_state(now=True)  # a folder with a checkpoint is a run's, and a run can be resumed
         patience = self.stopping_step if stage.settings.stopping_step is None else stage.settings.stopping_step
         while stage.epoch < stage.settings.epochs and self.cur_step <= patience:
             epoch, epoch_began = stage.epoch, time.time()
@@ -193,14 +198,14 @@ class SDPOTrainer(Trainer):
             keep_state(now=True)
         if self.cur_step > patience:
             self._log(f"{name}: no better {self.valid_metric} in {self.cur_step} evaluations; stopped.", verbose)
-        if stage.step_file:
-            stage.step_file.close()
         restore(self.model, best)
         if not kept:
             self._log(f"{name}: its start is kept, as no epoch was better.", verbose and stage.settings.epochs > 0)
             self._save(name, saved)
         self.reports[name] = StageReport(self.best_valid_result, time.time() - began, stage.targets, stage.tokens)
         keep_state(now=True)
+        if stage.step_file:
+            stage.step_file.close()
         return self.reports[name]
 
     def _judge(self, stage: Stage, valid_data: AbstractDataLoader | None, verbose: bool, show_progress: bool, callback_fn) -> bool:
@@ -250,7 +255,7 @@ class SDPOTrainer(Trainer):
         )
         if cache:
             known = int((~cache.missing()).sum())
-            self._log(f"{name}: of {known:,} targets the reference's log-probabilities are in {cache.file} already", verbose)
+            self._log(f"{name}: of {known:,} targets the reference's log-probabilities are in {cache.folder} already", verbose)
             stage.fill_cache(show_progress)
         return stage
 
@@ -295,9 +300,9 @@ class SDPOTrainer(Trainer):
         """The state of the run to resume, or nothing.
 
         Raises:
-            UserError: it had other settings.
+            UserError: it had other settings, or is damaged.
         """
-        if not self.model.settings.resume:
+        if not self.model.settings.resume or not holds_state(self.run_dir):  # it died before there was one
             return {}
         state, now = read_state(self.run_dir), self._identity()
         had = Settings().to_flat() | state["settings"]  # a setting that is younger than the state had its default
@@ -305,6 +310,13 @@ class SDPOTrainer(Trainer):
         if other:
             raise UserError(f"resume={str(self.run_dir)!r}: that run had {', '.join(other)}; give each as it was.")
         return state
+
+    def validated(self, stage: str) -> bool:
+        """Had the run to resume trained in ``stage``, and validated?"""
+        state = self._resumed()
+        if report := state.get("reports", {}).get(stage):
+            return report["valid"] is not None and report["targets"] > 0
+        return state.get("stage") == stage and state["best"][1] is not None and state["progress"]["targets"] > 0
 
     def evaluate(
         self,
@@ -350,7 +362,7 @@ class SDPOTrainer(Trainer):
         """Load a checkpoint, if its policy was made as this one.
 
         Raises:
-            UserError: it was made otherwise, or is none.
+            UserError: it was made otherwise, is damaged, or is none.
         """
         file = folder / POLICY_FILE
         made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -360,6 +372,16 @@ class SDPOTrainer(Trainer):
                     f"checkpoint {str(folder)!r} was made with {key}={made[key]!r}, and this run has {value!r}; "
                     "use the settings it was made with."
                 )
+        self._restore(folder)
+
+    def _restore(self, folder: Path) -> None:
+        """Load the policy's weights from ``folder``, which no run need have written; where one has, they must be as it wrote them.
+
+        Raises:
+            UserError: they are not, or are no weights of this policy.
+        """
+        if any((folder / file).is_file() for file in (SUMS, POLICY_FILE)):
+            check_seal(folder)
         restore_policy(self.model.lm, folder)
 
     def prepare(self, train_data: AbstractDataLoader, *eval_data: AbstractDataLoader | None) -> None:
@@ -395,12 +417,13 @@ class SDPOTrainer(Trainer):
 
     def _save(self, stage: str, saved: bool) -> None:
         if saved and self.accelerator.is_main_process:
-            folder = self.run_dir / stage
-            save_backbone(self.model.lm, folder)
             made = self.model.settings.to_flat() | self._policy_identity()
             made["header"] = self.model.units.pieces[0]  # of a template file that may be elsewhere, or another one, later
-            (folder / POLICY_FILE).write_text(json.dumps(made, indent=2), encoding="utf-8")
-            (folder / DATA_FILE).write_text(json.dumps(self._data(), indent=2), encoding="utf-8")
+            with whole_folder(self.run_dir / stage) as folder:
+                save_backbone(self.model.lm, folder)
+                write_text(folder / POLICY_FILE, json.dumps(made, indent=2))
+                write_text(folder / DATA_FILE, json.dumps(self._data(), indent=2))
+                seal(folder)
 
     def _data(self) -> dict[str, Any]:
         """What it takes to load the data again, wherever that is done."""
@@ -414,37 +437,6 @@ class SDPOTrainer(Trainer):
     def _log(self, message: str, verbose: bool) -> None:
         if verbose:
             self.logger.info(message)
-
-
-def run_folder(config: Config) -> Path:
-    """The folder of a run, for all its processes: the run's that it resumes, or a new one, as asked for or named by time.
-
-    Raises:
-        UserError: there is nothing to resume, or the folder asked for holds a run.
-    """
-    if config["resume"]:
-        folder = Path(config["resume"]).expanduser()
-        read_state(folder)
-        return folder
-    wanted = Path(config["run_dir"]).expanduser() if config["run_dir"] else None
-    if wanted and any((wanted / part).exists() for part in ("result.json", "sft", "state")):
-        raise UserError(f"run_dir={str(wanted)!r} holds a run already; give another folder, or resume={str(wanted)!r}.")
-    state, chosen = PartialState(), [None]
-    if state.is_main_process:
-        name = f"{config['model']}-{config['dataset']}-{get_local_time()}"
-        tries = (
-            [wanted]
-            if wanted
-            else (Path(config["checkpoint_dir"]) / (name + suffix) for suffix in ("", *map("-{}".format, range(2, 1000))))
-        )
-        for folder in tries:
-            try:
-                folder.mkdir(parents=True, exist_ok=folder == wanted)  # another run may have begun in the same second
-                chosen = [str(folder)]
-                break
-            except FileExistsError:
-                continue
-    return Path(broadcast_object_list(chosen)[0] if state.num_processes > 1 else chosen[0])
 
 
 def _bf16(device: torch.device) -> bool:

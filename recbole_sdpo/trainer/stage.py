@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from transformers import get_scheduler
 from recbole_sdpo.data.examples import Examples
 from recbole_sdpo.data.prompts import Prompts, batches
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.interrupt import Stopped, asked_to_stop, finishing_steps
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.encoder import Encoder
@@ -184,14 +186,15 @@ class Stage:
             for _ in range(self.step):
                 self.scheduler.step()
 
-    def run_epoch(self, show_progress: bool, after_step: Callable[[], None] = lambda: None) -> float:
+    def run_epoch(self, show_progress: bool, after_step: Callable[[bool], None] = lambda last: None) -> float:
         """Train for an epoch, or for what is left of it; returns the mean loss over its targets.
 
         Args:
-            after_step: called after each optimizer step.
+            after_step: called after each optimizer step; of each, is it the last, as a signal asked one of the processes to end?
 
         Raises:
             UserError: the loss is no longer finite.
+            Stopped: a signal asked one of the processes to end.
         """
         self.model.train()
         self.model.objective = self.objective
@@ -206,15 +209,19 @@ class Stage:
         )
         began, tokens_before = time.time(), self.tokens
         todo = plan[self.epoch_steps :]
-        coming = iter(self._loader(todo))
-        for step in todo:
-            loss, targets = self._step([next(coming) for _ in step], self._targets([step]))
-            self.epoch_steps, self.epoch_loss = self.epoch_steps + 1, self.epoch_loss + loss
-            self.epoch_targets += targets
-            bar.update(targets)
-            rate = (self.tokens - tokens_before) / (time.time() - began)
-            bar.set_postfix_str(f"loss {loss / targets:.3f}, {rate:,.0f} tokens/s", refresh=False)
-            after_step()
+        with finishing_steps():
+            coming = iter(self._loader(todo))
+            for step in todo:
+                loss, targets, last = self._step([next(coming) for _ in step], self._targets([step]))
+                self.epoch_steps, self.epoch_loss = self.epoch_steps + 1, self.epoch_loss + loss
+                self.epoch_targets += targets
+                bar.update(targets)
+                rate = (self.tokens - tokens_before) / (time.time() - began)
+                bar.set_postfix_str(f"loss {loss / targets:.3f}, {rate:,.0f} tokens/s", refresh=False)
+                after_step(last)
+                if last:
+                    self.accelerator.wait_for_everyone()  # until the state is on the disk
+                    raise Stopped(asked_to_stop() or signal.SIGTERM)
         bar.close()
         mean = self.epoch_loss / max(self.epoch_targets, 1)
         self.epoch, self.epoch_steps, self.epoch_loss, self.epoch_targets = self.epoch + 1, 0, 0.0, 0
@@ -227,12 +234,14 @@ class Stage:
         # Its own generator: torch's loaders draw from the global one else.
         return DataLoader(data, batch_size=None, collate_fn=_unchanged, num_workers=self.workers, generator=torch.Generator())
 
-    def _step(self, step: list[Batch | None], targets: int) -> tuple[float, int]:
-        """One optimizer step; returns the sum of the losses and the number of targets, over all processes."""
+    def _step(self, step: list[Batch | None], targets: int) -> tuple[float, int, bool]:
+        """One optimizer step; returns the sum of the losses and the number of targets, over all processes, and whether one of them was
+        asked to stop."""
         kind, model, settings = OBJECTIVES[self.objective], self.model, self.settings
         torch.manual_seed(derive_seed(model.seed, "dropout", self.name, self.step, self.accelerator.process_index))
         self.optimizer.zero_grad()
-        watched = torch.zeros(8, device=model.lm.device, dtype=torch.float64)  # loss, tokens, six diagnostics; sums
+        # Sums: loss, tokens, six diagnostics, and how many processes were asked to stop, so that all stop at one step.
+        watched = torch.zeros(9, device=model.lm.device, dtype=torch.float64)
         for batch in filter(None, step):
             with self.accelerator.autocast():
                 if kind.negatives and model.draws > 1:
@@ -245,14 +254,15 @@ class Stage:
             watched[1] += batch.forest.size
             if kind.negatives:
                 shown = diagnostics(*(part.detach() for part in found), model.settings.beta)
-                watched[2:] += torch.stack(shown).double() * len(losses)
+                watched[2:8] += torch.stack(shown).double() * len(losses)
+        watched[8] = bool(asked_to_stop())
         if self.accelerator.num_processes > 1:
             for parameter in self._parameters:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(grad, "sum")
             watched = self.accelerator.reduce(watched, "sum")
         norm = clip_grad_norm_(self._parameters, settings.clip_norm or float("inf"))
-        loss, tokens, *shown = watched.tolist()
+        loss, tokens, *shown, stops = watched.tolist()
         if not np.isfinite(loss) or not torch.isfinite(norm):
             raise UserError(
                 f"{self.name} step {self.step}: the loss is {loss / targets} and the gradient's norm {float(norm)}; lower "
@@ -262,14 +272,17 @@ class Stage:
         self._write(loss / targets, [value / targets for value in shown] if kind.negatives else [], float(norm))
         self.scheduler.step()
         self.step, self.targets, self.tokens = self.step + 1, self.targets + targets, self.tokens + int(tokens)
-        return loss, targets
+        return loss, targets, bool(stops)
 
     def fill_cache(self, show_progress: bool) -> None:
         """Ask the reference once for all that the stage will train on and that is not known yet."""
         state, each = self.accelerator, self.examples.targets
         of_tree = np.repeat(np.arange(len(each)), each)
+        missing = self.cache.missing()
+        if state.num_processes > 1:  # each process reads the files at a moment of its own
+            missing = state.reduce(torch.from_numpy(missing).int().to(state.device), "sum").bool().cpu().numpy()
         planned = [trees for epoch in range(self.settings.epochs) for step in self.plan(epoch) for trees in step]
-        planned = np.intersect1d(np.concatenate(planned), of_tree[self.cache.missing()]) if planned else np.empty(0, np.int64)
+        planned = np.intersect1d(np.concatenate(planned), of_tree[missing]) if planned else np.empty(0, np.int64)
         cut = [planned[rows] for rows in batches(self._sizes[planned], self.settings.tokens_per_batch)]
         coming = iter(self._loader([[trees] for trees in cut]))
         bar = tqdm(total=len(planned), ncols=110, unit="tree", disable=not show_progress or not cut, desc="asking the reference")
@@ -282,8 +295,7 @@ class Stage:
                     logps = self.model.lm.reference_logps(batch.forest).view(-1, batch.width)
                 found[torch.from_numpy(np.searchsorted(targets, batch.targets)).to(found.device)] = logps.to(found.dtype)
             found = state.reduce(found, "sum") if state.num_processes > 1 else found
-            if state.is_local_main_process:
-                self.cache.write(targets, found)
+            self.cache.add(targets, found, state.is_local_main_process)
             bar.update(sum(map(len, part)))
         bar.close()
         state.wait_for_everyone()

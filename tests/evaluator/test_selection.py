@@ -77,19 +77,19 @@ class Sometimes:
 def test_each_set_keeps_its_own_best(tmp_path, interrupted):
     trainer = Sometimes({"a": iter([0.1, 0.3, 0.2]), "b": iter([0.5, 0.4, 0.6])})
     kept = Selection(trainer, {"pop1": "a", "pop2": "b"}, tmp_path)
-    kept.begin("sft", resume=False)
+    kept.begin("sft", validated=False)
     weights = []
     for epoch in range(3):
         if epoch == 2 and interrupted:
             kept = Selection(trainer, {"pop1": "a", "pop2": "b"}, tmp_path)
-            kept.begin("sft", resume=True)
+            kept.begin("sft", validated=True)
         torch.nn.init.normal_(trainer.model.weight)
         weights.append(trainer.model.weight.detach().clone())
         kept()
     for mode, best in (("pop1", 1), ("pop2", 2)):
         kept.restore(mode)
         assert torch.equal(trainer.model.weight, weights[best])
-    kept.begin("sdpo", resume=False)
+    kept.begin("sdpo", validated=False)
     assert not kept.valid
 
 

@@ -24,7 +24,7 @@ def launch(processes, settings, folder, model="SDPO-LLM"):
     done = subprocess.run([*start, *script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     losses = {}
-    for events in (folder / "log_tensorboard").rglob("events*"):
+    for events in (folder / "run" / "tensorboard").rglob("events*"):
         reader = EventAccumulator(str(events)).Reload()
         for tag in reader.Tags()["scalars"]:
             losses[tag] = [point.value for point in reader.Scalars(tag)]

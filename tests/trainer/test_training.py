@@ -18,7 +18,7 @@ from recbole_sdpo import quick_start
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.trainer.sdpo_trainer import run_folder
+from recbole_sdpo.trainer.folder import run_folder
 from recbole_sdpo.trainer.stage import Stage
 
 

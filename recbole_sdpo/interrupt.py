@@ -1,0 +1,155 @@
+"""How the command ends when it is told to, or when the machine lets it down: one sentence, and the line that goes on.
+
+Ctrl-C and SIGTERM, which schedulers send, end a run at once, but where training has a step to finish first: then its state is kept.
+A second Ctrl-C does not wait.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EROFS: "give a folder that can be written to",
+    errno.EACCES: "give a folder or file that you have access to",
+    errno.EPERM: "give a folder or file that you have access to",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOTDIR: "give a path whose parents are folders",
+    errno.EEXIST: "give another name",
+    errno.EISDIR: "give a file, not a folder",
+    errno.EIO: "see to the disk",
+}
+"""Errors of the operating system that a user can mend, and how."""
+
+LAUNCHERS_REPEAT_S = 1.0
+"""A launcher passes a terminal's Ctrl-C on to processes that have had it already; so soon, it is not a second one."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was told to end, by the signal ``signum``."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+_asked, _asked_at, _waits, _process = 0, 0.0, False, 0
+
+
+def asked_to_stop() -> int:
+    """The signal that asked this process to end after the step that it is at, or 0."""
+    return _asked
+
+
+@contextmanager
+def finishing_steps() -> Iterator[None]:
+    """Here a signal waits for whoever calls :func:`asked_to_stop`; one that nobody has looked at takes effect at the end.
+
+    Raises:
+        Stopped: at the end, or at a second Ctrl-C.
+    """
+    global _waits
+    _waits = True
+    try:
+        yield
+    finally:
+        _waits = False
+    if _asked:
+        raise Stopped(_asked)
+
+
+@contextmanager
+def endings() -> Iterator[None]:
+    """For the command's main function: signals end it with a sentence and the exit code that shells expect, 128 and their number;
+    so does, with exit code 1, an error of the operating system that a user can mend."""
+    try:
+        with _handlers():
+            yield
+    except KeyboardInterrupt as error:
+        signum = getattr(error, "signum", signal.SIGINT)
+        _say(f"stopped by {signal.Signals(signum).name}" + _then("; ", error))
+        sys.exit(128 + signum)
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        _say(f"error: cannot use {error.filename or 'a file'}: {error.strerror}; {REMEDIES[error.errno]}{_then(', then ', error)}")
+        sys.exit(1)
+
+
+def say_how_to_go_on(error: BaseException, folder: Path | None) -> None:
+    """Add to ``error`` a note: how the run in ``folder`` goes on, or with None, that it is to begin again."""
+    if folder is None:
+        error.add_note("begin the run again: there was no state to go on from")
+    elif _process:
+        error.add_note(f"go on with: {_command(folder)}")
+    else:
+        error.add_note(f"go on with resume={str(folder)!r}")
+
+
+def _command(folder: Path) -> str:
+    """The command as it was given, and to resume ``folder``."""
+    program, processes = sys.argv[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    start = ["python"] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
+    if Path(program).name == "__main__.py":
+        start += ["-m", "recbole_sdpo"]
+    elif program.endswith(".py"):
+        start.append(program)
+    else:
+        start = [Path(program).name]
+    given = [argument for argument in sys.argv[1:] if not argument.startswith("--resume=")]
+    return shlex.join([*start, *given, f"--resume={folder}"])
+
+
+def _then(before: str, error: BaseException) -> str:
+    return "".join(before + note for note in getattr(error, "__notes__", ())) + "."
+
+
+def _say(sentence: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _handlers() -> Iterator[None]:
+    """Python gives signals to the main thread alone."""
+    global _asked, _process
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _asked, _process = 0, os.getpid()
+    before = {signum: signal.signal(signum, _handle) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        _asked, _process = 0, 0
+
+
+def _handle(signum: int, frame: FrameType | None) -> None:
+    global _asked, _asked_at
+    if os.getpid() != _process:  # a process that prepares batches: it ends with its parent, or when the parent ends it
+        if signum == signal.SIGTERM:
+            os._exit(128 + signum)
+        return
+    first, now = not _asked, time.monotonic()
+    if not first and (signum != signal.SIGINT or now - _asked_at < LAUNCHERS_REPEAT_S):
+        return
+    _asked, _asked_at = signum, now
+    if not (first and _waits):
+        raise Stopped(signum)
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"\nThe state is saved after this step, then the run ends; Ctrl-C once more ends it now.\n")
