@@ -3,7 +3,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_sdpo.lm.scratch import build_model, train_tokenizer
-from recbole_sdpo.lm.text import encode_text, opening_tokens
+from recbole_sdpo.lm.text import encode_texts, opening_tokens
+
+
+def encode_text(tokenizer, text):
+    return encode_texts(tokenizer, [text])[0]
+
 
 TITLES = ["Alien (1979)", "Amélie (2001)", "千と千尋 (2001)"]
 
