@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from recbole_sdpo.errors import UserError
+
+PLAIN = re.compile(r"\s*|.|<0x[0-9A-F]{2}>", re.DOTALL)
+"""Added tokens that are text."""
 
 BYTE_LEVEL = "choose a backbone whose tokenizer knows all bytes, such as a SmolLM2, Llama, Qwen, Gemma or GPT-2"
 """What helps against a tokenizer that changes or does not know a text."""
@@ -26,10 +30,12 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special and the added tokens, the unknown one too, but not those of white space or one character, which control nothing
-    (Gemma's runs of newlines, say)."""
+    """The special and the added tokens, the unknown one too.
+
+    Those of white space (Gemma's runs of newlines, say), of one character or of one byte (``<0x0A>``) control nothing.
+    """
     names = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-    return {*tokenizer.convert_tokens_to_ids([name for name in names if len(name) > 1 and not name.isspace()])}
+    return {*tokenizer.convert_tokens_to_ids([name for name in names if not PLAIN.fullmatch(name)])}
 
 
 def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
