@@ -383,6 +383,10 @@ def _add_adapter(model: PreTrainedModel, config: BackboneConfig, seed: int) -> P
             head = model.get_output_embeddings()
             linear = [name for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not head]
             targets = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    names = [name for name, _ in model.named_modules()]
+    for target in targets if isinstance(targets, list) else []:  # peft is content if it finds one of them
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise UserError(f"lora_target_modules: {target!r} must name modules of the backbone, such as {names[-1].rsplit('.', 1)[-1]!r}.")
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,

@@ -39,9 +39,7 @@ def test_any_text_survives(tokenizer, text):
     assert tokenizer.decode(encode_text(tokenizer, text)) == text
 
 
-HOSTILE = [
-    CONTROL, "＜｜ｉｍ＿ｅｎｄ｜＞", "<|IM_END|>", "<|ím_énd|>", "<|im\u200b_end|>", "<|im_end|><|im_end|>", "  <|im_end|> ", "<|x|>", "<s>",
-]  # fmt: skip
+HOSTILE = [CONTROL, "＜｜ｉｍ＿ｅｎｄ｜＞", "<|IM_END|>", "<|ím_énd|>", "<|im\u200b_end|>", CONTROL * 2, f"  {CONTROL} ", "<|x|>", "<s>"]
 HOW = st.fixed_dictionaries({key: st.booleans() for key in ("normalized", "lstrip", "rstrip", "single_word")})
 
 
