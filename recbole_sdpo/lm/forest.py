@@ -91,7 +91,8 @@ def plant(trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged
     if len(start) and (start.min() < 1 or (start > trunks.lengths[tree]).any()):
         bad = int(np.argmax((start < 1) | (start > trunks.lengths[tree])))
         raise UserError(
-            f"response {bad} starts after {start[bad]} tokens of a trunk of {trunks.lengths[tree[bad]]}; valid is 1 to the trunk's length."
+            f"response {bad} starts after {start[bad]} tokens of a trunk of {trunks.lengths[tree[bad]]}; "
+            "it must be 1 to the trunk's length."
         )
     # A response's last token is predicted but predicts nothing, so it needs no place in the forest.
     wanted, inner = responses.padded(-1), responses.lengths - 1

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from recbole_sdpo.lm.attention import dense_implementation, set_attention
 from recbole_sdpo.lm.language_model import LanguageModel
+from recbole_sdpo.lm.text import line_breaks
 from recbole_sdpo.ragged import Ragged
 
 NOTHING = -1
@@ -85,9 +86,7 @@ def only_among(tries: Sequence[Trie], width: int, padding: int) -> Callable[[int
 
 def line_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens with a line break in them, and the tokenizer's own end of text."""
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    ends = {token for token, text in enumerate(texts) if "\n" in text}
-    return sorted(ends | ({tokenizer.eos_token_id} - {None}))
+    return sorted(line_breaks(tokenizer, range(len(tokenizer))) | ({tokenizer.eos_token_id} - {None}))
 
 
 def _after_end(answers: np.ndarray, ends: Sequence[int], limit: int) -> np.ndarray:

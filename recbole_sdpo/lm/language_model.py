@@ -173,11 +173,11 @@ class LanguageModel(nn.Module):
         self.eval()
         set_attention(model, dense_implementation(model, self.attention))
         expected = []
-        for start, response in zip(starts, responses, strict=True):
-            tokens = torch.tensor(trunk[:start] + response, device=device)
-            logps = model(input_ids=tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
-            expected.append(logps[torch.arange(start - 1, len(tokens) - 1), tokens[start:]].sum())
         try:
+            for start, response in zip(starts, responses, strict=True):
+                tokens = torch.tensor(trunk[:start] + response, device=device)
+                logps = model(input_ids=tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
+                expected.append(logps[torch.arange(start - 1, len(tokens) - 1), tokens[start:]].sum())
             forest = plant(Ragged.from_rows([trunk]), np.zeros(len(starts), int), np.array(starts), Ragged.from_rows(responses))
             found = self._response_logps(model, forest).double()
         except Exception as error:

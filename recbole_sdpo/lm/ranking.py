@@ -44,7 +44,8 @@ class TitleTree:
     @cached_property
     def blocks(self) -> list[tuple[Tensor, Forest]]:
         """The titles in sorted order, cut: the numbers of a block's titles, int64, and their own tree."""
-        order = np.lexsort(self.titles.padded(-1).T[::-1])
+        rows = [row.tolist() for row in np.split(self.titles.values, self.titles.starts[1:])]  # one long title widens no other
+        order = np.array(sorted(range(len(rows)), key=rows.__getitem__))
         number = exclusive_cumsum(self.titles.lengths[order] - 1) // NODES_AT_ONCE
         cuts = np.flatnonzero(np.diff(number)) + 1
         return [(torch.from_numpy(block), _under_root(self.titles.take(block))) for block in np.split(order, cuts)]

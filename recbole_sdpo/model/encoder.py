@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.catalogue import Catalogue, folded
 from recbole_sdpo.data.prompts import Prompts, Units
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.forest import Forest, plant
-from recbole_sdpo.lm.text import encode_text, opening_tokens
+from recbole_sdpo.lm.text import BYTE_LEVEL, encode_texts, line_breaks, name_of, opening_tokens, shorten
 from recbole_sdpo.ragged import Ragged, exclusive_cumsum, segment_sums
 
 TERMINATOR = "\n"
 """Ends a title, in a prompt and in a response, so that none is the beginning of another: titles hold no white space but single
 blanks."""
+
+LONGEST = 2000
+"""Characters of a title at most: what is longer is a fault in the data, and costs memory for each other title, too."""
 
 
 class Encoder:
@@ -23,15 +30,20 @@ class Encoder:
         catalogue: the titles.
         units: the numbering of titles and template pieces.
         tokenizer: the backbone's.
+
+    Raises:
+        UserError: a title is too long, or the tokenizer makes something else of it, of its terminator or of a template.
     """
 
     def __init__(self, catalogue: Catalogue, units: Units, tokenizer: PreTrainedTokenizerBase) -> None:
         opening = opening_tokens(tokenizer)
-        titles = [encode_text(tokenizer, title + TERMINATOR) for title in catalogue.titles]
-        pieces = [encode_text(tokenizer, piece) for piece in units.pieces]
+        texts = [*title_lines(catalogue)[1:], *units.pieces]  # the padding has no title
+        rows = encode_texts(tokenizer, texts)
+        _check_reading(tokenizer, texts, rows)
+        rows = [[], *rows]
+        _check_titles(tokenizer, catalogue, rows[: units.items])
         first = {units.header, *(layout[0] for layout in units.templates)}
-        pieces = [opening + piece if units.header + i in first else piece for i, piece in enumerate(pieces)]
-        self.tokens = Ragged.from_rows(titles + pieces)
+        self.tokens = Ragged.from_rows([opening + row if unit in first else row for unit, row in enumerate(rows)])
 
     def trunks(self, prompts: Prompts) -> Ragged:
         """The tokens of each trunk."""
@@ -59,3 +71,48 @@ class Encoder:
         branch = (self.tokens.lengths[items] - 1).sum(1)
         np.add.at(trunk, prompts.tree, branch)
         return trunk
+
+
+def title_lines(catalogue: Catalogue) -> list[str]:
+    """Each title with its terminator.
+
+    Raises:
+        UserError: a title is longer than :data:`LONGEST`.
+    """
+    for title in catalogue.titles:
+        if len(title) > LONGEST:
+            raise UserError(
+                f"the title {shorten(title)} has {len(title)} characters and must have {LONGEST} at most; mend or shorten it in the "
+                ".item file, or choose other title_fields."
+            )
+    return [title + TERMINATOR for title in catalogue.titles]
+
+
+def _check_reading(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], rows: Sequence[list[int]]) -> None:
+    """Does the tokenizer keep each text, whenever it is asked, case, blanks and compatible forms of characters aside?"""
+    again = encode_texts(tokenizer, texts[::-1][:1000])
+    read = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+    for text, back in zip(texts, read, strict=True):
+        if _letters(back) != _letters(text):
+            raise UserError(f"tokenizer {name_of(tokenizer)} makes {shorten(back)} of {shorten(text)}; {BYTE_LEVEL}.")
+    for text, ids, other in zip(reversed(texts), reversed(rows), again, strict=False):
+        if ids != other:
+            raise UserError(f"tokenizer {name_of(tokenizer)} encodes {shorten(text)} otherwise each time; {BYTE_LEVEL}.")
+
+
+def _check_titles(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, rows: Sequence[list[int]]) -> None:
+    """Is each title a line of its own? Then none is the beginning of another, and an answer ends where its title does."""
+    ends = line_breaks(tokenizer, {*chain.from_iterable(rows)})
+    owner: dict[tuple[int, ...], int] = {}
+    for item, ids in enumerate(rows[1:], 1):
+        if not ids or ids[-1] not in ends or not ends.isdisjoint(ids[:-1]):
+            title = shorten(catalogue.titles[item] + TERMINATOR)
+            raise UserError(f"tokenizer {name_of(tokenizer)} does not end {title} with its line break; {BYTE_LEVEL}.")
+        other = owner.setdefault(tuple(ids), item)
+        if catalogue.group[other] != catalogue.group[item]:
+            both = " and ".join(shorten(catalogue.titles[which]) for which in (other, item))
+            raise UserError(f"tokenizer {name_of(tokenizer)} makes no difference between the titles {both}; {BYTE_LEVEL}.")
+
+
+def _letters(text: str) -> str:
+    return "".join(character for character in folded(text) if character.isprintable() and character != " ")

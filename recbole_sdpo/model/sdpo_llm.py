@@ -34,7 +34,7 @@ from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.lm.generation import NOTHING, line_ends, write
 from recbole_sdpo.lm.ranking import NODES_AT_ONCE, TitleTree, score_all, score_top
 from recbole_sdpo.lm.scratch import train_tokenizer
-from recbole_sdpo.model.encoder import TERMINATOR, Encoder
+from recbole_sdpo.model.encoder import TERMINATOR, Encoder, title_lines
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import derive_seed, generator
@@ -80,6 +80,7 @@ class SDPOLLM(SequentialRecommender):
 
         check_topk(config, self.n_items - 1)
         self.catalogue = Catalogue.from_dataset(dataset, settings.title_fields, settings.title_article_first)
+        lines = np.array(title_lines(self.catalogue), dtype=object)
         templates = Templates.load(settings.prompt_templates).of_style(settings.prompt_style)
         self.units = Units(len(self.catalogue.titles), templates)
         chosen = BackboneConfig(**{f.name: getattr(settings, f.name) for f in fields(BackboneConfig)})
@@ -93,7 +94,6 @@ class SDPOLLM(SequentialRecommender):
             # The root damps the most popular titles, so that the rarer ones get merges of their own, too.
             seen = np.bincount(training_sequences(dataset).items.values, minlength=len(self.catalogue.titles))
             weight = np.ceil(np.sqrt(seen)).astype(int)
-            lines = np.array([title + TERMINATOR for title in self.catalogue.titles], dtype=object)
             texts = [*np.repeat(lines, weight), *self.units.pieces * int(weight.max())]
             return train_tokenizer(texts, self.backbone.scratch_vocab_size)
 

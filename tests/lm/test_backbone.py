@@ -1,6 +1,9 @@
 """Loading from a folder, from a GGUF file, and what is refused."""
 
+import json
+import os
 from dataclasses import fields
+from pathlib import Path
 
 import bitsandbytes
 import gguf
@@ -8,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import backbone as module
-from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
+from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone, restore_policy, save_backbone
 from recbole_sdpo.lm.forest import plant
 from recbole_sdpo.lm.scratch import train_tokenizer
 from recbole_sdpo.ragged import Ragged
@@ -73,8 +78,6 @@ def write_gguf(path, model, tokenizer):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([inverse[i] for i in range(c.vocab_size)])
     writer.add_token_types([gguf.TokenType.CONTROL if i == 0 else gguf.TokenType.NORMAL for i in range(c.vocab_size)])
-    import json
-
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(0)
@@ -117,7 +120,7 @@ def test_a_gguf_file_is_converted_once_and_keeps_its_weights(tmp_path, folder, m
     lm = load(**given)
     ids = torch.arange(1, 20)[None]
     torch.testing.assert_close(lm.model.eval()(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("tiny-*"))) == 1
     assert tokenizer.get_vocab().items() <= lm.tokenizer.get_vocab().items()
     assert lm.tokenizer.decode(lm.tokenizer.encode("some titles", add_special_tokens=False)) == "some titles"
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_, **__: pytest.fail("converted again"))
@@ -216,3 +219,264 @@ def test_four_bits_train_as_the_weights_that_they_stand_for(tmp_path):
 def test_four_bits_are_for_pretrained_weights_under_an_adapter(given):
     with pytest.raises(ValueError, match="quantization='nf4' is for pretrained weights under an adapter"):
         load(quantization="nf4", **given)
+
+
+def edit_json(file, **values):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | values))
+
+
+def edit_weights(folder, edit):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    edit(weights)
+    save_file(weights, file, {"format": "pt"})
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+EVIL = "import pathlib; pathlib.Path('ran').touch()\n"
+
+
+def with_code(folder):
+    """Code that each of a model's files may name."""
+    for name, key in (("config.json", "AutoConfig"), ("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
+        content = json.loads((folder / name).read_text())
+        reference = "evil.Evil" if key != "AutoTokenizer" else ["evil.Evil", "evil.Evil"]
+        edit_json(folder / name, auto_map=content.get("auto_map", {}) | {key: reference})
+    (folder / "evil.py").write_text(EVIL)
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(EVIL)
+
+
+def no_questions(*_):
+    pytest.fail("asked on standard input")
+
+
+@pytest.mark.parametrize("kind", ["llama", "unheard-of"])
+def test_no_code_of_a_backbone_runs_and_nobody_is_asked(folder, monkeypatch, kind):
+    with_code(folder)
+    edit_json(folder / "config.json", model_type=kind)
+    monkeypatch.setattr("builtins.input", no_questions)
+    if kind == "llama":
+        load(backbone=str(folder))
+    else:
+        with pytest.raises(UserError, match="trust_remote_code=True runs the code that comes with it"):
+            load(backbone=str(folder))
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("peft", ["lora", "none"])
+def test_no_code_of_a_checkpoint_runs_and_no_pickle_or_base_model_is_read(folder, tmp_path, monkeypatch, peft):
+    monkeypatch.setattr("builtins.input", no_questions)
+    lm = load(backbone=str(folder), peft=peft)
+    save_backbone(lm, tmp_path / "saved")
+    wanted = "adapter_config.json" if peft == "lora" else "config.json"
+    edit_json(tmp_path / "saved" / wanted, base_model_name_or_path="elsewhere/evil", auto_map={"AutoConfig": "evil.Evil"})
+    edit_json(tmp_path / "saved" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+    (tmp_path / "saved" / "evil.py").write_text(EVIL)
+    restore_policy(lm, tmp_path / "saved")
+    assert not Path("ran").exists()
+    (weights,) = (tmp_path / "saved").glob("*.safetensors")
+    pickle = tmp_path / "saved" / ("adapter_model.bin" if peft == "lora" else "pytorch_model.bin")
+    torch.save(load_file(weights), pickle)
+    weights.unlink()
+    with pytest.raises(UserError, match="checkpoint '.*saved' cannot be loaded .*; it must be a folder that a run wrote"):
+        restore_policy(lm, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("peft", ["lora", "none"])
+def test_a_checkpoint_gives_its_weights_back_whole_or_not_at_all(folder, tmp_path, peft):
+    lm, saved = load(backbone=str(folder), peft=peft), tmp_path / "saved"
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in lm.trainable().values():
+            weight.copy_(torch.randn(weight.shape, generator=rng))
+    policy = {name: weight.clone() for name, weight in lm.policy_weights()}
+    save_backbone(lm, saved)
+    (file,) = saved.glob("*.safetensors")
+    other = load(backbone=str(folder), peft=peft)
+    restore_policy(other, saved)
+    assert all(torch.equal(weight, policy[name]) for name, weight in other.policy_weights())
+    whole, first = load_file(file), next(iter(load_file(file)))
+    nan = torch.full_like(whole[first], float("nan"))
+    faults = {
+        "missing": {name: weight for name, weight in whole.items() if name != first},
+        "extra": whole | {"extra.weight": torch.zeros(2)},
+        "shape": whole | {first: torch.zeros(3, 5)},
+        "not finite": whole | {first: nan},
+    }
+    for fault, weights in faults.items():
+        save_file(weights, file, {"format": "pt"})
+        with pytest.raises(UserError, match=f"checkpoint '{saved}' (does not fit|has weights)"):
+            restore_policy(other, saved)
+        assert all(torch.equal(weight, policy[name]) for name, weight in other.policy_weights()), fault
+    save_file(whole, file, {"format": "pt"})
+    for name in (file.name, "tokenizer.json", "adapter_config.json" if peft == "lora" else "config.json"):
+        whole_bytes = (saved / name).read_bytes()
+        (saved / name).write_bytes(whole_bytes[: len(whole_bytes) // 2])
+        with pytest.raises(UserError, match=f"checkpoint '{saved}' cannot be loaded"):
+            restore_policy(other, saved)
+        (saved / name).write_bytes(whole_bytes)
+    restore_policy(other, saved)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(folder, tmp_path):
+    lm = load(backbone=str(folder), peft="none")
+    save_backbone(lm, tmp_path / "saved")
+    edit_json(tmp_path / "saved" / "config.json", model_type="gpt2")
+    with pytest.raises(UserError, match="holds a model of type 'gpt2' and this run's backbone is 'llama'"):
+        restore_policy(lm, tmp_path / "saved")
+
+
+def drop(name):
+    return lambda folder: edit_weights(folder, lambda weights: weights.pop(name))
+
+
+def only_a_pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def named_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "adapter_model.bin")
+    edit_json(folder / "config.json", transformers_weights="adapter_model.bin")
+
+
+NORM = "model.norm.weight"
+BROKEN = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
+    "broken json": (lambda folder: (folder / "config.json").write_text('{"model_type": "lla'), "cannot be loaded"),
+    "unknown type": (lambda folder: edit_json(folder / "config.json", model_type="x"), "does not recognize this architecture|model type"),
+    "wrong value": (lambda folder: edit_json(folder / "config.json", hidden_size="wide"), "cannot be loaded"),
+    "encoder-decoder": (lambda folder: edit_json(folder / "config.json", model_type="t5"), "is an encoder-decoder"),
+    "vision": (lambda folder: edit_json(folder / "config.json", model_type="vit"), "Unrecognized configuration class"),
+    "quantised": (lambda folder: edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"}), "is quantised by 'gptq'"),
+    "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "cannot be loaded"),
+    "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
+    "half the weights": (lambda folder: cut(folder / "model.safetensors"), "cannot be loaded"),
+    "a pickle": (only_a_pickle, "safetensors"),
+    "a pickle named": (named_pickle, "safetensors"),
+    "a weight missing": (drop(NORM), f"has no weights for '{NORM}' \\(1 in all\\)"),
+    "the head missing": (drop("lm_head.weight"), "has no weights for 'lm_head.weight'"),
+    "a weight too many": (lambda folder: edit_weights(folder, lambda w: w.update(s=torch.ones(2))), "no place for: 's'"),
+    "another shape": (lambda folder: edit_weights(folder, lambda w: w.update({NORM: torch.ones(3)})), "cannot be loaded"),
+    "not finite": (lambda folder: edit_weights(folder, lambda w: w[NORM].fill_(float("nan"))), f"has weights '{NORM}' that are not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_backbone_that_is_not_whole_is_refused(folder, fault):
+    break_it, message = BROKEN[fault]
+    break_it(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        load(backbone=str(folder))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tied_head_needs_no_weights_of_its_own(tmp_path):
+    tokenizer = byte_level_bpe()
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": True}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + 7, **shape)).save_pretrained(tmp_path / "tied")  # padded, too
+    tokenizer.save_pretrained(tmp_path / "tied")
+    load(backbone=str(tmp_path / "tied"))
+
+
+def test_a_tokenizer_with_tokens_beyond_the_embeddings_is_refused(tmp_path):
+    tokenizer = byte_level_bpe()
+    tiny_llama(len(tokenizer) - 20).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    with pytest.raises(UserError, match=f"a tokenizer of {len(tokenizer)} tokens and a model of {len(tokenizer) - 20} embeddings"):
+        load(backbone=str(tmp_path / "short"))
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "pad")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # no text becomes it
+    tokenizer.save_pretrained(tmp_path / "pad")
+    load(backbone=str(tmp_path / "pad"))
+
+
+@pytest.mark.parametrize("targets", ["nothing", "[", ["nothing"], ["norm"], ["embed_tokens", "nothing"]])
+def test_nonsense_among_the_adapters_modules_is_one_sentence(folder, targets):
+    with pytest.raises(UserError, match="lora_target_modules.* (does not fit|must name modules of) the backbone"):
+        load(backbone=str(folder), lora_target_modules=targets)
+
+
+@pytest.mark.parametrize("layers", [[], [2], [-1]])
+def test_nonsense_among_the_adapters_layers_is_one_sentence(folder, layers):
+    with pytest.raises(UserError, match="lora_layers=.* must be numbers of the backbone's layers, from 0 to 1"):
+        load(backbone=str(folder), lora_layers=layers)
+
+
+class TestCache:
+    """Converted weights are used if this user alone can have written them, and as they were written."""
+
+    @pytest.fixture
+    def given(self, tmp_path):
+        tokenizer = byte_level_bpe()
+        write_gguf(tmp_path / "tiny.gguf", tiny_llama(len(tokenizer)), tokenizer)
+        return {"backbone": str(tmp_path / "tiny.gguf"), "cache_dir": str(tmp_path / "cache"), "peft": "none"}
+
+    @staticmethod
+    def converted(given):
+        (folder,) = Path(given["cache_dir"]).glob("tiny-????????????")
+        return folder
+
+    def test_a_damaged_conversion_is_made_anew(self, given, caplog):
+        first = {name: weight.clone() for name, weight in load(**given).policy_weights()}
+        for break_it in (
+            lambda folder: edit_weights(folder, lambda weights: weights["model.norm.weight"].add_(1)),
+            lambda folder: cut(folder / "model.safetensors"),
+            lambda folder: (folder / "config.json").unlink(),
+            lambda folder: (folder / "SHA256SUMS").unlink(),
+        ):
+            caplog.clear()
+            break_it(self.converted(given))
+            again = dict(load(**given).policy_weights())
+            assert "converted anew" in caplog.text and all(torch.equal(first[name], again[name]) for name in first)
+        caplog.clear()
+        load(**given)
+        assert "converted anew" not in caplog.text
+
+    def test_what_others_could_have_written_is_refused(self, given, monkeypatch):
+        load(**given)
+        folder = self.converted(given)
+        for path in (folder.parent, folder, folder / "model.safetensors"):
+            mode = path.stat().st_mode
+            path.chmod(mode | 0o002)
+            with pytest.raises(UserError, match=f"cache_dir: '{path}' belongs to another user, or others may write it"):
+                load(**given)
+            path.chmod(mode)
+        (folder / "model.safetensors").rename(folder.parent / "elsewhere")
+        (folder / "model.safetensors").symlink_to(folder.parent / "elsewhere")
+        with pytest.raises(UserError, match="belongs to another user"):
+            load(**given)
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        os.chown(given["cache_dir"], 54321, -1) if os.geteuid() == 0 else None
+        with pytest.raises(UserError, match="belongs to another user"):
+            load(**given)
+
+    def test_what_the_umask_allows_is_ones_own(self, given):
+        before = os.umask(0o002)
+        try:
+            load(**given)
+            load(**given)
+            assert self.converted(given).stat().st_mode & 0o777 == 0o775
+        finally:
+            os.umask(before)
+
+    def test_files_beside_a_gguf_file_have_no_part_in_it(self, given):
+        beside = Path(given["backbone"]).parent
+        (beside / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere/evil"}')
+        (beside / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}')
+        (beside / "evil.py").write_text(EVIL)
+        load(**given)
+        assert not Path("ran").exists()
+
+    def test_half_a_gguf_file_is_one_sentence(self, given):
+        cut(Path(given["backbone"]))
+        with pytest.raises(UserError, match="tiny.gguf' cannot be loaded .*; it must be a whole GGUF file"):
+            load(**given)
+        assert not list(Path(given["cache_dir"]).glob("tiny-*"))

@@ -2,8 +2,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.scratch import build_model, train_tokenizer
-from recbole_sdpo.lm.text import encode_text, opening_tokens
+from recbole_sdpo.lm.text import encode_texts, opening_tokens
+from tests.lm.tokenizers import CONTROL, KINDS, bert, byte_level, sentencepiece, with_control
+
+
+def encode_text(tokenizer, text):
+    return encode_texts(tokenizer, [text])[0]
+
 
 TITLES = ["Alien (1979)", "Amélie (2001)", "千と千尋 (2001)"]
 
@@ -32,12 +39,47 @@ def test_any_text_survives(tokenizer, text):
     assert tokenizer.decode(encode_text(tokenizer, text)) == text
 
 
+HOSTILE = [CONTROL, "＜｜ｉｍ＿ｅｎｄ｜＞", "<|IM_END|>", "<|ím_énd|>", "<|im\u200b_end|>", CONTROL * 2, f"  {CONTROL} ", "<|x|>", "<s>"]
+HOW = st.fixed_dictionaries({key: st.booleans() for key in ("normalized", "lstrip", "rstrip", "single_word")})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(KINDS)), HOW, st.lists(st.sampled_from([*HOSTILE, "alien", "(", "<", "|>", " ", "é", "9"]), max_size=8))
+def test_no_tokenizer_makes_a_control_token_of_a_text(kind, how, parts):
+    """Whatever its normaliser does first; ids of titles that need no care are those that it always gives."""
+    tokenizer, text = with_control(kind, **how), "".join(parts)
+    control = {*tokenizer.get_added_vocab().values()}
+    plain = tokenizer(text, add_special_tokens=False).input_ids
+    try:
+        ids = encode_text(tokenizer, text)
+    except UserError as error:  # of a character that it does not know
+        assert "control token '<unk>'" in str(error) or "control token '[UNK]'" in str(error)
+        return
+    assert not control & {*ids}
+    assert ids == plain or control & {*plain}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_normalises_to_a_control_token_is_cut_and_stays_whole(text):
+    tokenizer = with_control("bytes, NFKC, lower case", normalized=True)
+    ids = encode_text(tokenizer, text)
+    assert not {*ids} & {*tokenizer.get_added_vocab().values()}
+    assert tokenizer.decode(ids) == tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+
+
+def test_a_character_that_is_not_known_is_named():
+    with pytest.raises(UserError, match=r"control token '<unk>' of '千' in 'alien 千'; choose a backbone whose tokenizer"):
+        encode_text(sentencepiece(), "alien 千")
+
+
 def test_ordinary_text_is_tokenised_as_ever(tokenizer):
     assert encode_text(tokenizer, "Alien (1979)") == tokenizer("Alien (1979)", add_special_tokens=False).input_ids
 
 
 def test_opening_is_what_the_tokenizer_puts_first(tokenizer):
     assert opening_tokens(tokenizer) == tokenizer("", add_special_tokens=True).input_ids
+    assert opening_tokens(byte_level(after="</s>")) == [0]  # not </s>, which stands behind a text
+    assert opening_tokens(bert()) == [1] and opening_tokens(sentencepiece()) == []
 
 
 def test_frequent_titles_get_fewer_tokens():

@@ -133,7 +133,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
         ({"scratch_layers": 1}, "does not fit this backbone at|use the settings it was made with"),
         ({"scratch_hidden_size": 16}, "does not fit this backbone at"),
         ({"scratch_vocab_size": 280}, "has another tokenizer"),
-        ({"sft_checkpoint": str(tmp_path)}, "has no config.json; valid is a folder 'sft' or 'sdpo'"),
+        ({"sft_checkpoint": str(tmp_path)}, "has no config.json; it must be a folder 'sft' or 'sdpo'"),
         ({"peft": "lora"}, "was made with peft='none', and this run has 'lora'"),
         ({"prompt_templates": "movies"}, "was made with prompt_templates='items', and this run has 'movies'"),
     ):
