@@ -25,6 +25,7 @@ from recbole_sdpo.data.sequences import training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import restore, snapshot
+from recbole_sdpo.files import seal
 from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.sdpo_llm import TARGET_ROW
@@ -401,6 +402,7 @@ class SDPOTrainer(Trainer):
             made["header"] = self.model.units.pieces[0]  # of a template file that may be elsewhere, or another one, later
             (folder / POLICY_FILE).write_text(json.dumps(made, indent=2), encoding="utf-8")
             (folder / DATA_FILE).write_text(json.dumps(self._data(), indent=2), encoding="utf-8")
+            seal(folder)
 
     def _data(self) -> dict[str, Any]:
         """What it takes to load the data again, wherever that is done."""
