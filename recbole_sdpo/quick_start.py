@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
 import platform
 import resource
@@ -32,12 +30,12 @@ from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import Selection, restore, snapshot
+from recbole_sdpo.inputs import Inputs, package_versions
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.report.table import markdown_table
+from recbole_sdpo.result import write_result
 from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, check_topk, kind_of_negatives
 from recbole_sdpo.trainer.sdpo_trainer import run_folder
-
-VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")
 
 
 def run(
@@ -73,6 +71,8 @@ def run(
     init_logger(config)
     logger = getLogger()
 
+    inputs = Inputs.of(config)
+    inputs.keep(run_dir, resumed=bool(config["resume"]), write=state.is_main_process)
     raw = create_dataset(config)
     described = str(raw)  # RecBole changes the dataset as it splits it
     catalogue = _catalogue(config, raw)
@@ -92,6 +92,7 @@ def run(
     if not ours:  # our trainer has one
         trainer.eval_collector = RankCollector(config, popularity_discount=config.settings.popularity_discount)
         trainer.eval_collector.data_collect(train_data)  # RecBole's trainers that only pretrain do not
+    inputs.check()
     targets = recommender.targets_per_epoch(train_data._dataset) if ours else len(train_data._dataset)
     _log_head(config, recommender, targets, test_data, sha256)
     logger.info(described)
@@ -113,13 +114,15 @@ def run(
         "peak_memory_gib": _peak_memory_gib(),
         "machine": _machine(trainer.device, state),
         "versions": package_versions(),
+        "inputs": inputs.digests,
         "settings": {key: _plain(value) for key, value in sorted(config.final_config_dict.items())} | own,
         "command": sys.argv,
         "run_dir": str(run_dir),
     }
     if state.is_main_process:
         pd.concat(ranks).to_csv(run_dir / "ranks.csv", index=False)
-        (run_dir / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+        files = ["ranks.csv", "steps.csv"] if (run_dir / "steps.csv").is_file() else ["ranks.csv"]
+        result = write_result(run_dir, result, files)
         logger.info(f"{set_color('result', 'yellow')}: {run_dir / 'result.json'}\n\n{_table(result)}\n")
     return result
 
@@ -278,18 +281,6 @@ def _peak_memory_gib() -> float:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
     return round(used / 2**30, 3)
-
-
-def package_versions() -> dict[str, str | None]:
-    """The versions on which a result depends; None for what is not installed."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in VERSIONS}
 
 
 def _plain(value: Any) -> Any:

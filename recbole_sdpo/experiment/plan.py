@@ -21,6 +21,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.experiment.identity import identity
+from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.registry import default_settings
 from recbole_sdpo.settings import LEAVE_ONE_OUT, MODE, MODEL, PARTS, merged_parts
 
@@ -157,6 +158,7 @@ class Run:
     settings: Settings
     identity: str
     start: Run | None
+    inputs: Inputs | None = None
 
 
 def plan(experiment: Experiment, seeds: list[int] | None = None, entries: list[Entry] | None = None) -> list[Run]:
@@ -241,7 +243,9 @@ def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
             start = _resolved(replace(entry, name=f"SFT of {entry.name}"), dataset, alone | {"popularity_discount": 0.0})
         elif settings != alone:
             return _resolved(entry, dataset, alone)
-    return Run(entry.name, entry.model, dataset, settings["seed"], settings, identity(config, start and start.identity), start)
+    inputs = Inputs.of(config)
+    name = identity(config, inputs, start and start.identity)
+    return Run(entry.name, entry.model, dataset, settings["seed"], settings, name, start, inputs)
 
 
 def _check_targets(config: RunConfig) -> None:

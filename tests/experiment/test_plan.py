@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.experiment import identity
 from recbole_sdpo.experiment.plan import Experiment, grid, plan, with_settings, written
 
 
@@ -86,11 +85,9 @@ def test_what_a_result_depends_on_changes_its_identity(write, ring, tmp_path):
         file.write_text("one")
         before = plan(Experiment.load(write(run)))[0].identity
         file.write_text("other")
-        identity._content.cache_clear()
         assert plan(Experiment.load(write(run)))[0].identity != before, file.name
     data = tmp_path / "data" / "toy" / "toy.inter"
     data.write_text(data.read_text() + "u0\ti9\t99\n")
-    identity._content.cache_clear()
     assert plan(Experiment.load(write(runs)))[0].identity != first.identity
 
 
@@ -112,7 +109,6 @@ def test_what_a_checkpoint_holds_counts_wherever_it_lies(write, tmp_path, monkey
     (package / "__init__.py").touch()
     (package / "model.gguf").write_text("weights")
     monkeypatch.syspath_prepend(str(tmp_path))
-    identity._content.cache_clear()
     changed, _, _, found = (run.start.identity for run in plan(Experiment.load(write(backbones))))
     assert changed != first, "its weights count"
     assert found != packaged, "as do those that a name of ours stands for here"
@@ -120,7 +116,6 @@ def test_what_a_checkpoint_holds_counts_wherever_it_lies(write, tmp_path, monkey
     for name in ("scratch", "items"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("no backbone, and no prompts")
-    identity._content.cache_clear()
     (after,) = plan(Experiment.load(write([{"name": "a"}])))
     assert before.identity == after.identity, "a folder of a backbone's name is not the backbone, nor one of a domain's name its prompts"
 
