@@ -22,6 +22,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import sha256, write_text
 from recbole_sdpo.lm.backbone import BackboneConfig, weights_source
 from recbole_sdpo.settings import MODEL
+from recbole_sdpo.trainer.state import FOLDER
 
 FILE = "inputs.json"
 """In a run's folder: what it read as it began, with which alone it may be resumed."""
@@ -106,12 +107,12 @@ class Inputs:
             config, files, {name: digest(file) for name, file in files.items()} | code | versions
         )
 
-    def changed(self, digests: Mapping[str, str | None]) -> str | None:
-        """The first file, or package, that ``digests`` has otherwise."""
-        names = [
-            name for name in self.digests | digests if self.digests.get(name) != digests.get(name)
-        ]
-        return self._named(names[0]) if names else None
+    def changed(self, digests: Mapping[str, str | None], but_for: str = "") -> str | None:
+        """The first file, or package, that ``digests`` has otherwise; files of the kind ``but_for`` may differ."""
+        for name in self.digests | digests:
+            if self.digests.get(name) != digests.get(name) and name.partition("/")[0] != but_for:
+                return self._named(name)
+        return None
 
     def _named(self, name: str) -> str:
         if name == "sources":
@@ -131,8 +132,8 @@ class Inputs:
         if name:
             raise UserError(f"{name} changed while this run was reading it; start it again.")
 
-    def keep(self, run_dir: Path, resumed: bool, write: bool) -> None:
-        """Write the digests into the folder of a run that begins, and compare those of the files as one is resumed.
+    def keep(self, run_dir: Path, write: bool) -> None:
+        """Write the digests of the files into the folder of a run that begins; one that has a state goes on with no other files.
 
         Args:
             write: this process is the one that writes.
@@ -140,24 +141,30 @@ class Inputs:
         Raises:
             UserError: a file is not what the run began with.
         """
-        file, read = run_dir / FILE, {name: self.digests[name] for name in self.files}
-        if resumed and file.is_file():
-            name = self.changed(self.digests | dict.fromkeys(read) | _stored(file))
+        if (run_dir / FOLDER / "state.json").is_file():
+            name = self.changed_since(run_dir)
             if name:
                 raise UserError(
-                    f"{name} changed since {run_dir} began, which goes on with nothing else; put it back, or begin anew."
+                    f"{name} changed since the run in {run_dir} began; put it back, or begin the run anew in another folder."
                 )
         elif write:
-            write_text(file, json.dumps(read, indent=2))
+            read = {name: self.digests[name] for name in self.files}
+            write_text(run_dir / FILE, json.dumps(read, indent=2))
 
+    def changed_since(self, run_dir: Path, but_for: str = "") -> str | None:
+        """The first file that the run in ``run_dir`` began with otherwise.
 
-def _stored(file: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{file} is damaged: it is not what the run wrote; begin the run anew."
-        ) from error
+        Raises:
+            UserError: it cannot be told.
+        """
+        file = run_dir / FILE
+        if not file.is_file():
+            return None
+        try:
+            began = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} is damaged: it is not what the run wrote; begin the run anew.") from error
+        return self.changed(self.digests | dict.fromkeys(self.files) | began, but_for)
 
 
 def _files(config: RunConfig) -> dict[str, Path]:

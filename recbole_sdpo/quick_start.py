@@ -72,7 +72,7 @@ def run(
     logger = getLogger()
 
     inputs = Inputs.of(config)
-    inputs.keep(run_dir, resumed=bool(config["resume"]), write=state.is_main_process)
+    inputs.keep(run_dir, write=state.is_main_process)
     raw = create_dataset(config)
     described = str(raw)  # RecBole changes the dataset as it splits it
     catalogue = _catalogue(config, raw)

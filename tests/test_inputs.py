@@ -153,15 +153,15 @@ def test_a_run_whose_data_change_as_it_reads_them_fails(ring, tmp_path, monkeypa
 def test_a_result_has_what_was_read_and_a_run_is_resumed_with_that_alone(ring, tmp_path):
     run_dir = tmp_path / "run"
     read = Inputs.of(config(ring, "Pop"))
-    result = quick_start.run(
-        "Pop", "toy", config_dict=ring | {"epochs": 1, "run_dir": str(run_dir)}
-    )
+    result = quick_start.run("Pop", "toy", config_dict=ring | {"epochs": 1, "run_dir": str(run_dir)})
     assert result["inputs"] == read_result(run_dir)["inputs"] == read.digests
-    read.keep(run_dir, resumed=True, write=True)
+    (run_dir / "state").mkdir(exist_ok=True)
+    (run_dir / "state" / "state.json").write_text("{}")
+    read.keep(run_dir, write=True)
     item = Path(ring["data_path"]) / "toy" / "toy.item"
     item.write_text(item.read_text().replace("red", "pink"))
-    with pytest.raises(UserError, match=rf"{item} changed since {run_dir} began"):
-        Inputs.of(config(ring, "Pop")).keep(run_dir, resumed=True, write=True)
+    with pytest.raises(UserError, match=rf"{item} changed since the run in {run_dir} began"):
+        Inputs.of(config(ring, "Pop")).keep(run_dir, write=True)
     (run_dir / inputs.FILE).write_text("{")
     with pytest.raises(UserError, match="inputs.json is damaged"):
-        read.keep(run_dir, resumed=True, write=True)
+        read.keep(run_dir, write=True)

@@ -52,7 +52,7 @@ def run_experiment(
     if finished:
         warnings = unfair(finished, experiment.candidates) + warnings
         comparisons = [compare(finished, mode, experiment.metrics, experiment.baseline_names()) for mode in experiment.candidates]
-        write_report(output, experiment.title, comparisons, finished, warnings, _made(text, command, finished))
+        warnings = write_report(output, experiment.title, comparisons, finished, warnings, _made(text, command, finished))
         print("", *(comparison_markdown(comparison) + "\n" for comparison in comparisons), f"report: {output / 'report.html'}", sep="\n")
     for warning in warnings:
         print(f"warning: {warning}")

@@ -24,9 +24,10 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.plan import Run
 from recbole_sdpo.experiment.worker import LIFELINE
 from recbole_sdpo.files import check_seal, write_text
-from recbole_sdpo.inputs import Inputs
+from recbole_sdpo.inputs import FILE as INPUTS_FILE
+from recbole_sdpo.inputs import Inputs, digest
 from recbole_sdpo.result import RESULT_FILE, read_result
-from recbole_sdpo.trainer.state import FOLDER
+from recbole_sdpo.trainer.state import FOLDER, read_state
 
 POLL, REMIND = 0.5, 60.0
 """Seconds between two tries for a lock, and between two lines that say what is waited for."""
@@ -80,13 +81,7 @@ class Runner:
                 check_seal(folder / "sft")
         except UserError as error:
             return str(error)
-        if run.start:  # what it began from is known by its identity
-            read = {
-                name: value
-                for name, value in read.items()
-                if name.partition("/")[0] != "sft_checkpoint"
-            }
-        changed = run.inputs and run.inputs.changed(read)
+        changed = run.inputs and run.inputs.changed(read, but_for=_of_start(run))
         return (
             f"{changed} changed while the experiment ran, so that its result does not count; begin it again."
             if changed
@@ -209,11 +204,13 @@ class Runner:
     def _run_locked(self, run: Run, lock: IO) -> Failure | None:
         folder, again, log = self.folder(run), [], self._log(run)
         if (folder / FOLDER / "state.json").is_file() and not (folder / RESULT_FILE).exists():
-            again = [f"--resume={folder}"]
-        elif folder.exists():
-            shutil.rmtree(
-                folder
-            )  # its result does not count, or it died before there was a state to go on from
+            fault = _fault_of_state(run, folder)
+            if fault:
+                self._say(f"{run.name}, seed {run.seed} begins anew: {fault}")
+            else:
+                again = [f"--resume={folder}"]
+        if folder.exists() and not again:
+            shutil.rmtree(folder)  # its result does not count, or there is no state to go on from
         file = self.store / f"{run.identity}.yaml"
         settings = run.settings | {"run_dir": str(folder), "checkpoint_dir": str(folder)}
         if run.start:
@@ -278,6 +275,24 @@ class Runner:
         print(time.strftime("%H:%M:%S ") + message, flush=True)
 
 
+def _of_start(run: Run) -> str:
+    """The kind of files that a plan does not know yet: what a run begins from is known by its identity."""
+    return "sft_checkpoint" if run.start else ""
+
+
+def _fault_of_state(run: Run, folder: Path) -> str | None:
+    """Why the run in ``folder`` cannot go on from its state, if it cannot."""
+    try:
+        state = read_state(folder)
+        tensors = folder / FOLDER / state["tensors"]
+        if not tensors.is_file() or state.get("sha256_of_tensors", digest(tensors)) != digest(tensors):
+            return f"{tensors} is missing or damaged."
+        changed = run.inputs and run.inputs.changed_since(folder, but_for=_of_start(run))
+    except (UserError, ValueError, KeyError) as error:
+        return f"{folder / FOLDER} or {INPUTS_FILE} beside it is damaged ({error})."
+    return f"it began with another {changed}." if changed else None
+
+
 def check_writable(folder: Path) -> None:
     """Make ``folder``, and see that files can be written there.
 
@@ -318,7 +333,7 @@ def _raising(*signals: signal.Signals) -> Iterator[None]:
         {
             number: signal.signal(number, end)
             for number in signals
-            if signal.getsignal(number) != signal.SIG_IGN
+            if signal.getsignal(number) == signal.SIG_DFL
         }
         if main
         else {}

@@ -150,17 +150,24 @@ def test_what_begins_from_a_failed_run_is_not_tried(tmp_path, capsys):
     assert Runner(tmp_path).done(other) and "run 4 of 4: other" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_is_resumed_and_a_stillborn_one_begun_anew(tmp_path):
-    for name in ("1", "2"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "left").write_text("")
-    (tmp_path / "1" / "state").mkdir()
-    (tmp_path / "1" / "state" / "state.json").write_text("{}")
-    runner = Pretended(tmp_path, failing={"1", "2"})
-    runner.run_all([a_run("a", "1"), a_run("b", "2")])
-    first, second = runner.commands
-    assert f"--resume={tmp_path / '1'}" in first and not any("resume" in part for part in second)
-    assert (tmp_path / "1" / "left").exists() and not (tmp_path / "2").exists()
+def test_an_interrupted_run_is_resumed_and_one_that_cannot_be_begins_anew(tmp_path, capsys):
+    runs = [a_run(name, name) for name in ("whole", "stillborn", "cut", "without")]
+    for run in runs:
+        (tmp_path / run.name).mkdir()
+        (tmp_path / run.name / "left").write_text("")
+        if run.name != "stillborn":
+            (tmp_path / run.name / "state").mkdir()
+            tensors = "weights"
+            (tmp_path / run.name / "state" / tensors).write_text("")
+            (tmp_path / run.name / "state" / "state.json").write_text(json.dumps({"tensors": tensors}))
+    (tmp_path / "cut" / "state" / "state.json").write_text("{")
+    (tmp_path / "without" / "state" / "weights").unlink()
+    runner = Pretended(tmp_path, failing={run.name for run in runs})
+    runner.run_all(runs)
+    assert [any(part.startswith("--resume=") for part in command) for command in runner.commands] == [True, False, False, False]
+    assert [run.name for run in runs if (tmp_path / run.name).exists()] == ["whole"]
+    said = capsys.readouterr().out
+    assert "cut, seed 1 begins anew" in said and f"{tmp_path}/without/state/weights is missing or damaged" in said
 
 
 @pytest.mark.parametrize("file", ["result.json", "ranks.csv", "sft/model.safetensors"])
