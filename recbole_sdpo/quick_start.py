@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import resource
@@ -36,6 +35,7 @@ from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import FOLDER, Selection, restore, snapshot
 from recbole_sdpo.files import whole_file
+from recbole_sdpo.inputs import Inputs, package_versions
 from recbole_sdpo.interrupt import say_how_to_go_on
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.report.table import markdown_table
@@ -46,8 +46,6 @@ from recbole_sdpo.trainer.state import holds_state
 from recbole_sdpo.trainer.steps import FILE as STEPS_FILE
 
 RANKS_FILE = "ranks.csv"
-
-VERSIONS = ("recbole-sdpo", "recbole", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pandas")
 
 
 def run(
@@ -109,6 +107,8 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     if config["resume"] and not holds_state(run_dir):
         logger.info(f"The run in {run_dir} ended before there was a state to go on from; it begins anew.")
     init_seed(config["seed"], config["reproducibility"])
+    inputs = Inputs.of(config)
+    inputs.keep(run_dir, write=state.is_main_process)
     raw = create_dataset(config)
     described = str(raw)  # RecBole changes the dataset as it splits it
     catalogue = _catalogue(config, raw)
@@ -129,6 +129,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     if not ours:  # our trainer has one
         trainer.eval_collector = RankCollector(config, popularity_discount=config.settings.popularity_discount)
         trainer.eval_collector.data_collect(train_data)  # RecBole's trainers that only pretrain do not
+    inputs.check()
     targets = recommender.targets_per_epoch(train_data._dataset) if ours else len(train_data._dataset)
     _log_head(config, recommender, targets, test_data, sha256)
     logger.info(described)
@@ -150,6 +151,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
         "peak_memory_gib": _peak_memory_gib(),
         "machine": _machine(trainer.device, state),
         "versions": package_versions(),
+        "inputs": inputs.digests,
         "settings": {key: _plain(value) for key, value in sorted(config.final_config_dict.items())} | own,
         "command": sys.argv,
         "run_dir": str(run_dir),
@@ -318,18 +320,6 @@ def _peak_memory_gib() -> float:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
     return round(used / 2**30, 3)
-
-
-def package_versions() -> dict[str, str | None]:
-    """The versions on which a result depends; None for what is not installed."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in VERSIONS}
 
 
 def _plain(value: Any) -> Any:

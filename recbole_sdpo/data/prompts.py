@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from recbole_sdpo.data.sequences import Sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.ragged import Ragged, steps
+from recbole_sdpo.values import read_yaml
 
 TEMPLATE_FOLDER = Path(__file__).parents[1] / "properties" / "prompts"
 SLOTS = ("{history}", "{candidates}")
@@ -47,7 +47,7 @@ class Templates:
         domains = sorted(file.stem for file in TEMPLATE_FOLDER.glob("*.yaml"))
         if not path.is_file():
             raise UserError(f"prompt_templates={name!r} is not here; valid are {', '.join(domains)} or a .yaml file.")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
         templates = content.get("candidates") if isinstance(content, dict) else None
         texts = [content.get("header"), *templates] if isinstance(templates, list) and templates else [None]
         if not all(isinstance(text, str) for text in texts) or set(content) != {"header", "candidates"}:

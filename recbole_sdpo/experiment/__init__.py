@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from recbole_sdpo.experiment.plan import Experiment, plan, written
-from recbole_sdpo.experiment.runner import Failure, Runner
+from recbole_sdpo.experiment.runner import Failure, Runner, check_writable
 from recbole_sdpo.experiment.tune import tune
-from recbole_sdpo.quick_start import package_versions
+from recbole_sdpo.inputs import package_versions
 from recbole_sdpo.report.comparison import Finished, compare, unfair
 from recbole_sdpo.report.experiment import write_report
 from recbole_sdpo.report.table import comparison_markdown
@@ -38,20 +38,21 @@ def run_experiment(
     """
     experiment, runner, failures = Experiment.load(file, overrides), Runner(STORE, jobs), []
     text = written(file)  # as it is now, whatever becomes of it until all have run
+    check_writable(output)
     runs = plan(experiment)  # which checks all settings before any run begins
     if search:
         experiment, failures = tune(experiment, runner, output)
         runs = plan(experiment)
     axes = {entry.name: entry.axis for entry in experiment.entries()}
     failures += runner.run_all(runs)
-    done = [run for run in runs if runner.done(run)]
+    done = [run for run in runs if runner.done(run) and (run.start is None or runner.done(run.start))]
     starts = [run.start and runner.folder(run.start) for run in done]
     finished = [Finished.read(runner.folder(run), start, run.name, axes[run.name], run.seed) for run, start in zip(done, starts)]
     warnings = [f"{failure.run.name}, seed {failure.run.seed} failed: {failure.why}" for failure in failures]
     if finished:
         warnings = unfair(finished, experiment.candidates) + warnings
         comparisons = [compare(finished, mode, experiment.metrics, experiment.baseline_names()) for mode in experiment.candidates]
-        write_report(output, experiment.title, comparisons, finished, warnings, _made(text, command, finished))
+        warnings = write_report(output, experiment.title, comparisons, finished, warnings, _made(text, command, finished))
         print("", *(comparison_markdown(comparison) + "\n" for comparison in comparisons), f"report: {output / 'report.html'}", sep="\n")
     for warning in warnings:
         print(f"warning: {warning}")

@@ -7,6 +7,7 @@ import difflib
 import itertools
 import logging
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,17 +15,24 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.experiment.identity import identity
+from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.registry import default_settings
 from recbole_sdpo.settings import LEAVE_ONE_OUT, MODE, MODEL, PARTS, merged_parts
+from recbole_sdpo.values import check_values, read_yaml, shown
 
 Settings = dict[str, Any]
+
+LONGEST_NAME = 200
+"""Letters of a name or a title."""
+
+ENDS_A_LINE = {"Cc", "Cs", "Zl", "Zp"}
+"""Categories of Unicode that no line of text holds."""
 
 IN_THE_FILE = {"seed", "more_candidates", "run_dir", "resume"}
 """Settings that an experiment makes itself."""
@@ -82,23 +90,26 @@ class Experiment:
         """Read and check an experiment; ``overrides`` are settings over those of every run.
 
         Raises:
-            UserError: a key, a name or a value is wrong.
-            UserError: there is no such file.
+            UserError: there is no such file, or a key, a name or a value in it is wrong.
         """
-        given = _read(file)
+        given, overrides = _read(file), check_values(overrides or {})
         _check_keys(given, cls, str(file), {"dataset", "runs"})
         if not given["runs"]:
             raise UserError(f"{file} has no runs; give one or more, each with a name.")
         entries = []
         for number, run in enumerate(given["runs"]):
             _check_keys(run, Entry, f"run {number + 1} of {file}", {"name"}, without={"axis"})
-            entries.append(with_settings(Entry(**run), overrides or {}))
+            entries.append(with_settings(Entry(**run), overrides))
         experiment = cls(**{"title": file.stem} | given | {"runs": entries})
-        experiment._check()
+        try:
+            experiment._check()
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
         return experiment
 
     def _check(self) -> None:
-        _check_list(self.seeds, "seeds", "whole numbers, 0 or more", lambda seed: isinstance(seed, int) and seed >= 0)
+        _check_name("title", self.title)
+        _check_list(self.seeds, "seeds", "whole numbers, 0 or more and below 2^32", _is_seed)
         modes = "modes such as full, uni19 or pop19"
         _check_list(self.candidates, "candidates", modes, lambda mode: isinstance(mode, str) and bool(re.fullmatch(MODE, mode)))
         _check_list(self.metrics, "metrics", "names of metrics such as NDCG@5", lambda metric: isinstance(metric, str))
@@ -111,19 +122,24 @@ class Experiment:
         for where, settings in [("settings", self.settings), *((f"run {entry.name!r}", entry.settings) for entry in self.runs)]:
             _check_settings(where, settings)
         for entry in self.runs:
-            if not entry.name.strip() or "|" in entry.name or "\n" in entry.name:
-                raise UserError(f"run {entry.name!r}: a name is a line of text without '|', which would end its cell of the table.")
+            _check_name("the name of run", entry.name)
             if len(entry.vary) > 1:
                 raise UserError(f"run {entry.name!r} varies {', '.join(entry.vary)}; one setting at a time can be varied.")
-            for key, values in (entry.vary | entry.tune).items():
-                _check_list(values, f"{key} of run {entry.name!r}", "values")
+            for part, lists in (("vary", entry.vary), ("tune", entry.tune)):
+                for key, values in lists.items():
+                    _check_list(values, f"{part}.{key} of run {entry.name!r}", "values")
+                    _check_settings(f"{part} of run {entry.name!r}", dict.fromkeys([key], values[0]))
         names = [entry.name for entry in self.entries()]
+        for name in names:
+            _check_name("the name of a varied run", name)
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise UserError(f"runs have one name each, and {twice[0]!r} comes twice.")
+            raise UserError(f"runs must have different names, and {twice[0]!r} comes twice.")
+        if self.baselines:
+            _check_list(self.baselines, "baselines", "names of runs")
         for name in self.baselines:
             if name not in names:
-                raise UserError(f"baselines name {name!r}, which is no run; valid are {', '.join(names)}.")
+                raise UserError(f"baselines name {name!r}, which is no run; it must be one of {', '.join(names)}.")
 
     def entries(self) -> list[Entry]:
         """The rows of the table."""
@@ -157,6 +173,7 @@ class Run:
     settings: Settings
     identity: str
     start: Run | None
+    inputs: Inputs | None = None
 
 
 def plan(experiment: Experiment, seeds: list[int] | None = None, entries: list[Entry] | None = None) -> list[Run]:
@@ -241,14 +258,16 @@ def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
             start = _resolved(replace(entry, name=f"SFT of {entry.name}"), dataset, alone | {"popularity_discount": 0.0})
         elif settings != alone:
             return _resolved(entry, dataset, alone)
-    return Run(entry.name, entry.model, dataset, settings["seed"], settings, identity(config, start and start.identity), start)
+    inputs = Inputs.of(config)
+    name = identity(config, inputs, start and start.identity)
+    return Run(entry.name, entry.model, dataset, settings["seed"], settings, name, start, inputs)
 
 
 def _check_targets(config: RunConfig) -> None:
     """The table is of one target to a user, and of ranks that are known."""
     split = config["eval_args"]["split"]
     if split != LEAVE_ONE_OUT:
-        raise UserError(f"eval_args.split={split!r}: users are compared by the rank of one target; valid is {LEAVE_ONE_OUT}.")
+        raise UserError(f"eval_args.split={split!r}: users are compared by the rank of one target; it must be {LEAVE_ONE_OUT}.")
 
 
 def _check_metrics(experiment: Experiment, settings: Settings) -> None:
@@ -267,58 +286,74 @@ def _of_sft(settings: Settings, prompt_style: str) -> Settings:
     return {key: value for key, value in settings.items() if key not in second and not key.startswith("sdpo_")} | {"objective": "sft"}
 
 
-def _read(file: Path, depth: int = 0, asked_by: Path | None = None) -> Any:
+def _read(file: Path, depth: int = 0, asked_by: Path | None = None) -> Settings:
     """What a file holds, over what the file that it names as ``base`` holds; of ``settings`` both count."""
-    if not file.is_file():
+    if not file.exists():
         what = f"experiment={str(file)!r}" if asked_by is None else f"base={str(file)!r} of {asked_by}"
         raise UserError(f"{what} does not exist; configs/ has some.")
-    given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(given, dict) or "base" not in given:
+    given = read_yaml(file)
+    if "base" not in given:
         return given
     name = given.pop("base")
-    if not isinstance(name, str) or depth > 8:
-        raise UserError(f"{file}: base={name!r} must name a file, and files cannot be each other's base.")
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f"{file}: base={shown(name)} must be the name of a file beside it.")
+    if depth > 8:
+        raise UserError(f"{file}: base={name!r} goes on for ever: files cannot be each other's base.")
     base, settings = _read(file.parent / name, depth + 1, file), given.get("settings", {})
-    if not isinstance(base, dict) or not isinstance(base.get("settings", {}), dict) or not isinstance(settings, dict):
-        raise UserError(f"{file} and its base {name!r} must be mappings, and so must their settings.")
     below = base.get("settings", {})
+    for where, mapping in ((file.parent / name, below), (file, settings)):
+        if not isinstance(mapping, dict):
+            raise UserError(f"{where}: settings={shown(mapping)} must be a mapping.")
     return base | given | {"settings": _over(below, settings)}
 
 
 def written(file: Path) -> str:
     """The text of an experiment's file, and below it that of its base, and so on."""
     text = file.read_text(encoding="utf-8").rstrip()
-    base = (yaml.safe_load(text) or {}).get("base")
+    base = read_yaml(file).get("base")
     return f"{text}\n\n# {file.parent / base}\n{written(file.parent / base)}" if base else text
 
 
 def _check_keys(given: Any, kind: type, where: str, needed: set[str], without: set[str] = frozenset()) -> None:
-    valid = {f.name: f.type for f in fields(kind) if f.name not in without}
+    known = {f.name: f.type for f in fields(kind) if f.name not in without}
     if not isinstance(given, dict):
-        raise UserError(f"{where} must be a mapping with the keys {', '.join(valid)}.")
+        raise UserError(f"{where} must be a mapping with the keys {', '.join(known)}, not {shown(given)}.")
     for key, value in given.items():
-        if key not in valid:
-            near = difflib.get_close_matches(str(key), valid, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(valid)}."
-            raise UserError(f"{where} has an unknown key {key!r}; {hint}")
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it must be one of {', '.join(known)}."
+            raise UserError(f"{where} has an unknown key {shown(key)}; {hint}")
         kinds = {"str": str, "int": int, "Settings": dict}
-        wanted = kinds.get(valid[key], dict if valid[key].startswith("dict") else list)
-        if not isinstance(value, wanted):
+        wanted = kinds.get(known[key], dict if known[key].startswith("dict") else list)
+        if not isinstance(value, wanted) or isinstance(value, bool):
             words = {str: "text", int: "a whole number", dict: "a mapping", list: "a list"}
-            raise UserError(f"{where}: {key}={value!r} must be {words[wanted]}.")
+            raise UserError(f"{where}: {key}={shown(value)} must be {words[wanted]}.")
     for key in sorted(needed - set(given)):
         raise UserError(f"{where} lacks the key {key!r}.")
 
 
+def _is_seed(seed: Any) -> bool:
+    return isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32
+
+
+def _check_name(what: str, name: str) -> None:
+    if not name.strip() or len(name) > LONGEST_NAME or any(unicodedata.category(c) in ENDS_A_LINE for c in name):
+        raise UserError(f"{what} {shown(name)} must be a line of text, of {LONGEST_NAME} letters at most.")
+
+
 def _check_settings(where: str, settings: Settings) -> None:
     for key, value in settings.items():
+        if not isinstance(key, str):
+            raise UserError(f"{where}: the key {shown(key)} must be text.")
         if key in IN_THE_FILE or (key == "eval_args" and isinstance(value, dict) and "mode" in value):
-            raise UserError(f"{where}: {key}={value!r} is the experiment's; give seeds and candidates at the top of its file.")
+            raise UserError(
+                f"{where}: {key}={shown(value)} is the experiment's; give seeds and candidates at the top of its file."
+            )
         if key in PARTS and not isinstance(value, dict):
-            raise UserError(f"{where}: {key}={value!r} must be a mapping.")
+            raise UserError(f"{where}: {key}={shown(value)} must be a mapping.")
 
 
-def _check_list(values: Any, what: str, kind: str, valid: Callable[[Any], bool] = lambda value: True) -> None:
+def _check_list(values: Any, what: str, kind: str, fits: Callable[[Any], bool] = lambda value: True) -> None:
     different = isinstance(values, list) and not any(value in values[:place] for place, value in enumerate(values))
-    if not values or not different or not all(map(valid, values)):
-        raise UserError(f"{what}={values!r} must be a list of different {kind}.")
+    if not values or not different or not all(map(fits, values)):
+        raise UserError(f"{what}={shown(values)} must be a list of different {kind}.")

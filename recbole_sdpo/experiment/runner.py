@@ -5,19 +5,32 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import yaml
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.experiment.identity import sources
 from recbole_sdpo.experiment.plan import Run
-from recbole_sdpo.trainer.state import FOLDER
+from recbole_sdpo.experiment.worker import LIFELINE
+from recbole_sdpo.files import check_seal, write_text
+from recbole_sdpo.inputs import FILE as INPUTS_FILE
+from recbole_sdpo.inputs import Inputs, digest
+from recbole_sdpo.result import RESULT_FILE, read_result
+from recbole_sdpo.trainer.state import FOLDER, read_state
+
+POLL, REMIND = 0.5, 60.0
+"""Seconds between two tries for a lock, and between two lines that say what is waited for."""
 
 
 @dataclass
@@ -37,87 +50,309 @@ class Failure:
 class Runner:
     """Runs what has no result yet.
 
+    Each run is a process that holds the lock of its folder as long as it lives, and that ends with this one, whatever this one dies of.
+    A result counts if it is whole, and if the run read what the experiment was planned with.
+
     Args:
         store: a folder that holds a folder for each run, named by its identity; experiments may share it.
         jobs: how many runs go on at once; they share the CPU's cores.
     """
 
     def __init__(self, store: Path, jobs: int = 1) -> None:
-        self.store, self.jobs, self._sources = store, jobs, sources()
+        self.store, self.jobs = store, jobs
+        self._begun_from: set[str] = set()
+        self._workers: set[subprocess.Popen] = set()
+        self._starting, self._stopped = threading.Lock(), threading.Event()
 
     def folder(self, run: Run) -> Path:
         """Where a run's files are."""
         return self.store / run.identity
 
     def done(self, run: Run) -> bool:
-        """Has it a result?"""
-        return (self.folder(run) / "result.json").is_file()
+        """Has it a result that counts?"""
+        return self._fault(run) is None
+
+    def _fault(self, run: Run) -> str | None:
+        """Why its result does not count, if it does not."""
+        folder = self.folder(run)
+        try:
+            read = read_result(folder).get("inputs", {})
+            if run.identity in self._begun_from:
+                check_seal(folder / "sft")
+        except UserError as error:
+            return str(error)
+        changed = run.inputs and run.inputs.changed(read, but_for=_of_start(run))
+        return (
+            f"{changed} changed while the experiment ran, so that its result does not count; begin it again."
+            if changed
+            else None
+        )
 
     def run_all(self, runs: list[Run]) -> list[Failure]:
-        """Run them in order, each after the one it begins from; returns those that failed."""
+        """Run them in order, each after the one it begins from; returns those that failed.
+
+        Raises:
+            UserError: the store cannot be written, or knows no locks.
+        """
+        check_writable(self.store)
         ordered = _with_starts(runs)
-        todo = [run for run in ordered if not self.done(run)]
-        self._say(f"{len(ordered)} runs, of which {len(ordered) - len(todo)} are done already; results are kept in {self.store}")
-        self.store.mkdir(parents=True, exist_ok=True)
+        todo = self._without_result(ordered)
+        self._say(
+            f"{len(ordered)} runs, of which {len(ordered) - len(todo)} are done already; results are kept in {self.store}"
+        )
         begun: dict[str, Future] = {}
         took: dict[str, float] = {}
-        with ThreadPoolExecutor(self.jobs) as pool:
-            for number, run in enumerate(todo):
-                # What it begins from is ahead of it in the queue, so that waiting for it ends.
-                start = begun.get(run.start.identity) if run.start else None
-                begun[run.identity] = pool.submit(self._in_turn, run, start, todo[number:], len(todo), took)
+        pool = ThreadPoolExecutor(self.jobs)
+        with _raising(signal.SIGTERM, signal.SIGHUP):
             try:
-                found = [future.result() for future in begun.values()]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                for number, run in enumerate(todo):
+                    # What it begins from is ahead of it in the queue, so that waiting for it ends.
+                    start = begun.get(run.start.identity) if run.start else None
+                    begun[run.identity] = pool.submit(
+                        self._in_turn, run, start, todo[number:], len(todo), took
+                    )
+                ended = [future.result() for future in begun.values()]
+            except (KeyboardInterrupt, SystemExit):
+                self._stop(pool)
                 raise
-        return [failure for failure in found if failure]
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return [failure for failure in ended if failure]
 
-    def _in_turn(self, run: Run, start: Future | None, left: list[Run], total: int, took: dict[str, float]) -> Failure | None:
-        if sources() != self._sources:
-            raise UserError("recbole_sdpo's sources changed since the experiment began; begin it again: what is done is kept.")
+    def _without_result(self, ordered: list[Run]) -> list[Run]:
+        faults = {run.identity: self._fault(run) for run in ordered}
+        self._begun_from = {
+            run.start.identity for run in ordered if run.start and faults[run.identity]
+        }
+        faults |= {
+            run.identity: self._fault(run) for run in ordered if run.identity in self._begun_from
+        }
+        for run in ordered:
+            if faults[run.identity] and (self.folder(run) / RESULT_FILE).exists():
+                self._say(f"{run.name}, seed {run.seed} is run again: {faults[run.identity]}")
+        return [run for run in ordered if faults[run.identity]]
+
+    def _stop(self, pool: ThreadPoolExecutor) -> None:
+        """End the runs, which save their state; asked again, kill them."""
+        with self._starting:
+            self._stopped.set()
+            workers = list(self._workers)
+        pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            for worker in workers:
+                worker.terminate()
+            if workers:
+                self._say(
+                    f"stopping: runs that save their state and end: {len(workers)}; interrupt again to kill them"
+                )
+            pool.shutdown()
+        except (KeyboardInterrupt, SystemExit):
+            for worker in workers:
+                worker.kill()
+        self._say("stopped; the same command goes on from here: what is done is kept")
+
+    def _in_turn(
+        self, run: Run, start: Future | None, left: list[Run], total: int, took: dict[str, float]
+    ) -> Failure | None:
         failed = start and start.result()
         if failed:
             return Failure(run, f"what it begins from failed: {failed.why}", failed.log)
         number = total - len(left) + 1
-        self._say(f"run {number} of {total}: {run.name}, seed {run.seed} ({run.identity}){_time_left(left, took, self.jobs)}")
+        self._say(
+            f"run {number} of {total}: {run.name}, seed {run.seed} ({run.identity}){_time_left(left, took, self.jobs)}"
+        )
         began = time.time()
-        failure = self._run(run)
+        try:
+            failure = self._run(run)
+        except OSError as error:
+            failure = Failure(
+                run, f"{error.filename or self.store}: {error.strerror}", self._log(run)
+            )
         took[run.name] = time.time() - began
         if failure:
             self._say(f"{run.name}, seed {run.seed} failed: {failure.why} (see {failure.log})")
         return failure
 
     def _run(self, run: Run) -> Failure | None:
-        with (self.store / f"{run.identity}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another experiment may be at the same run; then this one takes its result
-            return None if self.done(run) else self._run_locked(run)
+        changed = run.inputs and run.inputs.changed(Inputs.of(run.inputs.config).digests)
+        if changed:
+            return Failure(
+                run,
+                f"{changed} changed since the experiment began; begin it again: what is done is kept.",
+                self._log(run),
+            )
+        with self._locked(run) as lock:
+            return None if self.done(run) else self._run_locked(run, lock)
 
-    def _run_locked(self, run: Run) -> Failure | None:
-        folder, again = self.folder(run), []
-        if (folder / FOLDER / "state.json").is_file():
-            again = [f"--resume={folder}"]
-        elif folder.exists():
-            shutil.rmtree(folder)  # it died before there was a state to go on from
-        file, log = (self.store / f"{run.identity}.{end}" for end in ("yaml", "log"))
+    @contextmanager
+    def _locked(self, run: Run) -> Iterator[IO]:
+        """The lock of a run's folder. Another experiment may be at the same run, of which this one takes the result then; or the run of
+        one that was killed is still ending."""
+        file = self.store / f"{run.identity}.lock"
+        with file.open("w") as lock:
+            said = -REMIND
+            while not _lock(lock, file):
+                if time.monotonic() - said >= REMIND:
+                    self._say(
+                        f"{run.name}, seed {run.seed}: waiting for the process that is at this run already, and holds {file}"
+                    )
+                    said = time.monotonic()
+                if self._stopped.wait(POLL):
+                    raise KeyboardInterrupt
+            yield lock
+
+    def _run_locked(self, run: Run, lock: IO) -> Failure | None:
+        folder, again, log = self.folder(run), [], self._log(run)
+        if (folder / FOLDER / "state.json").is_file() and not (folder / RESULT_FILE).exists():
+            fault = _fault_of_state(run, folder)
+            if fault:
+                self._say(f"{run.name}, seed {run.seed} begins anew: {fault}")
+            else:
+                again = [f"--resume={folder}"]
+        if folder.exists() and not again:
+            shutil.rmtree(folder)  # its result does not count, or there is no state to go on from
+        file = self.store / f"{run.identity}.yaml"
         settings = run.settings | {"run_dir": str(folder), "checkpoint_dir": str(folder)}
         if run.start:
             settings["sft_checkpoint"] = str(self.folder(run.start) / "sft")
-        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        command = [sys.executable, "-m", "recbole_sdpo", f"--model={run.model}", f"--dataset={run.dataset}", f"--config_files={file}"]
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))} if self.jobs > 1 else {}
+        write_text(file, yaml.safe_dump(settings))
+        command = [
+            sys.executable,
+            "-m",
+            "recbole_sdpo",
+            f"--model={run.model}",
+            f"--dataset={run.dataset}",
+            f"--config_files={file}",
+        ]
         with log.open("a", encoding="utf-8") as stream:
             began_at = stream.tell()
-            code = subprocess.run([*command, *again], stdout=stream, stderr=subprocess.STDOUT, env=os.environ | threads).returncode
-        if code or not self.done(run):
-            written = log.read_bytes()[began_at:].decode("utf-8", errors="replace")
-            lines = [line.strip() for line in written.splitlines() if line.strip()] or ["it wrote nothing"]
-            killed = f"killed by signal {-code}, such as for want of memory, after: " if code < 0 else ""
-            return Failure(run, killed + lines[-1], log)
-        return None
+            code = self._work([*command, *again], stream, lock)
+        fault = None if code else self._fault(run)
+        if not code and not fault:
+            return None
+        written = log.read_bytes()[began_at:].decode("utf-8", errors="replace")
+        lines = [line.strip() for line in written.splitlines() if line.strip()]
+        return Failure(
+            run, fault or _why(code, lines[-1] if lines else "it wrote nothing", self.store), log
+        )
+
+    def _work(self, command: list[str], log: IO, lock: IO) -> int:
+        """Run ``command`` in a process that holds ``lock`` and ends with this one; returns its exit code.
+
+        It has a session of its own, so that Ctrl-C comes to it once, from here.
+        """
+        threads = (
+            {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+            if self.jobs > 1
+            else {}
+        )
+        theirs, ours = os.pipe()
+        try:
+            with self._starting:
+                if self._stopped.is_set():
+                    raise KeyboardInterrupt
+                worker = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | threads | {LIFELINE: str(theirs)},
+                    pass_fds=(theirs, lock.fileno()),
+                    start_new_session=True,
+                )
+                self._workers.add(worker)
+            code = worker.wait()
+            self._workers.discard(worker)
+            return code
+        finally:
+            os.close(theirs)
+            os.close(ours)
+
+    def _log(self, run: Run) -> Path:
+        return self.store / f"{run.identity}.log"
 
     def _say(self, message: str) -> None:
         print(time.strftime("%H:%M:%S ") + message, flush=True)
+
+
+def _of_start(run: Run) -> str:
+    """The kind of files that a plan does not know yet: what a run begins from is known by its identity."""
+    return "sft_checkpoint" if run.start else ""
+
+
+def _fault_of_state(run: Run, folder: Path) -> str | None:
+    """Why the run in ``folder`` cannot go on from its state, if it cannot."""
+    try:
+        state = read_state(folder)
+        tensors = folder / FOLDER / state["tensors"]
+        if not tensors.is_file() or state.get("sha256_of_tensors", digest(tensors)) != digest(tensors):
+            return f"{tensors} is missing or damaged."
+        changed = run.inputs and run.inputs.changed_since(folder, but_for=_of_start(run))
+    except (UserError, ValueError, KeyError) as error:
+        return f"{folder / FOLDER} or {INPUTS_FILE} beside it is damaged ({error})."
+    return f"it began with another {changed}." if changed else None
+
+
+def check_writable(folder: Path) -> None:
+    """Make ``folder``, and see that files can be written there.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder} must be a folder that can be written: {error.strerror}; call from another place."
+        ) from error
+
+
+def _lock(lock: IO, file: Path) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"{file} must be on a file system with locks (flock), and this one says: {error.strerror}."
+        ) from error
+
+
+@contextmanager
+def _raising(*signals: signal.Signals) -> Iterator[None]:
+    """``signals`` end the program as Ctrl-C does, with the exit codes that shells expect; only a main thread hears them."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = (
+        {
+            number: signal.signal(number, end)
+            for number in signals
+            if signal.getsignal(number) == signal.SIG_DFL
+        }
+        if main
+        else {}
+    )
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _why(code: int, last: str, store: Path) -> str:
+    """Why a process ended without a result."""
+    if shutil.disk_usage(store).free < 1 << 20:
+        return f"the disk that holds {store} is full; the last line was: {last}"
+    if code >= 0:
+        return last
+    memory = ", such as for want of memory" if -code == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{memory}, after: {last}"
 
 
 def _with_starts(runs: list[Run]) -> list[Run]:

@@ -12,7 +12,9 @@ import yaml
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.plan import Entry, Experiment, Settings, grid, plan, with_settings
 from recbole_sdpo.experiment.runner import Failure, Runner
+from recbole_sdpo.files import write_text
 from recbole_sdpo.report.table import markdown_table
+from recbole_sdpo.result import read_result
 
 FILE, DISCOUNT = "tuned.yaml", "popularity_discount"
 
@@ -66,13 +68,13 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
     print(markdown_table(["tried", "validation", "settings"], [[n, s, json.dumps(p)] for n, pairs in found.items() for s, p in pairs]))
     folder.mkdir(parents=True, exist_ok=True)
     kept = {name: {"best": best[name], "tries": [{"valid": s, **p} for s, p in pairs]} for name, pairs in found.items()}
-    (folder / FILE).write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+    write_text(folder / FILE, yaml.safe_dump(kept, sort_keys=False))
     chosen = [with_tuned(entry, best.get(entry.name, {})) for entry in experiment.entries()]
     return replace(experiment, runs=chosen), failures
 
 
 def _score(folder: Path) -> float:
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    result = read_result(folder)
     metric = result["settings"]["valid_metric"].lower()
     scores = [found["valid"] for found in list(result["stages"].values())[-1]["candidates"].values()]
     if None in scores:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import pandas as pd
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.evaluator.significance import Difference, holm, paired_difference
+from recbole_sdpo.result import read_result
 
 LEVEL = 0.05
 """A difference is called significant where its corrected p-value is below this."""
@@ -42,8 +42,12 @@ class Finished:
 
     @classmethod
     def read(cls, folder: Path, start: Path | None, name: str, axis: tuple[str, str, Any] | None, seed: int) -> Finished:
-        """What a run left in its folder, and what the run that it began from left in ``start``."""
-        result, *before = (json.loads((part / "result.json").read_text(encoding="utf-8")) for part in (folder, start) if part)
+        """What a run left in its folder, and what the run that it began from left in ``start``.
+
+        Raises:
+            UserError: a file is not what a run wrote.
+        """
+        result, *before = (read_result(part) for part in (folder, start) if part)
         text = {"user": str, "item": str, "answer": str, "named": str}
         ranks = pd.read_csv(folder / "ranks.csv", dtype=text, keep_default_na=False)
         steps = folder / "steps.csv"

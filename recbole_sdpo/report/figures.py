@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from cycler import cycler
 from matplotlib import rcParams
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -21,6 +23,9 @@ POINTS = 300
 
 LEGEND_LINE = 0.08
 """Inches that a legend below a figure takes for each run, two of which stand in a line."""
+
+LONGEST = 60
+"""Letters of a name that a figure shows."""
 
 CURVES = {
     "reward_positive": "reward of the positive",
@@ -41,7 +46,7 @@ def bars(comparison: Comparison) -> Figure:
         for place, row in enumerate(rows):
             if metric in row.users:
                 axes.text(0, place, f" {row.mean(metric):.3f}", va="center", color="white", fontsize=8)
-        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.set_yticks(range(len(rows)), [_short(row.name) for row in rows])
         axes.set_xlabel(metric)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
@@ -55,23 +60,37 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
     size = (3.6 * len(metrics), 2.8 * len(comparisons))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(comparisons), len(metrics), squeeze=False)
+    names = list(dict.fromkeys(row.axis[0] for row in comparisons[0].rows if row.axis and row.axis[1] == setting))
     for comparison, line in zip(comparisons, panels):
         swept = [row for row in comparison.rows if row.axis and row.axis[1] == setting]
         for axes, metric in zip(line, metrics):
             values = list(dict.fromkeys(str(row.axis[2]) for row in swept))  # in the order of the file, at equal distances
-            for name in dict.fromkeys(row.axis[0] for row in swept):
-                _line(axes, [row for row in swept if row.axis[0] == name], metric, name, values)
-            axes.set_xticks(range(len(values)), values)
+            for name in names:
+                _line(axes, [row for row in swept if row.axis[0] == name], metric, values)
+            axes.set_xticks(range(len(values)), map(_short, values))
             axes.set(xlabel=setting.split(".")[-1], ylabel=metric, title=comparison.candidates)
             axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=8)
+    _legend(panels[0][0], panels[0][0], names)
     return figure
 
 
-def _line(axes, rows: list[Row], metric: str, label: str, values: list[str]) -> None:
+def _line(axes, rows: list[Row], metric: str, values: list[str]) -> None:
     spread, means = [row.std(metric) for row in rows], [row.mean(metric) for row in rows]
     places = [values.index(str(row.axis[2])) for row in rows]
-    axes.errorbar(places, means, yerr=None if np.isnan(spread).all() else spread, marker="o", capsize=3, label=label)
+    axes.errorbar(places, means, yerr=None if np.isnan(spread).all() else spread, marker="o", capsize=3, label="row")
+
+
+def _legend(owner: Figure | Axes, axes: Axes, names: Sequence[str], **place: Any) -> None:
+    """A legend of what is drawn in ``axes``. The names come last: matplotlib leaves out a label that begins with an underscore."""
+    handles, labels = axes.get_legend_handles_labels()
+    legend = owner.legend(handles, labels, fontsize=8, **place)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(_short(name))
+
+
+def _short(name: str) -> str:
+    """``name``, or its beginning and its end, for a figure has no room for more."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2]} … {name[-LONGEST // 2 :]}"
 
 
 def curves(runs: Sequence[Finished]) -> Figure:
@@ -79,7 +98,7 @@ def curves(runs: Sequence[Finished]) -> Figure:
     figure = Figure(figsize=(9, 6.4 + LEGEND_LINE * len(runs)), layout="constrained")
     for axes, (column, label) in zip(figure.subplots(2, 2).flat, CURVES.items()):
         _curve(axes, runs, column, label)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    _legend(figure, figure.axes[0], [run.name for run in runs], loc="outside lower center", ncols=2)
     return figure
 
 
@@ -91,7 +110,7 @@ def hardest_weight(runs: Sequence[Finished]) -> Figure:
     for number in sorted({run.result["settings"]["train_neg_sample_args"]["sample_num"] for run in runs}):
         axes.axhline(1 / number, color="gray", linestyle=":", linewidth=1)
         axes.annotate(f"1/{number}", (1, 1 / number), xycoords=("axes fraction", "data"), fontsize=8, color="gray")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    _legend(figure, axes, [run.name for run in runs], loc="outside lower center", ncols=2)
     return figure
 
 
@@ -101,7 +120,7 @@ def _curve(axes, runs: Sequence[Finished], column: str, label: str) -> None:
         steps = alignment_steps(run)
         smooth = steps[column].rolling(max(1, int(SMOOTHED * len(steps))), min_periods=1).mean()
         shown = slice(None, None, max(1, len(steps) // POINTS))
-        axes.plot(steps["targets"][shown], smooth[shown], label=run.name, linewidth=1.2)
+        axes.plot(steps["targets"][shown], smooth[shown], label="row", linewidth=1.2)
     axes.set(xlabel="targets seen in the second stage", ylabel=label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k; all digits would run into each other
     axes.grid(alpha=0.3)

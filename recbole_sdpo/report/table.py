@@ -1,9 +1,11 @@
-"""Tables for logs and papers: Markdown, CSV and LaTeX."""
+"""Tables for logs, pages and papers: Markdown, HTML, CSV and LaTeX. Names are text in each of them."""
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
@@ -18,6 +20,30 @@ NOTE = (
 )
 
 
+def markdown_text(text: str) -> str:
+    """``text`` as Markdown shows it; underscores within words and an ``&`` alone mean nothing there."""
+    special = r"[\\`*<\[~$|]|_(?!\w)|(?<![^\W_])_|&(?=#?\w+;)"
+    return re.sub(special, lambda found: "\\" + found[0], text)
+
+
+LATEX_TEXT = {c: "\\" + c for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    # At the start of a line these would be options of the end of the one before.
+    "[": "{[}",
+    "*": "{*}",
+}
+
+
+def _latex(text: str) -> str:
+    """``text`` as LaTeX sets it."""
+    return "".join(LATEX_TEXT.get(c, c) for c in text)
+
+
 class Marks(NamedTuple):
     """How a format writes the parts of a cell; ``best`` and ``second`` are format strings."""
 
@@ -26,10 +52,12 @@ class Marks(NamedTuple):
     best: str
     second: str
     percent: str
+    escape: Callable[[str], str]
 
 
-MARKDOWN = Marks("±", "*", "**{}**", "<u>{}</u>", "%")
-LATEX = Marks(r"$\pm$", r"$^{*}$", r"\textbf{{{}}}", r"\underline{{{}}}", r"\%")
+MARKDOWN = Marks("±", "*", "**{}**", "<u>{}</u>", "%", markdown_text)
+HTML = Marks("±", "*", "<b>{}</b>", "<u>{}</u>", "%", html.escape)
+LATEX = Marks(r"$\pm$", r"$^{*}$", r"\textbf{{{}}}", r"\underline{{{}}}", r"\%", _latex)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -42,17 +70,25 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str
 
 def comparison_markdown(comparison: Comparison) -> str:
     """The table of a comparison in Markdown."""
-    return markdown_table(_head(comparison), [_cells(comparison, row, MARKDOWN) for row in comparison.rows])
+    head, *rows = _cells(comparison, MARKDOWN)
+    return markdown_table(head, rows)
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """The table of a comparison in HTML."""
+    lines = []
+    for number, row in enumerate(_cells(comparison, HTML)):
+        tag = "td" if number else "th"
+        lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in row) + "</tr>")
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 
 def comparison_latex(comparison: Comparison) -> str:
     """The table of a comparison for LaTeX with the package booktabs."""
-    rows = [[_escaped(name), *cells] for name, *cells in (_cells(comparison, row, LATEX) for row in comparison.rows)]
-    head = [_escaped(name) for name in _head(comparison)]
-    lines = [" & ".join(map(str, cells)) + r" \\" for cells in (head, *rows)]
-    columns = "l" + "r" * (len(head) - 1)
-    body = [lines[0], r"\midrule", *lines[1:]]
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"])
+    head, *rows = (" & ".join(cells) + r" \\" for cells in _cells(comparison, LATEX))
+    columns = "l" + "r" * (len(comparison.metrics) + 2)
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(body)
 
 
 def comparison_frame(comparison: Comparison) -> pd.DataFrame:
@@ -83,14 +119,16 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def _head(comparison: Comparison) -> list[str]:
-    first = comparison.metrics[0]
-    return [comparison.candidates, *comparison.metrics, f"{first} vs {comparison.best_baseline[first]}", "minutes"]
-
-
-def _cells(comparison: Comparison, row: Row, marks: Marks) -> list[str]:
-    better = "" if math.isnan(row.improvement) else f"{100 * row.improvement:+.1f} {marks.percent}"
-    return [row.name, *(_cell(comparison, row, metric, marks) for metric in comparison.metrics), better, f"{row.wall_s / 60:.1f}"]
+def _cells(comparison: Comparison, marks: Marks) -> list[list[str]]:
+    """The head and a line for each row, as the format of ``marks`` writes them."""
+    first, metrics = comparison.metrics[0], comparison.metrics
+    head = [comparison.candidates, *metrics, f"{first} vs {comparison.best_baseline[first]}", "minutes"]
+    lines = [[marks.escape(cell) for cell in head]]
+    for row in comparison.rows:
+        better = "" if math.isnan(row.improvement) else f"{100 * row.improvement:+.1f} {marks.percent}"
+        numbers = (_cell(comparison, row, metric, marks) for metric in metrics)
+        lines.append([marks.escape(row.name), *numbers, better, f"{row.wall_s / 60:.1f}"])
+    return lines
 
 
 def _cell(comparison: Comparison, row: Row, metric: str, marks: Marks) -> str:
@@ -100,8 +138,3 @@ def _cell(comparison: Comparison, row: Row, metric: str, marks: Marks) -> str:
     text = f"{row.mean(metric):.4f}" + ("" if math.isnan(std) else f" {marks.between} {std:.4f}") + marks.star * row.significant(metric)
     place = comparison.place(row, metric)
     return marks.best.format(text) if place == 0 else marks.second.format(text) if place == 1 else text
-
-
-def _escaped(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)

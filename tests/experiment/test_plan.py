@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.experiment import identity
 from recbole_sdpo.experiment.plan import Experiment, grid, plan, with_settings, written
 
 
@@ -57,7 +56,7 @@ def test_what_suits_the_backbone_is_the_same_given_or_not(write):
 def test_files_cannot_be_each_others_base(tmp_path):
     (tmp_path / "a.yaml").write_text("base: b.yaml")
     (tmp_path / "b.yaml").write_text("base: a.yaml")
-    with pytest.raises(ValueError, match="cannot be each other's base"):
+    with pytest.raises(ValueError, match="files cannot be each other's base"):
         Experiment.load(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("base: c.yaml")
     with pytest.raises(UserError, match=r"base='.*c.yaml' of .*b.yaml does not exist"):
@@ -86,11 +85,9 @@ def test_what_a_result_depends_on_changes_its_identity(write, ring, tmp_path):
         file.write_text("one")
         before = plan(Experiment.load(write(run)))[0].identity
         file.write_text("other")
-        identity._content.cache_clear()
         assert plan(Experiment.load(write(run)))[0].identity != before, file.name
     data = tmp_path / "data" / "toy" / "toy.inter"
     data.write_text(data.read_text() + "u0\ti9\t99\n")
-    identity._content.cache_clear()
     assert plan(Experiment.load(write(runs)))[0].identity != first.identity
 
 
@@ -112,7 +109,6 @@ def test_what_a_checkpoint_holds_counts_wherever_it_lies(write, tmp_path, monkey
     (package / "__init__.py").touch()
     (package / "model.gguf").write_text("weights")
     monkeypatch.syspath_prepend(str(tmp_path))
-    identity._content.cache_clear()
     changed, _, _, found = (run.start.identity for run in plan(Experiment.load(write(backbones))))
     assert changed != first, "its weights count"
     assert found != packaged, "as do those that a name of ours stands for here"
@@ -120,7 +116,6 @@ def test_what_a_checkpoint_holds_counts_wherever_it_lies(write, tmp_path, monkey
     for name in ("scratch", "items"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("no backbone, and no prompts")
-    identity._content.cache_clear()
     (after,) = plan(Experiment.load(write([{"name": "a"}])))
     assert before.identity == after.identity, "a folder of a backbone's name is not the backbone, nor one of a domain's name its prompts"
 
@@ -189,11 +184,34 @@ def test_every_model_gets_as_many_tries(write):
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be a list of different whole numbers, 0 or more"),
         ({"candidates": ["best"]}, r"candidates=\['best'\] must be a list of different modes such as full, uni19 or pop19"),
         ({"metrics": ["AUC"]}, "metric 'AUC' is not one of a single target"),
-        ({"baselines": ["b"]}, "baselines name 'b', which is no run; valid are a"),
+        ({"baselines": ["b"]}, "baselines name 'b', which is no run; it must be one of a"),
         ({"runs": []}, "has no runs"),
         ({"runs": [{"model": "Pop"}]}, "lacks the key 'name'"),
         ({"runs": [{"name": "a"}, {"name": "a"}]}, "'a' comes twice"),
-        ({"runs": [{"name": "a|b"}]}, "a name is a line of text without"),
+        ({"runs": [{"name": "a\nb"}]}, r"the name of run 'a\\nb' must be a line of text"),
+        ({"runs": [{"name": "a" * 201}]}, "must be a line of text, of 200 letters at most"),
+        ({"runs": [{"name": "a", "vary": {"prompt_templates": ["b\nc"]}}]}, "the name of a varied run 'a, prompt_templates = b"),
+        ({"title": 5}, "title=5 must be text"),
+        ({"title": ""}, "title '' must be a line of text"),
+        ({"runs": 5}, "runs=5 must be a list"),
+        ({"runs": [5]}, "run 1 of .*try.yaml must be a mapping with the keys .*, not 5"),
+        ({"runs": [{"name": 5}]}, "run 1 of .*: name=5 must be text"),
+        ({"runs": [{"name": "a", "vary": {"beta": 1}}]}, "vary.beta of run 'a'=1 must be a list of different values"),
+        ({"runs": [{"name": "a", "vary": {"seed": [1]}}]}, "vary of run 'a': seed=1 is the experiment's"),
+        ({"runs": [{"name": "a", "vary": {5: [1]}}]}, "vary of run 'a': the key 5 must be text"),
+        ({"runs": [{"name": "a", "tune": []}]}, r"tune=\[\] must be a mapping"),
+        ({"runs": [{"name": "a", "settings": {5: 6}}]}, "run 'a': the key 5 must be text"),
+        ({"seeds": [True]}, r"seeds=\[True\] must be a list of different whole numbers"),
+        ({"seeds": [2**32]}, "must be a list of different whole numbers, 0 or more and below 2"),
+        ({"tries": True}, "tries=True must be a whole number"),
+        ({"candidates": ["uni5", "uni5"]}, "candidates=.* must be a list of different modes"),
+        ({"metrics": ["HR@0"]}, "metric"),
+        ({"metrics": [5]}, r"metrics=\[5\] must be a list of different names of metrics"),
+        ({"baselines": [["a"]]}, r"baselines name \['a'\], which is no run"),
+        ({"baselines": ["a", "a"]}, "baselines=.* must be a list of different names of runs"),
+        ({"base": 5}, "base=5 must be the name of a file"),
+        ({"base": ""}, "base='' must be the name of a file"),
+        ({"settings": 5}, "settings=5 must be a mapping"),
         ({"runs": [{"name": "a", "axis": 1}]}, "unknown key 'axis'"),
         ({"runs": [{"name": "a", "vary": {"beta": [1.0], "sdpo_epochs": [1]}}]}, "one setting at a time"),
         ({"runs": [{"name": "a", "settings": {"betta": 1}}]}, "run 'a': Unknown setting 'betta'=1; did you mean 'beta'"),
@@ -233,6 +251,38 @@ def test_what_is_wrong_is_said_before_anything_runs(write, change, message):
     rest = {"runs": [{"name": "a"}]} | change
     with pytest.raises(ValueError, match=message):
         plan(Experiment.load(write(rest.pop("runs"), **rest)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "holds no settings"),
+        (b"5", "must be a dictionary"),
+        (b"[a, b]", "must be a dictionary"),
+        (b"dataset: a\ndataset: b\nruns: []", "line 2: the key 'dataset' is there twice"),
+        (b"dataset: toy\nruns:\n- {name: a, name: b}", "the key 'name' is there twice"),
+        (b"? [a, b]\n: 1", "unhashable"),
+        (b"dataset: &a [*a]", "must not hold more than"),
+        (b"dataset: toy\nruns: [{name: a, settings: {beta: .nan}}]", "must be a finite number"),
+        (b"dataset: toy\nruns: [{name: a, settings: {beta: 2020-01-01}}]", "not date"),
+        (b"dataset: toy\nruns: [{name: a, settings: {beta: 2020-13-01}}]", "is not YAML"),
+        (b"seeds: [1" + b"0" * 5000 + b"]", "is not YAML|64 bits"),
+        (b"seeds: [100000000000000000000]", "64 bits"),
+        (b"[" * 3000, "is not YAML"),
+        (b"dataset: !!python/object/apply:os.system [echo]", "is not YAML"),
+        (b"title: caf\xe9", "must be text in UTF-8"),
+        (b"a: b: c", "is not YAML, line 1"),
+        (b"\t", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_experiment_is_named_in_one_sentence(tmp_path, text, message):
+    file = tmp_path / "try.yaml"
+    file.write_bytes(text)
+    with pytest.raises(UserError, match=message) as raised:
+        plan(Experiment.load(file))
+    assert str(file) in str(raised.value) and len(str(raised.value)) < 600
+    with pytest.raises(UserError, match=str(tmp_path)):
+        Experiment.load(tmp_path)
 
 
 CONFIGS = sorted(

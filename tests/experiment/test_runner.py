@@ -1,21 +1,35 @@
 """A whole experiment on toy data: what is run, what is not run again, and what is left in its folder."""
 
+import errno
+import fcntl
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
+from recbole_sdpo.config import RunConfig
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import metric_of_ranks
+from recbole_sdpo.experiment import runner as runner_module
+from recbole_sdpo.experiment import worker
 from recbole_sdpo.experiment.plan import Experiment, Run, plan
 from recbole_sdpo.experiment.runner import Runner
 from recbole_sdpo.experiment.tune import tune
+from recbole_sdpo.files import seal
+from recbole_sdpo.inputs import Inputs
+from recbole_sdpo.result import write_result
 from tests.conftest import TINY, write_dataset
 
 
@@ -96,41 +110,207 @@ def test_alignments_begin_from_the_shared_sft(experiment):
         assert result["stages"]["sft"]["test"] == before["test_result"] and result["stages"]["sft"]["targets"] == 0
 
 
-def a_run(name, identity, start=None):
-    return Run(name, "SDPO-LLM", "toy", 1, {"seed": 1}, identity, start)
+def a_run(name, identity, start=None, inputs=None):
+    return Run(name, "SDPO-LLM", "toy", 1, {"seed": 1}, identity, start, inputs)
 
 
-def test_what_begins_from_a_failed_run_is_not_tried(tmp_path, monkeypatch, capsys):
+def finish(runner, run, result=None):
+    """What a run leaves: a result, ranks, and a sealed checkpoint."""
+    folder = runner.folder(run)
+    (folder / "sft").mkdir(parents=True)
+    (folder / "ranks.csv").write_text("user,item,rank\n")
+    (folder / "sft" / "model.safetensors").write_text("weights")
+    seal(folder / "sft")
+    write_result(folder, result or {}, ["ranks.csv"])
+
+
+class Pretended(Runner):
+    """Ends runs at once; those in ``failing`` without a result."""
+
+    def __init__(self, store, failing=(), result=None):
+        super().__init__(store)
+        self.failing, self.result, self.commands = failing, result, []
+
+    def _work(self, command, log, lock):
+        self.commands.append(command)
+        (name,) = (Path(part.partition("=")[2]).stem for part in command if part.startswith("--config_files"))
+        if name in self.failing:
+            return 1
+        shutil.rmtree(self.store / name, ignore_errors=True)
+        finish(self, a_run("", name), self.result)
+        return 0
+
+
+def test_what_begins_from_a_failed_run_is_not_tried(tmp_path, capsys):
     sft, other = a_run("sft", "0"), a_run("other", "3")
-    runs = [a_run("a", "1", sft), a_run("b", "2", sft), other]
-    started = []
-
-    def fail(command, **_):
-        started.append(command)
-        name = Path(command[-1].removeprefix("--config_files=")).stem
-        if name == "3":
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "result.json").write_text("{}")
-        return subprocess.CompletedProcess(command, int(name == "0"))
-
-    monkeypatch.setattr(subprocess, "run", fail)
-    failures = Runner(tmp_path).run_all(runs)
-    assert [failure.run.name for failure in failures] == ["sft", "a", "b"] and len(started) == 2
+    runner = Pretended(tmp_path, failing={"0"})
+    failures = runner.run_all([a_run("a", "1", sft), a_run("b", "2", sft), other])
+    assert [failure.run.name for failure in failures] == ["sft", "a", "b"] and len(runner.commands) == 2
     assert "what it begins from failed" in failures[1].why
     assert Runner(tmp_path).done(other) and "run 4 of 4: other" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_is_resumed_and_a_stillborn_one_begun_anew(tmp_path, monkeypatch):
-    for name in ("1", "2"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "left").write_text("")
-    (tmp_path / "1" / "state").mkdir()
-    (tmp_path / "1" / "state" / "state.json").write_text("{}")
-    commands = []
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or subprocess.CompletedProcess(command, 1))
-    Runner(tmp_path).run_all([a_run("a", "1"), a_run("b", "2")])
-    assert f"--resume={tmp_path / '1'}" in commands[0] and not any("resume" in part for part in commands[1])
-    assert (tmp_path / "1" / "left").exists() and not (tmp_path / "2").exists()
+def test_an_interrupted_run_is_resumed_and_one_that_cannot_be_begins_anew(tmp_path, capsys):
+    runs = [a_run(name, name) for name in ("whole", "stillborn", "cut", "without")]
+    for run in runs:
+        (tmp_path / run.name).mkdir()
+        (tmp_path / run.name / "left").write_text("")
+        if run.name != "stillborn":
+            (tmp_path / run.name / "state").mkdir()
+            tensors = "weights"
+            (tmp_path / run.name / "state" / tensors).write_text("")
+            (tmp_path / run.name / "state" / "state.json").write_text(json.dumps({"tensors": tensors}))
+    (tmp_path / "cut" / "state" / "state.json").write_text("{")
+    (tmp_path / "without" / "state" / "weights").unlink()
+    runner = Pretended(tmp_path, failing={run.name for run in runs})
+    runner.run_all(runs)
+    assert [any(part.startswith("--resume=") for part in command) for command in runner.commands] == [True, False, False, False]
+    assert [run.name for run in runs if (tmp_path / run.name).exists()] == ["whole"]
+    said = capsys.readouterr().out
+    assert "cut, seed 1 begins anew" in said and f"{tmp_path}/without/state/weights is missing or damaged" in said
+
+
+@pytest.mark.parametrize("file", ["result.json", "ranks.csv", "sft/model.safetensors"])
+@pytest.mark.parametrize("harm", ["cut", "edited", "missing"])
+def test_what_is_damaged_is_not_done_and_run_again(tmp_path, capsys, file, harm):
+    runner, sft, other = Pretended(tmp_path), a_run("sft", "0"), a_run("other", "1")
+    for run in (sft, other):
+        finish(runner, run)
+    harmed = tmp_path / "0" / file
+    content = harmed.read_bytes()
+    if harm == "missing":
+        harmed.unlink()
+    else:
+        harmed.write_bytes(content[: len(content) // 2] if harm == "cut" else content.replace(b"s", b"t", 1))
+    assert runner.run_all([a_run("a", "2", sft), other]) == [] and runner.run_all([a_run("a", "2", sft), other]) == []
+    again = [Path(command[-1].partition("=")[2]).stem for command in runner.commands]
+    assert again == ["0", "2"], "the damaged one, and what had not run"
+    assert str(harmed) in capsys.readouterr().out or (file, harm) == ("result.json", "missing")
+
+
+def test_a_checkpoint_from_which_nothing_begins_may_be_gone(tmp_path):
+    runner, sft = Pretended(tmp_path), a_run("sft", "0")
+    aligned = a_run("a", "1", sft)
+    for run in (sft, aligned):
+        finish(runner, run)
+    shutil.rmtree(tmp_path / "0" / "sft")
+    assert runner.run_all([aligned]) == [] and not runner.commands
+
+
+def test_a_run_that_read_something_else_does_not_count(ring, tmp_path, capsys):
+    config = RunConfig("Pop", "toy", config_dict=ring)
+    inputs = Inputs.of(config)
+    run, item = a_run("a", "1", inputs=inputs), tmp_path / "data" / "toy" / "toy.item"
+    store = tmp_path / "runs"
+    (failure,) = Pretended(store, result={"inputs": inputs.digests | {"data/toy.item": "another"}}).run_all([run])
+    assert failure.why.startswith(f"{item} changed while the experiment ran")
+    runner = Pretended(store, result={"inputs": inputs.digests})
+    assert not runner.done(run) and runner.run_all([run]) == [] and len(runner.commands) == 1
+    item.write_text(item.read_text().replace("red", "pink"))
+    (failure,) = runner.run_all([run, other := a_run("b", "2", inputs=inputs)])
+    assert failure.run is other and failure.why.startswith(f"{item} changed since the experiment began") and len(runner.commands) == 1
+
+
+WORKER = """
+import os, pathlib, runpy, signal, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep({ending}), os._exit(3)))
+runpy.run_path({file!r})["end_with_parent"]()
+pathlib.Path("alive").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+class Sleeping(Runner):
+    """Runs that take a minute."""
+
+    ending = 0.3
+
+    def _work(self, command, log, lock):
+        return super()._work([sys.executable, "-c", WORKER.format(file=worker.__file__, ending=self.ending)], log, lock)
+
+
+def begin(work):
+    """``work()`` in another process; returns its id when the run that it starts is alive, and that run's."""
+    process = os.fork()
+    if not process:
+        code = 70
+        try:
+            work()
+        except SystemExit as end:
+            code = end.code
+        except KeyboardInterrupt:
+            code = 130
+        finally:
+            os._exit(code)
+    return process, int(until(lambda: Path("alive").exists() and Path("alive").read_text()))
+
+
+def until(condition):
+    for _ in range(500):
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError("it did not come to pass")
+
+
+def gone(process):
+    stat = Path(f"/proc/{process}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_run_ends_with_its_experiment_and_holds_the_lock_until_then(tmp_path, capsys):
+    parent, run = begin(lambda: Sleeping(tmp_path).run_all([a_run("a", "1")]))
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    runner = Pretended(tmp_path)
+    held = not gone(run)
+    assert runner.run_all([a_run("a", "1")]) == [] and gone(run), "only then is the folder free"
+    assert not held or "waiting for the process that is at this run already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_experiment_ends_its_runs_and_says_how_to_go_on(tmp_path, capfd, number, code):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    parent, run = begin(lambda: Sleeping(tmp_path, jobs=2).run_all([a_run("a", "1"), a_run("b", "2"), a_run("c", "3")]))
+    os.kill(parent, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == code and gone(run)
+    said = capfd.readouterr().out
+    assert "runs that save their state and end" in said and "the same command goes on" in said and "run 3 of 3" not in said
+
+
+def test_two_experiments_at_one_run_do_it_once(tmp_path):
+    class Slow(Pretended):
+        def _work(self, command, log, lock):
+            time.sleep(0.3)
+            return super()._work(command, log, lock)
+
+    runners = [Slow(tmp_path), Slow(tmp_path)]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda runner: runner.run_all([a_run("a", "1")]), runners)) == [[], []]
+    assert len(runners[0].commands + runners[1].commands) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(tmp_path):
+    (tmp_path / "saved").write_text("a file")
+    with pytest.raises(UserError, match="saved/runs must be a folder that can be written: Not a directory"):
+        Pretended(tmp_path / "saved" / "runs").run_all([a_run("a", "1")])
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"1.lock must be on a file system with locks \(flock\), and this one says: No locks available"):
+        Pretended(tmp_path).run_all([a_run("a", "1")])
+
+
+def test_how_a_run_ended_is_said_as_it_was(tmp_path, monkeypatch):
+    assert runner_module._why(-9, "step 3", tmp_path) == "killed by SIGKILL, such as for want of memory, after: step 3"
+    assert runner_module._why(-15, "step 3", tmp_path) == "killed by SIGTERM, after: step 3"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert runner_module._why(1, "step 3", tmp_path) == f"the disk that holds {tmp_path} is full; the last line was: step 3"
 
 
 @pytest.mark.parametrize(("of_all", "of_sft"), [({}, {}), ({"popularity_discount": 1.0}, {}), ({}, {"popularity_discount": [0.5]})])
@@ -159,7 +339,7 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, of_all, of_
     }  # with either candidate set
     tried = []
 
-    class Pretended(Runner):
+    class Scored(Runner):
         def run_all(self, runs):
             for run in runs:
                 value = run.settings.get("learning_rate", run.settings.get("beta", run.settings.get("sft_learning_rate")))
@@ -168,10 +348,10 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, of_all, of_
                 judged = [{"valid": {"ndcg@5": score}, "test": {"ndcg@5": -score}} for score in scores[value]]
                 stage = judged[0] | {"candidates": dict(zip(["uni5", "pop3"], judged, strict=True))}
                 result = {"stages": {"fit": stage}, "settings": {"valid_metric": "NDCG@5", "valid_metric_bigger": True}}
-                (self.folder(run) / "result.json").write_text(json.dumps(result))
+                write_result(self.folder(run), result | {"inputs": run.inputs.digests}, [])
             return []
 
-    found, failures = tune(Experiment.load(tmp_path / "try.yaml"), Pretended(tmp_path / "runs"), tmp_path / "out")
+    found, failures = tune(Experiment.load(tmp_path / "try.yaml"), Scored(tmp_path / "runs"), tmp_path / "out")
     assert not failures and tried == [0.1, 0.3, 0.01, 0.02, 1.0, 3.0]
     assert [entry.settings for entry in found.entries()] == [
         {"learning_rate": 0.1},

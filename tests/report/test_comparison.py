@@ -1,8 +1,13 @@
 """Tables and figures say what the ranks say."""
 
 import dataclasses
+import errno
+import html
 import math
+import re
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,8 +15,15 @@ import pytest
 from recbole_sdpo.evaluator.significance import holm, paired_difference
 from recbole_sdpo.report import figures
 from recbole_sdpo.report.comparison import Finished, compare, unfair
-from recbole_sdpo.report.experiment import _html_table, write_report
-from recbole_sdpo.report.table import comparison_frame, comparison_latex, comparison_markdown, markdown_table
+from recbole_sdpo.report.experiment import write_report
+from recbole_sdpo.report.table import (
+    comparison_frame,
+    comparison_html,
+    comparison_latex,
+    comparison_markdown,
+    markdown_table,
+    markdown_text,
+)
 
 USERS = 200
 METRICS = ["HR@1", "NDCG@5"]
@@ -100,8 +112,8 @@ def test_names_are_text_in_every_format(runs):
     for run in runs:
         run.name = run.name.replace("ours", "A & B_50% <b>")
     found = compare(runs, "uni19", METRICS, ["rival"])
-    assert r"A \& B\_50\% <b>" in comparison_latex(found)
-    assert "<td>A &amp; B_50% &lt;b&gt;</td>" in _html_table(found)
+    assert r"A \& B\_50\% \textless{}b\textgreater{}" in comparison_latex(found)
+    assert "<td>A &amp; B_50% &lt;b&gt;</td>" in comparison_html(found)
 
 
 def test_what_is_not_alike_is_said(runs):
@@ -195,3 +207,103 @@ def test_answers_are_compared_where_there_are_any(runs, tmp_path):
     assert compare(weak, "uni19", metrics, ["weak"]).metrics == ["HR@1"], "all that write answers failed"
     with pytest.raises(ValueError, match="metrics GenHit: no run has one of them"):
         compare(weak, "uni19", ["GenHit"], ["weak"])
+
+
+NAMES = [
+    "$x$",
+    r"a_$b \frac{$",
+    "$",
+    "_hidden",
+    "a|b *c* `d` [e](f) ~g~",
+    "<script>alert(1)</script> &lt;",
+    "推荐模型",
+    "נוסחה",
+    "long " * 40 + "1",
+    "long " * 40 + "2",
+    "[x] * {y} \\",
+]
+
+
+@pytest.fixture
+def named():
+    """Runs of hostile names, of a sweep and of alignments."""
+    return [
+        finished(name, seed, 0.2 + place / 20, (name, "train_neg_sample_args.sample_num", value), steps=True)
+        for seed in (1, 2)
+        for place, name in enumerate(NAMES)
+        for value in ["$1$"]
+    ]
+
+
+def test_names_are_never_read_as_anything_else(named, tmp_path):
+    found = compare(named, "uni19", METRICS, NAMES[:1])
+    with matplotlib.rc_context({"text.parse_math": False}):
+        curves, bars = figures.curves(named[: len(NAMES)]), figures.bars(found)
+        sweep = figures.sweep([found], "train_neg_sample_args.sample_num")
+    shown = [figures._short(name) for name in NAMES]
+    assert [text.get_text() for text in curves.legends[0].get_texts()] == shown
+    assert [text.get_text() for text in sweep.axes[0].get_legend().get_texts()] == shown and len(set(shown)) == len(shown)
+    assert [text.get_text() for text in bars.axes[0].get_yticklabels()] == shown
+    warnings = write_report(tmp_path, "$title_ *", [found], named, [], "made ``` by hand")
+    assert all("boxes for letters that matplotlib's font lacks" in warning for warning in warnings), warnings
+    assert len(list(tmp_path.glob("*.png"))) == 4
+    page = (tmp_path / "report.html").read_text()
+    for name in NAMES:
+        assert f"<td>{html.escape(name)}</td>" in page
+    assert "<script>" not in page
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    rows = [re.split(r"(?<!\\)\|", line) for line in lines if line.startswith("| ")]
+    assert {len(row) for row in rows} == {len(METRICS) + 5}
+    unescaped = [re.sub(r"\\([^\w\s])", r"\1", row[1].strip()) for row in rows[1:]]
+    assert unescaped == [name.strip() for name in NAMES]
+    assert "# \\$title\\_ \\*" in lines and lines[-1] == "````"
+
+
+def test_markdown_shows_names_as_they_are():
+    markdown_it = pytest.importorskip("markdown_it")
+    for name in [*NAMES, "snake_case_name", "A & B, beta = 0.5", "_x_", "5 < 6"]:
+        shown = markdown_it.MarkdownIt("commonmark").enable("table").renderInline(markdown_text(name))
+        assert html.unescape(shown) == name.strip()
+    assert markdown_text("A & B_50%, beta = 0.5 (LoRA)") == "A & B_50%, beta = 0.5 (LoRA)"
+
+
+def test_latex_has_no_command_but_ours(named):
+    latex = comparison_latex(compare(named, "uni19", METRICS, NAMES[:1]))
+    plain = re.sub(r"\\[&%$#_{}]", "", latex)
+    assert plain.count("{") == plain.count("}") and not re.search(r"\\\\\n[\[*]", plain) and "<" not in plain
+    ours = {"begin", "end", "toprule", "midrule", "bottomrule", "pm", "textbf", "underline"}
+    assert set(re.findall(r"\\([a-z]+)", plain)) == ours | {"text" + end for end in ("backslash", "asciitilde", "less", "greater", "bar")}
+
+
+def test_a_figure_that_fails_costs_that_figure_alone(runs, tmp_path, monkeypatch):
+    found = compare(runs, "uni19", METRICS, ["rival"])
+    aligned = [finished("ours", 1, 0.6, steps=True)]
+    write_report(tmp_path, "whole", [found], aligned, [], "made")
+    assert (tmp_path / "curves.png").is_file()
+
+    def curves(runs):
+        raise RuntimeError("no\nroom")
+
+    monkeypatch.setattr(figures, "curves", curves)
+    (warning,) = write_report(tmp_path, "less", [found], aligned, [], "made")
+    assert warning == "the figure curves could not be drawn: RuntimeError: no room"
+    assert not (tmp_path / "curves.png").exists(), "nor is that of another report left"
+    page = (tmp_path / "report.html").read_text()
+    assert warning in page and page.count("<img") == 2 and warning in (tmp_path / "table.md").read_text()
+
+
+def test_a_report_that_cannot_be_written_leaves_the_one_before(runs, tmp_path, monkeypatch):
+    write_report(tmp_path, "first", [compare(runs, "uni19", METRICS, ["rival"])], runs, [], "made")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    write, written = Path.write_bytes, []
+
+    def full(self, content):
+        written.append(self)
+        if len(written) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError):
+        write_report(tmp_path, "second", [compare(runs, "uni19", METRICS, ["weak"])], runs, [], "made")
+    assert len(written) == 4 and {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -1,0 +1,315 @@
+"""What a run reads, as digests: its files, and the sources and versions of the packages, so that nobody changes them unseen."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import yaml
+
+import recbole_sdpo
+from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data.prompts import template_file
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import sha256, write_text
+from recbole_sdpo.lm.backbone import BackboneConfig, weights_source
+from recbole_sdpo.settings import MODEL
+from recbole_sdpo.trainer.state import FOLDER
+
+FILE = "inputs.json"
+"""In a run's folder: what it read as it began, with which alone it may be resumed."""
+
+VERSIONS = (
+    "recbole-sdpo",
+    "recbole",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "numpy",
+    "pandas",
+)
+
+# Parts of the package that only look at results, or decide what to run, or whose outcome is in the settings already.
+ONLOOKERS = frozenset(
+    {
+        "experiment",
+        "report",
+        "command",
+        "command.py",
+        "__main__.py",
+        "inputs.py",
+        "recommend.py",
+        "significance.py",
+        "SDPO-LLM.yaml",
+    }
+)
+
+# Parts that models of RecBole have nothing to do with.
+OF_SDPO_LLM = frozenset(
+    {
+        "settings.py",
+        "lm",
+        "model",
+        "trainer",
+        "objectives.py",
+        "prompts.py",
+        "prompts",
+        "examples.py",
+    }
+)
+
+OF_RECBOLE = ("pre_model_path", "dataset_save_path", "dataloaders_save_path")
+"""Settings of RecBole that name a file to read."""
+
+GRANULARITY = 2.0
+"""Seconds within which a file may change twice and bear one time (those of FAT, the coarsest)."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+        config: of the run.
+        files: by what each is to the run, wherever it lies.
+        digests: sha256 of each of them, of the package's ``sources``, and the ``versions`` of packages. A model of the hub is not
+            among them: its name stands for it.
+    """
+
+    config: RunConfig
+    files: dict[str, Path]
+    digests: dict[str, str]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Inputs:
+        """As they are now.
+
+        Raises:
+            UserError: the dataset has no files, or a file cannot be read.
+        """
+        files = _files(config)
+        ours = config["model"] == MODEL
+        code = {"sources": sources(ONLOOKERS if ours else ONLOOKERS | OF_SDPO_LLM)}
+        versions = {
+            f"versions/{name}": str(version) for name, version in package_versions().items()
+        }
+        return cls(
+            config, files, {name: digest(file) for name, file in files.items()} | code | versions
+        )
+
+    def changed(self, digests: Mapping[str, str | None], but_for: str = "") -> str | None:
+        """The first file, or package, that ``digests`` has otherwise; files of the kind ``but_for`` may differ."""
+        for name in self.digests | digests:
+            if self.digests.get(name) != digests.get(name) and name.partition("/")[0] != but_for:
+                return self._named(name)
+        return None
+
+    def _named(self, name: str) -> str:
+        if name == "sources":
+            return "a source file of recbole_sdpo"
+        kind, _, package = name.partition("/")
+        return (
+            f"the version of {package}" if kind == "versions" else str(self.files.get(name, name))
+        )
+
+    def check(self) -> None:
+        """Are they still what they were?
+
+        Raises:
+            UserError: naming the file that is not.
+        """
+        name = self.changed(Inputs.of(self.config).digests)
+        if name:
+            raise UserError(f"{name} changed while this run was reading it; start it again.")
+
+    def keep(self, run_dir: Path, write: bool) -> None:
+        """Write the digests of the files into the folder of a run that begins; one that has a state goes on with no other files.
+
+        Args:
+            write: this process is the one that writes.
+
+        Raises:
+            UserError: a file is not what the run began with.
+        """
+        if (run_dir / FOLDER / "state.json").is_file():
+            name = self.changed_since(run_dir)
+            if name:
+                raise UserError(
+                    f"{name} changed since the run in {run_dir} began; put it back, or begin the run anew in another folder."
+                )
+        elif write:
+            read = {name: self.digests[name] for name in self.files}
+            write_text(run_dir / FILE, json.dumps(read, indent=2))
+
+    def changed_since(self, run_dir: Path, but_for: str = "") -> str | None:
+        """The first file that the run in ``run_dir`` began with otherwise.
+
+        Raises:
+            UserError: it cannot be told.
+        """
+        file = run_dir / FILE
+        if not file.is_file():
+            return None
+        try:
+            began = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} is damaged: it is not what the run wrote; begin the run anew.") from error
+        return self.changed(self.digests | dict.fromkeys(self.files) | began, but_for)
+
+
+def _files(config: RunConfig) -> dict[str, Path]:
+    """All files that the run reads, but for a model of the hub."""
+    places = {key: config[key] for key in OF_RECBOLE}
+    if config["model"] == MODEL:
+        own, backbone = config.settings, backbone_config(config).backbone
+        sft = own.sft_checkpoint and Path(own.sft_checkpoint).expanduser()
+        places |= {
+            "backbone": backbone != "scratch" and weights_source(backbone),
+            "prompt_templates": template_file(own.prompt_templates),
+            "sft_checkpoint": sft and (sft / "sft" if (sft / "sft").is_dir() else sft),
+        }
+    files = _data_files(config)
+    for role, place in places.items():
+        if place:
+            files |= _in_place(role, Path(place).expanduser())
+    return files
+
+
+def backbone_config(config: RunConfig) -> BackboneConfig:
+    """Of a run of SDPO-LLM, with every ``auto`` resolved."""
+    given = BackboneConfig(
+        **{f.name: getattr(config.settings, f.name) for f in fields(BackboneConfig)}
+    )
+    return given.resolve(torch.device(config["device"]))
+
+
+def _data_files(config: RunConfig) -> dict[str, Path]:
+    folder, name = Path(config["data_path"]), config["dataset"]
+    ends = {
+        ".inter",
+        ".item",
+        ".user",
+        ".kg",
+        ".link",
+        ".net",
+        *(f".{end}" for end in config["additional_feat_suffix"] or ()),
+    }
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = {
+        f"data/{file.name}": file
+        for file in inside
+        if file.name.startswith(f"{name}.") and file.suffix in ends
+    }
+    if not files:
+        raise UserError(
+            f"dataset={name!r}: {folder} holds no atomic files, such as {name}.inter; give the folder above it as data_path."
+        )
+    return files
+
+
+def _in_place(role: str, place: Path) -> dict[str, Path]:
+    """A file, or those in a folder, where models are saved side by side; none where there is none, as for a name of the hub."""
+    if place.is_dir():
+        return {
+            f"{role}/{file.name}": file
+            for file in sorted(place.iterdir())
+            if file.is_file() and not file.name.startswith(".")
+        }
+    return {role: place} if place.is_file() else {}
+
+
+def sources(without: frozenset[str] = frozenset()) -> str:
+    """sha256 of what this package's sources say, but for some files and folders, as they are on the disk now.
+
+    Comments, docstrings and layout do not count. What does is Python's syntax tree, so another Python may give another digest.
+    """
+    root = Path(recbole_sdpo.__path__[0])
+    files = sorted(file for file in root.rglob("*") if file.suffix in {".py", ".yaml"})
+    counted = [file for file in files if not without & set(file.relative_to(root).parts)]
+    return _hash(
+        "\n".join(f"{file.relative_to(root)} {_known(file, _meaning)}" for file in counted)
+    )
+
+
+def package_versions() -> dict[str, str | None]:
+    """The versions on which a result depends; None for what is not installed."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in VERSIONS}
+
+
+def digest(file: Path) -> str:
+    """sha256 of a file's bytes, which is counted once in a process while the file stays as it is.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return _known(file, sha256)
+
+
+_digests: dict[tuple[Path, Callable], tuple[tuple[int, ...], str]] = {}
+
+
+def _known(file: Path, of: Callable[[Path], str]) -> str:
+    """``of(file)``, again only if the file is not as it was then.
+
+    A file that has just been written may be written again without bearing another time, so that of such a one nothing is kept.
+    """
+    try:
+        stamp, now = _stamp(file), time.time()
+        before, value = _digests.get((file.absolute(), of), (None, ""))
+        if before == stamp:
+            return value
+        value = of(file)
+        written = max(stamp[-2:]) / 1e9
+        if written + GRANULARITY < now and _stamp(file) == stamp:
+            _digests[file.absolute(), of] = stamp, value
+        return value
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    stat = os.stat(file)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _meaning(file: Path) -> str:
+    """The digest of a source without what has no effect."""
+    text = file.read_text(encoding="utf-8")
+    try:
+        if file.suffix == ".yaml":
+            return _hash(repr(yaml.safe_load(text)))
+        return _hash(ast.dump(_WithoutStrings().visit(ast.parse(text))))
+    except (SyntaxError, yaml.YAMLError):  # somebody is writing it
+        return _hash(text)
+
+
+class _WithoutStrings(ast.NodeTransformer):
+    """Docstrings, and whatever else is a string that nobody reads, go."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return (
+            None
+            if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+            else node
+        )
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,167 @@
+"""A run says what it read, and notices what changes beneath it."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from recbole_sdpo import inputs, quick_start
+from recbole_sdpo.config import RunConfig
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import sha256
+from recbole_sdpo.inputs import Inputs
+from recbole_sdpo.result import read_result
+
+
+def config(settings, model="SDPO-LLM", **more):
+    return RunConfig(model, "toy", config_dict=settings | more)
+
+
+@pytest.fixture
+def places(ring, tmp_path):
+    """One file of each kind that a run reads, and the settings that name it."""
+    files = {
+        name: tmp_path / name
+        for name in ("mine.yaml", "backbone/model.safetensors", "sft/model.safetensors")
+    }
+    data = tmp_path / "data" / "toy"
+    files |= {
+        name: data / name
+        for name in ("toy.inter", "toy.item", "toy.user", "toy.part.inter", "toy.useremb", "toy.kg")
+    }
+    for file in files.values():
+        file.parent.mkdir(exist_ok=True)
+        if not file.exists():
+            file.write_text("content")
+    settings = {
+        "prompt_templates": str(tmp_path / "mine.yaml"),
+        "backbone": str(tmp_path / "backbone"),
+        "sft_checkpoint": str(tmp_path),
+        "additional_feat_suffix": ["useremb"],
+    }
+    return files, ring | settings
+
+
+def test_every_file_that_a_run_reads_counts(places):
+    files, settings = places
+    before = Inputs.of(config(settings))
+    before.check()
+    for file in files.values():
+        content = file.read_bytes()
+        for harm in (lambda file=file: file.write_bytes(b"other"), file.unlink):
+            harm()
+            with pytest.raises(
+                UserError,
+                match=rf"^{file} changed while this run was reading it; start it again\.$",
+            ):
+                before.check()
+            file.write_bytes(content)
+    before.check()
+    (files["toy.inter"].parent / "toy.link").write_text("new")
+    with pytest.raises(UserError, match="data/toy.link changed"):
+        before.check()
+
+
+def test_an_edit_counts_that_size_and_time_do_not_show(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("one")
+    stat = file.stat()
+    first = inputs.digest(file)
+    file.write_text("two")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert inputs.digest(file) == sha256(file) != first
+
+
+def test_a_file_is_read_once_if_it_has_lain_there(tmp_path, monkeypatch):
+    file, reads = tmp_path / "file", []
+    file.write_text("one")
+
+    def of(path):
+        reads.append(path)
+        return "digest"
+
+    assert [inputs._known(file, of) for _ in range(3)] == ["digest"] * 3 and len(reads) == 3, (
+        "just written"
+    )
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3)
+    assert [inputs._known(file, of) for _ in range(3)] == ["digest"] * 3 and len(reads) == 4
+    file.write_text("other")
+    assert inputs._known(file, of) == "digest" and len(reads) == 5
+
+
+SOURCE = "x = 1\n\ndef f(a):\n    return a + x\n"
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ("# why\nx = 1  # one\ndef f(a): return a + x\n", True),
+        ('"""Module."""\nx = 1\n"""One."""\n\ndef f(a):\n    """Add."""\n    return a + x\n', True),
+        (SOURCE.replace("1", "2"), False),
+        (SOURCE.replace("+", "-"), False),
+        (SOURCE + "f(", False),
+    ],
+)
+def test_of_sources_what_they_do_counts(tmp_path, other, same):
+    file = tmp_path / "a.py"
+    file.write_text(SOURCE)
+    before = inputs._meaning(file)
+    file.write_text(other)
+    assert (inputs._meaning(file) == before) == same
+    file = tmp_path / "a.yaml"
+    file.write_text("a: [1, 2]\n")
+    before = inputs._meaning(file)
+    file.write_text("# why\na:\n- 1\n- 2\n")
+    assert inputs._meaning(file) == before
+    file.write_text("a: [2, 1]\n")
+    assert inputs._meaning(file) != before
+
+
+def test_versions_and_sources_count(ring, monkeypatch):
+    before = Inputs.of(config(ring))
+    monkeypatch.setattr(inputs, "package_versions", lambda: {"torch": "9.9"})
+    assert before.changed(Inputs.of(config(ring)).digests).startswith("the version of ")
+    assert before.changed(before.digests | {"sources": "other"}) == "a source file of recbole_sdpo"
+
+
+def test_models_of_recbole_have_nothing_to_do_with_our_prompts(ring):
+    baseline = Inputs.of(config(ring, "BPR"))
+    ours = Inputs.of(config(ring))
+    assert (
+        set(baseline.files) == {"data/toy.inter", "data/toy.item"}
+        and "prompt_templates" in ours.files
+    )
+    assert baseline.digests["sources"] != ours.digests["sources"]
+
+
+@pytest.mark.parametrize("model", ["SDPO-LLM", "BPR"])
+def test_a_run_whose_data_change_as_it_reads_them_fails(ring, tmp_path, monkeypatch, model):
+    item, create = tmp_path / "data" / "toy" / "toy.item", quick_start.create_dataset
+
+    def edited(config):
+        dataset = create(config)
+        item.write_text(item.read_text().replace("red", "pink"))
+        return dataset
+
+    monkeypatch.setattr(quick_start, "create_dataset", edited)
+    with pytest.raises(UserError, match="toy.item changed while this run was reading it"):
+        quick_start.run(model, "toy", config_dict=ring | {"epochs": 1})
+
+
+def test_a_result_has_what_was_read_and_a_run_is_resumed_with_that_alone(ring, tmp_path):
+    run_dir = tmp_path / "run"
+    read = Inputs.of(config(ring, "Pop"))
+    result = quick_start.run("Pop", "toy", config_dict=ring | {"epochs": 1, "run_dir": str(run_dir)})
+    assert result["inputs"] == read_result(run_dir)["inputs"] == read.digests
+    (run_dir / "state").mkdir(exist_ok=True)
+    (run_dir / "state" / "state.json").write_text("{}")
+    read.keep(run_dir, write=True)
+    item = Path(ring["data_path"]) / "toy" / "toy.item"
+    item.write_text(item.read_text().replace("red", "pink"))
+    with pytest.raises(UserError, match=rf"{item} changed since the run in {run_dir} began"):
+        Inputs.of(config(ring, "Pop")).keep(run_dir, write=True)
+    (run_dir / inputs.FILE).write_text("{")
+    with pytest.raises(UserError, match="inputs.json is damaged"):
+        read.keep(run_dir, write=True)
