@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import IO, NoReturn
 
 import torch
 from recbole.config import Config
+from recbole.data import utils as data_utils
 from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.model.general_recommender import pop
@@ -34,6 +38,22 @@ def load_best(trainer: Trainer) -> None:
     checkpoint = torch.load(trainer.saved_model_file, map_location=trainer.device, weights_only=False)
     trainer.model.load_state_dict(checkpoint["state_dict"])
     trainer.model.load_other_parameter(checkpoint.get("other_parameter"))
+
+
+def never_unpickle() -> None:
+    """Have RecBole's data functions load no pickle, which they do unasked wherever one lies in ``checkpoint_dir``.
+
+    That runs code, and later runs ignore what the data's files hold (https://github.com/RUCAIBox/RecBole/issues/1602). Its
+    ``load_split_dataloaders`` finds none, and its ``create_dataset``, which ours does not call, refuses.
+    """
+    data_utils.load_split_dataloaders = lambda config: None
+    data_utils.pickle = SimpleNamespace(load=_refuse, dump=pickle.dump)
+
+
+def _refuse(stream: IO[bytes]) -> NoReturn:
+    raise UserError(
+        f"{stream.name} is a pickle, which runs code as it is loaded and does not follow the data's files; delete it, and they are read."
+    )
 
 
 def import_models() -> None:

@@ -13,6 +13,7 @@ import yaml
 from recbole.config import Config
 
 from recbole_sdpo import compat
+from recbole_sdpo.data import dataset
 from recbole_sdpo.evaluator.answers import register_metrics
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.settings import MODEL, check_given, merged_parts
@@ -34,6 +35,8 @@ def register() -> None:
     sys.modules[name] = module
     setattr(recbole.trainer, f"{MODEL}Trainer", SDPOTrainer)
     register_metrics()
+    dataset.install()
+    compat.never_unpickle()
     Config._load_internal_config_dict = _load_internal_config_dict
 
 
