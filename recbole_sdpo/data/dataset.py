@@ -209,7 +209,7 @@ def _check_fields(self: Dataset) -> None:
         if events is None or field not in events:
             raise UserError(f"{key}={field!r}: of {source}, load_col={config['load_col']} loads {columns}; {why}.")
         if self.field2type[field] != kind:
-            raise UserError(f"{key}={field!r}: in {source} it has the type {self.field2type[field].value}; it must be {field}:{kind.value}.")
+            raise UserError(f"{key}={field!r}: {source} has it as {self.field2type[field].value}; it must be {field}:{kind.value}.")
 
     for key, field in (("USER_ID_FIELD", self.uid_field), ("ITEM_ID_FIELD", self.iid_field)):
         need(field, FeatureType.TOKEN, key, f"there must be {field}:token, and load_col must name it")

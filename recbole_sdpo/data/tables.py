@@ -219,13 +219,13 @@ def _header(path: Path, line: str, separator: str) -> dict[str, str]:
     for field in line.split(separator):
         name, _, kind = field.rpartition(":")
         if field.strip('"') != field:
-            raise UserError(f"{path}, line 1: column {field!r} is in quotes; atomic files must have none.")
+            raise UserError(f"{path}, line 1: column {_short(field)} is in quotes; atomic files must have none.")
         if not name or ":" in name or kind not in TYPES:
             other = next((mark for mark in "\t,;| " if mark != separator and mark in field.strip()), None)
             hint = f"; or its fields are separated by {other!r}: write {separator!r}, or set field_separator" if other else ""
             raise UserError(
-                f"{path}, line 1: column {field!r} must be name:type, such as {(name or field).split(':')[0] or 'user_id'}:token, with one "
-                f"of the types {', '.join(TYPES)}{hint}."
+                f"{path}, line 1: column {_short(field)} must be name:type, such as user_id:token, with one of the types "
+                f"{', '.join(TYPES)}{hint}."
             )
         if name in types:
             raise UserError(f"{path}, line 1: column {name!r} is there twice; each must have a name of its own.")
