@@ -10,19 +10,22 @@ import importlib
 import io
 import logging
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any, NoReturn
 
 import colorama
 import colorlog
 import recbole.trainer.trainer
 import torch
 from recbole.config import Config
+from recbole.data import utils as data_utils
 from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.model.general_recommender import pop
@@ -134,6 +137,22 @@ def _load_cmd_line(self: Config) -> dict[str, Any]:
     if rest:
         getLogger().warning(f"command line args [{' '.join(rest)}] will not be used in RecBole")
     return settings
+
+
+def never_unpickle() -> None:
+    """Have RecBole's data functions load no pickle, which they do unasked wherever one lies in ``checkpoint_dir``.
+
+    That runs code, and later runs ignore what the data's files hold (https://github.com/RUCAIBox/RecBole/issues/1602). Its
+    ``load_split_dataloaders`` finds none, and its ``create_dataset``, which ours does not call, refuses.
+    """
+    data_utils.load_split_dataloaders = lambda config: None
+    data_utils.pickle = SimpleNamespace(load=_refuse, dump=pickle.dump)
+
+
+def _refuse(stream: IO[bytes]) -> NoReturn:
+    raise UserError(
+        f"{stream.name} is a pickle, which runs code as it is loaded and does not follow the data's files; delete it, and they are read."
+    )
 
 
 def import_models() -> None:

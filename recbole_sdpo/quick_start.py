@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 import transformers
 from accelerate import PartialState
-from recbole.data import create_dataset, data_preparation
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.dataloader.general_dataloader import FullSortEvalDataLoader
 from recbole.trainer import Trainer
@@ -28,7 +27,8 @@ from recbole_sdpo import compat
 from recbole_sdpo.checks import check_folders, check_memory, check_topk
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidates import evaluation_loader, fingerprint, freeze, with_mode
-from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.catalogue import Catalogue, NoTitles
+from recbole_sdpo.data.dataset import create_dataset, data_preparation
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.popularity import popularity_result
@@ -127,7 +127,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     ours = config["model"] == MODEL
     trainer = (get_trainer(config["MODEL_TYPE"], MODEL) if ours else compat.trainer_class(config))(config, recommender)
     if not ours:  # our trainer has one
-        trainer.eval_collector = RankCollector(config, popularity_discount=config.settings.popularity_discount)
+        trainer.eval_collector = RankCollector(config, catalogue, popularity_discount=config.settings.popularity_discount)
         trainer.eval_collector.data_collect(train_data)  # RecBole's trainers that only pretrain do not
     inputs.check()
     targets = recommender.targets_per_epoch(train_data._dataset) if ours else len(train_data._dataset)
@@ -145,7 +145,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
         "seed": config["seed"],
         "stages": stages,
         "test_result": list(stages.values())[-1]["test"],
-        "popularity": _plain(popularity_result(config, train_data, test_data)),
+        "popularity": _plain(popularity_result(config, train_data, test_data, catalogue)),
         "candidates_sha256": sha256,
         "training_targets": targets,
         "peak_memory_gib": _peak_memory_gib(),
@@ -178,7 +178,7 @@ def _catalogue(config: RunConfig, dataset: Any) -> Catalogue:
     settings = config.settings
     try:
         catalogue = Catalogue.from_dataset(dataset, settings.title_fields, settings.title_article_first)
-    except ValueError as error:
+    except NoTitles as error:
         if config["model"] == MODEL:
             raise
         getLogger().warning(f"{error} {config['model']} needs no titles, but items of one title may meet in a candidate set.")

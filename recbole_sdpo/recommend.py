@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from recbole.data import create_dataset
 from transformers import AutoTokenizer
 
 from recbole_sdpo import compat
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.catalogue import Catalogue, folded
+from recbole_sdpo.data.dataset import create_dataset, user_histories
 from recbole_sdpo.data.prompts import Templates, Units, history_prompts
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone, restore_policy
@@ -101,9 +101,7 @@ class Recommender:
             lambda purpose: derive_seed(config["seed"], purpose),
         )
         restore_policy(lm, folder)
-        events = dataset.inter_feat.sort_values(dataset.time_field, kind="stable")
-        user_tokens = dataset.field2id_token[dataset.uid_field]
-        users = {user_tokens[user]: items.to_numpy() for user, items in events.groupby(dataset.uid_field)[dataset.iid_field]}
+        users = user_histories(dataset)
         return cls(lm, catalogue, units, dataset.field2id_token[dataset.iid_field], users, config["MAX_ITEM_LIST_LENGTH"])
 
     def recommend(

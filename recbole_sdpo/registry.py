@@ -13,6 +13,7 @@ from recbole.config import Config
 
 from recbole_sdpo import compat
 from recbole_sdpo.checks import check_dataset, check_given
+from recbole_sdpo.data import dataset
 from recbole_sdpo.evaluator.answers import register_metrics
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.settings import MODEL, merged_parts
@@ -36,6 +37,8 @@ def register() -> None:
     setattr(recbole.trainer, f"{MODEL}Trainer", SDPOTrainer)
     register_metrics()
     compat.take_values_as_data()
+    dataset.install()
+    compat.never_unpickle()
     Config._load_internal_config_dict = _load_internal_config_dict
 
 

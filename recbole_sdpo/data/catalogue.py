@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from logging import getLogger
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from recbole.data.dataset import Dataset
 
+from recbole_sdpo.data.tables import read_table
 from recbole_sdpo.errors import UserError
 
 # Articles that catalogues move behind the title: "Godfather, The", "Enfants du paradis, Les (Children of Paradise)".
 ARTICLE = re.compile(r"^(?P<rest>.+), (?P<article>The|A|An|Les|Le|La|L'|Il|Lo|I|Gli|El|Los|Las|Der|Die|Das|Det|Den|De)(?= \(|$)")
+
+
+class NoTitles(UserError):
+    """There is no file of titles, or not the column: what only a model that reads titles cannot do without."""
 
 
 def folded(text: str) -> str:
@@ -53,7 +58,8 @@ class Catalogue:
         """One line for the log: how many items, how many without a title, how many titles shared."""
         return (
             f"{len(self.titles) - 1} items; {len(self.untitled)} without a title, called 'item <id>'; {self.shared} titles "
-            "shared by several items (case and blanks aside), which never meet in one candidate set"
+            "shared by several items (case and blanks aside), which never meet in one candidate set nor, where all items are "
+            "ranked, count against each other"
         )
 
     @classmethod
@@ -68,7 +74,8 @@ class Catalogue:
             article_first: read "Godfather, The" as "The Godfather".
 
         Raises:
-            UserError: there is no ``.item`` file, or it lacks one of ``fields``.
+            NoTitles: there is no ``.item`` file, or it lacks one of ``fields``.
+            UserError: the file is not as an atomic file must be.
         """
         frame = _read_items(dataset, fields)
         parts = frame.apply(lambda column: column.str.split().str.join(" "))
@@ -100,26 +107,26 @@ def _article_first(title: str) -> str:
 
 def _read_items(dataset: Dataset, fields: Sequence[str]) -> pd.DataFrame:
     """The wanted columns of the ``.item`` file as text, by item token."""
-    path = os.path.join(dataset.dataset_path, f"{dataset.dataset_name}.item")
-    if not os.path.isfile(path):
-        raise UserError(
+    path = Path(dataset.dataset_path, f"{dataset.dataset_name}.item")
+    if not path.is_file():
+        raise NoTitles(
             f"title_fields={list(fields)} needs the file {path}, which does not exist; it is a RecBole atomic file with "
             f"the columns {dataset.iid_field}:token and, for each title field, <field>:token_seq."
         )
-    # Atomic files have no quoting, and "NA" is a title like any other.
-    frame = pd.read_csv(
-        path,
-        sep=dataset.config["field_separator"],
-        dtype=str,
-        keep_default_na=False,
-        quoting=csv.QUOTE_NONE,
-        encoding="utf-8-sig",
-    )
-    frame.columns = [column.split(":")[0] for column in frame.columns]
-    missing = [field for field in (dataset.iid_field, *fields) if field not in frame.columns]
+    table = read_table(path, dataset.config["field_separator"], dataset.config["encoding"])
+    missing = [field for field in (dataset.iid_field, *fields) if field not in table.types]
     if missing:
-        raise UserError(
-            f"title_fields={list(fields)}: {path} has no column {missing[0]!r}; valid are "
-            f"{', '.join(sorted(set(frame.columns) - {dataset.iid_field}))}."
+        valid = ", ".join(sorted(set(table.types) - {dataset.iid_field}))
+        raise NoTitles(f"title_fields={list(fields)}: {path} has no column {missing[0]!r}; it must be one of {valid or 'none'}.")
+    for field in fields:
+        table.check_quotes(field)
+    frame = pd.DataFrame({field: table.text(field) for field in fields}, index=table.ids(dataset.iid_field))
+    first = ~frame.index.duplicated()
+    differs = ~first & (frame.to_numpy() != frame[first].loc[frame.index].to_numpy()).any(1)
+    if differs.any():
+        row = int(differs.argmax())
+        getLogger().warning(
+            f"{table.at(row, fields[0])}: item {frame.index[row]!r} has another title in an earlier line, which counts "
+            f"({differs.sum():,} such lines)."
         )
-    return frame.drop_duplicates(dataset.iid_field).set_index(dataset.iid_field)[list(fields)]
+    return frame[first]

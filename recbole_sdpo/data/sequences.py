@@ -90,7 +90,9 @@ def met_items(*datasets: Dataset) -> tuple[np.ndarray, np.ndarray]:
         rows = dataset.inter_feat
         user = rows[dataset.uid_field].numpy()
         pairs.append(np.stack([user, rows[dataset.iid_field].numpy()]))
-        if dataset.iid_field + dataset.config["LIST_SUFFIX"] in rows:
+        if dataset.benchmark_filename_list is not None:
+            pairs.append(np.stack(dataset.histories_met))
+        elif dataset.iid_field + dataset.config["LIST_SUFFIX"] in rows:
             past = histories(rows, dataset.config)
             pairs.append(np.stack([np.repeat(user, past.lengths), past.values]))
     users, items = np.concatenate(pairs, axis=1) if pairs else np.empty((2, 0), np.int64)

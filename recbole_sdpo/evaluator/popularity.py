@@ -12,8 +12,10 @@ from recbole.model.general_recommender.pop import Pop
 from recbole.trainer import Trainer
 from torch import Tensor
 
+from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.sequences import met_items
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
+from recbole_sdpo.evaluator.titles import TitleCollector
 
 
 def popularity(dataset: Dataset) -> Tensor:
@@ -21,7 +23,9 @@ def popularity(dataset: Dataset) -> Tensor:
     return torch.bincount(torch.from_numpy(met_items(dataset)[1]), minlength=dataset.item_num)
 
 
-def popularity_result(config: Config, train_data: AbstractDataLoader, eval_data: AbstractDataLoader) -> dict[str, float]:
+def popularity_result(
+    config: Config, train_data: AbstractDataLoader, eval_data: AbstractDataLoader, catalogue: Catalogue
+) -> dict[str, float]:
     """Metrics on ``eval_data`` of ranking by popularity in training."""
     dataset, config = train_data._dataset, copy.copy(config)
     kept = [metric for metric in config["metrics"] if metric.lower() not in OF_ANSWERS]  # it writes none
@@ -30,5 +34,6 @@ def popularity_result(config: Config, train_data: AbstractDataLoader, eval_data:
     pop.item_cnt = popularity(dataset)[:, None].to(pop.device)
     pop.max_cnt = pop.item_cnt.max(dim=0)[0]
     trainer = Trainer(config, pop.to(config["device"]))
+    trainer.eval_collector = TitleCollector(config, catalogue)
     trainer.eval_collector.data_collect(train_data)
     return dict(trainer.evaluate(eval_data, load_best_model=False))

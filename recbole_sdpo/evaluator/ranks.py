@@ -11,13 +11,13 @@ import pandas as pd
 import torch
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.interaction import Interaction
-from recbole.evaluator import Collector
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import HIT, OF_ANSWERS, VALID, named
 from recbole_sdpo.evaluator.popularity import popularity
+from recbole_sdpo.evaluator.titles import TitleCollector
 
 METRICS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "hit": lambda rank, k: (rank <= k).astype(float),
@@ -67,7 +67,7 @@ class Writer(Protocol):
         """The answer for each of the interaction's rows, to a prompt with the row's ``candidates [rows, C]``, item ids."""
 
 
-class RankCollector(Collector):
+class RankCollector(TitleCollector):
     """RecBole's collector, which also keeps the rank of every target since :meth:`take` was last called, and its answer.
 
     Args:
@@ -75,11 +75,11 @@ class RankCollector(Collector):
         popularity_discount: how many times log popularity comes off every score before items are ranked by it.
     """
 
-    def __init__(self, config: Any, writer: Writer | None = None, popularity_discount: float = 0.0) -> None:
-        super().__init__(config)
+    def __init__(self, config: Any, catalogue: Catalogue, writer: Writer | None = None, popularity_discount: float = 0.0) -> None:
+        super().__init__(config, catalogue)
         self.writer = writer if any(map(self.register.need, (VALID, HIT))) else None
         self.popularity_discount = popularity_discount
-        self._group = writer.catalogue.group if writer else None
+        self._by_title = writer is not None
         self._kept: list[pd.DataFrame] = []
 
     def data_collect(self, train_data: AbstractDataLoader) -> None:
@@ -91,17 +91,16 @@ class RankCollector(Collector):
     def _log_popularity(self) -> Tensor:
         """Of each item, or of its title; one is added, for popularity may be 0. Counted only where a discount asks for it."""
         met = popularity(self._train)
-        if self._group is not None:
-            group = torch.from_numpy(self._group)
-            met = torch.bincount(group, weights=met)[group]
+        if self._by_title and self._group is not None:
+            met = torch.bincount(self._group, weights=met)[self._group]
         return (met + 1).double().log()
 
-    def eval_batch_collect(self, scores_tensor: Tensor, interaction: Interaction, positive_u: Tensor, positive_i: Tensor) -> None:
+    def eval_batch_collect(self, scores_tensor: Tensor, interaction: Interaction, positive_u: Tensor, positive_i: Tensor) -> Tensor:
         if self.popularity_discount:
             scores_tensor = scores_tensor - (self.popularity_discount * self._log_popularity).to(scores_tensor)
-        super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
+        scores_tensor = super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
         if positive_u is None:  # RecBole's value metrics rank nothing
-            return
+            return scores_tensor
         each = len(interaction) // len(scores_tensor)  # a row for each candidate, and those of a target together
         first, place = interaction[np.arange(0, len(interaction), each)], positive_u.cpu().numpy()
         rank = target_ranks(scores_tensor, positive_u.to(scores_tensor.device), positive_i.to(scores_tensor.device), max(self.topk))
@@ -112,6 +111,7 @@ class RankCollector(Collector):
                 raise UserError("A user has several targets, which RecBole ranks together; for answers use recbole_sdpo.quick_start.run.")
             kept["answer"], kept["named"] = self._ask(first, interaction[self.config["ITEM_ID_FIELD"]].view(-1, each).cpu().numpy())
         self._kept.append(kept)
+        return scores_tensor
 
     def _ask(self, rows: Interaction, candidates: np.ndarray) -> tuple[list[str], list[int]]:
         """The answers, and the items that they name or 0; the metrics are told. The target is the first of its candidates."""

@@ -227,7 +227,9 @@ class SDPOLLM(SequentialRecommender):
 
         def score(rows: np.ndarray) -> Tensor:
             if self.settings.full_sort == "topk":
-                return score_top(self.lm, prompts.take(rows), self.title_tree, max(self.config["topk"]))
+                # Of the best, the evaluation takes out those that carry the target's title.
+                twins = int(np.bincount(self.catalogue.group).max()) - 1
+                return score_top(self.lm, prompts.take(rows), self.title_tree, max(self.config["topk"]) + twins)
             return score_all(self.lm, prompts.take(rows), self.title_tree)
 
         titles = self._in_batches(prompts.lengths + NODES_AT_ONCE, self.n_items - 1, score)

@@ -97,7 +97,7 @@ class SDPOTrainer(Trainer):
         super().__init__(config, model)
         settings = model.settings
         mixed = "bf16" if model.backbone.peft == "none" and settings.dtype == "auto" and _bf16(model.lm.device) else "no"
-        self.eval_collector = RankCollector(config, model)
+        self.eval_collector = RankCollector(config, model.catalogue, model)
         self.accelerator = Accelerator(cpu=model.lm.device.type == "cpu", mixed_precision=mixed)
         self.device = self.accelerator.device
         self.model.to(self.device)

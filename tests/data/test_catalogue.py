@@ -66,7 +66,7 @@ def test_further_fields_go_into_parentheses(tmp_path):
 
 
 def test_a_missing_field_names_the_valid_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"title_fields=\['name'\].*no column 'name'; valid are title"):
+    with pytest.raises(ValueError, match=r"title_fields=\['name'\].*no column 'name'; it must be one of title"):
         catalogue(tmp_path, fields=["name"])
 
 

@@ -1,0 +1,381 @@
+"""RecBole's ``Dataset``, but that files are read as they are written, events stand in their order, and what is missing is said.
+
+RecBole finds the classes of its models' data by name, so the methods of its own classes are replaced, for every model and
+route: :func:`install`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from itertools import pairwise
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import recbole
+import torch
+import yaml
+from recbole.config import Config
+from recbole.data import data_preparation as recbole_preparation
+from recbole.data.dataset import Dataset, SequentialDataset
+from recbole.utils import FeatureSource, FeatureType, ModelType
+
+from recbole_sdpo.data.tables import Table, read_table
+from recbole_sdpo.errors import UserError
+
+PICKLES = ("dataset_save_path", "dataloaders_save_path", "save_dataset", "save_dataloaders")
+"""RecBole's settings that load or write a pickle."""
+
+UNFILTERED = (None, "None", "[0,inf)")
+"""Values of RecBole's filters that let everything pass."""
+
+FILTERS = ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter")
+
+
+def create_dataset(config: Config) -> Dataset:
+    """The dataset that ``config`` asks for, from its files.
+
+    RecBole's function unpickles a file of ``checkpoint_dir`` instead, unasked, if there is one: that runs code, and what it
+    holds need not be what the files hold now.
+
+    Raises:
+        UserError: a file or a setting of the data is wrong, or a setting asks for a pickle.
+    """
+    for key in PICKLES:
+        if config[key]:
+            raise UserError(
+                f"{key}={config[key]!r}: a saved dataset of RecBole is a pickle, which runs code as it is loaded and does not follow its "
+                "files; leave the setting out, and the files are read."
+            )
+    module = importlib.import_module("recbole.data.dataset")
+    kinds = {ModelType.SEQUENTIAL: "SequentialDataset", ModelType.KNOWLEDGE: "KnowledgeBasedDataset"}
+    kind = getattr(module, f"{config['model']}Dataset", None) or getattr(module, kinds.get(config["MODEL_TYPE"], "Dataset"))
+    return kind(config)
+
+
+def data_preparation(config: Config, dataset: Dataset) -> tuple:
+    """RecBole's loaders for training, validation and test, split from ``dataset``; none are loaded from a file.
+
+    Raises:
+        UserError: there is too little to split.
+    """
+    return recbole_preparation(config, dataset)
+
+
+def user_histories(dataset: Dataset) -> dict[str, np.ndarray]:
+    """For each user's id in the data the items met, oldest first, as internal ids int64.
+
+    Args:
+        dataset: as :func:`create_dataset` makes it, not split yet.
+    """
+    tokens, events = dataset.field2id_token[dataset.uid_field], dataset.inter_feat
+    if dataset.benchmark_filename_list is None:
+        events = events.sort_values(dataset.time_field, kind="stable")
+        return {tokens[user]: items.to_numpy() for user, items in events.groupby(dataset.uid_field)[dataset.iid_field]}
+    met: dict[str, list[int]] = {}
+    for user, past, item in zip(events[dataset.uid_field], events[_list_field(dataset)], events[dataset.iid_field], strict=True):
+        history = met.setdefault(tokens[user], [])
+        # A row goes on where the last one ended, or shows the end of that, or tells of another session.
+        shown = list(past)
+        if shown[: len(history)] == history:
+            history[:] = shown
+        elif history[-len(shown) :] != shown:
+            history.extend(shown)
+        history.append(item)
+    return {user: np.array(items, np.int64) for user, items in met.items()}
+
+
+def install() -> None:
+    """Replace the methods of RecBole's ``Dataset``."""
+    for method in (_load_data, _load_feat, _set_alias, _remove_duplication, _reset_index, _change_feat_format, build):
+        setattr(Dataset, method.__name__, method)
+
+
+RECBOLE = {name: getattr(Dataset, name) for name in ("_load_data", "_set_alias", "_reset_index", "_change_feat_format", "build")}
+"""The methods as RecBole has them, which ours call."""
+
+
+def _load_data(self: Dataset, token: str, dataset_path: str) -> None:
+    """As RecBole's, once the files are there; RecBole would fetch some datasets from the network, and may ask on standard input."""
+    folder, names = Path(dataset_path), self.benchmark_filename_list
+    if names is not None and not (isinstance(names, list) and len(names) == 3 and all(isinstance(name, str) for name in names)):
+        raise UserError(f"benchmark_filename={names!r} must be a list of three: those of training, validation and test.")
+    paths = [folder / f"{token}.{'' if name is None else f'{name}.'}inter" for name in names or [None]]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"dataset={token!r}: there is no file {path}{_where_else(folder, token)}.")
+    if names is not None:
+        _check_filters(self.config)
+    RECBOLE["_load_data"](self, token, dataset_path)
+    _check_fields(self)
+
+
+def _where_else(folder: Path, token: str) -> str:
+    """How the error about a missing file ends."""
+    if folder.is_dir():
+        return f"; the folder holds {', '.join(sorted(path.name for path in folder.iterdir())[:9]) or 'nothing'}"
+    urls = yaml.safe_load((Path(recbole.__path__[0]) / "properties" / "dataset" / "url.yaml").read_text(encoding="utf-8"))
+    known = f"; RecBole's copy of it is {urls[token]}, to unpack there" if token in urls else ""
+    siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(token, siblings, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"; data_path must be the folder that holds {token}/{token}.inter{known}{hint}"
+
+
+def _check_filters(config: Config) -> None:
+    for key in FILTERS:
+        if str(config[key]).replace(" ", "") not in map(str, UNFILTERED):
+            raise UserError(f"{key}={config[key]!r}: files of benchmark_filename are taken as they are, unfiltered; leave it out.")
+    if "split" in config.external_config_dict.get("eval_args", {}):
+        getLogger().warning("eval_args.split has no effect on files of benchmark_filename, which are split already.")
+
+
+def _load_feat(self: Dataset, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
+    """As RecBole's, by a reader that takes text as it is written.
+
+    RecBole's takes quotes for those of CSV, "NA" for nothing, and a line with fewer fields for one that has them.
+    """
+    load, unload = self._get_load_and_unload_col(source)
+    if load == set():
+        return None
+    table = read_table(Path(filepath), self.config["field_separator"], self.config["encoding"])
+    name = source.value if isinstance(source, FeatureSource) else source
+    wanted = [field for field in table.types if (load is None or field in load) and field not in (unload or ())]
+    lacking = sorted((load or set()) - set(table.types) - {self.time_field})  # whether time is needed is seen later
+    if lacking:
+        raise UserError(f"{filepath} has no column {lacking[0]!r}, which load_col={{{name!r}: …}} names; it has {', '.join(table.types)}.")
+    columns = {}
+    for field in wanted:
+        kind = FeatureType(table.types[field])
+        if name != "link":
+            self.field2source[field], self.field2type[field] = source, kind
+            if not kind.value.endswith("seq"):
+                self.field2seqlen[field] = 1
+            if "float" in kind.value:
+                self.field2bucketnum[field] = 2
+        columns[field] = _column(self, table, field, name)
+    if not columns:
+        self.logger.warning(f"No columns has been loaded from [{source}]")
+        return None
+    return pd.DataFrame(columns)
+
+
+def _column(self: Dataset, table: Table, field: str, source: str) -> Any:
+    kind = self.field2type[field] if source != "link" else FeatureType(table.types[field])
+    if kind == FeatureType.FLOAT:
+        return table.numbers(field, needed=source == "inter" and field == self.time_field and _by_time(self))
+    if kind == FeatureType.TOKEN:
+        if field in (self.uid_field, self.iid_field):
+            return table.ids(field)
+        text = table.text(field)
+        return np.where(text == "", np.array(np.nan, object), text)
+    rows = table.sequences(field, self.config["seq_separator"])
+    length, past = max(map(len, rows)), source == "inter" and field == _list_field(self)
+    if past:
+        table.refuse(np.array([len(row) == 0 for row in rows]), field, "is no history; it must have one item or more")
+    limit = (self.config["seq_len"] or {}).get(field, length)
+    if limit < length:
+        if past:
+            raise UserError(f"seq_len={self.config['seq_len']} would cut the end of histories; MAX_ITEM_LIST_LENGTH cuts their start.")
+        rows = [row[:limit] for row in rows]
+    self.field2seqlen[field] = min(length, limit)
+    return pd.Series(rows, dtype=object)
+
+
+def _by_time(self: Dataset) -> bool:
+    """Is it time that orders the events?"""
+    return self.benchmark_filename_list is None and self.config["eval_args"]["order"] == "TO"
+
+
+def _list_field(self: Dataset) -> str:
+    return f"{self.iid_field}{self.config['LIST_SUFFIX']}"
+
+
+def _check_fields(self: Dataset) -> None:
+    """Are the columns there that the settings speak of?
+
+    Raises:
+        UserError: one is not, or is of another type than it must be.
+    """
+    events, config = self.inter_feat, self.config
+    source = f"the .inter {'file' if self.benchmark_filename_list is None else 'files'} in {self.dataset_path}"
+    columns = "no column" if events is None else ", ".join(map(str, events))
+
+    def need(field: str | None, kind: FeatureType, key: str, why: str) -> None:
+        if events is None or field not in events:
+            raise UserError(f"{key}={field!r}: of {source}, load_col={config['load_col']} loads {columns}; {why}.")
+        if self.field2type[field] != kind:
+            raise UserError(f"{key}={field!r}: {source} has it as {self.field2type[field].value}; it must be {field}:{kind.value}.")
+
+    for key, field in (("USER_ID_FIELD", self.uid_field), ("ITEM_ID_FIELD", self.iid_field)):
+        need(field, FeatureType.TOKEN, key, f"there must be {field}:token, and load_col must name it")
+    if _by_time(self):
+        why = (
+            f"events are put in order by their time, so there must be {self.time_field}:float; number them in their order if there is none"
+        )
+        need(self.time_field, FeatureType.FLOAT, "TIME_FIELD", why)
+    elif "TS" in config["eval_args"]["split"] and self.benchmark_filename_list is None:
+        raise UserError(f"eval_args.split={config['eval_args']['split']} is by time, and needs eval_args.order=TO.")
+    if self.benchmark_filename_list is not None and isinstance(self, SequentialDataset):
+        field = _list_field(self)
+        why = f"a sequential model needs each row's history, {field}:token_seq, and load_col must name it"
+        need(field, FeatureType.TOKEN_SEQ, "LIST_SUFFIX", why)
+    if self.time_field in (config["discretization"] or ()):
+        raise UserError(f"discretization={config['discretization']} makes different times one; leave {self.time_field} out.")
+    for key in ("val_interval", "threshold", "normalize_field", "discretization"):
+        for field in config[key] or ():
+            if field not in self.field2type:
+                raise UserError(f"{key}={config[key]!r}: {field!r} is not loaded; name it in load_col (now {config['load_col']}).")
+    labeled = "labeled" in str(config["eval_args"]["mode"])
+    if labeled and not config["threshold"] and self.label_field not in self.field2type:
+        raise UserError(
+            f"eval_args.mode=labeled needs labels, and {self.label_field!r} (LABEL_FIELD) is not loaded; name it in load_col, or have "
+            "it made by threshold, such as threshold={'rating': 4}."
+        )
+
+
+def _set_alias(self: Dataset, alias_name: str, default_value: list) -> None:
+    """As RecBole's; the histories of files that are split already hold items, whether or not ``alias_of_item_id`` says so."""
+    past = _list_field(self)
+    if alias_name == "item_id" and self.benchmark_filename_list is not None and past in self.field2type:
+        default_value = [*default_value, past]
+    RECBOLE["_set_alias"](self, alias_name, default_value)
+
+
+def _remove_duplication(self: Dataset) -> None:
+    """As RecBole's, but that events of one time stand as in the file; RecBole sorts in a way that leaves their order to the processor."""
+    keep = self.config["rm_dup_inter"]
+    if keep is None:
+        return
+    if self.time_field in self.inter_feat:
+        self.inter_feat = self.inter_feat.sort_values(self.time_field, kind="stable")
+    else:
+        getLogger().warning(f"rm_dup_inter={keep!r} goes by the order in the file: no time is loaded.")
+    self.inter_feat = self.inter_feat.drop_duplicates([self.uid_field, self.iid_field], keep=keep)
+
+
+def _reset_index(self: Dataset) -> None:
+    """As RecBole's, with an error that names the filters."""
+    if any(getattr(self, name).empty for name in self.feat_name_list):
+        active = ", ".join(f"{key}={self.config[key]!r}" for key in FILTERS if str(self.config[key]) not in map(str, UNFILTERED))
+        raise UserError(f"dataset={self.dataset_name!r}: nothing is left after the filters; make them wider ({active or 'load_col'}).")
+    RECBOLE["_reset_index"](self)
+
+
+def _change_feat_format(self: Dataset) -> None:
+    """As RecBole's, but that time, by which it sorts, keeps all its digits until :func:`build` has split the events.
+
+    RecBole casts it to float32 before it sorts: events of one minute are ties. Reported nowhere that we found; dataset.py,
+    line 2204.
+    """
+    frame, time, sequential = self.inter_feat, self.time_field, isinstance(self, SequentialDataset)
+    exact = None
+    _check_size(self)
+    if _by_time(self):
+        exact = torch.from_numpy(np.array(frame[time].tolist()))
+        if frame[time].dtype == np.int64:
+            frame[time] = frame[time].astype(np.float64)
+        _warn_of_ties(frame[self.uid_field].to_numpy(), exact.view(len(frame), -1)[:, 0].numpy())
+    if self.benchmark_filename_list is not None:
+        past = _list_field(self)
+        self.histories = list(frame[past]) if past in frame else [np.empty(0, np.int64)] * len(frame)
+        if sequential:
+            _cut_histories(self)
+    RECBOLE["_change_feat_format"](self)
+    if exact is not None:
+        self.inter_feat[time] = exact
+    if self.benchmark_filename_list is not None and sequential:
+        for field, rows in self.inter_feat.interaction.items():
+            if rows.ndim == 2:  # RecBole's rows are as wide as the longest history, which some models' need not be
+                self.inter_feat[field] = torch.nn.functional.pad(rows, (0, self.max_item_list_len - rows.shape[1]))
+
+
+def _check_size(self: Dataset) -> None:
+    """Remember how much there is, for :func:`_check_parts`, and refuse what RecBole stumbles over before it has split."""
+    self._events, self._most = len(self.inter_feat), int(np.bincount(self.inter_feat[self.uid_field]).max())
+    if self.item_num < 3:
+        raise UserError(f"dataset={self.dataset_name!r} has one item; it must have two or more, to rank one above another.")
+    if self.benchmark_filename_list is None and isinstance(self, SequentialDataset) and self._most < 2:
+        raise UserError(
+            f"dataset={self.dataset_name!r}: each of the {self.user_num - 1:,} users has one event; there must be four to train, "
+            "validate and test on one."
+        )
+
+
+def _warn_of_ties(user: np.ndarray, time: np.ndarray) -> None:
+    order = np.lexsort((time, user))
+    tied = (np.diff(user[order]) == 0) & (np.diff(time[order]) == 0)
+    if tied.any():
+        users = len(np.unique(user[order][1:][tied]))
+        getLogger().warning(
+            f"{tied.sum():,} of {len(user):,} events, of {users:,} users, have the time of the one before them; they stand as "
+            "in the file."
+        )
+
+
+def _cut_histories(self: Dataset) -> None:
+    """Of each history in files that are split already the last ``MAX_ITEM_LIST_LENGTH`` items, as where RecBole makes them itself."""
+    frame, longest, suffix = self.inter_feat, self.max_item_list_len, self.config["LIST_SUFFIX"]
+    for field in [f"{field}{suffix}" for field in frame if f"{field}{suffix}" in frame]:
+        frame[field] = pd.Series([row[-longest:] for row in frame[field]], index=frame.index, dtype=object)
+        self.field2seqlen[field] = longest
+    frame[self.item_list_length_field] = frame[self.item_list_length_field].clip(upper=longest)
+
+
+def build(self: Dataset) -> list[Dataset]:
+    """As RecBole's: the parts for training, validation and test, none of which may be empty.
+
+    Raises:
+        UserError: there is too little to split.
+    """
+    parts = RECBOLE["build"](self)
+    times = (self.time_field, f"{self.time_field}{self.config['LIST_SUFFIX']}") if _by_time(self) else ()
+    for dataset in (self, *parts):
+        for field in times:
+            if field in dataset.inter_feat:
+                dataset.inter_feat[field] = dataset.inter_feat[field].float()
+    if self.benchmark_filename_list is not None:
+        ends = np.cumsum([0, *self.file_size_list])
+        for part, (start, end) in zip(parts, pairwise(ends), strict=True):
+            users, histories = part.inter_feat[self.uid_field].numpy(), self.histories[start:end]
+            items = np.concatenate([np.empty(0, np.int64), *histories])
+            part.histories_met = (np.repeat(users, [len(history) for history in histories]), items)
+    _check_parts(self, parts)
+    return parts
+
+
+def _check_parts(self: Dataset, parts: Sequence[Dataset]) -> None:
+    split = self.config["eval_args"]["split"]
+    kept = {"valid_only": (0, 1), "test_only": (0, 2)}.get(split.get("LS"), (0, 1, 2))
+    for number in kept if self.benchmark_filename_list is None else ():
+        if len(parts[number]) == 0:
+            what = ("train", "validate", "test")[number]
+            need = "; of each user, it takes four events (three for models that know no sequence) to have one for each part"
+            raise UserError(
+                f"dataset={self.dataset_name!r}: with eval_args.split={split} there is nothing to {what} on, of {self._events:,} events of "
+                f"{self.user_num - 1:,} users, who have {self._most:,} at most{need if 'LS' in split else '; give more events'}."
+            )
+    if isinstance(self, SequentialDataset):
+        return
+    pairs = [np.stack([part.inter_feat[field].numpy() for field in (self.uid_field, self.iid_field)]) for part in parts]
+    distribution = [self.config[f"{phase}_neg_sample_args"]["distribution"] for phase in ("train", "valid", "test")]
+    if not self.config["repeatable"] and set(distribution) != {"none"}:
+        user = np.unique(np.concatenate(pairs, axis=1), axis=1)[0]
+        met = np.bincount(user)
+        if met.max() >= self.item_num - 1:
+            name = self.field2id_token[self.uid_field][met.argmax()]
+            raise UserError(
+                f"user {str(name)!r} has met all {self.item_num - 1} items, and no negative is left to draw; leave such users out, with "
+                f"user_inter_num_interval='[0,{met.max() - 1}]' or narrower."
+            )
+    if self.benchmark_filename_list is not None:
+        shown, asked = (set(map(tuple, np.stack(of).T)) for of in (parts[0].histories_met, pairs[0]))
+        if unseen := len(shown - asked):
+            getLogger().warning(
+                f"{self.config['model']} knows no sequence and trains on the {len(pairs[0].T):,} events of the training file; {unseen:,} "
+                "further ones, which only its histories hold, it does not see."
+            )

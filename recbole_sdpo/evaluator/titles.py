@@ -1,0 +1,46 @@
+"""A title that several items carry is one answer: of a ranking of the whole catalogue, the others go where one is the target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from recbole.data.interaction import Interaction
+from recbole.evaluator import Collector
+from torch import Tensor
+
+from recbole_sdpo.data.catalogue import Catalogue
+
+
+class TitleCollector(Collector):
+    """RecBole's, to which items that carry a target's title do not count against it.
+
+    A model that reads titles gives them one score, and which comes first would be chance; a user who gets one has got the other.
+    Sampled candidates hold none of them.
+    """
+
+    def __init__(self, config: Any, catalogue: Catalogue) -> None:
+        super().__init__(config)
+        self._group = torch.from_numpy(catalogue.group) if catalogue.shared else None
+
+    def eval_batch_collect(self, scores_tensor: Tensor, interaction: Interaction, positive_u: Tensor, positive_i: Tensor) -> Tensor:
+        """As RecBole's; returns the scores by which it has ranked."""
+        if self._group is not None and positive_u is not None:
+            scores_tensor = without_twins(scores_tensor, positive_u, positive_i, self._group)
+        super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
+        return scores_tensor
+
+
+def without_twins(scores: Tensor, row: Tensor, target: Tensor, group: Tensor) -> Tensor:
+    """``scores [rows, items]`` in which items of a target's title are out of the ranking of the target's row, unless they are targets.
+
+    Args:
+        row, target: int64 ``[targets]``.
+        group: int64 ``[items]``, a number for each title.
+    """
+    row, target, group = (ids.to(scores.device) for ids in (row, target, group))
+    of_target, item = (group == group[target][:, None]).nonzero(as_tuple=True)
+    twins = torch.zeros_like(scores, dtype=torch.bool)
+    twins[row[of_target], item] = True
+    twins[row, target] = False
+    return scores.masked_fill(twins, -torch.inf)
