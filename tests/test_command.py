@@ -16,6 +16,42 @@ def test_an_argument_that_nobody_reads_is_an_error(monkeypatch, argument):
         call(monkeypatch, "--model=SDPO-LLM", argument)
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--beta=a=b", "beta='a=b' must be a number"),
+        ("--run_dir=", "run_dir='' must not be blank"),
+        ("--resume= ", "resume=' ' must not be blank"),
+        ("--sft_checkpoint=", "sft_checkpoint='' must not be blank"),
+        ("--checkpoint_dir=", "checkpoint_dir='' must be text, and not blank"),
+        ("--dataset=", "--dataset= is blank; give a name, or leave it out"),
+        ("--config_files= ", "--config_files=  is blank"),
+        ("--experiment=", "--experiment= is blank"),
+        ("--model=", "model='' must be a name of letters"),
+        ("--seed=self", "seed='self' must be a whole number"),
+        ("--config_files=none.yaml", "the file 'none.yaml' cannot be read: No such file or directory"),
+        ("--dataset=../x", "dataset='../x' must be a name without '/'"),
+    ],
+)
+def test_a_value_that_is_none_is_an_error_that_names_the_key(monkeypatch, argument, message):
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        call(monkeypatch, argument)
+
+
+def test_one_setting_with_two_values_is_an_error(monkeypatch):
+    with pytest.raises(SystemExit, match="error: --seed is given twice, as '1' and as '2'; give it once"):
+        call(monkeypatch, "--seed=1", "--seed=2")
+
+
+def test_what_is_no_fault_of_the_users_keeps_its_traceback(monkeypatch):
+    def broken(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(command, "run", broken)
+    with pytest.raises(NotImplementedError):
+        call(monkeypatch)
+
+
 def test_settings_are_printed(monkeypatch, capsys):
     call(monkeypatch, "--settings")
     assert "| `sft_tokens_per_batch` | `1024` |" in capsys.readouterr().out

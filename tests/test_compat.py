@@ -10,6 +10,8 @@ import pytest
 import scipy.sparse
 import setuptools
 import torch
+import yaml
+from recbole.config import Config, configurator
 from recbole.data import create_dataset, data_preparation
 from recbole.model.general_recommender import pop
 from recbole.model.general_recommender.bpr import BPR
@@ -17,6 +19,7 @@ from recbole.trainer import Trainer
 
 from recbole_sdpo import compat
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.errors import UserError
 
 
 def test_recbole_still_cannot_load_its_own_checkpoints(ring):
@@ -43,6 +46,37 @@ def test_recboles_pop_still_counts_an_item_once_a_batch_and_negatives_too(ring):
         ours.calculate_loss(batch).backward()
     assert theirs.item_cnt[[3, 5, 7], 0].tolist() == [2, 2, 2]
     assert ours.item_cnt[[3, 5, 7], 0].tolist() == [4, 2, 0] and ours.max_cnt.tolist() == [4] and ours.item_cnt.sum() == 6
+
+
+CODE = "__import__('pathlib').Path('pwned').touch()"
+
+
+def test_recbole_still_evaluates_what_it_reads():
+    with open(configurator.__file__, encoding="utf-8") as stream:
+        source = stream.read()
+    assert "value = eval(param)" in source and "loader = yaml.FullLoader" in source
+
+
+@pytest.mark.parametrize("kind", [Config, RunConfig])
+def test_and_here_reads_it_on_every_route(kind, tmp_path, monkeypatch):
+    """The route of ``run_recbole`` after ``import recbole_sdpo``, and ours."""
+    (tmp_path / "a.yaml").write_text(f"wandb_project: {CODE}\nseed: 1e0\nlearning_rate: 1e-2\n")
+    given = {"checkpoint_dir": CODE, "LABEL_FIELD": "self"}
+    monkeypatch.setattr(sys, "argv", ["run.py", f"--data_path={CODE}", "--TIME_FIELD=param", "--show_progress=false", "--worker=0"])
+    config = kind("BPR", "x", [str(tmp_path / "a.yaml")] if kind is Config else None, dict(given))
+    assert config["checkpoint_dir"] == CODE and config["data_path"].startswith(CODE) and config["show_progress"] is False
+    assert config["LABEL_FIELD"] == "self" and config["TIME_FIELD"] == "param" and given["checkpoint_dir"] == CODE
+    assert kind is RunConfig or (config["wandb_project"], config["learning_rate"]) == (CODE, 0.01)
+    assert not (tmp_path / "pwned").exists()
+    assert yaml.load("1e0", yaml.FullLoader) == "1e0"  # RecBole changes the loader of the whole process
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch pwned']", "!!python/name:os.system", "!!python/module:os"])
+def test_and_builds_no_objects_of_python(tag, tmp_path):
+    (tmp_path / "a.yaml").write_text(f"seed: {tag}\n")
+    with pytest.raises(UserError, match="a.yaml is not YAML, line 1"):
+        Config("BPR", "ml-100k", [str(tmp_path / "a.yaml")])
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_recbole_still_takes_a_programs_arguments_for_its_settings(ring, monkeypatch):

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,8 +81,8 @@ def test_every_setting_is_explained():
         ({"train_neg_sample_args": {"dynamic": True}}, "candidate_num=0: with dynamic=True, give 2 or more"),
         ({"train_neg_sample_args": {"dynamic": True, "candidate_num": 3}, "fixed_negatives": True}, "it needs fixed_negatives=False"),
         ({"train_neg_sample_args": {"sample_num": 3, "dynamic": True, "candidate_num": 8}}, "train_neg_sample_args asks for 24 negatives"),
-        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": -1}}, "alpha=-1 must be a number from 0 to 1,000,000,000"),
-        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": "2"}}, "alpha='2' must be a number from 0 to 1,000,000,000"),
+        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": -1}}, "alpha=-1 must be a number from 0 to 20"),
+        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": "2"}}, "alpha='2' must be a number from 0 to 20"),
         ({"train_neg_sample_args": {"alpha": float("nan")}}, "train_neg_sample_args must be a finite number, not nan"),
         ({"more_candidates": ["uni5"]}, r"more_candidates=\['uni5'\] must differ"),
         ({"more_candidates": ["best"]}, "must be a list of full, uniN and popN"),
@@ -158,7 +160,11 @@ def test_popularity_comes_off_a_ranking_alone(ring):
     answers = {"metrics": ["GenHit"], "valid_metric": "GenHit", "popularity_discount": 1}
     with pytest.raises(ValueError, match=r"popularity_discount=1.0 is for metrics of a ranking, and \['GenHit'\] are none"):
         check_settings(RunConfig("SDPO-LLM", "toy", config_dict=ring | answers))
-    labeled = {"threshold": {"timestamp": 3}, "eval_args": {"mode": "labeled"}, "metrics": ["AUC"], "valid_metric": "AUC"}
+    file = Path(ring["data_path"], "toy", "toy.inter")
+    head, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([f"{head}\tlabel:float", *(f"{row}\t1" for row in rows)]))
+    ring["load_col"] = {"inter": ["user_id", "item_id", "timestamp", "label"]}
+    labeled = {"eval_args": {"mode": "labeled"}, "metrics": ["AUC"], "valid_metric": "AUC"}
     with pytest.raises(ValueError, match=r"popularity_discount=1.0 is for metrics of a ranking, and \['AUC'\] are none"):
         RunConfig("FM", "toy", config_dict=ring | labeled | {"popularity_discount": 1})
 
