@@ -1,5 +1,6 @@
 """Each test fails when the entry of compat.py, or the pin, that it guards is no longer needed."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -12,14 +13,17 @@ import setuptools
 import torch
 import yaml
 from recbole.config import Config, configurator
-from recbole.data import create_dataset, data_preparation
+from recbole.data import create_dataset, data_preparation, utils
+from recbole.data.dataset import Dataset
 from recbole.model.general_recommender import pop
 from recbole.model.general_recommender.bpr import BPR
 from recbole.trainer import Trainer
 
 from recbole_sdpo import compat
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data import dataset
 from recbole_sdpo.errors import UserError
+from tests.conftest import TINY, write_dataset
 
 
 def test_recbole_still_cannot_load_its_own_checkpoints(ring):
@@ -38,9 +42,9 @@ def test_recbole_still_cannot_load_its_own_checkpoints(ring):
 
 def test_recboles_pop_still_counts_an_item_once_a_batch_and_negatives_too(ring):
     config = RunConfig("Pop", "toy", config_dict=ring)
-    dataset = create_dataset(config)
-    batch = {dataset.iid_field: torch.tensor([3, 5, 3, 7]), config["LABEL_FIELD"]: torch.tensor([1.0, 1.0, 1.0, 0.0])}
-    theirs, ours = (kind(config, dataset) for kind in (pop.Pop, compat.Pop))
+    data = create_dataset(config)
+    batch = {data.iid_field: torch.tensor([3, 5, 3, 7]), config["LABEL_FIELD"]: torch.tensor([1.0, 1.0, 1.0, 0.0])}
+    theirs, ours = (kind(config, data) for kind in (pop.Pop, compat.Pop))
     for _ in range(2):
         theirs.calculate_loss(batch)
         ours.calculate_loss(batch).backward()
@@ -79,6 +83,30 @@ def test_and_builds_no_objects_of_python(tag, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
+def test_recbole_still_takes_times_of_a_minute_for_one(tmp_path, monkeypatch):
+    """And it sorts in no stable way for rm_dup_inter, and reads files as quoted CSV: why its Dataset's methods are replaced."""
+    path = write_dataset(tmp_path / "d", [list(range(1, 9))] * 3, None)
+    lines = [f"u\ti{item}\t{1_700_000_000 - item}" for item in range(8)]
+    (path / "toy" / "toy.inter").write_text("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *lines]) + "\n")
+
+    def order():
+        made = create_dataset(RunConfig("BPR", "toy", config_dict=TINY | {"data_path": str(path)}))
+        made._change_feat_format()
+        made.sort("timestamp")
+        return made.field2id_token["item_id"][made.inter_feat["item_id"]].tolist()
+
+    assert order() == [f"i{item}" for item in range(8)][::-1]
+    monkeypatch.setattr(Dataset, "_change_feat_format", dataset.RECBOLE["_change_feat_format"])
+    assert order() == [f"i{item}" for item in range(8)]
+    source = inspect.getsource(inspect.getmodule(Dataset))
+    assert 'engine="python"' in source and "quoting" not in source and 'kind="stable"' not in source
+
+
+def test_recbole_still_unpickles_what_lies_in_checkpoint_dir():
+    for function in (utils.create_dataset, utils.data_preparation):
+        assert "pickle.load" in inspect.getsource(function) or "load_split_dataloaders(config)" in inspect.getsource(function)
+
+
 def test_recbole_still_takes_a_programs_arguments_for_its_settings(ring, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["serve.py", "--seed=5"])
     assert RunConfig("BPR", "toy", config_dict=ring)["seed"] == 5
@@ -115,11 +143,11 @@ def test_importing_recboles_models_still_turns_anomaly_detection_on_and_ours_doe
 def test_pins_are_still_needed():
     """np.bool8 in ray, fillna(inplace=True) on a column and dok_matrix._update in RecBole: what the pins keep alive."""
     import ray
-    import recbole.data.dataset.dataset as dataset
+    import recbole.data.dataset.dataset as recboles
     import recbole.model.general_recommender.lightgcn as lightgcn
 
     assert ray.__version__ == "2.6.3" and np.__version__ < "2" and int(setuptools.__version__.split(".")[0]) < 81
-    with open(dataset.__file__, encoding="utf-8") as stream:
+    with open(recboles.__file__, encoding="utf-8") as stream:
         assert re.search(r"\]\.fillna\(.*inplace=True\)", stream.read())
     assert int(pd.__version__.split(".")[0]) < 3
     with open(lightgcn.__file__, encoding="utf-8") as stream:

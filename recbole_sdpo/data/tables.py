@@ -66,8 +66,7 @@ class Table:
             UserError: one is missing, in quotes, or RecBole's name for the padding.
         """
         text = self.text(column)
-        stripped = np.char.strip(text.astype(str)) if len(text) else text
-        self.refuse(stripped == "", column, "is no id; every row must have one")
+        self.refuse(np.array([not field or field.isspace() for field in text]), column, "is no id; every row must have one")
         self.refuse(text == "[PAD]", column, "is RecBole's name for the padding; an id must be another one")
         self.refuse(self._in_quotes(text), column, "is in quotes, which would count as part of the id; atomic files must have none")
         return text
