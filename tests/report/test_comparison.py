@@ -16,7 +16,14 @@ from recbole_sdpo.evaluator.significance import holm, paired_difference
 from recbole_sdpo.report import figures
 from recbole_sdpo.report.comparison import Finished, compare, unfair
 from recbole_sdpo.report.experiment import write_report
-from recbole_sdpo.report.table import comparison_frame, comparison_html, comparison_latex, comparison_markdown, markdown_table, markdown_text
+from recbole_sdpo.report.table import (
+    comparison_frame,
+    comparison_html,
+    comparison_latex,
+    comparison_markdown,
+    markdown_table,
+    markdown_text,
+)
 
 USERS = 200
 METRICS = ["HR@1", "NDCG@5"]
