@@ -211,6 +211,8 @@ def test_a_run_that_read_something_else_does_not_count(ring, tmp_path, capsys):
     assert failure.run is other and failure.why.startswith(f"{item} changed since the experiment began") and len(runner.commands) == 1
 
 
+RESTARTS = 6
+
 WORKER = """
 import os, pathlib, runpy, signal, time
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep({ending}), os._exit(3)))
@@ -267,6 +269,49 @@ def test_a_run_ends_with_its_experiment_and_holds_the_lock_until_then(tmp_path, 
     held = not gone(run)
     assert runner.run_all([a_run("a", "1")]) == [] and gone(run), "only then is the folder free"
     assert not held or "waiting for the process that is at this run already" in capsys.readouterr().out
+
+
+WRITER = """
+import fcntl, os, pathlib, runpy, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), os._exit(3)))
+runpy.run_path({file!r})["end_with_parent"]()
+folder = pathlib.Path({folder!r})
+try:
+    fcntl.flock(alone := open({folder!r} + ".busy", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    pathlib.Path({folder!r} + ".two").touch()
+time.sleep(0.3)
+folder.mkdir(exist_ok=True)
+(folder / "written").touch()
+"""
+
+
+class Writing(Runner):
+    """Runs of a third of a second that say if two are in one folder."""
+
+    def _work(self, command, log, lock):
+        name = Path(log.name).stem
+        code = super()._work([sys.executable, "-c", WRITER.format(file=worker.__file__, folder=str(self.store / name))], log, lock)
+        if not code:
+            shutil.rmtree(self.store / name)
+            finish(self, a_run("", name))
+        return code
+
+
+def test_an_experiment_killed_at_any_instant_goes_on_alone(tmp_path):
+    runs, draw = [a_run(name, name) for name in "abcdef"], np.random.default_rng(0)
+    for _ in range(RESTARTS):
+        parent = os.fork()
+        if not parent:
+            try:
+                Writing(tmp_path, jobs=2).run_all(runs)
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0, 0.7))
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+    runner = Writing(tmp_path, jobs=2)
+    assert runner.run_all(runs) == [] and all(map(runner.done, runs)) and not list(tmp_path.glob("*.two"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
