@@ -200,6 +200,19 @@ def no_arguments() -> Iterator[None]:
         sys.argv = given
 
 
+@contextmanager
+def same_gpus() -> Iterator[None]:
+    """Leave the visible GPUs as they are: RecBole sets them by ``gpu_id``, for the whole process, wherever a ``Config`` is made."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
 def check_launcher() -> None:
     """Refuse ``accelerate launch --cpu --num_processes 2``, which starts a single process.
 

@@ -146,7 +146,7 @@ def check_seal(folder: Path) -> None:
     sums = folder / SUMS
     if not sums.is_file():
         raise UserError(f"{sums} is missing: the folder is not whole, or not one that a run wrote; give another one.")
-    for line in sums.read_text(encoding="utf-8").splitlines():
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         file = folder / name
         if not file.is_file() or sha256(file) != digest:

@@ -5,24 +5,28 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import operator
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import transformers
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recbole_sdpo import compat
+from recbole_sdpo.checkpoint import Checkpoint
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.data.catalogue import Catalogue, folded
-from recbole_sdpo.data.dataset import create_dataset, user_histories
+from recbole_sdpo.data.catalogue import Catalogue, folded, read_items
+from recbole_sdpo.data.dataset import user_histories
 from recbole_sdpo.data.prompts import Templates, Units, history_prompts
+from recbole_sdpo.data.serving import ServedDataset
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone, restore_policy
+from recbole_sdpo.lm.backbone import load_backbone, restore_policy
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.ranking import TitleTree, score_top
 from recbole_sdpo.model.encoder import Encoder
@@ -30,7 +34,6 @@ from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.random import derive_seed
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.settings import MODEL
-from recbole_sdpo.trainer.sdpo_trainer import DATA_FILE, POLICY_FILE
 
 
 class Recommender:
@@ -43,13 +46,21 @@ class Recommender:
         item_tokens: the items' ids in the data, by RecBole's internal id.
         users: for each user's id in the data, the items met, oldest first.
         window: how many of the last items a prompt shows.
+        left_out: for each user of whom a filter leaves no event, that filter; under "", that which leaves items out.
     """
 
     def __init__(
-        self, lm: LanguageModel, catalogue: Catalogue, units: Units, item_tokens: np.ndarray, users: dict[str, np.ndarray], window: int
+        self,
+        lm: LanguageModel,
+        catalogue: Catalogue,
+        units: Units,
+        item_tokens: np.ndarray,
+        users: Mapping[str, np.ndarray],
+        window: int,
+        left_out: Mapping[str, str] | None = None,
     ) -> None:
         self.lm, self.catalogue, self.units = lm.eval(), catalogue, units
-        self.item_tokens, self.users, self.window = item_tokens, users, window
+        self.item_tokens, self.users, self.window, self.left_out = item_tokens, users, window, left_out or {}
         self._encoder = Encoder(catalogue, units, lm.tokenizer)
         # Of the items of one title the first stands for all.
         _, first = np.unique(catalogue.group[1:], return_index=True)
@@ -58,51 +69,54 @@ class Recommender:
         self._tree = TitleTree(self._encoder.tokens.take(self._first))
 
     @classmethod
-    def load(cls, checkpoint: str | Path, data_path: str | Path | None = None, device: str | None = None) -> Recommender:
+    def load(
+        cls,
+        checkpoint: str | Path,
+        data_path: str | Path | None = None,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Recommender:
         """Load a checkpoint, and the data that it was trained on as they are now: later events and new titles count.
+
+        A title in the ``.item`` file needs no event, and a user not so many as training asked for. Nothing in the folder runs, whoever
+        wrote it.
 
         Args:
             checkpoint: a folder ``sft`` or ``sdpo``, or that of the whole run, whose last stage is taken.
             data_path: where the data are now, if they have moved.
             device: such as ``cpu`` or ``cuda``; a GPU is taken if there is one.
+            trust_remote_code: run code that comes with the backbone's files.
 
         Raises:
-            UserError: it is no checkpoint, its data are not there, or its prompts need candidates.
+            UserError: it is no checkpoint or a damaged one, its data are not there, or its prompts need candidates.
         """
-        folder = _checkpoint(Path(checkpoint).expanduser())
-        made = json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
-        data = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
-        if made["prompt_style"] != "history":
+        where = _device(device)
+        made = Checkpoint.read(Path(os.path.expanduser(checkpoint)))
+        if made.settings.prompt_style != "history":
             raise UserError(
-                f"checkpoint {str(folder)!r} was trained with prompt_style={made['prompt_style']!r}, whose prompts hold candidates and "
-                "cannot rank the whole catalogue; train with prompt_style=history."
+                f"checkpoint {str(made.folder)!r} was trained with prompt_style={made.settings.prompt_style!r}, whose prompts hold "
+                "candidates and cannot rank the whole catalogue; train with prompt_style=history."
             )
-        given = data["settings"] | ({"data_path": str(data_path)} if data_path else {})
-        try:
-            with compat.no_arguments():
-                config = RunConfig(MODEL, data["dataset"], config_dict=given)
-            dataset = create_dataset(config)
-        except (ValueError, FileNotFoundError) as error:
-            raise UserError(
-                f"the data of checkpoint {str(folder)!r} cannot be loaded: {error} If they have moved, give data_path."
-            ) from error
-        catalogue = Catalogue.from_dataset(dataset, made["title_fields"], made["title_article_first"])
-        units = Units(len(catalogue.titles), Templates(made["header"], ()))
-        try:
-            where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError as error:
-            raise UserError(f"device={device!r} is none; valid are cpu, cuda, cuda:1 and the like.") from error
-        chosen = {f.name: made[f.name] for f in fields(BackboneConfig)} | {"backbone": data["backbone"]}
-        backbone = BackboneConfig(**chosen).resolve(where)
+        dataset = _load_data(made, data_path)
+        dataset.add_items(read_items(dataset, made.settings.title_fields).index)
+        catalogue = Catalogue.from_dataset(dataset, made.settings.title_fields, made.settings.title_article_first)
         lm = load_backbone(
-            backbone,
+            made.backbone_config(trust_remote_code).resolve(where),
             where,
-            lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True),
-            lambda purpose: derive_seed(config["seed"], purpose),
+            lambda: _tokenizer(made.folder),
+            lambda purpose: derive_seed(made.seed, purpose),
         )
-        restore_policy(lm, folder)
-        users = user_histories(dataset)
-        return cls(lm, catalogue, units, dataset.field2id_token[dataset.iid_field], users, config["MAX_ITEM_LIST_LENGTH"])
+        restore_policy(lm, made.folder)
+        left_out = dataset.users_left_out | ({"": "item_inter_num_interval"} if dataset.items_left_out else {})
+        return cls(
+            lm,
+            catalogue,
+            Units(len(catalogue.titles), Templates(made.header, ())),
+            dataset.field2id_token[dataset.iid_field],
+            user_histories(dataset),
+            dataset.config["MAX_ITEM_LIST_LENGTH"],
+            {who: f"{key}={dataset.config[key]!r}" for who, key in left_out.items()},
+        )
 
     def recommend(
         self, user: str | None = None, history: Sequence[str] | None = None, k: int = 10, exclude_history: bool = False
@@ -125,11 +139,12 @@ class Recommender:
         met = self._met(str(user)) if history is None else np.array([self._item(title) for title in history], np.int64)
         if not len(met):
             raise UserError("The history is empty; give one title or more.")
-        allowed = self._first
+        allowed = self._first  # of each title
         if exclude_history:
             allowed = allowed[~np.isin(self.catalogue.group[allowed], self.catalogue.group[met])]
-        if not isinstance(k, int) or not 1 <= k <= len(allowed):
-            raise UserError(f"k={k} is out of range; there are {len(allowed)} titles to recommend.")
+        k = _whole(k)
+        if not 1 <= k <= len(allowed):
+            raise UserError(f"k={k} is out of range; it must be from 1 to {len(allowed)}, the titles that there are to recommend.")
         shown = Ragged.from_rows([met[-self.window :]])
         tree = TitleTree(self._encoder.tokens.take(allowed)) if exclude_history else self._tree
         prompt = self._encoder.trunks(history_prompts(shown, np.zeros(1, int), np.zeros(1, int), self.units.header))
@@ -140,6 +155,8 @@ class Recommender:
         return pd.DataFrame({"item": self.item_tokens[items], "title": titles, "score": score.double().cpu().numpy()})
 
     def _met(self, user: str) -> np.ndarray:
+        if user in self.left_out:
+            raise UserError(f"user {user!r} has events in the data, but {self.left_out[user]} of the training leaves none of them.")
         if user not in self.users:
             raise UserError(f"user {user!r} is not in the data{_nearest(user, self.users)}")
         return self.users[user]
@@ -151,7 +168,8 @@ class Recommender:
     def _item(self, title: str) -> int:
         if title not in self:
             titles = {text: self.catalogue.titles[item] for text, item in self._item_of.items()}
-            raise UserError(f"title {title!r} is not in the catalogue{_nearest(folded(title), titles)}")
+            without = f" (without the items that {self.left_out['']} leaves out)" if "" in self.left_out else ""
+            raise UserError(f"title {title!r} is not in the catalogue{without}{_nearest(folded(title), titles)}")
         return self._item_of[folded(title)]
 
 
@@ -162,16 +180,57 @@ def _nearest(name: str, known: dict[str, object]) -> str:
     return f"; the nearest are {', '.join(shown)}." if near else ", and nothing there is like it."
 
 
-def _checkpoint(folder: Path) -> Path:
-    places = [place for place in (folder / "sdpo", folder / "sft", folder) if (place / DATA_FILE).is_file()]
-    if not places:
-        raise UserError(f"checkpoint={str(folder)!r} holds no {DATA_FILE}; valid is the folder of a run, or 'sft' or 'sdpo' in it.")
-    return places[0]
+def _whole(k: int) -> int:
+    try:
+        return operator.index(k)
+    except TypeError as error:
+        raise UserError(f"k={k!r} must be a whole number.") from error
+
+
+def _device(name: str | None) -> torch.device:
+    """The device to serve on, if this machine has it."""
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+        torch.zeros(1, device=where).tolist()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        line = str(error).split("\n")[0]
+        raise UserError(f"device={device!r} cannot be used ({line}); it must be cpu, cuda, cuda:1 or the like, and be there.") from error
+    return where
+
+
+def _load_data(made: Checkpoint, data_path: str | Path | None) -> ServedDataset:
+    if data_path is not None and not str(data_path).strip():
+        raise UserError(f"data_path={str(data_path)!r} is blank; it must be a folder, or be left out.")
+    moved = {} if data_path is None else {"data_path": os.path.expanduser(data_path)}
+    try:
+        with compat.no_arguments(), compat.same_gpus():
+            config = RunConfig(MODEL, made.dataset, config_dict=made.data | moved)
+        if not os.path.isdir(config["data_path"]):  # RecBole would look for it in the network
+            raise UserError(f"there is no folder {config['data_path']}.")
+        return ServedDataset(config)
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"the data of checkpoint {str(made.folder)!r} cannot be loaded: {str(error).rstrip('.')}. If they have moved, give data_path."
+        ) from error
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """That of a ``scratch`` backbone, by the class that wrote it, not one that a file names."""
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers' own have no other class, and all that is read here is the folder's
+        line = str(error).split("\n")[0]
+        raise UserError(
+            f"checkpoint {str(folder)!r}: the tokenizer cannot be read ({type(error).__name__}: {line}); give another one."
+        ) from error
 
 
 def main() -> None:
     """Parse the command line, and print a table or JSON."""
-    parser = argparse.ArgumentParser(description="The items that a trained policy recommends to a user, or after a history.")
+    parser = argparse.ArgumentParser(
+        description="The items that a trained policy recommends to a user, or after a history.", allow_abbrev=False
+    )
     parser.add_argument("--checkpoint", required=True, help="folder of a run, or 'sft' or 'sdpo' in it")
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", help="a user's id in the data")
@@ -181,21 +240,44 @@ def main() -> None:
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--data_path", help="where the data are now, if they have moved")
     parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the backbone's files")
     args = parser.parse_args()
     compat.quiet_warnings()
     transformers.utils.logging.disable_progress_bar()
     history = args.history
     try:
-        recommender = Recommender.load(args.checkpoint, args.data_path, args.device)
+        recommender = Recommender.load(args.checkpoint, args.data_path, args.device, args.trust_remote_code)
         if history and len(history) == 1 and history[0] not in recommender:
             history = [title for title in history[0].split(";") if title.strip()]
-        found = recommender.recommend(args.user, history, args.k, args.exclude_history)
-    except ValueError as error:
+        best = recommender.recommend(args.user, history, args.k, args.exclude_history)
+    except UserError as error:
         sys.exit(f"error: {error}")
     if args.format == "json":
-        print(found.to_json(orient="records", indent=2, force_ascii=False))
+        _print(json.dumps(best.to_dict("records"), indent=2, ensure_ascii=not _is_utf8(), allow_nan=False))
     else:
-        print(markdown_table(["", *found.columns], [[rank, *row] for rank, row in enumerate(found.itertuples(index=False), 1)]))
+        rows = [[rank, _cell(item), _cell(title), score] for rank, (item, title, score) in enumerate(best.itertuples(index=False), 1)]
+        _print(markdown_table(["", *best.columns], rows))
+
+
+def _cell(text: str) -> str:
+    """``text`` in a Markdown table, and in a terminal, whatever is in it."""
+    safe = (f"\\x{ord(char):02x}" if unicodedata.category(char) == "Cc" else char for char in text)
+    return " ".join("".join(safe).split()).replace("|", "\\|")
+
+
+def _is_utf8() -> bool:
+    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+
+
+def _print(text: str) -> None:
+    """Print, also where there is no character for a letter, and where nobody reads on (``| head``)."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        sys.exit(1)
 
 
 if __name__ == "__main__":

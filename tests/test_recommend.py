@@ -1,8 +1,12 @@
 """Recommendations from a checkpoint, against the scores of the model that was trained."""
 
 import json
+import os
+import random
+import re
 import shutil
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,12 @@ from recbole.data import create_dataset, data_preparation
 
 from recbole_sdpo import quick_start, recommend
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import restore_policy
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.recommend import Recommender
+from tests.conftest import TINY, write_dataset
+from tests.faults.checkpoints import ADDED, evil_texts, replaced, sealed, tampered
 
 
 @pytest.fixture
@@ -72,13 +79,102 @@ def test_later_events_and_new_titles_count(trained):
     assert recommender.recommend("u5", k=5, exclude_history=True)["item"].isin(["new"]).sum() == 0
 
 
+def test_items_without_events_are_ranked_and_may_be_named(trained):
+    with (Path(trained["data_path"]) / "toy" / "toy.item").open("a") as file:
+        file.write("new\tpink cube\nother\tRED  cube\n\tno id\n")
+    recommender = Recommender.load("run")
+    ranked = recommender.recommend("u1", k=25)
+    assert ranked["item"].isin(["new"]).sum() == 1 and not ranked["item"].isin(["other", ""]).any()  # of one title, the item with events
+    assert recommender.recommend(history=["Pink Cube"], k=25)["score"].is_monotonic_decreasing
+    with pytest.raises(UserError, match="k=26 is out of range"):
+        recommender.recommend("u1", k=26)
+
+
+@pytest.fixture
+def filtered(ring):
+    """Data with ratings; u1 has two events, u2 only bad ones, u3 only items that few met."""
+    folder = Path(ring["data_path"]) / "toy"
+    lines = (folder / "toy.inter").read_text().splitlines()
+    rows = [f"{line}\t5" for line in lines[1:] if not line.startswith(("u1\t", "u2\t", "u3\t"))]
+    rows += ["u1\ti7\t3\t5", "u1\ti4\t2\t5", "u2\ti4\t1\t1", "u3\trare\t1\t5", "u4\trare\t0\t5"]
+    (folder / "toy.inter").write_text("\n".join([lines[0] + "\trating:float", *rows]) + "\n")
+    with (folder / "toy.item").open("a") as file:
+        file.write("rare\trare cube\nnew\tpink cube\n")
+    return ring | {
+        "load_col": {"inter": ["user_id", "item_id", "timestamp", "rating"]},
+        "val_interval": {"rating": "[3,inf)"},
+        "run_dir": "run",
+        "max_train_targets": 20,
+    }
+
+
+@pytest.mark.parametrize("interval", ["[0,inf)", "[3,inf)"])
+def test_users_with_few_events_are_served_and_other_filters_hold(filtered, interval):
+    few = {"user_inter_num_interval": "[3,inf)", "item_inter_num_interval": interval}
+    quick_start.run("SDPO-LLM", "toy", config_dict=filtered | few)
+    recommender = Recommender.load("run")
+    by_title = recommender.recommend(history=["black cube", "red ball"], k=24)  # i4, then i7
+    pd.testing.assert_frame_equal(recommender.recommend("u1", k=24), by_title)
+    with pytest.raises(UserError, match=r"user 'u2' has events in the data, but val_interval=.*'\[3,inf\)'.* leaves none of them"):
+        recommender.recommend("u2")
+    with pytest.raises(UserError, match="user 'u999' is not in the data; the nearest"):
+        recommender.recommend("u999")
+    if interval == "[0,inf)":
+        assert recommender.recommend("u3", k=26)["item"].isin(["rare", "new"]).sum() == 2
+    else:
+        with pytest.raises(UserError, match=r"user 'u3' has events in the data, but item_inter_num_interval='\[3,inf\)' of the training"):
+            recommender.recommend("u3")
+        with pytest.raises(UserError, match=r"'rare cube' is not in the catalogue \(without the items that item_inter_num_interval="):
+            recommender.recommend(history=["rare cube"])
+        with pytest.raises(UserError, match="k=25 is out of range"):
+            recommender.recommend("u1", k=25)
+
+
+def test_histories_follow_the_time_as_written(ring):
+    """20 s apart in 2024, which RecBole's float32 takes for one instant, and written newest first."""
+    path = Path(ring["data_path"]) / "toy" / "toy.inter"
+    head, *rows = path.read_text().splitlines()
+    rows = [(user, item, 1_700_000_000 + 20 * int(time)) for user, item, time in (row.split("\t") for row in rows)]
+    rows += [("tie", "i9", 1_700_000_000), ("tie", "i2", 1_700_000_000), ("tie", "i5", 1_700_000_000)]
+    newest_first = sorted(rows, key=lambda row: -row[2])
+    path.write_text("\n".join([head, *("\t".join(map(str, row)) for row in newest_first)]) + "\n")
+    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20})
+    recommender = Recommender.load("run")
+    tokens = recommender.item_tokens
+    expected = {}
+    for user, item, _ in sorted(newest_first, key=lambda row: row[2]):
+        expected.setdefault(user, []).append(item)
+    assert {user: tokens[items].tolist() for user, items in recommender.users.items()} == expected
+
+
+def test_data_that_are_split_already_show_a_users_last_row(ring):
+    folder = Path(ring["data_path"]) / "toy"
+    sequences = {f"u{user}": [f"i{1 + (user + step) % 24}" for step in range(6 + user % 3)] for user in range(20)}
+    head = "user_id:token\titem_id_list:token_seq\titem_id:token"
+    for part, stops in {"train": (-3, -2), "valid": (-2, -1), "test": (-1, 0)}.items():
+        rows = []
+        for user, items in sequences.items():
+            ends = range(1, len(items) - 2) if part == "train" else [len(items) + stops[0]]
+            rows += [f"{user}\t{' '.join(items[:end])}\t{items[end]}" for end in ends]
+        (folder / f"toy.{part}.inter").write_text("\n".join([head, *rows]) + "\n")
+    split = {
+        "benchmark_filename": ["train", "valid", "test"],
+        "load_col": {"inter": ["user_id", "item_id_list", "item_id"]},
+        "alias_of_item_id": ["item_id_list"],
+    }
+    quick_start.run("SDPO-LLM", "toy", config_dict=ring | split | {"run_dir": "run", "max_train_targets": 20})
+    recommender = Recommender.load("run")
+    assert {user: recommender.item_tokens[items].tolist() for user, items in recommender.users.items()} == sequences
+    assert len(recommender.recommend("u1", k=24)) == 24
+
+
 def test_items_of_one_title_are_recommended_once(ring):
     item_file = Path(ring["data_path"]) / "toy" / "toy.item"
     item_file.write_text(item_file.read_text().replace("green cube", "red cube"))
     quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20})
     found = Recommender.load("run").recommend("u5", k=23)
     assert found["title"].is_unique
-    with pytest.raises(ValueError, match="k=24 is out of range; there are 23 titles"):
+    with pytest.raises(ValueError, match="k=24 is out of range; it must be from 1 to 23, the titles that there are"):
         Recommender.load("run").recommend("u5", k=24)
 
 
@@ -102,7 +198,7 @@ def test_what_cannot_be_recommended_is_an_error(trained):
         ({"history": ["red cubes"]}, "title 'red cubes' is not in the catalogue; the nearest are 'red cube'"),
         ({"history": ["zzzzzzzz"]}, "title 'zzzzzzzz' is not in the catalogue, and nothing there is like it."),
         ({"history": "red cube"}, "Give either a user, or a history as a list of titles."),
-        ({"user": "u1", "k": 2.0}, "k=2.0 is out of range"),
+        ({"user": "u1", "k": 2.0}, "k=2.0 must be a whole number"),
         ({"history": []}, "The history is empty; give one title or more."),
         ({}, "Give either a user, or a history as a list of titles."),
         ({"user": "u1", "k": 0}, "k=0 is out of range"),
@@ -111,10 +207,19 @@ def test_what_cannot_be_recommended_is_an_error(trained):
             recommender.recommend(**given)
     with pytest.raises(ValueError, match="checkpoint='nowhere' holds no data.json"):
         Recommender.load("nowhere")
-    with pytest.raises(ValueError, match="device='tpu9' is none"):
+    with pytest.raises(ValueError, match="device='tpu9' cannot be used .*; it must be cpu, cuda"):
         Recommender.load("run", device="tpu9")
-    with pytest.raises(ValueError, match="cannot be loaded: .* If they have moved, give data_path"):
+    with pytest.raises(UserError, match="cannot be loaded: .*nowhere/toy.* If they have moved, give data_path"):
         Recommender.load("run", data_path="nowhere")
+    with pytest.raises(UserError, match="data_path=' ' is blank"):
+        Recommender.load("run", data_path=" ")
+    for device in ("meta", "cuda:99"):
+        with pytest.raises(UserError, match=f"device='{device}' cannot be used"):
+            Recommender.load("run", device=device)
+    item_file = Path(trained["data_path"]) / "toy" / "toy.item"
+    item_file.write_text(item_file.read_text().replace("title:", "name:"))
+    with pytest.raises(UserError, match="title_fields=.*toy.item has no column 'title'"):
+        Recommender.load("run")
 
 
 def test_options_of_the_program_around_it_are_not_ours(ring, monkeypatch):
@@ -170,6 +275,10 @@ def test_the_command_prints_a_table_or_json(trained, monkeypatch, capsys):
     shown = call("--history", "red cube; green cube", "-k", "2")
     assert shown == call("--history", "red cube", "--history", "green cube", "-k", "2")
     assert len(shown.splitlines()) == 4 and "title" in shown
+    for wrong in (["--users", "u7"], ["--hist", "red cube"], ["--user", "u7", "-k", "x"], ["--user", "u7", "--history", "red cube"]):
+        with pytest.raises(SystemExit) as usage:
+            call(*wrong)
+        assert usage.value.code == 2 and "usage: " in capsys.readouterr().err
     with pytest.raises(SystemExit, match="error: The history is empty"):
         call("--history", " ; ")
 
@@ -179,3 +288,138 @@ def test_nothing_is_drawn(trained):
     first = Recommender.load("run").recommend("u1")
     torch.manual_seed(2)
     pd.testing.assert_frame_equal(Recommender.load("run").recommend("u1"), first)
+
+
+def files_of(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+def write(files, folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The files of a checkpoint whose data stay where they are."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    titles = {item: f"title {item}" for item in range(1, 13)}
+    data = write_dataset(folder / "data", [[1 + (start + step) % 12 for step in range(6)] for start in range(12)], titles)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["pytest"])
+        settings = deepcopy(TINY) | {"data_path": str(data), "run_dir": "run", "max_train_targets": 20}
+        quick_start.run("SDPO-LLM", "toy", config_dict=settings)
+    return files_of(folder / "run" / "sdpo")
+
+
+@pytest.fixture
+def stranger(checkpoint, monkeypatch):
+    """The same, where nobody may be asked anything."""
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked on standard input"))
+    return checkpoint
+
+
+@pytest.mark.parametrize("added", ADDED, ids=lambda added: ".".join(added[1]))
+def test_a_checkpoint_sets_nothing_but_what_is_listed(stranger, tmp_path, added, monkeypatch):
+    write(stranger, tmp_path / "near")
+    best, marker = Recommender.load(tmp_path / "near").recommend("u1", k=12), tmp_path / "marker"
+    name, path, new = added
+    for value in (new, *evil_texts(marker)):
+        write(stranger | {name: json.dumps(replaced(json.loads(stranger[name]), path, value)).encode()}, tmp_path / "far")
+        (tmp_path / "far" / "SHA256SUMS").unlink(missing_ok=True)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+        try:
+            pd.testing.assert_frame_equal(Recommender.load(tmp_path / "far").recommend("u1", k=12), best)
+        except UserError as error:
+            assert name in ("config.json", "tokenizer_config.json"), error  # what transformers reads may be refused
+        assert not marker.exists() and os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+        assert not {file.name for file in tmp_path.rglob("*")} & {"elsewhere", "evil.pth"}
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"data.json": b""}, r"data.json is damaged \(.*\); it must be JSON"),
+        ({"data.json": b"\xff{}"}, "data.json is damaged"),
+        ({"data.json": b"[" * 100_000}, "data.json is damaged"),
+        ({"settings.json": b"[]"}, "settings.json holds a list; it must be a dictionary"),
+        ({"data.json": b"{}"}, "data.json has no 'dataset'"),
+        ({"data.json": {"dataset": "../toy"}}, "data.json: dataset='../toy' must be a name, not a path"),
+        ({"data.json": {"dataset": "/toy"}}, "data.json: dataset='/toy' must be a name"),
+        ({"data.json": {"dataset": ["toy"]}}, r"data.json: dataset=\['toy'\] must be text"),
+        ({"data.json": {"backbone": None}}, "data.json: backbone=None must be text"),
+        ({"data.json": {"settings": {"MAX_ITEM_LIST_LENGTH": True}}}, "MAX_ITEM_LIST_LENGTH=True must be a whole number"),
+        ({"data.json": {"settings": {"load_col": "inter"}}}, "load_col='inter' must be a dictionary or null"),
+        ({"settings.json": {"header": 1}}, "settings.json: header=1 must be text"),
+        ({"settings.json": {"scratch_layers": "2"}}, "settings.json: scratch_layers='2' must be a whole number"),
+        ({"settings.json": {"dtype": "float8"}}, "settings.json: dtype='float8'"),
+    ],
+)
+def test_what_a_checkpoints_files_say_is_checked(stranger, tmp_path, changed, message):
+    for name, new in changed.items():
+        content = json.dumps(json.loads(stranger[name]) | new).encode() if isinstance(new, dict) else new
+        write(sealed({file: data for file, data in stranger.items() if file != "SHA256SUMS"} | {name: content}), tmp_path / "far")
+    with pytest.raises(UserError, match=message) as error:
+        Recommender.load(tmp_path / "far")
+    assert "\n" not in str(error.value)
+
+
+def test_a_sealed_checkpoint_that_was_changed_is_refused_and_one_without_a_seal_named(stranger, tmp_path, caplog):
+    without = {name: data for name, data in stranger.items() if name != "SHA256SUMS"}
+    write(sealed(without) | {"settings.json": stranger["settings.json"] + b" "}, tmp_path / "far")
+    with pytest.raises(UserError, match="settings.json is damaged"):
+        Recommender.load(tmp_path / "far")
+    write(without, tmp_path / "far")
+    Recommender.load(tmp_path / "far")
+    assert "has no SHA256SUMS" in caplog.text
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_tampering_runs_code_or_ends_in_a_traceback(stranger, tmp_path, seed):
+    marker = tmp_path / "marker"
+    what, files = tampered(random.Random(seed), stranger, marker)
+    write(files, tmp_path / "far")
+    try:
+        Recommender.load(tmp_path / "far").recommend("u1", k=3)
+    except UserError as error:
+        assert "\n" not in str(error), what
+    assert not marker.exists(), what
+
+
+def test_any_title_is_one_row_of_the_table_and_valid_json(ring, monkeypatch, capsys):
+    item_file = Path(ring["data_path"]) / "toy" / "toy.item"
+    item_file.write_text(item_file.read_text().replace("red cube", "red | cube \x1b[31m \x07 東京").replace("red ball", "NaN"))
+    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20})
+    capsys.readouterr()
+    for form in ("table", "json"):
+        monkeypatch.setattr(sys, "argv", ["recommend", "--checkpoint", "run", "--user", "u1", "-k", "24", "--format", form])
+        recommend.main()
+        shown = capsys.readouterr().out
+        if form == "table":
+            assert len(shown.splitlines()) == 26 and r"red \| cube \x1b[31m \x07 東京" in shown
+            assert {len(re.split(r"(?<!\\)\|", line)) for line in shown.splitlines()} == {6}
+        else:
+            titles = [row["title"] for row in json.loads(shown, parse_constant=pytest.fail)]
+            assert "NaN" in titles and "red | cube \x1b[31m \x07 東京" in titles
+
+
+def test_nobody_need_read_on(tmp_path, monkeypatch):
+    out = (tmp_path / "out").open("w")
+
+    class Closed:
+        encoding = "utf-8"
+        fileno = out.fileno
+
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(SystemExit) as end:
+        recommend._print("text")
+    assert end.value.code == 1

@@ -77,7 +77,7 @@ class Catalogue:
             NoTitles: there is no ``.item`` file, or it lacks one of ``fields``.
             UserError: the file is not as an atomic file must be.
         """
-        frame = _read_items(dataset, fields)
+        frame = read_items(dataset, fields)
         parts = frame.apply(lambda column: column.str.split().str.join(" "))
         names = parts[fields[0]]
         if article_first:
@@ -105,8 +105,12 @@ def _article_first(title: str) -> str:
     return f"{article}{'' if article.endswith(chr(39)) else ' '}{match['rest']}{title[match.end() :]}"
 
 
-def _read_items(dataset: Dataset, fields: Sequence[str]) -> pd.DataFrame:
-    """The wanted columns of the ``.item`` file as text, by item token."""
+def read_items(dataset: Dataset, fields: Sequence[str]) -> pd.DataFrame:
+    """The wanted columns of the ``.item`` file as text, by the item's id in the data; of several rows of one item the first.
+
+    Raises:
+        UserError: the file cannot be read, or is not there, or lacks a column (then ``NoTitles``).
+    """
     path = Path(dataset.dataset_path, f"{dataset.dataset_name}.item")
     if not path.is_file():
         raise NoTitles(

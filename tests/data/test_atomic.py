@@ -1,7 +1,13 @@
+import re
 import sys
+import tempfile
+import warnings
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from recbole.data import create_dataset
 
 from recbole_sdpo.config import RunConfig
@@ -29,6 +35,14 @@ CLEAN = TITLES | {
     "h": "'",
 }
 ITEMS = pd.DataFrame({"item_id": TITLES.keys(), "title": TITLES.values()})
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    """A warning that no test expects fails it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
 
 
 def events(*rows):
@@ -66,7 +80,7 @@ def test_recbole_reads_the_same_events_and_titles(tmp_path, as_csv):
             tables[number] = path
     write_atomic(*tables, name="shop", output=tmp_path / "data")
     titles, sequences = through_recbole(tmp_path / "data")
-    assert titles == CLEAN | ({"g": "nul"} if as_csv else {})  # where pandas reads a CSV, a cell ends at a null character
+    assert titles == CLEAN
     assert sequences == {user: list("hgfedcba") for user in ("u 1", 'v"2', "東")}
 
 
@@ -84,11 +98,12 @@ def test_a_tab_or_quote_cannot_shift_what_recbole_itself_reads_of_the_items(tmp_
     [
         ((3, 1.5), ["1.5", "3.0"]),
         (("1e3", "-2"), ["-2.0", "1000.0"]),
-        (("1970-01-02", "1970-01-01 00:00:01.5"), ["1.5", "86400.0"]),
-        (("1970-01-01T02:00:00+02:00", "1970-01-01T00:00:01Z"), ["0.0", "1.0"]),
+        (("1970-01-03", "1970-01-02 00:00:01.5"), ["86401.5", "172800.0"]),
+        (("1970-01-02T02:00:00+02:00", "1970-01-02T00:00:01Z"), ["86400.0", "86401.0"]),
         (("13/01/1970", "02/01/1970"), ["86400.0", "1036800.0"]),
-        (("Jan 02 1970 01:00", "Jan 01 1970 01:00"), ["3600.0", "90000.0"]),
-        ((pd.Timestamp("1970-01-01 00:01"), pd.Timestamp(0)), ["0.0", "60.0"]),
+        (("Jan 03 1970 01:00", "Jan 02 1970 01:00"), ["90000.0", "176400.0"]),
+        ((pd.Timestamp("1970-01-02 00:01"), pd.Timestamp("1970-01-02")), ["86400.0", "86460.0"]),
+        (("2/1/1970 3:04:05 PM", "13/1/1970 1:00:00 AM"), ["140645.0", "1040400.0"]),
     ],
 )
 def test_times_become_seconds_in_order(tmp_path, times, seconds):
@@ -116,31 +131,84 @@ def test_the_report_counts_what_a_user_should_know(tmp_path):
     assert "later" not in (tmp_path / "shop" / "shop.item").read_text()
 
 
-def test_dates_of_which_pandas_guesses_each_by_itself_are_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match="Could not infer format"):
-        write_atomic(events(("u", "a", "02/01/24"), ("u", "b", "31/01/24")), ITEMS, "shop", tmp_path)
+@pytest.mark.parametrize(
+    "times, row",
+    [
+        ((1_700_000_000, 0, 1_700_000_001), 3),
+        ((1_700_000_000, 1_700_000_001, 5e9), 4),
+        ((-1.0, 1_700_000_000_000, 1_700_000_000_001), 2),
+        (("2024-01-31", "9999-12-31"), None),  # pandas has no such date
+        (("1900-01-01", "2024-01-31"), 2),
+        ((0, 1, 5000), None),  # a count
+    ],
+)
+def test_times_that_may_stand_for_none_are_warned_of(tmp_path, times, row):
+    given = events(*(("u", "a", time) for time in times))
+    if "9999-12-31" in times:
+        with pytest.raises(UserError, match="'9999-12-31' is no time"):
+            write_atomic(given, ITEMS, "shop", tmp_path)
+    elif row is None:
+        write_atomic(given, ITEMS, "shop", tmp_path)  # pytest makes warnings errors: see the fixture below
+    else:
+        with pytest.warns(UserWarning, match=f"^events, row {row}, .* 0 further times are not between 1970-01-02 and 2100"):
+            write_atomic(given, ITEMS, "shop", tmp_path)
 
 
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"name": "../shop"}, r"name='../shop': valid are letters"),
+        ({"name": "../shop"}, r"name='../shop' must be of letters"),
         ({"name": "ml-100k"}, "ml-100k is the data that comes with RecBole"),
-        ({"user": "userid"}, r"^events has no column 'userid'; did you mean 'user_id'\? Valid are user_id, item_id, timestamp.$"),
-        ({"titles": "zzz"}, "^items has no column 'zzz'; valid are item_id, title.$"),
-        ({"titles": ["zzz"]}, "^items has no column 'zzz'; valid are item_id, title.$"),
+        ({"user": "userid"}, r"^events has no column 'userid'; did you mean 'user_id'\? It must be one of user_id, item_id, timestamp.$"),
+        ({"titles": "zzz"}, "^items has no column 'zzz'; it must be one of item_id, title.$"),
+        ({"titles": ["zzz"]}, "^items has no column 'zzz'; it must be one of item_id, title.$"),
         ({"titles": ["title", "item_id"]}, "each needs a name of its own"),
         ({"titles": ["title", "a:b"]}, "each needs a name of its own, without ':'"),
         ({"events": SOME.head(0)}, "^events has no rows"),
         ({"items": ITEMS.head(0)}, "^items has no rows"),
         ({"events": events(("u", "a", 1), (" ", "b", 2))}, r"^events, row 3 \(the header is row 1\), column 'user_id': '' is no id"),
         ({"events": events(("u", "a", 1), ("u", None, 2))}, "row 3 .* column 'item_id': '' is no id"),
-        ({"events": events(("NA", "a", 1))}, "row 2 .* column 'user_id': 'NA' is no id; valid is any text but NA"),
+        ({"events": events(("NA", "a", 1))}, "row 2 .* column 'user_id': 'NA' is no id; it must be text other than NA"),
         ({"events": events(("u", '"a', 1))}, "row 2 .* column 'item_id': '\"a' is no id"),
         ({"items": pd.concat([ITEMS, ITEMS.head(1).assign(item_id="null")])}, "^items, row 10 .* column 'item_id': 'null' is no id"),
-        ({"events": events(("u", "a", 1), ("u", "b", 2), ("u", "c", "soon"))}, "row 4 .* column 'timestamp': 'soon' is no time; valid are"),
+        (
+            {"events": events(("u", "a", 1), ("u", "b", 2), ("u", "c", "soon"))},
+            "row 4 .* column 'timestamp': 'soon' is no time; it must be a number, or a date",
+        ),
         ({"events": events(("u", "a", "2024-01-31"), ("u", "b", "2024-02-30"), ("u", "b", "2024-02-03"))}, "row 3 .* '2024-02-30' is no"),
-        ({"events": events(("u", "a", "02/01/2024"), ("u", "b", "31/01/2024"), ("u", "b", "03/01/2024"))}, "row 3 .* '31/01/2024' is no"),
+        ({"events": events(("u", "a", "02/01/2024"), ("u", "b", "31/13/2024"), ("u", "b", "03/01/2024"))}, "row 3 .* '31/13/2024' is no"),
+        (
+            {"events": events(("u", "a", "01/01/2024"), ("u", "b", "02/01/2024"))},
+            "row 3 .* '02/01/2024' may have the day or the month first",
+        ),
+        ({"events": events(("u", "a", "02/01/24"), ("u", "b", "31/01/24"))}, "row 2 .* '02/01/24' is no time"),  # pandas guesses each
+        ({"events": events(("u", "a", "18:05"), ("u", "b", "9:30 pm"))}, "row 2 .* '18:05' has no date; it must be one"),
+        ({"events": events(("u", "a", "2024-01-31"), ("u", "b", "Today"))}, "row 3 .* 'Today' has no date"),
+        (
+            {"events": events(("u", "a", 1_700_000_000), ("u", "b", 5), ("u", "b", 1_600_000_000_000))},
+            "row 2 .* '1700000000' looks like seconds, and '1600000000000' in row 4 like milliseconds; all must be of one unit",
+        ),
+        ({"events": events(("u", "a", 1e18), ("u", "b", 1e15))}, "row 3 .* looks like microseconds, and .* in row 2 like nanoseconds"),
+        (
+            {"events": events(("u", "a", "2024-01-31"), ("u", "b", "2024-01-31 18:05"), ("u", "b", "2024-01-31T18:05+02:00"))},
+            r"row 4 .* has a time zone, and '2024-01-31 18:05' in row 3 has none",
+        ),
+        ({"events": SOME.assign(user_id=[True, False])}, "^events, row 2 .* column 'user_id': True must be a text, a number or a date"),
+        ({"events": SOME.assign(user_id=[["u"], "v"])}, r"row 2 .* column 'user_id': \['u'\] must be a text"),
+        ({"events": SOME.assign(timestamp=pd.to_timedelta([1, 2]))}, "row 2 .* column 'timestamp': Timedelta.* must be a text"),
+        ({"events": SOME.assign(user_id=[1.0, None])}, "row 3 .* column 'user_id': '' is no id"),
+        ({"events": SOME.assign(user_id=[1, 2.0**53])}, "row 3 .* is a number without its last digits; ids must be text or whole"),
+        ({"events": SOME.assign(user_id=["1.23E+12", "u"])}, "row 2 .* '1.23E\\+12' is a number without its last digits"),
+        ({"items": ITEMS.assign(title="half \ud83c")}, r"^items, row 2 .* column 'title': 'half \\ud83c' holds half of a character"),
+        ({"events": SOME.assign(user_id="\udc00")}, "^events, row 2 .* holds half of a character"),
+        ({"events": pd.concat([SOME, SOME[["user_id"]]], axis=1)}, "^events has 2 columns 'user_id'; each must have a name of its own"),
+        ({"events": SOME.set_index("user_id")}, r"^events has no column 'user_id'; .*; it is in the index, so call reset_index\(\) first"),
+        ({"events": SOME.set_axis(pd.MultiIndex.from_product([["a"], SOME]), axis=1)}, "^events has no column 'user_id'"),
+        ({"events": [1, 2]}, "^events is a list; it must be a pandas.DataFrame or the path of a CSV file"),
+        ({"titles": []}, "each needs a name of its own"),
+        ({"separator": ";;", "events": Path("e.csv")}, "separator=';;' must be one character"),
+        ({"name": "a/b"}, "name='a/b' must be of letters"),
+        ({"name": None}, "name=None must be of letters"),
         ({"events": events(("u", "a", 1), ("u", "b", float("inf")), ("u", "b", 3))}, "row 3 .* 'inf' is no time"),
         ({"events": events(("u", "a", 1), ("u", "b", None), ("u", "b", 3))}, "row 3 .* '' is no time"),
     ],
@@ -174,10 +242,16 @@ def test_nothing_is_overwritten(tmp_path):
         (None, "events.csv cannot be read: .*No such file.*; it must be a CSV file in UTF-8 with a header"),
         (b"", "events.csv cannot be read: No columns"),
         (b"user_id,item_id,timestamp\n", "events.csv has no rows"),
-        (b"user_id;item_id;timestamp\nu;a;1\n", "events.csv has no column 'user_id'; valid are user_id;item_id;timestamp"),
+        (
+            b"user_id;item_id;time\nu;a;1\n",
+            "events.csv has no column 'user_id'; it must be one of user_id;item_id;time \\(with separator=','; give the file's\\)",
+        ),
         (b"user_id,item_id,timestamp\nu,a,1\nu,a,1,2\n", "events.csv cannot be read: .*line 3"),
         (b"user_id,item_id,timestamp\nu,a,1,2\n", "events.csv cannot be read: its rows have more values than its header has names"),
-        (b"user_id,item_id,timestamp\nu,\xff,1\n", "events.csv cannot be read: 'utf-8' codec"),
+        (
+            b"user_id,item_id,timestamp\nu,\xff,1\n",
+            "events.csv cannot be read: line 2 is not in utf-8; encoding must be that of the file, such as cp1252",
+        ),
         (b"user_id,item_id,timestamp\nu,a\n", "events.csv, row 2 .* column 'timestamp': '' is no time"),
     ],
 )
@@ -199,3 +273,131 @@ def test_the_command_writes_and_reports_and_refuses_in_one_line(tmp_path, monkey
     assert "a\tA tab, a break and blanks\t1979\n" in (tmp_path / "data" / "shop" / "shop.item").read_text(encoding="utf-8")
     with pytest.raises(SystemExit, match="^error: .*shop.inter exists already"):
         atomic.main()
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252", "utf-32"])
+@pytest.mark.parametrize("end", ["csv", "csv.gz"])
+def test_files_of_other_separators_and_encodings(tmp_path, separator, encoding, end):
+    items = ITEMS[~ITEMS["item_id"].isin(["a", "e"])].assign(title=lambda table: table["title"] + " é;,|")
+    given_events = SOME.assign(item_id="b")
+    for name, table in (("events", given_events), ("items", items)):
+        table.to_csv(tmp_path / f"{name}.{end}", index=False, sep=separator, encoding=encoding)
+    given = {"encoding": encoding} if encoding in ("cp1252", "utf-32") else {}
+    tables = tmp_path / f"events.{end}", tmp_path / f"items.{end}"
+    write_atomic(*tables, "shop", tmp_path, **given)
+    write_atomic(*tables, "same", tmp_path, separator=r"\t" if separator == "\t" else separator, encoding=encoding)
+    write_atomic(given_events, items, "frames", tmp_path)
+    for suffix in ("inter", "item"):
+        texts = {(tmp_path / name / f"{name}.{suffix}").read_text(encoding="utf-8") for name in ("shop", "same", "frames")}
+        assert len(texts) == 1
+
+
+@pytest.mark.parametrize("kind", ["float", "object", "Float64", "Int64", "int64[pyarrow]", "double[pyarrow]", "category", "text"])
+def test_whole_numbers_are_written_without_a_point(tmp_path, kind):
+    if "pyarrow" in kind:
+        pytest.importorskip("pyarrow")
+    years = pd.Series([1995, 2001, None], dtype="float")
+    ids = pd.Series([1, 2, 3], dtype="float")
+    if kind == "text":  # as pandas writes such a column into a CSV
+        years, ids = pd.Series(["1995.0", "2001.0", ""]), pd.Series(["1.0", "2.0", "3.0"])
+    elif kind != "float":
+        years, ids = years.astype(kind), ids.astype(kind)
+    items = pd.DataFrame({"item_id": ids, "title": ["2.0", "Windows 3.0", "C"], "year": years})
+    write_atomic(pd.DataFrame({"user_id": ids, "item_id": [1, 2, 3], "timestamp": 1}), items, "shop", tmp_path, titles=["title", "year"])
+    rows = (tmp_path / "shop" / "shop.item").read_text().splitlines()
+    assert rows[1:] == ["1\t2.0\t1995", "2\tWindows 3.0\t2001", "3\tC\t"]
+    assert [row.split("\t")[:2] for row in (tmp_path / "shop" / "shop.inter").read_text().splitlines()[1:]] == [[n, n] for n in "123"]
+
+
+def test_ids_and_times_of_nineteen_digits_keep_them_all(tmp_path):
+    first = 1_700_000_000_000_000_001
+    given = events((2**63, 2**64 + 1, first + 2), (2**63 + 1, "a", first + 1), (2**53 + 1, "b", first))
+    items = pd.DataFrame({"item_id": [2**64 + 1], "title": ["A"]})
+    write_atomic(given, items, "shop", tmp_path)
+    rows = (tmp_path / "shop" / "shop.inter").read_text().splitlines()[1:]
+    assert rows == [f"{2**53 + 1}\tb\t{first}", f"{2**63 + 1}\ta\t{first + 1}", f"{2**63}\t{2**64 + 1}\t{first + 2}"]
+
+
+def test_what_stands_in_the_middle_of_a_text_cannot_hide(tmp_path):
+    """A byte order mark where two files were joined, and a null character, at which pandas ends a cell."""
+    (tmp_path / "events.csv").write_text("user_id,item_id,timestamp\nu,a,1\n\ufeffu,b\0,2\n", encoding="utf-8")
+    write_atomic(tmp_path / "events.csv", ITEMS, "shop", tmp_path)
+    assert [row[:3] for row in (tmp_path / "shop" / "shop.inter").read_text().splitlines()[1:]] == ["u\ta", "u\tb"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("end", ["inter", "item"])
+def test_a_failed_import_leaves_nothing(tmp_path, monkeypatch, there, end):
+    folder = tmp_path / "data" / "shop"
+    if there:
+        folder.mkdir(parents=True)
+        (folder / "mine.csv").write_text("kept")
+    before = pd.DataFrame.to_csv
+
+    def full(frame, path, **options):
+        before(frame.head(1), path, **options)
+        if f".{end}" in path.name:
+            raise OSError(28, "No space left on device", str(path))
+        return before(frame, path, **options)
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(SOME, ITEMS, "shop", tmp_path / "data")
+    assert [path.name for path in (tmp_path / "data").rglob("*")] == (["shop", "mine.csv"] if there else [])
+    monkeypatch.setattr(pd.DataFrame, "to_csv", before)
+    write_atomic(SOME, ITEMS, "shop", tmp_path / "data")
+    assert {path.name for path in folder.iterdir()} == {"shop.inter", "shop.item", *(["mine.csv"] if there else [])}
+
+
+CELLS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    st.integers(-(2**70), 2**70),
+    st.floats(allow_nan=True, allow_infinity=False),
+    st.none(),
+    st.sampled_from(["NA", '"', "a\tb", "x\ny", "\u2028", "\ufeff", "1.0", "2024-01-31", "null", "''"]),
+)
+NAMES = st.one_of(st.integers(0, 9), st.text("ab \t\"'é\0,;|", max_size=3), st.sampled_from(["NA", 1.0, 2.5]))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    events=st.lists(st.tuples(NAMES, NAMES, st.integers(0, 5000)), min_size=1, max_size=12),
+    items=st.lists(st.tuples(NAMES, CELLS), min_size=1, max_size=8),
+    as_csv=st.booleans(),
+)
+def test_any_frame_is_written_as_it_is_read_or_refused_in_one_sentence(events, items, as_csv):
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        tables = pd.DataFrame(events, columns=["user_id", "item_id", "timestamp"]), pd.DataFrame(items, columns=["item_id", "title"])
+        if as_csv:
+            for name, table in zip(("events", "items"), tables, strict=True):
+                table.to_csv(folder / f"{name}.csv", index=False, encoding="utf-8")
+            tables = folder / "events.csv", folder / "items.csv"
+        try:
+            write_atomic(*tables, name="shop", output=folder / "data")
+        except UserError as error:
+            assert re.fullmatch(r"[^\n]+\.", str(error))
+            assert not (folder / "data").exists()
+            return
+        read = {end: _plain(folder / "data" / "shop" / f"shop.{end}") for end in ("inter", "item")}
+        if not as_csv:
+            in_time = sorted(events, key=lambda event: event[2])
+            assert [row[:2] for row in read["inter"]] == [[_cell(user), _cell(item)] for user, item, _ in in_time]
+        titles, sequences = through_recbole(folder / "data")
+        for item, title in read["item"]:
+            shown = title or f"item {item}"
+            assert titles.get(item, shown) == shown or "," in title  # an article is moved to the front
+        for user in {row[0] for row in read["inter"]}:
+            mine = [row[1] for row in read["inter"] if row[0] == user]
+            assert sequences.get(user, mine) == mine
+
+
+def _plain(path):
+    """An independent reading of an atomic file: no quoting, tabs and line feeds are all there is."""
+    return [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")[1:-1]]
+
+
+def _cell(value):
+    text = "" if value is None or value != value else str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
+    return " ".join(text.replace("\0", " ").replace("\ufeff", " ").split())
