@@ -73,7 +73,7 @@ def test_every_setting_is_explained():
         ({"topkk": 1}, "did you mean 'topk'"),
         ({"backbone": "no/such-model"}, "backbone='no/such-model' cannot be loaded.*valid are scratch, smollm2-135m"),
         ({"backbone": "nowhere.gguf"}, "backbone='nowhere.gguf' is a file that does not exist"),
-        ({"title_fields": ["name"]}, "has no column 'name'; valid are title"),
+        ({"title_fields": ["name"]}, "has no column 'name'; it must be one of title"),
         ({"prompt_templates": "flims"}, "prompt_templates='flims' is not here"),
         ({"train_neg_sample_args": {"sample_num": 23}}, "train_neg_sample_args asks for 23 negatives.*ask for at most"),
         ({"train_neg_sample_args": {"sample_num": 0}}, "needs 1 or more negatives; or set objective=sft"),

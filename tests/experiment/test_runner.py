@@ -265,9 +265,10 @@ def test_a_run_ends_with_its_experiment_and_holds_the_lock_until_then(tmp_path, 
     parent, run = begin(lambda: Sleeping(tmp_path).run_all([a_run("a", "1")]))
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    runner = Pretended(tmp_path)
+    runner, began = Pretended(tmp_path), time.monotonic()
     held = not gone(run)
     assert runner.run_all([a_run("a", "1")]) == [] and gone(run), "only then is the folder free"
+    assert time.monotonic() - began < 30, "it was told to end"
     assert not held or "waiting for the process that is at this run already" in capsys.readouterr().out
 
 
