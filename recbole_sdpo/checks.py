@@ -431,7 +431,8 @@ def _check_columns(config: Config) -> None:
                         f"{', '.join(files[source])}."
                     )
     ids = {"inter": ["USER_ID_FIELD", "ITEM_ID_FIELD"], "user": ["USER_ID_FIELD"], "item": ["ITEM_ID_FIELD"]}
-    if config["eval_args"]["order"] == "TO" or config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+    by_time = config["eval_args"]["order"] == "TO" or config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+    if by_time and not config["benchmark_filename"]:  # such files are in order already
         ids["inter"] = [*ids["inter"], "TIME_FIELD"]
     for source, keys in ids.items():
         for key in keys:
