@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from logging import INFO, WARNING, getLogger
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 import transformers
@@ -111,7 +110,7 @@ def run(
         "seed": config["seed"],
         "stages": stages,
         "test_result": list(stages.values())[-1]["test"],
-        "popularity": _plain(popularity_result(config, train_data, test_data)),
+        "popularity": popularity_result(config, train_data, test_data),
         "candidates_sha256": sha256,
         "training_targets": targets,
         "peak_memory_gib": _peak_memory_gib(),
@@ -302,5 +301,4 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    value = value.item() if isinstance(value, np.generic) else value  # as GAUC is
     return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)

@@ -13,6 +13,8 @@ import torch
 import yaml
 from recbole.config import Config, configurator
 from recbole.data import create_dataset, data_preparation
+from recbole.evaluator import metrics
+from recbole.evaluator.collector import DataStruct
 from recbole.model.general_recommender import pop
 from recbole.model.general_recommender.bpr import BPR
 from recbole.trainer import Trainer
@@ -77,6 +79,13 @@ def test_and_builds_no_objects_of_python(tag, tmp_path):
     with pytest.raises(UserError, match="a.yaml is not YAML, line 1"):
         Config("BPR", "ml-100k", [str(tmp_path / "a.yaml")])
     assert not (tmp_path / "pwned").exists()
+
+
+def test_recboles_gauc_is_still_a_number_of_numpys():
+    data = DataStruct()
+    data.set("rec.meanrank", torch.tensor([[1.0, 4.0, 1.0], [2.0, 4.0, 1.0], [2.0, 4.0, 1.0]]))
+    theirs, ours = (kind({"metric_decimal_place": 4}).calculate_metric(data)["gauc"] for kind in (metrics.GAUC, compat.GAUC))
+    assert isinstance(theirs, np.float32) and type(ours) is float and ours == 0.7778
 
 
 def test_recbole_still_takes_a_programs_arguments_for_its_settings(ring, monkeypatch):
