@@ -28,6 +28,8 @@ from recbole.config import Config
 from recbole.data import utils as data_utils
 from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
+from recbole.evaluator import metrics
+from recbole.evaluator.collector import DataStruct
 from recbole.model.general_recommender import pop
 from recbole.trainer import Trainer
 from recbole.utils import get_model, get_trainer
@@ -183,6 +185,13 @@ class Pop(pop.Pop):
         self.item_cnt += torch.bincount(met, minlength=self.n_items)[:, None]
         self.max_cnt = self.item_cnt.max(dim=0)[0]
         return self.fake_loss.new_zeros(1, requires_grad=True)
+
+
+class GAUC(metrics.GAUC):
+    """RecBole's, which returns a number of NumPy's with 32 bits, neither rounded nor fit for JSON. Reported nowhere that we found."""
+
+    def calculate_metric(self, dataobject: DataStruct) -> dict[str, float]:
+        return {name: round(float(result), self.decimal_place) for name, result in super().calculate_metric(dataobject).items()}
 
 
 def model_class(name: str) -> type[nn.Module]:

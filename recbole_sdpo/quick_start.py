@@ -13,7 +13,6 @@ from logging import INFO, WARNING, getLogger
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 import transformers
@@ -145,7 +144,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
         "seed": config["seed"],
         "stages": stages,
         "test_result": list(stages.values())[-1]["test"],
-        "popularity": _plain(popularity_result(config, train_data, test_data, catalogue)),
+        "popularity": popularity_result(config, train_data, test_data, catalogue),
         "candidates_sha256": sha256,
         "training_targets": targets,
         "peak_memory_gib": _peak_memory_gib(),
@@ -328,5 +327,4 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    value = value.item() if isinstance(value, np.generic) else value  # as GAUC is
     return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)

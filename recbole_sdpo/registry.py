@@ -10,6 +10,7 @@ from typing import Any
 
 import recbole.trainer
 from recbole.config import Config
+from recbole.evaluator.register import metrics_dict
 
 from recbole_sdpo import compat
 from recbole_sdpo.checks import check_dataset, check_given
@@ -36,6 +37,7 @@ def register() -> None:
     sys.modules[name] = module
     setattr(recbole.trainer, f"{MODEL}Trainer", SDPOTrainer)
     register_metrics()
+    metrics_dict["gauc"] = compat.GAUC
     compat.take_values_as_data()
     dataset.install()
     compat.never_unpickle()

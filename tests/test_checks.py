@@ -177,6 +177,7 @@ def test_gauc_is_named_without_a_k(ring, metrics):
     given = ring | {"epochs": 1, "metrics": metrics}
     result = quick_start.run("BPR", "toy", config_dict=given | {"valid_metric": "GAUC"}, saved=False)
     assert 0 < result["test_result"]["gauc"] < 1
+    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"metrics": metrics, "valid_metric": "GAUC", "objective": "sft", "sft_epochs": 1})
     with pytest.raises(UserError, match="valid_metric='GAUC@5' is not computed; .* it must be one of gauc"):
         RunConfig("BPR", "toy", config_dict=given | {"valid_metric": "GAUC@5"})
 

@@ -15,6 +15,8 @@ import yaml
 from recbole.config import Config, configurator
 from recbole.data import create_dataset, data_preparation, utils
 from recbole.data.dataset import Dataset
+from recbole.evaluator import metrics
+from recbole.evaluator.collector import DataStruct
 from recbole.model.general_recommender import pop
 from recbole.model.general_recommender.bpr import BPR
 from recbole.trainer import Trainer
@@ -105,6 +107,13 @@ def test_recbole_still_takes_times_of_a_minute_for_one(tmp_path, monkeypatch):
 def test_recbole_still_unpickles_what_lies_in_checkpoint_dir():
     for function in (utils.create_dataset, utils.data_preparation):
         assert "pickle.load" in inspect.getsource(function) or "load_split_dataloaders(config)" in inspect.getsource(function)
+
+
+def test_recboles_gauc_is_still_a_number_of_numpys():
+    data = DataStruct()
+    data.set("rec.meanrank", torch.tensor([[1.0, 4.0, 1.0], [2.0, 4.0, 1.0], [2.0, 4.0, 1.0]]))
+    theirs, ours = (kind({"metric_decimal_place": 4}).calculate_metric(data)["gauc"] for kind in (metrics.GAUC, compat.GAUC))
+    assert isinstance(theirs, np.float32) and type(ours) is float and ours == 0.7778
 
 
 def test_recbole_still_takes_a_programs_arguments_for_its_settings(ring, monkeypatch):

@@ -237,7 +237,7 @@ def test_every_model_gets_as_many_tries(write):
         ({"settings": {"metrics": []}}, r"run 'a': metrics=\[\] must be a list of metrics"),
         ({"settings": {"metrics": "Hits"}, "metrics": ["GenHit"]}, "run 'a': metrics=.*there is no 'Hits'"),
         ({"settings": {"learning_rate": "fast"}}, "run 'a': learning_rate='fast' must be a number above 0"),
-        ({"settings": {"train_batch_size": -1}}, "run 'a': train_batch_size=-1 must be a whole number, 1 or more"),
+        ({"settings": {"train_batch_size": -1}}, "run 'a': train_batch_size=-1 must be a whole number from 1"),
         ({"runs": [{"name": "a", "model": "GRU4Rec", "settings": {"lr": 0.1}}]}, "run 'a': Unknown setting 'lr'=0.1"),
         ({"runs": [{"name": "a", "settings": {"beta": 1.0}, "vary": {"beta.x": [1]}}]}, "'beta.x' names a part of beta=1.0"),
         (

@@ -216,5 +216,5 @@ def test_no_model_is_trained_for_a_top_k_beyond_the_catalogue(ring):
 def test_settings_without_effect_say_so(ring, caplog):
     build(ring | {"lora_layers": [1], "full_sort": "topk"})
     assert "lora_layers has no effect with peft='none'" in caplog.text and "full_sort='topk' has no effect" in caplog.text
-    with pytest.raises(ValueError, match="worker=-1 must be a whole number, 0 or more"):
+    with pytest.raises(ValueError, match="worker=-1 must be a whole number from 0 to 256"):
         build(ring | {"worker": -1})
