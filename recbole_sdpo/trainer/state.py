@@ -37,12 +37,16 @@ def save_state(run_dir: Path, stage: Stage, rest: dict[str, Any]) -> None:
         for moment, value in stage.optimizer.state.get(weight, {}).items():
             tensors[f"{moment}/{name}"] = value.contiguous()
     file = folder / f"{stage.name}-{stage.step}-{time.time_ns()}.safetensors"  # never the one that state.json now points to
-    with whole_file(file) as part:
-        save_file(tensors, part)
-    if stage.step_file:
-        stage.step_file.flush()
-    state = {"tensors": file.name, "sha256_of_tensors": sha256(file), "stage": stage.name, "progress": stage.progress(), **rest}
-    write_record(folder / STATE_FILE, state)
+    try:
+        with whole_file(file) as part:
+            save_file(tensors, part)
+        if stage.step_file:
+            stage.step_file.flush()
+        state = {"tensors": file.name, "sha256_of_tensors": sha256(file), "stage": stage.name, "progress": stage.progress(), **rest}
+        write_record(folder / STATE_FILE, state)
+    except OSError:
+        file.unlink(missing_ok=True)  # a full disk has no room for it
+        raise
     for old in folder.iterdir():  # what died while it was written, too
         if old not in (file, folder / STATE_FILE):
             old.unlink()
