@@ -1,0 +1,255 @@
+"""A run's folder: what is in it, whose it is, and what can be done with one that was left."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from recbole_sdpo import compat, quick_start
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.result import read_result
+from recbole_sdpo.trainer import sdpo_trainer, state
+from recbole_sdpo.trainer.stage import Stage
+from recbole_sdpo.trainer.steps import StepFile
+
+SMALL = {"sft_epochs": 2, "sdpo_epochs": 1, "max_train_targets": 60, "save_minutes": 0.0, "more_candidates": ["pop5"], "stopping_step": 9}
+
+
+class Killed(Exception):
+    pass
+
+
+def run(settings, model="SDPO-LLM", **more):
+    return quick_start.run(model, "toy", config_dict=settings | more)
+
+
+def killed(monkeypatch, settings, where, name, calls=0, **more):
+    """Begin a run that dies as ``where.name`` is called, after so many calls that work."""
+    left, act = [calls], getattr(where, name)
+
+    def dies(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return act(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, dies)
+        with pytest.raises(Killed):
+            run(settings, **more)
+
+
+def weights(folder):
+    return {file.parent.name: file.read_bytes() for file in Path(folder).glob("s*/model.safetensors")}
+
+
+def test_baselines_that_begin_in_one_second_test_their_own_weights(ring, monkeypatch):
+    """The second one trains and writes between the first one's training and its test."""
+    alone = run(ring, "BPR", epochs=3, run_dir="alone")
+    for module in ("recbole.trainer.trainer", "recbole_sdpo.trainer.folder"):
+        monkeypatch.setattr(f"{module}.get_local_time", lambda: "now")
+    load, others = compat.load_best, []
+
+    def meanwhile(trainer):
+        if not others:
+            others.append(None)
+            others.append(run(ring, "BPR", epochs=1, seed=7))
+        load(trainer)
+
+    monkeypatch.setattr(compat, "load_best", meanwhile)
+    assert run(ring, "BPR", epochs=3)["stages"]["fit"]["candidates"] == alone["stages"]["fit"]["candidates"]
+    assert {folder.name for folder in Path("saved").iterdir()} == {"BPR-toy-now", "BPR-toy-now-2"}
+    assert all(len(list(folder.glob("*.pth"))) == 1 for folder in Path("saved").iterdir())
+
+
+@pytest.mark.parametrize("model", ["SDPO-LLM", "GRU4Rec"])
+def test_what_a_run_that_has_ended_leaves(ring, tmp_path, model):
+    before = os.umask(0o027)
+    try:
+        result = run(ring | (SMALL if model == "SDPO-LLM" else {"epochs": 2}), model, run_dir="run")
+    finally:
+        os.umask(before)
+    theirs = {file.name for file in Path("run").glob("*.pth")}
+    assert len(theirs) == (model == "GRU4Rec")
+    own = {"sft", "sdpo", "steps.csv"} if model == "SDPO-LLM" else theirs
+    assert {file.name for file in Path("run").iterdir()} == {"result.json", "ranks.csv", "run.log", "tensorboard"} | own
+    assert {file.name for file in Path().iterdir()} - {"data", "run"} <= {".cache"}  # nothing lies beside it
+    assert read_result(Path("run")) == result and set(result["files"]) == {"ranks.csv"} | ({"steps.csv"} & own)
+    modes = {oct(file.stat().st_mode & 0o777) for file in Path("run").rglob("*")}
+    assert modes == {"0o640", "0o750"}
+    for file in theirs:
+        assert set(torch.load(f"run/{file}")) == {"state_dict", "other_parameter"}  # as data, without unpickling
+    for again in ({"run_dir": "run"}, {"resume": "run"} if model == "SDPO-LLM" else {"run_dir": "run"}):
+        with pytest.raises(UserError, match="that has ended|that run has ended"):
+            run(ring | SMALL if model == "SDPO-LLM" else ring, model, **again)
+
+
+def test_each_run_of_a_process_has_a_log_of_its_own(ring):
+    for name in ("a", "b"):
+        run(ring, "Pop", run_dir=name, state="info")
+    assert Path("a/run.log").read_text().count("test uni5") <= 1
+    assert list(Path("a/tensorboard").iterdir()) and list(Path("b/tensorboard").iterdir())
+    assert not set(Path("a/tensorboard").iterdir()) & set(Path("b/tensorboard").iterdir())
+
+
+def test_a_run_that_died_before_its_first_state_is_in_nobodys_way(ring, monkeypatch):
+    whole = run(ring | SMALL, run_dir="whole")
+    killed(monkeypatch, ring | SMALL, sdpo_trainer, "save_state", run_dir="cut")
+    assert not Path("cut/sft").exists()
+    shutil.copytree("cut", "copy")
+    for again in ({"run_dir": "cut"}, {"resume": "copy"}):
+        assert run(ring | SMALL, **again)["test_result"] == whole["test_result"]
+    assert weights("cut") == weights("copy") == weights("whole")
+
+
+def test_what_is_not_a_runs_folder_is_not_begun_in(ring):
+    Path("mine").mkdir()
+    Path("mine/thesis.tex").write_text("")
+    with pytest.raises(UserError, match="resume='mine' holds no state/state.json"):
+        run(ring | SMALL, resume="mine")
+    Path("mine/sft").mkdir()
+    with pytest.raises(UserError, match="run_dir='mine' holds a run already"):
+        run(ring | SMALL, run_dir="mine")
+    with pytest.raises(UserError, match="resume='mine' holds no .*give sft_checkpoint='mine/sft'"):
+        run(ring | SMALL, resume="mine")
+
+
+def test_two_runs_are_never_in_one_folder(ring):
+    Path("run").mkdir()
+    with open("run/run.log", "w") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="Another run is at work in 'run'"):
+            run(ring | SMALL, run_dir="run")
+    run(ring, "Pop", run_dir="run")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    from tests.conftest import TINY, write_dataset
+
+    folder = tmp_path_factory.mktemp("whole")
+    sequences = [[1 + (start + step) % 24 for step in range(10)] for start in range(24)]
+    data = write_dataset(folder / "data", sequences, {item: f"{'abcdef'[item % 6]}{'wxyz'[item // 7]} film" for item in range(1, 25)})
+    settings = TINY | SMALL | {"data_path": str(data), "scratch_dropout": 0.1, "sft_learning_rate": 0.01, "sft_tokens_per_batch": 300}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["pytest"])
+        patch.chdir(folder)
+        return settings, run(settings, run_dir="whole"), folder / "whole"
+
+
+PLACES = {
+    "between sdpo's checkpoint and its state": (sdpo_trainer, "save_state", 7),
+    "while a checkpoint is written": (sdpo_trainer, "seal", 1),
+    "at a step of sft": (Stage, "_step", 1),
+    "before the test of sft": (quick_start, "_test", 0),
+    "before the last test": (quick_start, "_test", 1),
+    "before the result": (quick_start, "write_result", 0),
+}
+
+
+@pytest.mark.parametrize(("place", "peft"), [*((place, "none") for place in PLACES), ("at a step of sft", "lora")])
+def test_wherever_a_run_dies_it_goes_on_to_the_same_bits(whole, monkeypatch, place, peft):
+    settings, result, folder = whole
+    if peft == "lora":
+        settings = settings | {"peft": "lora", "fixed_negatives": True}
+        result, folder = run(settings, run_dir="whole"), Path("whole")
+    killed(monkeypatch, settings, *PLACES[place], run_dir="cut")
+    again = run(settings, resume="cut")
+    assert weights("cut") == weights(folder)
+    for file in ("ranks.csv", "steps.csv"):
+        assert Path("cut", file).read_bytes() == (folder / file).read_bytes()
+    for stage, values in again["stages"].items():
+        assert values | {"wall_s": 0} == result["stages"][stage] | {"wall_s": 0}
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_a_finished_alignment_with_more_candidates_goes_on(whole, monkeypatch, peft):
+    settings = whole[0] | {"peft": peft}
+    killed(monkeypatch, settings, quick_start, "_test", 1, run_dir="cut")
+    assert run(settings, resume="cut")["stages"]["sdpo"]["candidates"]["pop5"]
+
+
+@pytest.mark.parametrize("file", ["state/state.json", "selection/sdpo-pop5.safetensors", "sft/model.safetensors"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "lost"])
+def test_damage_is_seen_and_named(whole, monkeypatch, file, damage):
+    killed(monkeypatch, whole[0], quick_start, "_test", 1, run_dir="cut")
+    path = Path("cut", file)
+    content = path.read_bytes()
+    if damage == "lost":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :] if damage == "flipped" else content[:-9])
+    lost_state = "holds no state/state.json" if file == "state/state.json" and damage == "lost" else path.name
+    with pytest.raises(UserError, match=lost_state):
+        run(whole[0], resume="cut")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "lost"])
+def test_damaged_tensors_of_a_state_are_seen(whole, monkeypatch, damage):
+    killed(monkeypatch, whole[0], Stage, "_step", 1, run_dir="cut")
+    (path,) = Path("cut/state").glob("*.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if damage == "flipped" else content[:-9])
+    if damage == "lost":
+        path.unlink()
+    with pytest.raises(UserError, match=f"{path.name} is missing or damaged"):
+        run(whole[0], resume="cut")
+
+
+def test_a_damaged_checkpoint_is_not_trained_from(whole, tmp_path):
+    shutil.copytree(whole[2] / "sft", "sft")
+    file = Path("sft/model.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"sft/model.safetensors is damaged"):
+        run(whole[0], sft_checkpoint="sft")
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(errno.ENOSPC, "full")])
+def test_a_full_disk_leaves_the_state_of_before_and_says_how_to_go_on(whole, monkeypatch, error):
+    save, left = state.save_file, [2]
+
+    def full(tensors, file):
+        left[0] -= 1
+        save(tensors, file)
+        if left[0] < 0:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "save_file", full)
+        with pytest.raises(OSError) as raised:
+            run(whole[0], run_dir="cut")
+    assert raised.value.errno == errno.ENOSPC and "cut/state" in raised.value.filename
+    assert raised.value.__notes__ == ["go on with resume='cut'"]
+    assert len(list(Path("cut/state").iterdir())) == 2
+    run(whole[0], resume="cut")
+    assert weights("cut") == weights(whole[2])
+
+
+def test_rows_of_steps_stay_byte_for_byte(tmp_path, caplog):
+    file = StepFile(tmp_path, "sft", 0)
+    for step in range(3):
+        file.write(step, step, {"loss": 0.1 + step})
+    file.close()
+    content = (tmp_path / "steps.csv").read_bytes().splitlines(keepends=True)
+    (tmp_path / "steps.csv").write_bytes(b"".join(content).replace(b"2.1", b"2.10000000000000000001") + b"sft,1")  # cut short
+    StepFile(tmp_path, "sdpo", 0).close()
+    assert b"2.10000000000000000001" in (tmp_path / "steps.csv").read_bytes() and not caplog.records
+    StepFile(tmp_path, "sft", 2).close()
+    assert (tmp_path / "steps.csv").read_bytes().splitlines(keepends=True) == content[:3] and not caplog.records
+    (tmp_path / "steps.csv").write_bytes(b"")
+    StepFile(tmp_path, "sft", 2).close()
+    assert (tmp_path / "steps.csv").read_bytes() == content[0] and "has lost rows of sft before step 2" in caplog.text
+
+
+def test_the_curves_can_be_read(whole):
+    steps = pd.read_csv(whole[2] / "steps.csv")
+    assert set(steps.stage) == {"sft", "sdpo"} and json.loads((whole[2] / "result.json").read_text())["files"]["steps.csv"]
