@@ -218,7 +218,8 @@ def _load_data(made: Checkpoint, data_path: str | Path | None) -> ServedDataset:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """That of a ``scratch`` backbone, by the class that wrote it, not one that a file names."""
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        options = {"local_files_only": True, "trust_remote_code": False, "model_max_length": sys.maxsize}  # the model's, not a file's
+        return PreTrainedTokenizerFast.from_pretrained(folder, **options)
     except Exception as error:  # the tokenizers' own have no other class, and all that is read here is the folder's
         line = str(error).split("\n")[0]
         raise UserError(

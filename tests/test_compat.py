@@ -1,6 +1,7 @@
 """Each test fails when the entry of compat.py, or the pin, that it guards is no longer needed."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -162,3 +163,12 @@ def test_pins_are_still_needed():
     with open(lightgcn.__file__, encoding="utf-8") as stream:
         assert "A._update(" in stream.read()
     assert hasattr(scipy.sparse.dok_matrix((1, 1)), "_update")
+
+
+def test_recbole_still_sets_the_visible_gpus(monkeypatch):
+    """Where it does not, same_gpus has had its day."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with compat.same_gpus():
+        RunConfig("BPR", "ml-100k")
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"

@@ -367,6 +367,7 @@ NAMES = st.one_of(st.integers(0, 9), st.text("ab \t\"'é\0,;|", max_size=3), st.
     as_csv=st.booleans(),
 )
 def test_any_frame_is_written_as_it_is_read_or_refused_in_one_sentence(events, items, as_csv):
+    events = [*events, ("two", "x", 1), ("two", "y", 2)]  # there must be two items
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         tables = pd.DataFrame(events, columns=["user_id", "item_id", "timestamp"]), pd.DataFrame(items, columns=["item_id", "title"])
