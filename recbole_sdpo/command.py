@@ -53,8 +53,6 @@ def main() -> None:
         if args.tune or args.output or args.jobs != 1:
             raise UserError("--tune, --output and --jobs go with --experiment.")
         run(args.model, args.dataset or "ml-100k", (args.config_files or "").split())
-    except KeyboardInterrupt:
-        sys.exit(130)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 from logging import getLogger
 from pathlib import Path
@@ -37,10 +36,6 @@ class RunConfig(Config):
                 getLogger().warning(f"train_neg_sample_args has no use for {model}, whose loss is cross-entropy over all items.")
             self.internal_config_dict["train_neg_sample_args"] = None
 
-    def _convert_config_dict(self, config_dict: dict[str, Any]) -> dict[str, Any]:
-        """Values are data: RecBole evaluates each as Python."""
-        return {key: _literal(value) if isinstance(value, str) else value for key, value in config_dict.items()}
-
     def _get_model_and_dataset(self, model: str | None, dataset: str | None) -> tuple:
         for key, argument in (("model", model), ("dataset", dataset)):
             if argument is None and key not in self.external_config_dict:
@@ -63,11 +58,3 @@ class RunConfig(Config):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings: Settings = check_settings(self)
-
-
-def _literal(text: str) -> Any:
-    words = {"true": True, "false": False}
-    try:
-        return words[text.lower()] if text.lower() in words else ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text

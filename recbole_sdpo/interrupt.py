@@ -92,11 +92,12 @@ def endings() -> Iterator[None]:
 def say_how_to_go_on(error: BaseException, folder: Path | None) -> None:
     """Add to ``error`` a note: how the run in ``folder`` goes on, or with None, that it is to begin again."""
     if folder is None:
-        error.add_note("begin the run again: there was no state to go on from")
+        note = "begin the run again: there was no state to go on from"
     elif _process:
-        error.add_note(f"go on with: {_command(folder)}")
+        note = f"go on with: {_command(folder)}"
     else:
-        error.add_note(f"go on with resume={str(folder)!r}")
+        note = f"go on with resume={str(folder)!r}"
+    error.__notes__ = [*getattr(error, "__notes__", ()), note]  # add_note, which Python 3.10 has not
 
 
 def _command(folder: Path) -> str:

@@ -285,7 +285,7 @@ def _fault_of_state(run: Run, folder: Path) -> str | None:
     try:
         state = read_state(folder)
         tensors = folder / FOLDER / state["tensors"]
-        if not tensors.is_file() or state.get("sha256_of_tensors", digest(tensors)) != digest(tensors):
+        if not tensors.is_file() or state["sha256_of_tensors"] != digest(tensors):
             return f"{tensors} is missing or damaged."
         changed = run.inputs and run.inputs.changed_since(folder, but_for=_of_start(run))
     except (UserError, ValueError, KeyError) as error:
