@@ -65,39 +65,59 @@ def to_the_end(
 ) -> None:
     """Run a variant, ``disturb`` it and begin it again so many times, and let it end: as if nothing had been.
 
-    It is begun again by ``--resume``, or from the start where that is what it says.
-
     Args:
         first: makes what each of these programs calls before it begins.
 
     Raises:
-        Wrong: it can do neither, or ends as no undisturbed run does.
+        Wrong: it cannot go on, or ends as no undisturbed run does.
     """
     left, _ = alone(trial, variant)
-    model, settings = settings_of(trial, variant)
-    ways: list[dict[str, Any]] = [{}]
     whole = True
+
+    def disturbed(program: Program) -> bool:
+        nonlocal times, whole
+        if times:
+            disturb(program)
+        whole = not program.ended(SECONDS) or not times or program.code() not in DISTURBED
+        times -= not whole
+        return not whole
+
     while not (trial.folder / "run" / "result.json").is_file():
-        said = []
-        for how in ways:
-            again = {key: value for key, value in settings.items() if key != "run_dir" or not how} | how
-            program = trial.start(again, model=model, first=first())
-            if times:
-                disturb(program)
-            ending = program.ending()
-            whole = not (times and ending.code in DISTURBED)
-            if not whole:
-                times -= 1
-                break
-            if ended_well(ending):
-                break
-            said.append(last_line(ending.err))
-        else:
-            raise Wrong("dead", " | ".join(said))
-        ways = [{"resume": "run"}, {}] if model == "SDPO-LLM" else [{}]
+        go_on(trial, variant, disturbed, first)
     oracle.check_alike(trial.folder / "run", left)
     if whole:  # whoever is killed after the result was written had no time to clear up
         oracle.check_cleared(trial.folder / "run")
+
+
+def go_on(
+    trial: Trial,
+    variant: str,
+    disturbed: Callable[[Program], bool] = lambda program: False,
+    first: Callable[[], Callable[[], object]] = lambda: lambda: None,
+    run_dir: str = "run",
+) -> None:
+    """Begin a run, or begin it again: by ``--resume``, or from the start where that is what it says.
+
+    Args:
+        disturbed: has this program been ended from outside? Then it is not asked how it ended.
+
+    Raises:
+        Wrong: it refuses both, or fails.
+    """
+    if (trial.folder / run_dir / "result.json").is_file():
+        return
+    model, settings = settings_of(trial, variant)
+    said = []
+    ways = [{"resume": run_dir}] if model == "SDPO-LLM" and (trial.folder / run_dir).exists() else []
+    for how in (*ways, {"run_dir": run_dir}):
+        again = {key: value for key, value in settings.items() if key != "run_dir"} | how
+        program = trial.start(again, model=model, first=first())
+        interrupted = disturbed(program)
+        ending = program.ending()
+        if interrupted or ended_well(ending):
+            return
+        said.append(last_line(ending.err))
+    raise Wrong("dead", " | ".join(said))
 
 
 def attempt(trial: Trial) -> None:

@@ -6,11 +6,11 @@ output and limits, and never returns into the code of its parent.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import resource
 import select
-import shutil
 import signal
 import sys
 import traceback
@@ -51,8 +51,8 @@ class Program:
         folder: its working directory, in which its home and temporary files are, too.
         call: what it runs; its end is that of the program, as Python would end it.
         arguments: of the command line.
-        first: what the child calls before, with the powers and limits of this process.
-        user: an id to run as, or that of this process.
+        first: what the child calls before.
+        streams: the folder of what it writes and reads there; in ``folder`` by default.
     """
 
     def __init__(
@@ -61,50 +61,58 @@ class Program:
         call: Callable[[], object],
         arguments: Sequence[str] = (),
         first: Callable[[], object] = lambda: None,
-        user: int | None = None,
+        streams: Path | None = None,
     ) -> None:
-        self.folder = folder
-        for part in ("home", "tmp", "streams"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        number = len(list((folder / "streams").glob("*.err")))
-        self._out, self._err = (folder / "streams" / f"{number}.{end}" for end in ("out", "err"))
-        (folder / "streams" / "in").write_bytes(TYPED)
-        self._in = os.open(folder / "streams" / "in", os.O_RDONLY)  # shared with the child, and so is the place up to which it read
-        streams = [self._in, *(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for file in (self._out, self._err))]
+        place = streams or folder / "streams"
+        for part in (folder / "home", folder / "tmp", place):
+            part.mkdir(parents=True, exist_ok=True)
+        number = len(list(place.glob("*.err")))
+        self._out, self._err = (place / f"{number}.{end}" for end in ("out", "err"))
+        (place / "in").write_bytes(TYPED)
+        self._in = os.open(place / "in", os.O_RDONLY)  # shared with the child, and so is the place up to which it read
+        handles = [self._in, *(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for file in (self._out, self._err))]
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if not self.pid:
             code = 70
             try:
-                _settle_in(folder, streams, user)
+                _settle_in(folder, handles)
                 sys.argv = ["recbole-sdpo", *arguments]
                 first()
                 code = _run(call)
             finally:
                 os._exit(code)
-        for stream in streams[1:]:
-            os.close(stream)
-        self._handle = os.pidfd_open(self.pid)
+        for handle in handles[1:]:
+            os.close(handle)
+        self._handle, self._code = os.pidfd_open(self.pid), None
 
     def ended(self, seconds: float) -> bool:
         """Has it ended ``seconds`` from now, at the latest?"""
         return bool(select.select([self._handle], [], [], max(0, seconds))[0])
 
+    def code(self) -> int:
+        """The exit code of a program that has ended; below 0, the signal that killed it."""
+        if self._code is None:
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._code
+
     def send(self, number: int) -> None:
-        """Send it a signal."""
-        signal.pidfd_send_signal(self._handle, number)
+        """Send it a signal; Ctrl-C reaches what it has begun, too."""
+        with contextlib.suppress(ProcessLookupError):
+            if number == signal.SIGINT:
+                os.killpg(self.pid, number)
+            else:
+                signal.pidfd_send_signal(self._handle, number)
 
     def ending(self, seconds: float = SECONDS) -> Ending:
         """Wait for its end; whatever it has begun ends with it."""
         hung = not self.ended(seconds)
         if hung:
             self.send(signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        try:
+        code = self.code()
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it was alone
         asked = os.lseek(self._in, 0, os.SEEK_CUR) > 0
         os.close(self._in)
         os.close(self._handle)
@@ -125,13 +133,11 @@ def warm_up(folder: Path, call: Callable[[], object]) -> None:
         raise RuntimeError(f"The program to warm up with failed: {ending.err}")
     for name in names.read_text(encoding="utf-8").split("\n"):
         if name not in sys.modules and not name.startswith("__"):
-            try:
+            with contextlib.suppress(ImportError):  # a module that was made, not imported
                 importlib.import_module(name)
-            except ImportError:
-                pass  # a module that was made, not imported
 
 
-def _settle_in(folder: Path, streams: list[int], user: int | None) -> None:
+def _settle_in(folder: Path, streams: list[int]) -> None:
     os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -142,10 +148,6 @@ def _settle_in(folder: Path, streams: list[int], user: int | None) -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if user is not None:
-        for path in [folder, *folder.rglob("*")]:
-            shutil.chown(path, user)
-        os.setuid(user)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
