@@ -1,4 +1,4 @@
-"""A run ends at each of the moments at which it changes the disk, with or without the power; then it goes on to the same bits."""
+"""A run ends as it changes the disk, with or without power, and goes on to the same bits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 
 from tests.faults import kills
 from tests.faults.judge import ended_well
-from tests.faults.trial import Trial
-from tests.faults.warm import Program
+from tests.faults.trial import Trial, command
 
 LONG, SHORT = 300, 6
 
@@ -22,10 +21,10 @@ CRASH = 9
 
 
 class Writes:
-    """Counts, in the process that calls :meth:`watch`, what changes the disk below ``folder``, and ends the process at one of these.
+    """Counts what changes the disk below ``folder``, and ends the process at one of these.
 
-    Opening a file for writing, a flush, a rename, a removal, a new folder: each counts, just before it happens. Without power, files
-    that were never flushed lose their end.
+    Opening a file for writing, a flush, a rename, a removal, a new folder: each counts, just before
+    it happens. Without power, files that were never flushed lose their end.
 
     Args:
         at: the one to end at, from 0; None for none.
@@ -35,7 +34,9 @@ class Writes:
     def __init__(self, folder: Path, at: int | None, power: random.Random | None = None) -> None:
         self.folder, self.at, self.power = folder, at, power
         self.seen: list[str] = []
-        self._safe: dict[Path, int] = {}  # bytes that outlast the power, of each file that was written
+        self._safe: dict[
+            Path, int
+        ] = {}  # bytes that outlast the power, of each file that was written
 
     def watch(self) -> None:
         """Begin to count."""
@@ -43,7 +44,11 @@ class Writes:
         flush = os.fsync
 
         def fsync(handle: Any) -> None:
-            path = Path(os.readlink(f"/proc/self/fd/{handle if isinstance(handle, int) else handle.fileno()}"))
+            path = Path(
+                os.readlink(
+                    f"/proc/self/fd/{handle if isinstance(handle, int) else handle.fileno()}"
+                )
+            )
             self._count("fsync", path)
             flush(handle)
             if path in self._safe:
@@ -54,7 +59,9 @@ class Writes:
 
         save = safetensors.torch.serialize_file
 
-        def serialize_file(tensors: Any, filename: Any, *others: Any, **more: Any) -> None:  # written by Rust, which no hook sees
+        def serialize_file(
+            tensors: Any, filename: Any, *others: Any, **more: Any
+        ) -> None:  # written by Rust, which no hook sees
             self._writes(Path(filename).absolute())
             save(tensors, filename, *others, **more)
 
@@ -63,7 +70,9 @@ class Writes:
     def _hook(self, event: str, args: tuple) -> None:
         if event == "open":
             path, mode, flags = args
-            if isinstance(path, str | bytes | os.PathLike) and (flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            if isinstance(path, str | bytes | os.PathLike) and (
+                flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            ):
                 self._writes(_path(path))
         elif event == "os.rename":
             old, new = _path(args[0], args[2]), _path(args[1], args[3])
@@ -82,7 +91,11 @@ class Writes:
             self._safe.setdefault(path, path.stat().st_size if path.exists() else 0)
 
     def _counts(self, path: Path) -> bool:
-        return self.folder in path.parents and path.relative_to(self.folder).parts[0] in ("run", "cache", "saved")
+        return self.folder in path.parents and path.relative_to(self.folder).parts[0] in (
+            "run",
+            "cache",
+            "saved",
+        )
 
     def _count(self, what: str, path: Path) -> None:
         if not self._counts(path):
@@ -90,14 +103,21 @@ class Writes:
         if len(self.seen) == self.at:
             for file, size in self._safe.items() if self.power else ():
                 if file.is_file() and self.power.random() < 0.5:
-                    os.truncate(file, self.power.randint(min(size, file.stat().st_size), file.stat().st_size))
+                    os.truncate(
+                        file,
+                        self.power.randint(min(size, file.stat().st_size), file.stat().st_size),
+                    )
             os._exit(CRASH)
         self.seen.append(f"{what} {path.relative_to(self.folder)}")
 
 
 def _path(path: Any, folder: int = -1) -> Path:
     """The absolute path, which may be given from an open folder on."""
-    where = os.readlink(f"/proc/self/fd/{folder}") if isinstance(folder, int) and folder >= 0 else os.getcwd()
+    where = (
+        os.readlink(f"/proc/self/fd/{folder}")
+        if isinstance(folder, int) and folder >= 0
+        else os.getcwd()
+    )
     return Path(where, os.fsdecode(path))
 
 
@@ -115,9 +135,9 @@ def moments(trial: Trial, variant: str) -> list[str]:
             command()
             (folder / "moments.json").write_text(json.dumps(writes.seen))
 
-        from tests.faults.trial import command
-
-        ended_well(trial.start(settings, model=model, folder=folder, first=first, call=note).ending())
+        ended_well(
+            trial.start(settings, model=model, folder=folder, first=first, call=note).ending()
+        )
 
     return json.loads((trial.shared(f"moments-{variant}", make) / "moments.json").read_text())
 

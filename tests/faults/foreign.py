@@ -1,4 +1,4 @@
-"""Checkpoints, data, caches and YAML from elsewhere hold text, pickles and modules that would run; none of them does."""
+"""Checkpoints, data, caches and YAML from elsewhere hold what would run; none of it does."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.faults import kills, toy
+from tests.faults import crashes, kills, toy
 from tests.faults.judge import ended_well
-from tests.faults.trial import Trial, recommend
+from tests.faults.trial import Trial, command, recommend
 from tests.faults.warm import Program
 
 LONG, SHORT = 150, 8
@@ -28,14 +28,32 @@ class Evil:
 
 
 def attempt(trial: Trial) -> str:
-    """One thing from elsewhere, used in one way. Code that ran left a marker, which the caller looks for."""
-    way = trial.draw.choice([a_checkpoint, a_checkpoint, a_backbone, pickled_data, a_cache, a_state, yaml_files, an_experiment, atomic_files])
+    """One thing from elsewhere, used in one way; code that ran has left a marker."""
+    way = trial.draw.choice(
+        [
+            a_checkpoint,
+            a_checkpoint,
+            a_backbone,
+            pickled_data,
+            a_cache,
+            a_state,
+            yaml_files,
+            an_experiment,
+            atomic_files,
+        ]
+    )
     return "result" if way(trial) else "sentence"
 
 
 def _poison(value: Any, evil: str, draw: random.Random) -> Any:
     """JSON in which one value is replaced by text that would run where it is evaluated."""
-    texts = [evil, f"[{evil}]", f"{{'mode': {evil}}}", f"!!python/object/apply:eval [\"{evil}\"]", f"{{{{ {evil} }}}}"]
+    texts = [
+        evil,
+        f"[{evil}]",
+        f"{{'mode': {evil}}}",
+        f'!!python/object/apply:eval ["{evil}"]',
+        f"{{{{ {evil} }}}}",
+    ]
     if isinstance(value, dict) and value:
         key = draw.choice([*value])
         return value | {key: _poison(value[key], evil, draw)}
@@ -44,18 +62,29 @@ def _poison(value: Any, evil: str, draw: random.Random) -> Any:
 
 def _module(folder: Path, evil: str) -> dict[str, Any]:
     """A module of a model's own in ``folder``; returns what names it in ``config.json``."""
-    text = f"{evil}\nfrom transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
-    text += "class EvilConfig(LlamaConfig):\n    model_type = 'evil'\nclass EvilModel(LlamaForCausalLM):\n    config_class = EvilConfig\n"
+    text = (
+        f"{evil}\nfrom transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+    )
+    text += "class EvilConfig(LlamaConfig):\n    model_type = 'evil'\n"
+    text += "class EvilModel(LlamaForCausalLM):\n    config_class = EvilConfig\n"
     text += "class EvilTokenizer(PreTrainedTokenizerFast):\n    pass\n"
     (folder / "evil.py").write_text(text)
-    return {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel", "AutoTokenizer": ["evil.EvilTokenizer"] * 2}
+    return {
+        "AutoConfig": "evil.EvilConfig",
+        "AutoModelForCausalLM": "evil.EvilModel",
+        "AutoTokenizer": ["evil.EvilTokenizer"] * 2,
+    }
 
 
 def _infect(folder: Path, trial: Trial) -> str:
     """Put something into a folder that ``transformers`` loads; returns what."""
     evil, draw = trial.evil, trial.draw
-    sort = draw.choice(["a module", "a module", "a module under another type", "pickled weights", "a template"])
-    config = folder / ("adapter_config.json" if (folder / "adapter_config.json").is_file() else "config.json")
+    sort = draw.choice(
+        ["a module", "a module", "a module under another type", "pickled weights", "a template"]
+    )
+    config = folder / (
+        "adapter_config.json" if (folder / "adapter_config.json").is_file() else "config.json"
+    )
     if sort.startswith("a module"):
         named = _module(folder, evil)
         for file in (folder / "config.json", folder / "tokenizer_config.json", config):
@@ -70,7 +99,9 @@ def _infect(folder: Path, trial: Trial) -> str:
         for name in ("pytorch_model.bin", "adapter_model.bin"):
             (folder / name).write_bytes(pickle.dumps(Evil(evil)))
     else:
-        (folder / "chat_template.jinja").write_text(f"{{{{ ''.__class__.__mro__[1].__subclasses__() }}}}{{% {evil} %}}")
+        (folder / "chat_template.jinja").write_text(
+            f"{{{{ ''.__class__.__mro__[1].__subclasses__() }}}}{{% {evil} %}}"
+        )
     return sort
 
 
@@ -78,24 +109,47 @@ def a_checkpoint(trial: Trial) -> bool:
     """A run's folder from elsewhere: to recommend from, to align from, or to load as a backbone."""
     variant = trial.draw.choice(["scratch", "lora"])
     kills.alone(trial, variant)
-    shutil.copytree(trial.folder.parent / "shared" / f"alone-{variant}" / "run", trial.folder / "run")
+    shutil.copytree(
+        trial.folder.parent / "shared" / f"alone-{variant}" / "run", trial.folder / "run"
+    )
     use = trial.draw.choice(["recommend", "recommend", "sft_checkpoint", "backbone"])
     part = trial.folder / "run" / ("sft" if use == "sft_checkpoint" else "sdpo")
-    sort = trial.draw.choice(["data.json", "data.json", "settings.json", "trust", "files", "saved data"])
+    sort = trial.draw.choice(
+        ["data.json", "data.json", "settings.json", "trust", "files", "saved data"]
+    )
     if sort.endswith(".json"):
         file = part / sort
         content = json.loads(file.read_text())
         for _ in range(trial.draw.choice([1, 1, 3])):
             content = _poison(content, trial.evil, trial.draw)
-        if sort == "data.json" and isinstance(content, dict) and isinstance(content.get("settings"), dict):
-            known = ["title_fields", "load_col", "seq_len", "metrics", "eval_args", "run_dir", "backbone", "prompt_templates", "benchmark_filename"]
-            content["settings"][trial.draw.choice(known)] = trial.draw.choice([trial.evil, f"[{trial.evil}]"])
+        if (
+            sort == "data.json"
+            and isinstance(content, dict)
+            and isinstance(content.get("settings"), dict)
+        ):
+            known = [
+                "title_fields",
+                "load_col",
+                "seq_len",
+                "metrics",
+                "eval_args",
+                "run_dir",
+                "backbone",
+                "prompt_templates",
+                "benchmark_filename",
+            ]
+            content["settings"][trial.draw.choice(known)] = trial.draw.choice(
+                [trial.evil, f"[{trial.evil}]"]
+            )
         file.write_text(json.dumps(content))
     elif sort == "trust":
         backbone = trial.folder / "elsewhere"
         shutil.copytree(trial.backbone, backbone)
         _infect(backbone, trial)
-        for name, other in (("settings.json", {"trust_remote_code": True, "backbone": str(backbone)}), ("data.json", {"backbone": str(backbone)})):
+        for name, other in (
+            ("settings.json", {"trust_remote_code": True, "backbone": str(backbone)}),
+            ("data.json", {"backbone": str(backbone)}),
+        ):
             content = json.loads((part / name).read_text()) | other
             if name == "data.json":
                 content["settings"] |= {"trust_remote_code": True, "backbone": str(backbone)}
@@ -105,13 +159,16 @@ def a_checkpoint(trial: Trial) -> bool:
     else:
         content = json.loads((part / "data.json").read_text())
         content["settings"] |= {"checkpoint_dir": str(trial.folder / "saved")} | {
-            key: str(trial.folder / "saved" / "toy.pth") for key in ("dataset_save_path", "dataloaders_save_path")
+            key: str(trial.folder / "saved" / "toy.pth")
+            for key in ("dataset_save_path", "dataloaders_save_path")
         }
         (part / "data.json").write_text(json.dumps(content))
         _pickles(trial.folder / "saved", trial.evil)
     trial.what = f"{use} of {variant} with {sort}"
     if use == "recommend":
-        return ended_well(Program(trial.folder, recommend, ["--checkpoint=run/sdpo", "--user=u1"]).ending())
+        return ended_well(
+            Program(trial.folder, recommend, ["--checkpoint=run/sdpo", "--user=u1"]).ending()
+        )
     _, settings = kills.settings_of(trial, variant)
     other = {"sft_checkpoint": "run"} if use == "sft_checkpoint" else {"backbone": "run/sdpo"}
     return ended_well(trial.run(settings | other | {"run_dir": "mine"}))
@@ -121,7 +178,12 @@ def _pickles(folder: Path, evil: str) -> None:
     """Every file that RecBole would unpickle unasked."""
     folder.mkdir(exist_ok=True)
     models = ["SDPO-LLM", "BPR", "SASRec", "Pop"]
-    kinds = ["Dataset", "SequentialDataset", *(f"{model}Dataset" for model in models), *(f"for-{model}-dataloader" for model in models)]
+    kinds = [
+        "Dataset",
+        "SequentialDataset",
+        *(f"{model}Dataset" for model in models),
+        *(f"for-{model}-dataloader" for model in models),
+    ]
     for name in [f"toy-{kind}.pth" for kind in kinds] + ["toy.pth"]:
         (folder / name).write_bytes(pickle.dumps(Evil(evil)))
 
@@ -148,18 +210,29 @@ def a_backbone(trial: Trial) -> bool:
 def a_cache(trial: Trial) -> bool:
     """A cache that somebody filled before."""
     kills.alone(trial, "fixed negatives")
-    shutil.copytree(trial.folder.parent / "shared" / "alone-fixed negatives" / "cache", trial.folder / "cache")
+    shutil.copytree(
+        trial.folder.parent / "shared" / "alone-fixed negatives" / "cache", trial.folder / "cache"
+    )
     trial.what = "a pickle in the reference cache"
     for file in (trial.folder / "cache").rglob("*.*"):
         if file.is_file():
-            file.write_bytes(_pickled_array(trial.evil) if trial.draw.random() < 0.7 else pickle.dumps(Evil(trial.evil)))
+            file.write_bytes(
+                _pickled_array(trial.evil)
+                if trial.draw.random() < 0.7
+                else pickle.dumps(Evil(trial.evil))
+            )
     _, settings = kills.settings_of(trial, "fixed negatives")
     return ended_well(trial.run(settings))
 
 
 def _pickled_array(evil: str) -> bytes:
     header = str({"descr": "|O", "fortran_order": False, "shape": (1,)}).ljust(117) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + pickle.dumps(Evil(evil))
+    return (
+        b"\x93NUMPY\x01\x00"
+        + len(header).to_bytes(2, "little")
+        + header.encode()
+        + pickle.dumps(Evil(evil))
+    )
 
 
 def a_state(trial: Trial) -> bool:
@@ -168,13 +241,15 @@ def a_state(trial: Trial) -> bool:
     _, settings = kills.settings_of(trial, variant)
 
     def make(folder: Path) -> None:
-        from tests.faults import crashes
-
         at = int(0.8 * len(crashes.moments(trial, variant)))
         trial.start(settings, folder=folder, first=crashes.Writes(folder, at).watch).ending()
 
     shutil.copytree(trial.shared(f"interrupted-{variant}-0.8", make) / "run", trial.folder / "run")
-    files = sorted(file for file in (trial.folder / "run").rglob("*") if file.suffix in (".json", ".safetensors"))
+    files = sorted(
+        file
+        for file in (trial.folder / "run").rglob("*")
+        if file.suffix in (".json", ".safetensors")
+    )
     file = trial.draw.choice(files)
     trial.what = f"resume of a run with evil in {file.relative_to(trial.folder)}"
     if file.suffix == ".json":
@@ -185,7 +260,11 @@ def a_state(trial: Trial) -> bool:
     return ended_well(trial.run(settings | {"resume": "run"}))
 
 
-TAGS = ["!!python/object/apply:eval", "!!python/object/new:eval", "!!python/object/apply:builtins.eval"]
+TAGS = [
+    "!!python/object/apply:eval",
+    "!!python/object/new:eval",
+    "!!python/object/apply:builtins.eval",
+]
 
 
 def yaml_files(trial: Trial) -> bool:
@@ -197,19 +276,43 @@ def yaml_files(trial: Trial) -> bool:
     name = "evil.yaml"
     (trial.folder / name).write_text(evil)
     if place == "templates":
-        return ended_well(trial.run(toy.settings("SDPO-LLM", data_path=str(trial.data), prompt_templates=name)))
+        return ended_well(
+            trial.run(toy.settings("SDPO-LLM", data_path=str(trial.data), prompt_templates=name))
+        )
     (trial.folder / name).write_text(evil + f"data_path: {trial.data}\n")
-    from tests.faults.trial import command
-
-    return ended_well(Program(trial.folder, command, ["--model=Pop", "--dataset=toy", f"--config_files={name}"]).ending())
+    return ended_well(
+        Program(
+            trial.folder, command, ["--model=Pop", "--dataset=toy", f"--config_files={name}"]
+        ).ending()
+    )
 
 
 def an_experiment(trial: Trial) -> bool:
-    """An experiment's file with text or YAML that would run; it is only planned, as no run of it is right."""
-    from tests.faults.trial import command
-
-    key = trial.draw.choice(["title", "dataset", "seeds", "candidates", "metrics", "baselines", "tries", "base", "name", "model", "seed_", "title_fields", "sft_epochs"])
-    text = trial.draw.choice([json.dumps(trial.evil), f'{trial.draw.choice(TAGS)} ["{trial.evil}"]', json.dumps(f"[{trial.evil}]")])
+    """An experiment's file with text or YAML that would run; it is planned, and no run of it begins."""
+    key = trial.draw.choice(
+        [
+            "title",
+            "dataset",
+            "seeds",
+            "candidates",
+            "metrics",
+            "baselines",
+            "tries",
+            "base",
+            "name",
+            "model",
+            "seed_",
+            "title_fields",
+            "sft_epochs",
+        ]
+    )
+    text = trial.draw.choice(
+        [
+            json.dumps(trial.evil),
+            f'{trial.draw.choice(TAGS)} ["{trial.evil}"]',
+            json.dumps(f"[{trial.evil}]"),
+        ]
+    )
     trial.what = f"{key} of an experiment is {text[:40]}"
     run = {"name": "a", "model": "Pop"}
     lines = ["title: t", "dataset: toy"]
@@ -221,7 +324,9 @@ def an_experiment(trial: Trial) -> bool:
         lines = [line for line in lines if not line.startswith(key)] + [f"{key}: {text}"]
     lines.append(f"runs: [{json.dumps(run)}]".replace('"EVIL"', text))
     if key not in ("title_fields", "sft_epochs", "seed_", "model"):
-        lines[-1] = f"runs: [{json.dumps(run | {'settings': {'no_such_setting': 1}})}]".replace('"EVIL"', text)
+        lines[-1] = f"runs: [{json.dumps(run | {'settings': {'no_such_setting': 1}})}]".replace(
+            '"EVIL"', text
+        )
     (trial.folder / "evil.yaml").write_text("\n".join(lines) + "\n")
     return ended_well(Program(trial.folder, command, ["--experiment=evil.yaml"]).ending())
 
@@ -242,5 +347,3 @@ def atomic_files(trial: Trial) -> bool:
     file.write_text("\n".join(lines) + "\n")
     model = trial.draw.choice(["SDPO-LLM", "BPR", "SASRec"])
     return ended_well(trial.run(toy.settings(model, data_path="data"), model=model))
-
-

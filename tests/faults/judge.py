@@ -1,4 +1,4 @@
-"""What is right: the correct result, or one sentence that names what is wrong; and what else there is."""
+"""What is right: the correct result, or one sentence that names what is wrong; and what is not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ SORTS = {
 }
 """The ways of being wrong."""
 
-OUT_OF_MEMORY = re.compile(r"MemoryError|can't allocate memory|Cannot allocate memory|out of memory|bad_alloc", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    r"MemoryError|can't allocate memory|Cannot allocate memory|out of memory|bad_alloc",
+    re.IGNORECASE,
+)
 
 
 class Wrong(AssertionError):
@@ -42,7 +45,7 @@ def ended_well(ending: Ending, names: Iterable[str] = (), codes: Iterable[int] =
     """True where the program ended without an error; False where it ended as it should with one.
 
     Args:
-        names: words of which one must stand in the sentence: the key, the file, …; none for any sentence.
+        names: words of which one must stand in the sentence: the key, the file; none for any.
         codes: exit codes of an error.
 
     Raises:

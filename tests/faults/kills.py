@@ -21,8 +21,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "more candidates": ("SDPO-LLM", {"more_candidates": ["pop5"]}),
     "fixed negatives": ("SDPO-LLM", {"fixed_negatives": True, "cache_dir": "cache"}),
     "worker": ("SDPO-LLM", {"worker": 1, "sft_epochs": 1, "sdpo_epochs": 1}),
-    "candidates in the prompt": ("SDPO-LLM", {"prompt_style": "candidates", "prompt_candidates": 4, "sft_epochs": 1, "sdpo_epochs": 1}),
-    "dropout": ("SDPO-LLM", {"scratch_dropout": 0.2, "sft_gradient_accumulation": 2, "sdpo_max_train_targets": 20}),
+    "candidates in the prompt": (
+        "SDPO-LLM",
+        {"prompt_style": "candidates", "prompt_candidates": 4, "sft_epochs": 1, "sdpo_epochs": 1},
+    ),
+    "dropout": (
+        "SDPO-LLM",
+        {"scratch_dropout": 0.2, "sft_gradient_accumulation": 2, "sdpo_max_train_targets": 20},
+    ),
     "sft alone": ("SDPO-LLM", {"objective": "sft", "sft_epochs": 3}),
     "SASRec": ("SASRec", {"loss_type": "CE", "n_layers": 1, "hidden_size": 8, "inner_size": 8}),
     "BPR": ("BPR", {"more_candidates": ["pop5"]}),
@@ -63,7 +69,7 @@ def to_the_end(
     times: int,
     first: Callable[[], Callable[[], object]] = lambda: lambda: None,
 ) -> None:
-    """Run a variant, ``disturb`` it and begin it again so many times, and let it end: as if nothing had been.
+    """Run a variant, ``disturb`` it and begin it again, so many times, and let it end.
 
     Args:
         first: makes what each of these programs calls before it begins.
@@ -96,7 +102,7 @@ def go_on(
     first: Callable[[], Callable[[], object]] = lambda: lambda: None,
     run_dir: str = "run",
 ) -> None:
-    """Begin a run, or begin it again: by ``--resume``, or from the start where that is what it says.
+    """Begin a run, or begin it again: by ``--resume``, or from the start where that is refused.
 
     Args:
         disturbed: has this program been ended from outside? Then it is not asked how it ended.
@@ -108,7 +114,9 @@ def go_on(
         return
     model, settings = settings_of(trial, variant)
     said = []
-    ways = [{"resume": run_dir}] if model == "SDPO-LLM" and (trial.folder / run_dir).exists() else []
+    ways = (
+        [{"resume": run_dir}] if model == "SDPO-LLM" and (trial.folder / run_dir).exists() else []
+    )
     for how in (*ways, {"run_dir": run_dir}):
         again = {key: value for key, value in settings.items() if key != "run_dir"} | how
         program = trial.start(again, model=model, first=first())
@@ -124,7 +132,9 @@ def attempt(trial: Trial) -> None:
     """Kill at a random moment, up to three times."""
     variant = trial.draw.choice([*VARIANTS])
     _, seconds = alone(trial, variant)
-    moments = [trial.draw.uniform(0, 1.05 * seconds) for _ in range(trial.draw.choice([1, 1, 2, 3]))]
+    moments = [
+        trial.draw.uniform(0, 1.05 * seconds) for _ in range(trial.draw.choice([1, 1, 2, 3]))
+    ]
     trial.what = f"{variant}, killed after {', '.join(f'{moment:.3f} s' for moment in moments)}"
     moment = iter(moments)
 

@@ -29,7 +29,7 @@ OF_RANK = {
 
 
 def last_items(events: Iterable[tuple[str, str, str]]) -> dict[str, str]:
-    """Of each user the item of the latest event; of equal times, the one that stands last in the file."""
+    """Of each user the item of the latest event; of equal times, of the last row."""
     latest: dict[str, tuple[Decimal, str]] = {}
     for user, item, time in events:
         if user not in latest or Decimal(time) >= latest[user][0]:
@@ -64,17 +64,25 @@ def check_metrics(run_dir: Path) -> None:
             most = int(sampled) + 1 if sampled.isdecimal() else math.inf
             for row in part:
                 if not 1 <= int(row["rank"]) <= most:
-                    raise Wrong("wrong result", f"rank {row['rank']} of user {row['user']} among {mode}")
+                    raise Wrong(
+                        "wrong result", f"rank {row['rank']} of user {row['user']} among {mode}"
+                    )
             for metric, value in of_mode["test"].items():
                 name, _, k = metric.partition("@")
                 if name not in OF_RANK or not part:
                     continue
                 mean = sum(OF_RANK[name](int(row["rank"]), int(k)) for row in part) / len(part)
                 if not math.isclose(mean, value, abs_tol=0.51 * 10**-digits):
-                    raise Wrong("wrong result", f"{stage} {mode} {metric} is {value}, and {mean} of ranks.csv")
+                    raise Wrong(
+                        "wrong result",
+                        f"{stage} {mode} {metric} is {value}, and {mean} of ranks.csv",
+                    )
     last = [*result["stages"].values()][-1]["test"]
     if result["test_result"] != last:
-        raise Wrong("wrong result", f"test_result {result['test_result']} is not that of the last stage, {last}")
+        raise Wrong(
+            "wrong result",
+            f"test_result {result['test_result']} is not that of the last stage, {last}",
+        )
 
 
 def check_targets(run_dir: Path, targets: dict[str, str]) -> None:
@@ -87,12 +95,15 @@ def check_targets(run_dir: Path, targets: dict[str, str]) -> None:
     for row in ranks(run_dir):
         by_part[row["stage"], row["candidates"]][row["user"]] = row["item"]
     for part, items in by_part.items():
-        other = [user for user in targets if items.get(user) != targets[user]] + [user for user in items if user not in targets]
+        other = [user for user in targets if items.get(user) != targets[user]] + [
+            user for user in items if user not in targets
+        ]
         if other:
             user = other[0]
             raise Wrong(
                 "wrong result",
-                f"{len(other)} of {len(targets)} users in {part} are tested on another item, such as {user!r} on "
+                f"{len(other)} of {len(targets)} users in {part} are tested on another item, "
+                f"such as {user!r} on "
                 f"{items.get(user)!r}, whose last is {targets.get(user)!r}",
             )
 
@@ -103,13 +114,22 @@ def toy_targets() -> dict[str, str]:
 
 
 def remains(run_dir: Path) -> dict[str, Any]:
-    """What a run leaves that must be alike for two runs of one seed and settings: bits and numbers, not times."""
+    """What two runs of one seed and settings leave alike: bits and numbers, not times."""
     result = result_of(run_dir)
     stages = {
-        name: {key: value for key, value in stage.items() if key not in ("wall_s", "tokens")} for name, stage in result["stages"].items()
+        name: {key: value for key, value in stage.items() if key not in ("wall_s", "tokens")}
+        for name, stage in result["stages"].items()
     }
-    facts = {"stages": stages, **{key: result[key] for key in ("test_result", "popularity", "candidates_sha256", "training_targets")}}
-    found: dict[str, Any] = {f"result.json {key}": json.dumps(value, sort_keys=True) for key, value in facts.items()}
+    facts = {
+        "stages": stages,
+        **{
+            key: result[key]
+            for key in ("test_result", "popularity", "candidates_sha256", "training_targets")
+        },
+    }
+    found: dict[str, Any] = {
+        f"result.json {key}": json.dumps(value, sort_keys=True) for key, value in facts.items()
+    }
     for file in run_dir.rglob("*"):
         name = str(file.relative_to(run_dir))
         if file.suffix in (".safetensors", ".csv") and not re.match(MEANWHILE, name):
@@ -144,4 +164,6 @@ def check_alike(run_dir: Path, alone: dict[str, Any]) -> None:
     if other:
         first = other[0]
         seen = f"{now.get(first)} in place of {alone.get(first)}"
-        raise Wrong("wrong result", f"another {', '.join(other[:6])} than the undisturbed run: {seen[:600]}")
+        raise Wrong(
+            "wrong result", f"another {', '.join(other[:6])} than the undisturbed run: {seen[:600]}"
+        )

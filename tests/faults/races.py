@@ -1,4 +1,4 @@
-"""Two of everything, begun at the same moment: each ends as it does alone, or says in one sentence why it does not."""
+"""Two of everything at one moment: each ends as it does alone, or a sentence says why not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def two_models(trial: Trial) -> str:
 def one_cache(trial: Trial) -> str:
     """Two runs of one reference, whose cache they share."""
     settings = {"seed": 1, "fixed_negatives": True, "cache_dir": "cache"}
-    return _beside(trial, [("SDPO-LLM", settings), ("SDPO-LLM", settings | {"beta": trial.draw.choice([1.0, 0.5])})])
+    return _beside(
+        trial,
+        [("SDPO-LLM", settings), ("SDPO-LLM", settings | {"beta": trial.draw.choice([1.0, 0.5])})],
+    )
 
 
 def one_folder(trial: Trial) -> str:
@@ -88,9 +91,18 @@ def _beside(trial: Trial, runs: list[tuple[str, dict[str, Any]]]) -> str:
             if not ended_well(trial.run(settings | {"run_dir": "run"}, model=model, folder=folder)):
                 raise Wrong("vague", f"{model} does not run alone")
 
-        lone.append((model, other.get("seed"), other.get("beta", 1.0), oracle.remains(trial.shared(name, make) / "run")))
+        lone.append(
+            (
+                model,
+                other.get("seed"),
+                other.get("beta", 1.0),
+                oracle.remains(trial.shared(name, make) / "run"),
+            )
+        )
     for model, other in runs:
-        programs.append(trial.start(toy.settings(model, data_path=str(trial.data), **other), model=model))
+        programs.append(
+            trial.start(toy.settings(model, data_path=str(trial.data), **other), model=model)
+        )
         time.sleep(trial.draw.choice([0, 0, 0.01, 0.1]))
     for program in programs:
         if not ended_well(program.ending()):

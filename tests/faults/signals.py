@@ -1,4 +1,4 @@
-"""A scheduler's SIGTERM or Ctrl-C: one sentence, the exit code that shells expect, and the run goes on to the same bits."""
+"""SIGTERM or Ctrl-C: one sentence, the usual exit code, and the run goes on to the same bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file that a program reads was cut, flipped, zeroed, lost or replaced: the right result, or one sentence that names the file."""
+"""A file was cut, flipped, zeroed, lost or replaced: the right result, or a sentence that names it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ def _cut(data: bytes, draw: random.Random) -> bytes:
 
 def _flip(data: bytes, draw: random.Random) -> bytes:
     place = draw.randrange(len(data) or 1)
-    return data[:place] + bytes([byte ^ 1 << draw.randrange(8) for byte in data[place : place + 1]]) + data[place + 1 :]
+    return (
+        data[:place]
+        + bytes([byte ^ 1 << draw.randrange(8) for byte in data[place : place + 1]])
+        + data[place + 1 :]
+    )
 
 
 def _zero(data: bytes, draw: random.Random) -> bytes:
@@ -36,13 +40,29 @@ DAMAGE: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "zeroed": _zero,
     "emptied": lambda data, draw: b"",
     "lengthened": lambda data, draw: data + draw.choice([b"\n", b"x", b"\0" * 100, data]),
-    "replaced": lambda data, draw: draw.choice([b"null", b"[]", b"{}", b'"text"', b"\xff\xfe\x00", b"<html></html>\n"]),
+    "replaced": lambda data, draw: draw.choice(
+        [b"null", b"[]", b"{}", b'"text"', b"\xff\xfe\x00", b"<html></html>\n"]
+    ),
 }
 
 
 def damage(file: Path, draw: random.Random) -> str:
     """Do something to the file; returns what."""
-    sort = draw.choice(["cut", "cut", "flipped", "flipped", "zeroed", "zeroed", "emptied", "lengthened", "replaced", "lost", "a folder"])
+    sort = draw.choice(
+        [
+            "cut",
+            "cut",
+            "flipped",
+            "flipped",
+            "zeroed",
+            "zeroed",
+            "emptied",
+            "lengthened",
+            "replaced",
+            "lost",
+            "a folder",
+        ]
+    )
     if sort in DAMAGE:
         file.write_bytes(DAMAGE[sort](file.read_bytes(), draw))
     else:
@@ -54,13 +74,17 @@ def damage(file: Path, draw: random.Random) -> str:
 
 def attempt(trial: Trial) -> str:
     """One file, of one way to read it."""
-    reader = trial.draw.choice([going_on, going_on, a_checkpoint, a_recommendation, a_cache, a_result, a_conversion])
+    reader = trial.draw.choice(
+        [going_on, going_on, a_checkpoint, a_recommendation, a_cache, a_result, a_conversion]
+    )
     return "result" if reader(trial) else "sentence"
 
 
 def _damage_one(trial: Trial, where: Path, *patterns: str) -> list[str]:
     """Damage a file of these patterns; returns the words by which an error may name it."""
-    files = sorted({file for pattern in patterns for file in where.rglob(pattern) if file.is_file()})
+    files = sorted(
+        {file for pattern in patterns for file in where.rglob(pattern) if file.is_file()}
+    )
     file = trial.draw.choice(files)
     sort = damage(file, trial.draw)
     trial.what += f"{file.relative_to(trial.folder)} {sort}"
@@ -76,7 +100,9 @@ def going_on(trial: Trial) -> bool:
 
     def make(folder: Path) -> None:
         at = int(share * len(crashes.moments(trial, variant)))
-        trial.start(settings, model=model, folder=folder, first=crashes.Writes(folder, at).watch).ending()
+        trial.start(
+            settings, model=model, folder=folder, first=crashes.Writes(folder, at).watch
+        ).ending()
 
     interrupted = trial.shared(f"interrupted-{variant}-{share}", make)
     for part in ("run", "cache"):
@@ -135,7 +161,9 @@ def a_recommendation(trial: Trial) -> bool:
     ending = Program(trial.folder, recommend, arguments).ending()
     well = ended_well(ending, names)
     if well and ending.out != said:
-        raise Wrong("wrong result", f"it recommends {ending.out[:200]!r} in place of {said[:200]!r}")
+        raise Wrong(
+            "wrong result", f"it recommends {ending.out[:200]!r} in place of {said[:200]!r}"
+        )
     return well
 
 
@@ -143,7 +171,9 @@ def a_cache(trial: Trial) -> bool:
     """A run finds what an earlier one asked the reference."""
     left, _ = kills.alone(trial, "fixed negatives")
     model, settings = kills.settings_of(trial, "fixed negatives")
-    shutil.copytree(trial.folder.parent / "shared" / "alone-fixed negatives" / "cache", trial.folder / "cache")
+    shutil.copytree(
+        trial.folder.parent / "shared" / "alone-fixed negatives" / "cache", trial.folder / "cache"
+    )
     trial.what = "cache_dir: "
     names = _damage_one(trial, trial.folder / "cache", "*")
     well = ended_well(trial.run(settings, model=model), [*names, "cache_dir"])
@@ -156,7 +186,9 @@ def a_result(trial: Trial) -> bool:
     """A result is read again."""
     variant = trial.draw.choice(["scratch", "BPR"])
     kills.alone(trial, variant)
-    shutil.copytree(trial.folder.parent / "shared" / f"alone-{variant}" / "run", trial.folder / "run")
+    shutil.copytree(
+        trial.folder.parent / "shared" / f"alone-{variant}" / "run", trial.folder / "run"
+    )
     trial.what = f"result of {variant}: "
     before = oracle.remains(trial.folder / "run")
     names = _damage_one(trial, trial.folder / "run", "result.json", "ranks.csv")
@@ -184,7 +216,11 @@ def a_conversion(trial: Trial) -> bool:
 
             from tests.lm.test_backbone import write_gguf
 
-            write_gguf(folder / "toy.gguf", AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source))
+            write_gguf(
+                folder / "toy.gguf",
+                AutoModelForCausalLM.from_pretrained(source),
+                AutoTokenizer.from_pretrained(source),
+            )
 
         ending = Program(folder, write).ending()
         if ending.code:

@@ -48,13 +48,15 @@ def settings(model: str, **other: Any) -> dict[str, Any]:
 
 
 def rows(seed: int = 0) -> list[tuple[str, str, str]]:
-    """User, item and time of each event, in the order of the file. No two events of a user are of one time or one item."""
+    """User, item and time of each event, in the order of the file; no user has a time or item twice."""
     draw = random.Random(f"toy {seed}")
     events = []
     for user in range(USERS):
         first = draw.randrange(ITEMS)
         for step in range(EVENTS):
-            events.append((f"u{user}", f"i{(first + step) % ITEMS}", f"{1_000_000_000 + 1000 * step + user}"))
+            events.append(
+                (f"u{user}", f"i{(first + step) % ITEMS}", f"{1_000_000_000 + 1000 * step + user}")
+            )
     draw.shuffle(events)
     return events
 
@@ -82,12 +84,26 @@ def backbone(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator([*titles().values()] * 3, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="<s>", pad_token="<s>"
+    )
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **shape)).save_pretrained(folder)
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **shape)
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

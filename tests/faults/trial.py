@@ -72,7 +72,9 @@ class Trial:
     @property
     def backbone(self) -> Path:
         """The folder of the toy backbone; shared."""
-        return self.shared("backbone", lambda folder: Program(folder, lambda: toy.backbone(folder)).ending())
+        return self.shared(
+            "backbone", lambda folder: Program(folder, lambda: toy.backbone(folder)).ending()
+        )
 
     def start(
         self,
@@ -97,7 +99,7 @@ class Trial:
         dataset = settings.get("dataset", "toy")
         settings = {key: value for key, value in settings.items() if key != "dataset"}
         if way == "dictionary":
-            return Program(folder, lambda: _from_python(model, dataset, settings), **how)
+            return Program(folder, lambda: from_python(model, dataset, settings), **how)
         arguments = [f"--model={model}", f"--dataset={dataset}"]
         if way == "arguments":
             arguments += [f"--{key}={value}" for key, value in settings.items()]
@@ -108,7 +110,9 @@ class Trial:
             arguments.append(f"--config_files={file.name}")
         return Program(folder, call or command, arguments, **how)
 
-    def run(self, settings: Mapping[str, Any], way: str = "file", model: str = "SDPO-LLM", **how: Any) -> Ending:
+    def run(
+        self, settings: Mapping[str, Any], way: str = "file", model: str = "SDPO-LLM", **how: Any
+    ) -> Ending:
         """A run, from its beginning to its end."""
         return self.start(settings, way, model, **how).ending()
 
@@ -152,7 +156,8 @@ def result_of(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
 
 
-def _from_python(model: str, dataset: str, settings: Mapping[str, Any]) -> None:
+def from_python(model: str, dataset: str, settings: Mapping[str, Any]) -> None:
+    """The program, by its function."""
     from recbole_sdpo.quick_start import run
 
     with mendable():

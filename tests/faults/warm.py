@@ -1,13 +1,14 @@
-"""Programs that begin at once: each is forked from this process, where everything is imported already.
+"""Programs that begin at once: each is forked from this process, where everything is imported.
 
-Importing torch, transformers and RecBole takes five seconds, a toy run about one. A child has its own folder, home, arguments,
-output and limits, and never returns into the code of its parent.
+Importing torch, transformers and RecBole takes five seconds, a toy run about one. A child has its
+own folder, home, arguments, output and limits, and never returns into the code of its parent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import resource
 import select
@@ -69,8 +70,16 @@ class Program:
         number = len(list(place.glob("*.err")))
         self._out, self._err = (place / f"{number}.{end}" for end in ("out", "err"))
         (place / "in").write_bytes(TYPED)
-        self._in = os.open(place / "in", os.O_RDONLY)  # shared with the child, and so is the place up to which it read
-        handles = [self._in, *(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for file in (self._out, self._err))]
+        self._in = os.open(
+            place / "in", os.O_RDONLY
+        )  # shared with the child, and so is the place up to which it read
+        handles = [
+            self._in,
+            *(
+                os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                for file in (self._out, self._err)
+            ),
+        ]
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -116,7 +125,9 @@ class Program:
         asked = os.lseek(self._in, 0, os.SEEK_CUR) > 0
         os.close(self._in)
         os.close(self._handle)
-        out, err = (file.read_text(encoding="utf-8", errors="replace") for file in (self._out, self._err))
+        out, err = (
+            file.read_text(encoding="utf-8", errors="replace") for file in (self._out, self._err)
+        )
         return Ending(None if hung else code, out, err, asked)
 
 
@@ -142,7 +153,11 @@ def _settle_in(folder: Path, streams: list[int]) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     # Python's own streams may be those of a test runner.
-    sys.stdin, sys.stdout, sys.stderr = (open(number, mode, encoding="utf-8") for number, mode in enumerate("rww"))  # noqa: SIM115
+    sys.stdin = io.TextIOWrapper(io.FileIO(0))
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(number, "w"), encoding="utf-8", line_buffering=True)
+        for number in (1, 2)
+    )
     os.chdir(folder)
     os.environ |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "COLUMNS": "200"}
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
