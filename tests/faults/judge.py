@@ -74,6 +74,19 @@ def ended_well(ending: Ending, names: Iterable[str] = (), codes: Iterable[int] =
     return False
 
 
+def interrupted_well(ending: Ending, number: int) -> None:
+    """Did the program end as one should that got the signal ``number``: a sentence, and the usual code?
+
+    Raises:
+        Wrong: it did not.
+    """
+    if "Traceback" in ending.err:
+        raise Wrong("traceback", f"{last_line(ending.err)} ({_place(ending.err)})")
+    last = last_line(ending.err) or last_line(ending.out)
+    if ending.code != 128 + number or len(last.split()) < 4 or " INFO " in last:
+        raise Wrong("vague", f"exit code {ending.code} after: {last}")
+
+
 def last_line(text: str, width: int = 500) -> str:
     """The last line that is not empty."""
     lines = [line for line in text.splitlines() if line.strip()]

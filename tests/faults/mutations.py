@@ -11,7 +11,7 @@ from tests.faults import oracle, toy
 from tests.faults.judge import Wrong, ended_well
 from tests.faults.trial import Trial
 
-LONG, SHORT = 200, 8
+LONG, SHORT = 100, 6
 
 MODELS = ["SDPO-LLM", "SDPO-LLM", "SDPO-LLM", "BPR", "SASRec", "Pop"]
 

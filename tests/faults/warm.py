@@ -114,14 +114,15 @@ class Program:
             else:
                 signal.pidfd_send_signal(self._handle, number)
 
-    def ending(self, seconds: float = SECONDS) -> Ending:
-        """Wait for its end; whatever it has begun ends with it."""
+    def ending(self, seconds: float = SECONDS, alone: bool = True) -> Ending:
+        """Wait for its end; what it has begun is killed then, if it is to be ``alone``."""
         hung = not self.ended(seconds)
         if hung:
             self.send(signal.SIGKILL)
         code = self.code()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        if alone:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
         asked = os.lseek(self._in, 0, os.SEEK_CUR) > 0
         os.close(self._in)
         os.close(self._handle)
