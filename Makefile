@@ -4,13 +4,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.10 || command -v p
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: run test lint clean
+.PHONY: run test faults lint clean
 
 run: $(READY)
 	$(RUN) run_recbole_sdpo.py --model=SDPO-LLM --dataset=ml-100k $(ARGS)
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q $(ARGS)
+
+faults: $(READY)
+	$(RUN) -m tests.faults $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
