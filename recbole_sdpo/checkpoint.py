@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import SUMS, check_seal
+from recbole_sdpo.files import SUMS, check_seal, read_json
 from recbole_sdpo.lm.backbone import ADAPTER_FILE, BackboneConfig
 from recbole_sdpo.settings import Settings
 from recbole_sdpo.trainer.sdpo_trainer import DATA_FILE, POLICY_FILE
@@ -81,7 +80,7 @@ class Checkpoint:
         if (folder / ADAPTER_FILE).is_file() and not (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"checkpoint {str(folder)!r} has no adapter_model.safetensors; its weights must be in that file, not a pickle.")
         policy, data = folder / POLICY_FILE, folder / DATA_FILE
-        made, given = _read(policy), _read(data)
+        made, given = read_json(policy), read_json(data)
         try:
             settings = Settings.from_mapping({key: value for key, value in made.items() if key in OF_THE_POLICY})
         except UserError as error:
@@ -110,18 +109,6 @@ def _policy_folder(folder: Path) -> Path:
     if not places:
         raise UserError(f"checkpoint={str(folder)!r} holds no {DATA_FILE}; it must be the folder of a run, or 'sft' or 'sdpo' in it.")
     return places[0]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing; the checkpoint must be a folder that a run wrote.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); it must be JSON, as a run wrote it.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; it must be a dictionary, as a run wrote it.")
-    return content
 
 
 def _take(values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], source: Path) -> Any:

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from recbole_sdpo.errors import UserError
 
 SUMS = "SHA256SUMS"
@@ -73,6 +71,23 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The dictionary in a JSON file, whoever wrote it.
+
+    Raises:
+        UserError: it is not there, or holds something else; the message names it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; the folder must be one that a run wrote.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); it must be JSON, as a run wrote it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; it must be a dictionary, as a run wrote it.")
+    return content
 
 
 @contextmanager
@@ -173,14 +188,14 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the operating system name ``path``; those of safetensors, which has a class of its own for them, become such."""
+    """Errors of the operating system name ``path``; those of safetensors and tokenizers, which have no class in common, become such."""
     try:
         yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if not number:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # as Rust says it
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

@@ -1,7 +1,7 @@
 """How the command ends when it is told to, or when the machine lets it down: one sentence, and the line that goes on.
 
-Ctrl-C and SIGTERM, which schedulers send, end a run at once, but where training has a step to finish first: then its state is kept.
-A second Ctrl-C does not wait.
+Ctrl-C, SIGTERM, which schedulers send, and SIGHUP, which a closed terminal sends, end a run at once. Where training has a step to
+finish first, its state is kept. A second Ctrl-C does not wait.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 REMEDIES = {
     errno.ENOSPC: "free some space",
@@ -97,7 +97,12 @@ def say_how_to_go_on(error: BaseException, folder: Path | None) -> None:
         note = f"go on with: {_command(folder)}"
     else:
         note = f"go on with resume={str(folder)!r}"
-    error.__notes__ = [*getattr(error, "__notes__", ()), note]  # add_note, which Python 3.10 has not
+    add_note(error, note)
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Have the command say ``note`` at its end; as ``add_note``, which Python 3.10 has not."""
+    error.__notes__ = [*getattr(error, "__notes__", ()), note]
 
 
 def _command(folder: Path) -> str:
@@ -131,7 +136,8 @@ def _handlers() -> Iterator[None]:
         yield
         return
     _asked, _process = 0, os.getpid()
-    before = {signum: signal.signal(signum, _handle) for signum in SIGNALS}
+    heard = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # nohup
+    before = {signum: signal.signal(signum, _handle) for signum in heard}
     try:
         yield
     finally:

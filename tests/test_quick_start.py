@@ -79,7 +79,7 @@ def test_what_a_run_that_has_ended_leaves(ring, tmp_path, model):
     theirs = {file.name for file in Path("run").glob("*.pth")}
     assert len(theirs) == (model == "GRU4Rec")
     own = {"sft", "sdpo", "steps.csv"} if model == "SDPO-LLM" else theirs
-    assert {file.name for file in Path("run").iterdir()} == {"result.json", "ranks.csv", "run.log", "tensorboard"} | own
+    assert {file.name for file in Path("run").iterdir()} == {"result.json", "ranks.csv", "run.log", "tensorboard", "inputs.json"} | own
     assert {file.name for file in Path().iterdir()} - {"data", "run"} <= {".cache"}  # nothing lies beside it
     assert read_result(Path("run")) == result and set(result["files"]) == {"ranks.csv"} | ({"steps.csv"} & own)
     modes = {oct(file.stat().st_mode & 0o777) for file in Path("run").rglob("*")}

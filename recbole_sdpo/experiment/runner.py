@@ -26,6 +26,7 @@ from recbole_sdpo.experiment.worker import LIFELINE
 from recbole_sdpo.files import check_seal, write_text
 from recbole_sdpo.inputs import FILE as INPUTS_FILE
 from recbole_sdpo.inputs import Inputs, digest
+from recbole_sdpo.interrupt import add_note
 from recbole_sdpo.result import RESULT_FILE, read_result
 from recbole_sdpo.trainer.state import FOLDER, read_state
 
@@ -103,20 +104,20 @@ class Runner:
         begun: dict[str, Future] = {}
         took: dict[str, float] = {}
         pool = ThreadPoolExecutor(self.jobs)
-        with _raising(signal.SIGTERM, signal.SIGHUP):
-            try:
-                for number, run in enumerate(todo):
-                    # What it begins from is ahead of it in the queue, so that waiting for it ends.
-                    start = begun.get(run.start.identity) if run.start else None
-                    begun[run.identity] = pool.submit(
-                        self._in_turn, run, start, todo[number:], len(todo), took
-                    )
-                ended = [future.result() for future in begun.values()]
-            except (KeyboardInterrupt, SystemExit):
-                self._stop(pool)
-                raise
-            finally:
-                pool.shutdown(cancel_futures=True)
+        try:
+            for number, run in enumerate(todo):
+                # What it begins from is ahead of it in the queue, so that waiting for it ends.
+                start = begun.get(run.start.identity) if run.start else None
+                begun[run.identity] = pool.submit(
+                    self._in_turn, run, start, todo[number:], len(todo), took
+                )
+            ended = [future.result() for future in begun.values()]
+        except KeyboardInterrupt as error:
+            self._stop(pool)
+            add_note(error, "the same command goes on from here: what is done is kept")
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
         return [failure for failure in ended if failure]
 
     def _without_result(self, ordered: list[Run]) -> list[Run]:
@@ -146,10 +147,9 @@ class Runner:
                     f"stopping: runs that save their state and end: {len(workers)}; interrupt again to kill them"
                 )
             pool.shutdown()
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:
             for worker in workers:
                 worker.kill()
-        self._say("stopped; the same command goes on from here: what is done is kept")
 
     def _in_turn(
         self, run: Run, start: Future | None, left: list[Run], total: int, took: dict[str, float]
@@ -319,30 +319,6 @@ def _lock(lock: IO, file: Path) -> bool:
         raise UserError(
             f"{file} must be on a file system with locks (flock), and this one says: {error.strerror}."
         ) from error
-
-
-@contextmanager
-def _raising(*signals: signal.Signals) -> Iterator[None]:
-    """``signals`` end the program as Ctrl-C does, with the exit codes that shells expect; only a main thread hears them."""
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    main = threading.current_thread() is threading.main_thread()
-    before = (
-        {
-            number: signal.signal(number, end)
-            for number in signals
-            if signal.getsignal(number) == signal.SIG_DFL
-        }
-        if main
-        else {}
-    )
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _why(code: int, last: str, store: Path) -> str:

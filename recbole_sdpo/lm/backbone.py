@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
-import json
 import os
 import re
 import tempfile
@@ -33,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import check_seal, seal, sha256, whole_folder
+from recbole_sdpo.files import check_seal, read_json, seal, sha256, whole_folder
 from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.scratch import build_model
@@ -152,7 +151,7 @@ def restore_policy(lm: LanguageModel, folder: Path) -> None:
     what = f"checkpoint {str(folder)!r}"
     with _reading(what, "it must be a folder that a run wrote"):
         tokenizer = type(lm.tokenizer).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        written = json.loads((folder / wanted).read_text(encoding="utf-8"))
+        written = read_json(folder / wanted)
     if tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise UserError(f"{what} has another tokenizer than this run; use the data, backbone and settings it was made with.")
     if not adapted and written.get("model_type") != lm.model.config.model_type:
@@ -374,19 +373,20 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
 
 
 def _add_adapter(model: PreTrainedModel, config: BackboneConfig, seed: int) -> PeftModel:
-    targets = config.lora_target_modules
+    targets, head = config.lora_target_modules, model.get_output_embeddings()
+    parts = [(name, part) for name, part in model.named_modules() if part is not head]
+    names = {name.rsplit(".", 1)[-1] for name, part in parts if isinstance(part, (nn.Linear, Conv1D))}
     if config.lora_layers is not None:
         depth = model.config.get_text_config().num_hidden_layers
         if not config.lora_layers or not all(0 <= layer < depth for layer in config.lora_layers):
             raise UserError(f"lora_layers={config.lora_layers} must be numbers of the backbone's layers, from 0 to {depth - 1}.")
         if targets == "all-linear":  # peft takes layers only with names
-            head = model.get_output_embeddings()
-            linear = [name for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not head]
-            targets = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    names = [name for name, _ in model.named_modules()]
+            targets = sorted(names)
     for target in targets if isinstance(targets, list) else []:  # peft is content if it finds one of them
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            raise UserError(f"lora_target_modules: {target!r} must name modules of the backbone, such as {names[-1].rsplit('.', 1)[-1]!r}.")
+        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+            raise UserError(
+                f"lora_target_modules={targets}: {target!r} must be a module of the backbone, such as {', '.join(sorted(names))}."
+            )
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,

@@ -24,7 +24,7 @@ from recbole_sdpo.data.sequences import training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import restore, snapshot
-from recbole_sdpo.files import SUMS, check_seal, seal, settle, whole_folder, write_text
+from recbole_sdpo.files import SUMS, check_seal, read_json, seal, settle, whole_folder, write_text
 from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.sdpo_llm import TARGET_ROW
@@ -156,7 +156,8 @@ class SDPOTrainer(Trainer):
         if resumed:
             settle(checkpoint)
         if name in resumed.get("reports", {}):
-            self._restore(checkpoint)
+            self._check_whole(checkpoint)
+            restore_policy(self.model.lm, checkpoint)
             self.reports[name] = StageReport(**resumed["reports"][name])
             self._log(f"{name}: already done in {self.run_dir}.", verbose)
             return self.reports[name]
@@ -168,7 +169,8 @@ class SDPOTrainer(Trainer):
         best, kept = snapshot(self.model), False
         if resumed.get("stage") == name:
             if checkpoint.is_dir():
-                self._restore(checkpoint)
+                self._check_whole(checkpoint)
+                restore_policy(self.model.lm, checkpoint)
                 best, kept = snapshot(self.model), True
             load_state(self.run_dir, stage)
             self.best_valid_score, self.best_valid_result, self.cur_step = resumed["best"]
@@ -364,25 +366,25 @@ class SDPOTrainer(Trainer):
         Raises:
             UserError: it was made otherwise, is damaged, or is none.
         """
-        file = folder / POLICY_FILE
-        made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self._check_whole(folder)
+        made = read_json(folder / POLICY_FILE) if (folder / POLICY_FILE).is_file() else {}
         for key, value in self._policy_identity().items():
             if made.get(key, value) != value:
                 raise UserError(
                     f"checkpoint {str(folder)!r} was made with {key}={made[key]!r}, and this run has {value!r}; "
                     "use the settings it was made with."
                 )
-        self._restore(folder)
+        restore_policy(self.model.lm, folder)
 
-    def _restore(self, folder: Path) -> None:
-        """Load the policy's weights from ``folder``, which no run need have written; where one has, they must be as it wrote them.
+    @staticmethod
+    def _check_whole(folder: Path) -> None:
+        """No run need have written ``folder``; where one has, all of it must be as it was.
 
         Raises:
-            UserError: they are not, or are no weights of this policy.
+            UserError: it is not.
         """
         if any((folder / file).is_file() for file in (SUMS, POLICY_FILE)):
             check_seal(folder)
-        restore_policy(self.model.lm, folder)
 
     def prepare(self, train_data: AbstractDataLoader, *eval_data: AbstractDataLoader | None) -> None:
         """Check what could fail late, and freeze the candidates of the given loaders, in the order of the split.

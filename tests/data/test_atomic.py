@@ -293,10 +293,8 @@ def test_files_of_other_separators_and_encodings(tmp_path, separator, encoding, 
         assert len(texts) == 1
 
 
-@pytest.mark.parametrize("kind", ["float", "object", "Float64", "Int64", "int64[pyarrow]", "double[pyarrow]", "category", "text"])
+@pytest.mark.parametrize("kind", ["float", "object", "Float64", "Int64", "category", "text"])
 def test_whole_numbers_are_written_without_a_point(tmp_path, kind):
-    if "pyarrow" in kind:
-        pytest.importorskip("pyarrow")
     years = pd.Series([1995, 2001, None], dtype="float")
     ids = pd.Series([1, 2, 3], dtype="float")
     if kind == "text":  # as pandas writes such a column into a CSV

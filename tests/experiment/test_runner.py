@@ -27,8 +27,9 @@ from recbole_sdpo.experiment import worker
 from recbole_sdpo.experiment.plan import Experiment, Run, plan
 from recbole_sdpo.experiment.runner import Runner
 from recbole_sdpo.experiment.tune import tune
-from recbole_sdpo.files import seal
+from recbole_sdpo.files import seal, sha256, write_record
 from recbole_sdpo.inputs import Inputs
+from recbole_sdpo.interrupt import endings
 from recbole_sdpo.result import write_result
 from tests.conftest import TINY, write_dataset
 
@@ -157,9 +158,10 @@ def test_an_interrupted_run_is_resumed_and_one_that_cannot_be_begins_anew(tmp_pa
         (tmp_path / run.name / "left").write_text("")
         if run.name != "stillborn":
             (tmp_path / run.name / "state").mkdir()
-            tensors = "weights"
-            (tmp_path / run.name / "state" / tensors).write_text("")
-            (tmp_path / run.name / "state" / "state.json").write_text(json.dumps({"tensors": tensors}))
+            weights = tmp_path / run.name / "state" / "weights"
+            weights.write_text("")
+            state = {"tensors": weights.name, "sha256_of_tensors": sha256(weights)}
+            write_record(tmp_path / run.name / "state" / "state.json", state)
     (tmp_path / "cut" / "state" / "state.json").write_text("{")
     (tmp_path / "without" / "state" / "weights").unlink()
     runner = Pretended(tmp_path, failing={run.name for run in runs})
@@ -237,11 +239,10 @@ def begin(work):
     if not process:
         code = 70
         try:
-            work()
+            with endings():
+                work()
         except SystemExit as end:
             code = end.code
-        except KeyboardInterrupt:
-            code = 130
         finally:
             os._exit(code)
     return process, int(until(lambda: Path("alive").exists() and Path("alive").read_text()))
@@ -315,14 +316,15 @@ def test_an_experiment_killed_at_any_instant_goes_on_alone(tmp_path):
     assert runner.run_all(runs) == [] and all(map(runner.done, runs)) and not list(tmp_path.glob("*.two"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_experiment_ends_its_runs_and_says_how_to_go_on(tmp_path, capfd, number, code):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     parent, run = begin(lambda: Sleeping(tmp_path, jobs=2).run_all([a_run("a", "1"), a_run("b", "2"), a_run("c", "3")]))
     os.kill(parent, number)
     assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == code and gone(run)
-    said = capfd.readouterr().out
-    assert "runs that save their state and end" in said and "the same command goes on" in said and "run 3 of 3" not in said
+    said, last = capfd.readouterr()
+    assert "runs that save their state and end" in said and "run 3 of 3" not in said
+    assert last.endswith(f"stopped by {number.name}; the same command goes on from here: what is done is kept.\n")
 
 
 def test_two_experiments_at_one_run_do_it_once(tmp_path):
