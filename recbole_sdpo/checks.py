@@ -304,8 +304,8 @@ def _check_together(values: Mapping[str, Any]) -> None:
     metrics, args = values["metrics"], values["eval_args"]
     metrics = [metrics] if isinstance(metrics, str) else metrics
     for metric in metrics:
-        # RecBole 1.2.1 asks the counts that these need for their .cpu(), which counts have not; reported nowhere that we found.
-        if any(need.startswith("data.count") for need in metrics_dict[metric.lower()].metric_need):
+        # RecBole 1.2.1 asks the numbers that these need for their .cpu(), which they have not; reported nowhere that we found.
+        if {"data.count_items", "data.num_items"} & set(metrics_dict[metric.lower()].metric_need):
             raise UserError(f"metrics={metrics} must not name {metric}, which RecBole 1.2.1 fails to compute.")
     kinds = {metric_types[metric.lower()] for metric in metrics}
     if len(kinds) > 1:

@@ -21,6 +21,11 @@ PART, OLD = ".part", ".old"
 """Names of what is being written, and of what it is about to replace, end so; a run that begins or goes on removes them."""
 
 
+def user_path(text: str | Path) -> Path:
+    """``text`` as a path, with ``~`` for the user's home; one of a user whom this machine does not know stays as it is."""
+    return Path(os.path.expanduser(text))
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write a file to, which takes the place of ``path`` at the end, or is gone if that fails.

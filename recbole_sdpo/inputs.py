@@ -19,7 +19,7 @@ import recbole_sdpo
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import template_file
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import sha256, write_text
+from recbole_sdpo.files import sha256, user_path, write_text
 from recbole_sdpo.lm.backbone import BackboneConfig, weights_source
 from recbole_sdpo.settings import MODEL
 from recbole_sdpo.trainer.state import FOLDER
@@ -172,7 +172,7 @@ def _files(config: RunConfig) -> dict[str, Path]:
     places = {key: config[key] for key in OF_RECBOLE}
     if config["model"] == MODEL:
         own, backbone = config.settings, backbone_config(config).backbone
-        sft = own.sft_checkpoint and Path(own.sft_checkpoint).expanduser()
+        sft = own.sft_checkpoint and user_path(own.sft_checkpoint)
         places |= {
             "backbone": backbone != "scratch" and weights_source(backbone),
             "prompt_templates": template_file(own.prompt_templates),
@@ -181,7 +181,7 @@ def _files(config: RunConfig) -> dict[str, Path]:
     files = _data_files(config)
     for role, place in places.items():
         if place:
-            files |= _in_place(role, Path(place).expanduser())
+            files |= _in_place(role, user_path(place))
     return files
 
 

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import check_seal, read_json, seal, sha256, whole_folder
+from recbole_sdpo.files import check_seal, read_json, seal, sha256, user_path, whole_folder
 from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.scratch import build_model
@@ -204,7 +204,7 @@ def _locate(config: BackboneConfig) -> str:
     if name.endswith(".gguf"):
         if not os.path.isfile(name):
             raise UserError(f"backbone={config.backbone!r} is a file that does not exist; give the path of a .gguf file.")
-        return str(_convert_gguf(Path(name), Path(config.cache_dir).expanduser()))
+        return str(_convert_gguf(Path(name), user_path(config.cache_dir)))
     return name
 
 

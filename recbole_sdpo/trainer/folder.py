@@ -17,7 +17,7 @@ from recbole.utils import get_local_time
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.selection import FOLDER as SELECTION
-from recbole_sdpo.files import remove_parts
+from recbole_sdpo.files import remove_parts, user_path
 from recbole_sdpo.result import RESULT_FILE
 from recbole_sdpo.trainer.state import FOLDER as STATE
 from recbole_sdpo.trainer.state import STATE_FILE, holds_state
@@ -39,10 +39,10 @@ def run_folder(config: Config) -> Path:
         UserError: there is nothing to resume, or the folder asked for holds a run.
     """
     if config["resume"]:
-        folder = Path(config["resume"]).expanduser()
+        folder = user_path(config["resume"])
         _check_resumable(folder)
         return folder
-    wanted = Path(config["run_dir"]).expanduser() if config["run_dir"] else None
+    wanted = user_path(config["run_dir"]) if config["run_dir"] else None
     if wanted and (wanted / RESULT_FILE).exists():
         raise UserError(f"run_dir={str(wanted)!r} holds a run that has ended; give another folder.")
     if wanted and (holds_state(wanted) or _checkpoints(wanted)):
@@ -60,9 +60,9 @@ def run_folder(config: Config) -> Path:
                 folder.mkdir(parents=True, exist_ok=folder == wanted)  # another run may have begun in the same second
                 chosen = [str(folder)]
                 break
-            except FileExistsError:
-                if folder == wanted:
-                    raise
+            except OSError as error:
+                if folder == wanted or not isinstance(error, FileExistsError):
+                    raise UserError(f"the run's folder {str(folder)!r} cannot be made: {error.strerror}; give another run_dir.") from error
     return Path(broadcast_object_list(chosen)[0] if state.num_processes > 1 else chosen[0])
 
 

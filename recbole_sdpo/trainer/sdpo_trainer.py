@@ -24,7 +24,7 @@ from recbole_sdpo.data.sequences import training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import restore, snapshot
-from recbole_sdpo.files import SUMS, check_seal, read_json, seal, settle, whole_folder, write_text
+from recbole_sdpo.files import SUMS, check_seal, read_json, seal, settle, user_path, whole_folder, write_text
 from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.sdpo_llm import TARGET_ROW
@@ -231,7 +231,7 @@ class SDPOTrainer(Trainer):
         """The stage before its first step: policy and reference in place, examples and optimizer built."""
         settings, stage_settings = self.model.settings, getattr(self.model.settings, name)
         if name == "sft" and settings.sft_checkpoint:
-            folder = Path(settings.sft_checkpoint).expanduser()
+            folder = user_path(settings.sft_checkpoint)
             self._load_policy(folder / "sft" if (folder / "sft").is_dir() else folder)
             stage_settings = replace(stage_settings, epochs=0)
         objective = settings.objective if name == "sdpo" else "sft"
@@ -262,7 +262,7 @@ class SDPOTrainer(Trainer):
         return stage
 
     def _reference_folder(self) -> Path:
-        folder = Path(self.model.settings.cache_dir).expanduser() / "reference"
+        folder = user_path(self.model.settings.cache_dir) / "reference"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -430,7 +430,7 @@ class SDPOTrainer(Trainer):
     def _data(self) -> dict[str, Any]:
         """What it takes to load the data again, wherever that is done."""
         given = {key: value for key, value in self.config.external_config_dict.items() if key not in OF_THIS_RUN}
-        data, backbone = Path(self.config["data_path"]).resolve(), Path(self.model.backbone.backbone).expanduser()
+        data, backbone = Path(self.config["data_path"]).resolve(), user_path(self.model.backbone.backbone)
         if Path(recbole.__path__[0]).resolve() not in data.parents:
             given["data_path"] = str(data.parent)
         name = str(backbone.resolve()) if backbone.exists() else self.model.backbone.backbone
