@@ -96,9 +96,9 @@ class File:
                 f"whose columns are {columns}{why}."
             )
         if field not in self.loaded:
-            remedy = "leave it out of unload_col" if field in self.left_out else "add it to load_col"
+            remedy = "leave it out of un" if field in self.left_out else "add it to "
             raise UserError(
-                f"{what} must be loaded from {self.path}: {remedy}.{self.suffix}{why}."
+                f"{what} must be loaded from {self.path}: {remedy}load_col.{self.suffix}{why}."
             )
 
 
@@ -214,7 +214,7 @@ def _where_else(folder: Path, name: str) -> str:
 
 
 def _check_load_col(config: Config, files: list[File]) -> None:
-    """What the user's load_col names must be there; of ours, only what is needed, as is seen later."""
+    """What the user's load_col names must be there; of ours, what is needed, as is seen later."""
     load = config["load_col"] or {}
     for file in files:
         fields = load.get(file.suffix)
@@ -222,13 +222,13 @@ def _check_load_col(config: Config, files: list[File]) -> None:
             continue
         if file.left_out:
             raise UserError(
-                f"load_col and unload_col both name columns of {file.path}; only one of them must."
+                f"load_col and unload_col both name columns of {file.path}; only one must."
             )
         for field in fields if "load_col" in config.external_config_dict else ():
             if field not in file.types:
                 raise UserError(
-                    f"load_col.{file.suffix} names {field!r}, which must be a column of {file.path}; "
-                    f"it has {', '.join(file.types)}."
+                    f"load_col.{file.suffix} names {field!r}, which must be a column of "
+                    f"{file.path}; it has {', '.join(file.types)}."
                 )
 
 
@@ -265,7 +265,7 @@ def _check_histories(config: Config, files: list[File]) -> None:
         if config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
             why = "; a sequential model needs each event's history"
             field = list_field(config)
-            file.need(f"the list of ITEM_ID_FIELD, {field!r},", field, ["token_seq"], why)
+            file.need(f"ITEM_ID_FIELD with LIST_SUFFIX, {field!r},", field, ["token_seq"], why)
         if unlike := first.loaded.items() ^ file.loaded.items():
             field = min(unlike)[0]
             raise UserError(
@@ -283,7 +283,7 @@ def _check_unused(config: Config, files: list[File]) -> None:
     for suffix, fields in (config["unused_col"] or {}).items():
         if suffix not in suffixes:
             raise UserError(
-                f"unused_col names the {suffix} file, which must be there and be loaded by load_col."
+                f"unused_col names the {suffix} file, which must be there, and one of load_col."
             )
         for key in IDS.get(suffix, ()):
             if config[key] in fields:
