@@ -19,8 +19,9 @@ import yaml
 from recbole.config import Config
 from recbole.evaluator.register import metric_types, metrics_dict
 from recbole.model.abstract_recommender import AbstractRecommender
-from recbole.utils import EvaluatorType, FeatureType, InputType, ModelType
+from recbole.utils import EvaluatorType, InputType, ModelType
 
+from recbole_sdpo.data.columns import check_columns
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.objectives import OBJECTIVES
@@ -387,133 +388,6 @@ def check_folders(config: Config) -> None:
             raise UserError(f"{key}={config[key]!r} must be a folder that can be written, and {path!r} cannot.")
 
 
-def _columns(config: Config) -> dict[str, dict[str, str]]:
-    """For each file of the data that is there and whose first line can be read, its columns and their types."""
-    first = (config["benchmark_filename"] or [None])[0]
-    sources = ["inter", "user", "item", *(config["load_col"] or ()), *(config["additional_feat_suffix"] or ())]
-    columns = {}
-    for source in dict.fromkeys(sources):
-        name = ".".join(filter(None, (config["dataset"], first if source == "inter" else None, source)))
-        file = os.path.join(config["data_path"], name)
-        if os.path.isfile(file) and os.access(file, os.R_OK):
-            with open(file, "rb") as stream:
-                line = stream.readline(100_000).decode(config["encoding"] or "utf-8", "replace")
-            head = line.strip("\ufeff\r\n").split(config["field_separator"])
-            parts = [part.split(":") for part in head]
-            types = {kind.value for kind in FeatureType}
-            if all(len(part) == 2 and part[1] in types for part in parts):  # else RecBole's reader, or ours, will say what is wrong
-                columns[source] = dict(parts)
-    return columns
-
-
-def _check_columns(config: Config) -> None:
-    """The columns that settings name must be there, loaded, and of a type that serves.
-
-    Raises:
-        UserError: naming the setting, the column and the file.
-    """
-    for name in config["benchmark_filename"] or ():
-        file = os.path.join(config["data_path"], f"{config['dataset']}.{name}.inter")
-        if os.path.isdir(config["data_path"]) and not os.path.isfile(file):
-            raise UserError(f"benchmark_filename={config['benchmark_filename']} needs the file {file}, which is not there.")
-    files, load, unload = _columns(config), config["load_col"], config["unload_col"] or {}
-    where = lambda source: os.path.join(config["data_path"], f"{config['dataset']}.{source}")  # noqa: E731
-    for source, fields in (load or {}).items():
-        if fields == "*":
-            continue
-        if source in unload and fields and unload[source]:
-            raise UserError(f"load_col and unload_col both name columns of the {source} file; give one of them.")
-        if source in files and "load_col" in config.external_config_dict:
-            for field in fields:
-                if field not in files[source]:
-                    raise UserError(
-                        f"load_col.{source} names {field!r}, and {where(source)} has no such column; it must be one of "
-                        f"{', '.join(files[source])}."
-                    )
-    ids = {"inter": ["USER_ID_FIELD", "ITEM_ID_FIELD"], "user": ["USER_ID_FIELD"], "item": ["ITEM_ID_FIELD"]}
-    by_time = config["eval_args"]["order"] == "TO" or config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-    if by_time and not config["benchmark_filename"]:  # such files are in order already
-        ids["inter"] = [*ids["inter"], "TIME_FIELD"]
-    for source, keys in ids.items():
-        for key in keys:
-            types = files.get(source) or {config[key]: "token"}
-            if source == "inter" and (config[key] not in types or (key != "TIME_FIELD" and types[config[key]] != "token")):
-                kind = "" if key == "TIME_FIELD" else " of type token"
-                raise UserError(
-                    f"{key}={config[key]!r} must be a column{kind} of {where(source)}, whose columns are "
-                    f"{', '.join(':'.join(column) for column in types.items())}."
-                )
-            read = source == "inter" or load is None or load.get(source)
-            if read and not _loads(load, unload, source, config[key]):
-                raise UserError(f"load_col and unload_col must leave {key}={config[key]!r} among the columns of the {source} file.")
-            if config[key] in (config["unused_col"] or {}).get(source, ()) and key != "TIME_FIELD":
-                raise UserError(f"unused_col.{source} must not name {key}={config[key]!r}.")
-    for source in config["unused_col"] or ():
-        if (source not in files and source != "inter") or (load is not None and source not in load):
-            raise UserError(f"unused_col names the {source} file, which must be there and among those of load_col.")
-    for suffix in (more := config["additional_feat_suffix"]) or ():
-        if suffix in ("inter", "user", "item"):
-            raise UserError(f"additional_feat_suffix={more} must not name {suffix}, which is loaded anyway.")
-        if os.path.isdir(config["data_path"]) and not os.path.isfile(where(suffix)):
-            raise UserError(f"additional_feat_suffix={more} needs the file {where(suffix)}, which is not there.")
-    own = {config[key]: key for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")}
-    for field in config["threshold"] or ():
-        if field in own:
-            raise UserError(f"threshold must not name {own[field]}={field!r}: the column is gone once labels are made of it.")
-    users, items = (set(config[f"alias_of_{kind}_id"] or ()) | {config[f"{kind.upper()}_ID_FIELD"]} for kind in ("user", "item"))
-    if users & items:
-        raise UserError(f"alias_of_user_id and alias_of_item_id must not share {min(users & items)!r}: users and items are numbered apart.")
-    for field, weight in (config["preload_weight"] or {}).items():
-        if field in own or not any({field, weight} <= set(columns) for columns in files.values()):
-            raise UserError(
-                f"preload_weight={config['preload_weight']}: {field!r} and {weight!r} must be columns of one file, and {field!r} neither "
-                "the user's nor the item's id; see RecBole on additional_feat_suffix."
-            )
-    floats, tokens = ("float",), ("token", "token_seq")
-    wanted: list[tuple[str, str, tuple[str, ...]]] = []
-    wanted += [("threshold", field, floats) for field in config["threshold"] or ()]
-    for field, kept in (config["val_interval"] or {}).items():
-        wanted.append(("val_interval", field, floats if isinstance(kept, str) else ("token",)))
-    for key in ("normalize_field", "numerical_features", "discretization"):
-        wanted += [(key, field, ("float", "float_seq")) for field in config[key] or ()]
-    wanted += [(f"alias_of_{kind}_id", field, tokens) for kind in ("user", "item") for field in config[f"alias_of_{kind}_id"] or ()]
-    wanted += [("preload_weight", field, ("token",)) for field in config["preload_weight"] or ()]
-    wanted += [("preload_weight", field, ("float", "float_seq")) for field in (config["preload_weight"] or {}).values()]
-    wanted += [("seq_len", field, ("token_seq", "float_seq")) for field in config["seq_len"] or ()]
-    for key, field, types in wanted:
-        sources = ["inter"] if key == "threshold" else dict.fromkeys([*files, *(load or ())])
-        loaded = [source for source in sources if load is None or _loads(load, unload, source, field)]
-        there = [source for source in sources if field in files.get(source, {})]
-        if files.get("inter") and not there and not (loaded and all(source not in files for source in loaded)):
-            raise UserError(f"{key} names {field!r}, and no file of {config['data_path']} that it may be in has such a column.")
-        if not loaded:
-            source = there[0] if there else "inter"
-            raise UserError(f"{key} names {field!r}, which must be loaded: add it to load_col.{source}.")
-        for source in set(loaded) & set(there):
-            if files[source][field] not in types:
-                raise UserError(
-                    f"{key}={shown(config[key])}: {field!r} must be a column of type {' or '.join(types)}, and in {where(source)} it is of "
-                    f"type {files[source][field]}."
-                )
-    for field in config["discretization"] or ():
-        if field not in config["numerical_features"]:
-            raise UserError(f"discretization names {field!r}, which numerical_features must name, too.")
-    labels = "labeled" in config["eval_args"]["mode"].values()
-    if labels and not config["threshold"]:
-        column = config["LABEL_FIELD"]
-        if not _loads(load, unload, "inter", column) or column not in files.get("inter", {column: ""}):
-            raise UserError(
-                f"eval_args.mode=labeled needs a label: load a column LABEL_FIELD={column!r} by load_col, or make one of another, as "
-                "threshold={'rating': 4} does."
-            )
-
-
-def _loads(load: Mapping[str, Any] | None, unload: Mapping[str, Any], source: str, field: str) -> bool:
-    if field in unload.get(source, ()):
-        return False
-    return load is None or load.get(source) == "*" or field in load.get(source, ())
-
-
 def check_settings(config: Config) -> Settings:
     """Our settings from a configuration, checked, together with what they ask of RecBole's.
 
@@ -527,7 +401,7 @@ def check_settings(config: Config) -> Settings:
     else:
         check_unknown(config.external_config_dict, known, OF_EVERY_MODEL, config.model_class)
     _check_valid_metric(config)
-    _check_columns(config)
+    check_columns(config)
     _check_model(config)
     theirs = set() if ours else set(config.internal_config_dict) - OF_EVERY_MODEL  # such as the beta of AsymKNN
     settings = Settings.from_mapping({key: value for key, value in config.final_config_dict.items() if key not in theirs})

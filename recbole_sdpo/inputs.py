@@ -205,16 +205,11 @@ def _data_files(config: RunConfig) -> dict[str, Path]:
         *(f".{end}" for end in config["additional_feat_suffix"] or ()),
     }
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = {
+    return {
         f"data/{file.name}": file
         for file in inside
         if file.name.startswith(f"{name}.") and file.suffix in ends
     }
-    if not files:
-        raise UserError(
-            f"dataset={name!r}: {folder} holds no atomic files, such as {name}.inter; give the folder above it as data_path."
-        )
-    return files
 
 
 def _in_place(role: str, place: Path) -> dict[str, Path]:

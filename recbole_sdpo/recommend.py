@@ -206,8 +206,6 @@ def _load_data(made: Checkpoint, data_path: str | Path | None) -> ServedDataset:
     try:
         with compat.no_arguments(), compat.same_gpus():
             config = RunConfig(MODEL, made.dataset, config_dict=made.data | moved)
-        if not os.path.isdir(config["data_path"]):  # RecBole would look for it in the network
-            raise UserError(f"there is no folder {config['data_path']}.")
         return ServedDataset(config)
     except (ValueError, OSError) as error:
         raise UserError(

@@ -70,3 +70,13 @@ def ring(tmp_path) -> dict:
         "data_path": str(write_dataset(tmp_path / "data", sequences, titles)),
         "checkpoint_dir": str(tmp_path / "saved"),
     }
+
+
+@pytest.fixture
+def rated(ring) -> dict:
+    """The toy data with a rating of 1 to 5 and a class of its items."""
+    folder = Path(ring["data_path"]) / "toy"
+    for name, column in (("toy.inter", "rating:float"), ("toy.item", "class:token")):
+        head, *rows = (folder / name).read_text().splitlines()
+        (folder / name).write_text("\n".join([f"{head}\t{column}", *(f"{row}\t{1 + n % 5}" for n, row in enumerate(rows))]) + "\n")
+    return ring

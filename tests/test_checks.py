@@ -1,7 +1,6 @@
 """What RecBole's settings must be, each alone and together."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -17,16 +16,6 @@ from tests.test_values import CODE, DATA
 
 LOADED = {"load_col": {"inter": ["user_id", "item_id", "timestamp", "rating"]}}
 LABELED = {"metrics": ["AUC"], "valid_metric": "AUC", "eval_args": {"mode": "labeled"}}
-
-
-@pytest.fixture
-def rated(ring) -> dict:
-    """The toy data with a rating of 1 to 5 and a class of its items."""
-    folder = Path(ring["data_path"]) / "toy"
-    for name, column in (("toy.inter", "rating:float"), ("toy.item", "class:token")):
-        head, *rows = (folder / name).read_text().splitlines()
-        (folder / name).write_text("\n".join([f"{head}\t{column}", *(f"{row}\t{1 + n % 5}" for n, row in enumerate(rows))]) + "\n")
-    return ring
 
 
 def test_each_key_of_recboles_has_a_rule_that_its_default_and_its_examples_keep():
@@ -117,24 +106,6 @@ def test_intervals_of_recboles_grammar_are_ones():
         ("SDPO-LLM", {"eval_args": {"mode": "labeled"}}, "eval_args.mode=labeled: the metrics must be of labels"),
         ("BPR", {"metrics": ["NDCG", "TailPercentage"]}, "metrics=.* must not name TailPercentage, which RecBole 1.2.1 fails"),
         ("SDPO-LLM", {"metrics": ["AUC", "NDCG"]}, "must all be of a ranking"),
-        ("FM", LABELED, "eval_args.mode=labeled needs a label: load a column LABEL_FIELD='label'"),
-        ("FM", LABELED | {"threshold": {"rating": 3}}, "threshold names 'rating', which must be loaded: add it to load_col.inter"),
-        ("BPR", {"val_interval": {"rating": "[3,inf)"}}, "val_interval names 'rating', which must be loaded: add it to load_col.inter"),
-        ("BPR", {"val_interval": {"ratin": "[3,inf)"}}, "val_interval names 'ratin', and no file of .*toy that it may be in has such"),
-        ("BPR", LOADED | {"val_interval": {"rating": ["3"]}}, "'rating' must be a column of type token, and in .*toy.inter .* float"),
-        ("BPR", {"load_col": {"inter": ["user_id", "item_id", "ratin"]}}, "load_col.inter names 'ratin', and .*toy.inter has no such"),
-        ("BPR", {"load_col": {"inter": ["user_id", "item_id"]}}, "must leave TIME_FIELD='timestamp' among the columns of the inter file"),
-        ("BPR", {"load_col": {"inter": "*", "item": ["class"]}}, "must leave ITEM_ID_FIELD='item_id' among the columns of the item file"),
-        ("BPR", {"unused_col": {"user": ["age"]}}, "unused_col names the user file, which must be there"),
-        ("BPR", {"unused_col": {"inter": ["item_id"]}}, "unused_col.inter must not name ITEM_ID_FIELD"),
-        ("BPR", {"ITEM_ID_FIELD": "class"}, "ITEM_ID_FIELD='class' must be a column of type token of .*toy.inter, whose columns are"),
-        ("BPR", {"additional_feat_suffix": "item"}, "additional_feat_suffix=.* must not name item"),
-        ("BPR", {"numerical_features": ["nothing"]}, "numerical_features names 'nothing'"),
-        ("BPR", {"benchmark_filename": ["a", "b", "c"]}, "benchmark_filename=.* needs the file .*toy.a.inter"),
-        ("BPR", {"additional_feat_suffix": "ent"}, "additional_feat_suffix=.* needs the file .*toy.ent"),
-        ("BPR", {"threshold": {"timestamp": 3}}, "threshold must not name TIME_FIELD='timestamp'"),
-        ("BPR", {"alias_of_user_id": ["item_id"]}, "alias_of_user_id and alias_of_item_id must not share 'item_id'"),
-        ("BPR", LOADED | {"preload_weight": {"item_id": "rating"}}, "preload_weight=.* must be columns of one file, and 'item_id' neither"),
         ("BPR", {"train_neg_sample_args": {"sample_num": 0}}, "sample_num=0 must be 1 or more for BPR"),
         ("BPR", {"train_neg_sample_args": {"dynamic": True}}, "candidate_num=0 must be 1 or more with dynamic=True"),
         ("BPR", {"train_neg_sample_args": None}, "train_neg_sample_args must ask for negatives"),

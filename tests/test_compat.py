@@ -70,6 +70,8 @@ def test_and_here_reads_it_on_every_route(kind, tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text(f"wandb_project: {CODE}\nseed: 1e0\nlearning_rate: 1e-2\n")
     given = {"checkpoint_dir": CODE, "LABEL_FIELD": "self"}
     monkeypatch.setattr(sys, "argv", ["run.py", f"--data_path={CODE}", "--TIME_FIELD=param", "--show_progress=false", "--worker=0"])
+    (tmp_path / CODE / "x").mkdir(parents=True)  # RunConfig looks at the data
+    (tmp_path / CODE / "x" / "x.inter").write_text("user_id:token\titem_id:token\tparam:float\n1\t1\t1\n")
     config = kind("BPR", "x", [str(tmp_path / "a.yaml")] if kind is Config else None, dict(given))
     assert config["checkpoint_dir"] == CODE and config["data_path"].startswith(CODE) and config["show_progress"] is False
     assert config["LABEL_FIELD"] == "self" and config["TIME_FIELD"] == "param" and given["checkpoint_dir"] == CODE

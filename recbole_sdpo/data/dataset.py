@@ -6,7 +6,6 @@ route: :func:`install`.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,24 +15,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import recbole
 import torch
-import yaml
 from recbole.config import Config
 from recbole.data import data_preparation as recbole_preparation
 from recbole.data.dataset import Dataset, SequentialDataset
 from recbole.utils import FeatureSource, FeatureType, ModelType
 
+from recbole_sdpo.data.columns import FILTERS, UNFILTERED, by_time, check_columns, list_field
 from recbole_sdpo.data.tables import Table, read_table
 from recbole_sdpo.errors import UserError
 
 PICKLES = ("dataset_save_path", "dataloaders_save_path", "save_dataset", "save_dataloaders")
 """RecBole's settings that load or write a pickle."""
-
-UNFILTERED = (None, "None", "[0,inf)")
-"""Values of RecBole's filters that let everything pass."""
-
-FILTERS = ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter")
 
 
 def create_dataset(config: Config) -> Dataset:
@@ -77,7 +70,7 @@ def user_histories(dataset: Dataset) -> dict[str, np.ndarray]:
         events = events.sort_values(dataset.time_field, kind="stable")
         return {tokens[user]: items.to_numpy() for user, items in events.groupby(dataset.uid_field)[dataset.iid_field]}
     met: dict[str, list[int]] = {}
-    for user, past, item in zip(events[dataset.uid_field], events[_list_field(dataset)], events[dataset.iid_field], strict=True):
+    for user, past, item in zip(events[dataset.uid_field], events[list_field(dataset.config)], events[dataset.iid_field], strict=True):
         history = met.setdefault(tokens[user], [])
         # A row goes on where the last one ended, or shows the end of that, or tells of another session.
         shown = list(past)
@@ -100,38 +93,11 @@ RECBOLE = {name: getattr(Dataset, name) for name in ("_load_data", "_set_alias",
 
 
 def _load_data(self: Dataset, token: str, dataset_path: str) -> None:
-    """As RecBole's, once the files are there; RecBole would fetch some datasets from the network, and may ask on standard input."""
-    folder, names = Path(dataset_path), self.benchmark_filename_list
-    if names is not None and not (isinstance(names, list) and len(names) == 3 and all(isinstance(name, str) for name in names)):
-        raise UserError(f"benchmark_filename={names!r} must be a list of three: those of training, validation and test.")
-    paths = [folder / f"{token}.{'' if name is None else f'{name}.'}inter" for name in names or [None]]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"dataset={token!r}: there is no file {path}{_where_else(folder, token)}.")
-    if names is not None:
-        _check_filters(self.config)
-    RECBOLE["_load_data"](self, token, dataset_path)
-    _check_fields(self)
-
-
-def _where_else(folder: Path, token: str) -> str:
-    """How the error about a missing file ends."""
-    if folder.is_dir():
-        return f"; the folder holds {', '.join(sorted(path.name for path in folder.iterdir())[:9]) or 'nothing'}"
-    urls = yaml.safe_load((Path(recbole.__path__[0]) / "properties" / "dataset" / "url.yaml").read_text(encoding="utf-8"))
-    known = f"; RecBole's copy of it is {urls[token]}, to unpack there" if token in urls else ""
-    siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    near = difflib.get_close_matches(token, siblings, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"; data_path must be the folder that holds {token}/{token}.inter{known}{hint}"
-
-
-def _check_filters(config: Config) -> None:
-    for key in FILTERS:
-        if str(config[key]).replace(" ", "") not in map(str, UNFILTERED):
-            raise UserError(f"{key}={config[key]!r}: files of benchmark_filename are taken as they are, unfiltered; leave it out.")
-    if "split" in config.external_config_dict.get("eval_args", {}):
+    """As RecBole's, once files and columns are there; RecBole would fetch some datasets from the network, and may ask on standard input."""
+    check_columns(self.config)
+    if self.benchmark_filename_list is not None and "split" in self.config.external_config_dict.get("eval_args", {}):
         getLogger().warning("eval_args.split has no effect on files of benchmark_filename, which are split already.")
+    RECBOLE["_load_data"](self, token, dataset_path)
 
 
 def _load_feat(self: Dataset, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
@@ -145,9 +111,6 @@ def _load_feat(self: Dataset, filepath: str, source: FeatureSource | str) -> pd.
     table = read_table(Path(filepath), self.config["field_separator"], self.config["encoding"])
     name = source.value if isinstance(source, FeatureSource) else source
     wanted = [field for field in table.types if (load is None or field in load) and field not in (unload or ())]
-    lacking = sorted((load or set()) - set(table.types) - {self.time_field})  # whether time is needed is seen later
-    if lacking:
-        raise UserError(f"{filepath} has no column {lacking[0]!r}, which load_col={{{name!r}: …}} names; it has {', '.join(table.types)}.")
     columns = {}
     for field in wanted:
         kind = FeatureType(table.types[field])
@@ -167,14 +130,14 @@ def _load_feat(self: Dataset, filepath: str, source: FeatureSource | str) -> pd.
 def _column(self: Dataset, table: Table, field: str, source: str) -> Any:
     kind = self.field2type[field] if source != "link" else FeatureType(table.types[field])
     if kind == FeatureType.FLOAT:
-        return table.numbers(field, needed=source == "inter" and field == self.time_field and _by_time(self))
+        return table.numbers(field, needed=source == "inter" and field == self.time_field and by_time(self.config))
     if kind == FeatureType.TOKEN:
         if field in (self.uid_field, self.iid_field):
             return table.ids(field)
         text = table.text(field)
         return np.where(text == "", np.array(np.nan, object), text)
     rows = table.sequences(field, self.config["seq_separator"])
-    length, past = max(map(len, rows)), source == "inter" and field == _list_field(self)
+    length, past = max(map(len, rows)), source == "inter" and field == list_field(self.config)
     if past:
         table.refuse(np.array([len(row) == 0 for row in rows]), field, "is no history; it must have one item or more")
     limit = (self.config["seq_len"] or {}).get(field, length)
@@ -186,61 +149,9 @@ def _column(self: Dataset, table: Table, field: str, source: str) -> Any:
     return pd.Series(rows, dtype=object)
 
 
-def _by_time(self: Dataset) -> bool:
-    """Is it time that orders the events?"""
-    return self.benchmark_filename_list is None and self.config["eval_args"]["order"] == "TO"
-
-
-def _list_field(self: Dataset) -> str:
-    return f"{self.iid_field}{self.config['LIST_SUFFIX']}"
-
-
-def _check_fields(self: Dataset) -> None:
-    """Are the columns there that the settings speak of?
-
-    Raises:
-        UserError: one is not, or is of another type than it must be.
-    """
-    events, config = self.inter_feat, self.config
-    source = f"the .inter {'file' if self.benchmark_filename_list is None else 'files'} in {self.dataset_path}"
-    columns = "no column" if events is None else ", ".join(map(str, events))
-
-    def need(field: str | None, kind: FeatureType, key: str, why: str) -> None:
-        if events is None or field not in events:
-            raise UserError(f"{key}={field!r}: of {source}, load_col={config['load_col']} loads {columns}; {why}.")
-        if self.field2type[field] != kind:
-            raise UserError(f"{key}={field!r}: {source} has it as {self.field2type[field].value}; it must be {field}:{kind.value}.")
-
-    for key, field in (("USER_ID_FIELD", self.uid_field), ("ITEM_ID_FIELD", self.iid_field)):
-        need(field, FeatureType.TOKEN, key, f"there must be {field}:token, and load_col must name it")
-    if _by_time(self):
-        why = (
-            f"events are put in order by their time, so there must be {self.time_field}:float; number them in their order if there is none"
-        )
-        need(self.time_field, FeatureType.FLOAT, "TIME_FIELD", why)
-    elif "TS" in config["eval_args"]["split"] and self.benchmark_filename_list is None:
-        raise UserError(f"eval_args.split={config['eval_args']['split']} is by time, and needs eval_args.order=TO.")
-    if self.benchmark_filename_list is not None and isinstance(self, SequentialDataset):
-        field = _list_field(self)
-        why = f"a sequential model needs each row's history, {field}:token_seq, and load_col must name it"
-        need(field, FeatureType.TOKEN_SEQ, "LIST_SUFFIX", why)
-    if self.time_field in (config["discretization"] or ()):
-        raise UserError(f"discretization={config['discretization']} makes different times one; leave {self.time_field} out.")
-    for key in ("val_interval", "threshold", "normalize_field", "discretization"):
-        for field in config[key] or ():
-            if field not in self.field2type:
-                raise UserError(f"{key}={config[key]!r}: {field!r} is not loaded; name it in load_col (now {config['load_col']}).")
-    labeled = "labeled" in str(config["eval_args"]["mode"])
-    if labeled and not config["threshold"] and self.label_field not in self.field2type:
-        raise UserError(
-            f"eval_args.mode=labeled needs labels, and {self.label_field!r} (LABEL_FIELD) is not loaded; name it in load_col, or have "
-            "it made by threshold, such as threshold={'rating': 4}."
-        )
-
-
 def _set_alias(self: Dataset, alias_name: str, default_value: list) -> None:
     """As RecBole's; the histories of files that are split already hold items, whether or not ``alias_of_item_id`` says so."""
-    past = _list_field(self)
+    past = list_field(self.config)
     if alias_name == "item_id" and self.benchmark_filename_list is not None and past in self.field2type:
         default_value = [*default_value, past]
     RECBOLE["_set_alias"](self, alias_name, default_value)
@@ -275,13 +186,13 @@ def _change_feat_format(self: Dataset) -> None:
     frame, time, sequential = self.inter_feat, self.time_field, isinstance(self, SequentialDataset)
     exact = None
     _check_size(self)
-    if _by_time(self):
+    if by_time(self.config):
         exact = torch.from_numpy(np.array(frame[time].tolist()))
         if frame[time].dtype == np.int64:
             frame[time] = frame[time].astype(np.float64)
         _warn_of_ties(frame[self.uid_field].to_numpy(), exact.view(len(frame), -1)[:, 0].numpy())
     if self.benchmark_filename_list is not None:
-        past = _list_field(self)
+        past = list_field(self.config)
         self.histories = list(frame[past]) if past in frame else [np.empty(0, np.int64)] * len(frame)
         if sequential:
             _cut_histories(self)
@@ -333,7 +244,7 @@ def build(self: Dataset) -> list[Dataset]:
         UserError: there is too little to split.
     """
     parts = RECBOLE["build"](self)
-    times = (self.time_field, f"{self.time_field}{self.config['LIST_SUFFIX']}") if _by_time(self) else ()
+    times = (self.time_field, f"{self.time_field}{self.config['LIST_SUFFIX']}") if by_time(self.config) else ()
     for dataset in (self, *parts):
         for field in times:
             if field in dataset.inter_feat:

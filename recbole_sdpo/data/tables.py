@@ -15,6 +15,8 @@ TYPES = ("token", "float", "token_seq", "float_seq")
 MISSING = {"", "nan", "na", "n/a", "<na>", "null", "none"}
 """What stands for a number that is missing, in small letters."""
 
+NUL = "holds a NUL byte; the file must be text, in UTF-8 or in what encoding names"
+
 
 @dataclass(frozen=True)
 class Table:
@@ -174,15 +176,12 @@ def read_table(path: Path, separator: str = "\t", encoding: str | None = None) -
     Raises:
         UserError: the file is not as an atomic file must be; the message names file, line and fault.
     """
-    if not isinstance(separator, str) or len(separator) != 1 or separator in "\r\n":
-        raise UserError(f"field_separator={separator!r} must be one character, such as a tab.")
-    text = _decoded(path, encoding or "utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    _check_separator(separator)
+    text = _decoded(path, encoding or "utf-8").replace("\r\n", "\n").replace("\r", "\n")
     lines = text.split("\n")
     if "\0" in text:
         number = next(number for number, line in enumerate(lines, 1) if "\0" in line)
-        raise UserError(f"{path}, line {number} holds a NUL byte; the file must be text, in UTF-8 or in what encoding names.")
-    if not lines[0].strip():
-        raise UserError(f"{path}, line 1 is empty; it must be a header such as user_id:token, item_id:token, timestamp:float.")
+        raise UserError(f"{path}, line {number} {NUL}.")
     types = _header(path, lines[0], separator)
     rows, where = _without_blank(lines)
     if not rows:
@@ -197,6 +196,26 @@ def read_table(path: Path, separator: str = "\t", encoding: str | None = None) -
             f"{separator!r} each, as field_separator says{quote}: {_short(rows[row])}."
         )
     return Table(path, types, where, separator.join(rows).split(separator), '"' in text)
+
+
+def read_header(path: Path, separator: str = "\t", encoding: str | None = None) -> dict[str, str]:
+    """RecBole's type of each column of an atomic file, in the order of the file; no more of it is read than that takes.
+
+    Raises:
+        UserError: as by :func:`read_table`.
+    """
+    _check_separator(separator)
+    try:
+        with path.open(encoding=encoding or "utf-8") as file:
+            line = file.readline().rstrip("\n")
+    except (LookupError, UnicodeDecodeError):
+        line = _decoded(path, encoding or "utf-8")  # raises, and says what is wrong, and where
+    return _header(path, line, separator)
+
+
+def _check_separator(separator: str) -> None:
+    if not isinstance(separator, str) or len(separator) != 1 or separator in "\r\n":
+        raise UserError(f"field_separator={separator!r} must be one character, such as a tab.")
 
 
 def _decoded(path: Path, encoding: str) -> str:
@@ -215,6 +234,11 @@ def _decoded(path: Path, encoding: str) -> str:
 
 def _header(path: Path, line: str, separator: str) -> dict[str, str]:
     types: dict[str, str] = {}
+    line = line.removeprefix("\ufeff")
+    if "\0" in line:
+        raise UserError(f"{path}, line 1 {NUL}.")
+    if not line.strip():
+        raise UserError(f"{path}, line 1 is empty; it must be a header such as user_id:token, item_id:token, timestamp:float.")
     for field in line.split(separator):
         name, _, kind = field.rpartition(":")
         if field.strip('"') != field:

@@ -117,28 +117,6 @@ def test_ties_are_told_of(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("head", "row", "words"),
-    [
-        ("user_id:token\titem_id:token", "{0}\t{1}", "TIME_FIELD='timestamp'.*there must be timestamp:float"),
-        ("user_id:token\titem_id:token\ttimestamp:token", "{0}\t{1}\t{2}", "has it as token; it must be timestamp:float"),
-        ("user_id:token\titem:token\ttimestamp:float", "{0}\t{1}\t{2}", "no column 'item_id', which load_col"),
-        ("user_id:token\titem_id:float\ttimestamp:float", "{0}\t7\t{2}", "ITEM_ID_FIELD='item_id'.*it must be item_id:token"),
-    ],
-)
-@pytest.mark.parametrize("model", ["SDPO-LLM", "BPR"])
-def test_a_column_that_is_needed_is_named(tmp_path, head, row, words, model):
-    rows = [[row.format(f"u{user}", f"i{item}", item)] for user in range(5) for item in range(6)]
-    with pytest.raises(UserError, match=words):
-        create_dataset(config_of(write(tmp_path, rows, head), model))
-
-
-@pytest.mark.parametrize(("key", "value"), [("val_interval", {"rating": "[3,inf)"}), ("threshold", {"rating": 3})])
-def test_a_setting_of_a_column_that_is_not_loaded_is_refused(ring, key, value):
-    with pytest.raises(UserError, match=f"{key}=.*'rating' is not loaded; name it in load_col"):
-        create_dataset(RunConfig("BPR", "toy", config_dict=ring | {key: value}))
-
-
-@pytest.mark.parametrize(
     ("sequences", "settings", "words"),
     [
         ([[1, 2, 3], [2, 3], [4]], {}, "nothing to validate on, of 6 events of 3 users, who have 3 at most; .*four events"),
@@ -167,7 +145,7 @@ def test_missing_files_are_named_and_nothing_is_fetched(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"there is no file .*{words}"):
             create_dataset(RunConfig("BPR", name, config_dict=TINY | {"data_path": str(path)}))
     os.rename(path / "toy" / "toy.inter", path / "toy" / "other.inter")
-    with pytest.raises(UserError, match=r"no file .*toy.inter; the folder holds other.inter"):
+    with pytest.raises(UserError, match=r"no file .*toy.inter, which must be there; the folder holds other.inter"):
         create_dataset(config_of(path, "BPR"))
 
 
@@ -251,7 +229,7 @@ def test_a_model_without_sequences_says_what_it_does_not_see(tmp_path, caplog):
     [
         ({"benchmark_filename": ["train", "test"]}, "must be a list of three"),
         ({"benchmark_filename": ["train", "valid", "tset"]}, "no file .*toy.tset.inter"),
-        ({"load_col": {"inter": ["user_id", "item_id"]}}, "needs each row's history, item_id_list:token_seq"),
+        ({"load_col": {"inter": ["user_id", "item_id"]}}, "'item_id_list', must be loaded from .*toy.train.inter"),
         ({"seq_len": {"item_id_list": 5}}, "seq_len=.*would cut the end of histories"),
         ({"user_inter_num_interval": "[3,inf)"}, "user_inter_num_interval=.*taken as they are"),
         ({"rm_dup_inter": "first"}, "rm_dup_inter=.*taken as they are"),

@@ -244,7 +244,7 @@ def test_every_model_gets_as_many_tries(write):
             {"runs": [{"name": "a", "settings": {"full_sort": "topk"}}], "candidates": ["full"], "metrics": ["NDCG@11"]},
             "run 'a': metric 'NDCG@11' needs more than the top 10 that full_sort='topk' finds; give a larger topk",
         ),
-        ({"dataset": "nowhere"}, "run 'a': dataset='nowhere'.*holds no atomic files"),
+        ({"dataset": "nowhere"}, "run 'a': dataset='nowhere': there is no file .*nowhere.inter; data_path must be the folder"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(write, change, message):
