@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,12 +104,19 @@ def records_in(folder: Path, log: str, config: Config) -> Iterator[None]:
     for handler in (screen, file):
         handler.setLevel(level)
     logging.getLogger().addHandler(file)
-    theirs = recbole.trainer.trainer.get_tensorboard
+    theirs, hook = recbole.trainer.trainer.get_tensorboard, threading.excepthook
+
+    def of_threads(args: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread hands what went wrong, such as a full disk, to the main thread, and need not print it, too."""
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            hook(args)
+
     recbole.trainer.trainer.get_tensorboard = lambda logger: SummaryWriter(str(folder / "tensorboard"))
+    threading.excepthook = of_threads
     try:
         yield
     finally:
-        recbole.trainer.trainer.get_tensorboard = theirs
+        recbole.trainer.trainer.get_tensorboard, threading.excepthook = theirs, hook
         logging.getLogger().removeHandler(file)
         file.close()
 

@@ -6,6 +6,7 @@ finish first, its state is kept. A second Ctrl-C does not wait.
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import shlex
@@ -17,6 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -80,6 +85,8 @@ def endings() -> Iterator[None]:
             yield
     except KeyboardInterrupt as error:
         signum = getattr(error, "signum", signal.SIGINT)
+        if not hasattr(error, "__notes__"):
+            add_note(error, "nothing was begun, so give the command again")
         _say(f"stopped by {signal.Signals(signum).name}" + _then("; ", error))
         sys.exit(128 + signum)
     except OSError as error:
@@ -137,10 +144,22 @@ def _handlers() -> Iterator[None]:
         return
     _asked, _process = 0, os.getpid()
     heard = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # nohup
-    before = {signum: signal.signal(signum, _handle) for signum in heard}
+    before, hook = {signum: signal.signal(signum, _handle) for signum in heard}, sys.unraisablehook
+
+    def again(lost: UnraisableHookArgs) -> None:
+        """A finalizer was at work when the signal came, and Python has nobody to hand its exception to: it comes once more."""
+        global _asked
+        if isinstance(lost.exc_value, Stopped):
+            _asked = 0
+            threading.Timer(0.01, _thread.interrupt_main, (lost.exc_value.signum,)).start()
+        else:
+            hook(lost)
+
+    sys.unraisablehook = again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for signum, handler in before.items():
             signal.signal(signum, handler)
         _asked, _process = 0, 0

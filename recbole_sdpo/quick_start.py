@@ -96,6 +96,8 @@ def run(
         try:
             return _run(config, state, run_dir, saved)
         except (OSError, KeyboardInterrupt) as error:
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(run_dir)  # where all that a run writes lies
             say_how_to_go_on(error, run_dir if holds_state(run_dir) else None)
             raise
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import time
 
 import pytest
 
@@ -10,14 +11,38 @@ from recbole_sdpo import interrupt
 from recbole_sdpo.interrupt import Stopped, asked_to_stop, endings, finishing_steps, say_how_to_go_on
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_command_with_a_sentence(capsys, signum, code):
     before = [signal.getsignal(number) for number in interrupt.SIGNALS]
     with pytest.raises(SystemExit) as ended, endings():
         os.kill(os.getpid(), signum)
         pytest.fail("went on")
-    assert ended.value.code == code and capsys.readouterr().err == f"stopped by {signal.Signals(signum).name}.\n"
+    said = f"stopped by {signal.Signals(signum).name}; nothing was begun, so give the command again.\n"
+    assert ended.value.code == code and capsys.readouterr().err == said
     assert [signal.getsignal(number) for number in interrupt.SIGNALS] == before and not asked_to_stop()
+
+
+def test_a_signal_that_a_finalizer_swallows_comes_again(capsys):
+    class Final:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+
+    with pytest.raises(SystemExit) as ended, endings():
+        final = Final()
+        del final
+        time.sleep(5)
+        pytest.fail("went on")
+    assert ended.value.code == 143 and "Traceback" not in capsys.readouterr().err
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        with endings():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_step_is_finished_first_and_a_second_signal_of_the_launcher_hastens_nothing(capsys):

@@ -235,19 +235,23 @@ def test_a_full_disk_leaves_the_state_of_before_and_says_how_to_go_on(whole, mon
 
 
 def test_rows_of_steps_stay_byte_for_byte(tmp_path, caplog):
-    file = StepFile(tmp_path, "sft", 0)
+    steps, path = StepFile(tmp_path, None), tmp_path / "steps.csv"
     for step in range(3):
-        file.write(step, step, {"loss": 0.1 + step})
-    file.close()
-    content = (tmp_path / "steps.csv").read_bytes().splitlines(keepends=True)
-    (tmp_path / "steps.csv").write_bytes(b"".join(content).replace(b"2.1", b"2.10000000000000000001") + b"sft,1")  # cut short
-    StepFile(tmp_path, "sdpo", 0).close()
-    assert b"2.10000000000000000001" in (tmp_path / "steps.csv").read_bytes() and not caplog.records
-    StepFile(tmp_path, "sft", 2).close()
-    assert (tmp_path / "steps.csv").read_bytes().splitlines(keepends=True) == content[:3] and not caplog.records
-    (tmp_path / "steps.csv").write_bytes(b"")
-    StepFile(tmp_path, "sft", 2).close()
-    assert (tmp_path / "steps.csv").read_bytes() == content[0] and "has lost rows of sft before step 2" in caplog.text
+        steps.write("sft", step, step, {"loss": 0.1 + step})
+    mark, content = steps.mark(), path.read_bytes()
+    steps.write("sft", 3, 3, {"loss": 1.0})
+    path.write_bytes(path.read_bytes() + b"sft,4")  # cut short as the run died
+    again = StepFile(tmp_path, mark)
+    assert path.read_bytes() == content and again.mark() == mark
+    for damaged in (b"", content[:-1], content.replace(b"2.1", b"2.2"), content[1:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"steps.csv is damaged.*put it back, or delete it to go on"):
+            StepFile(tmp_path, mark)
+    path.unlink()
+    again = StepFile(tmp_path, mark)
+    assert "steps.csv is not there; the run goes on without" in caplog.text
+    again.write("sft", 3, 3, {"loss": 1.0})
+    assert pd.read_csv(path)["step"].tolist() == [3]
 
 
 def test_the_curves_can_be_read(whole):

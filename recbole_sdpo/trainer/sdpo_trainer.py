@@ -106,6 +106,7 @@ class SDPOTrainer(Trainer):
         self.reports: dict[str, StageReport] = {}
         self._parts: list = []
         self._frozen: list = []
+        self._step_file: StepFile | None = None
         if not self.accelerator.is_main_process:
             self.tensorboard.close()
             self.tensorboard = None
@@ -152,16 +153,17 @@ class SDPOTrainer(Trainer):
             valid_data = None
         self.prepare(train_data, valid_data)
         self.rank_for(name)
-        resumed, checkpoint = self._resumed(), self.run_dir / name
+        resumed, checkpoint, main = self._resumed(), self.run_dir / name, self.accelerator.is_main_process
         if resumed:
             settle(checkpoint)
+            if main and resumed["steps"] and self._step_file is None:
+                self._step_file = StepFile(self.run_dir, resumed["steps"])
         if name in resumed.get("reports", {}):
             self._check_whole(checkpoint)
             restore_policy(self.model.lm, checkpoint)
             self.reports[name] = StageReport(**resumed["reports"][name])
             self._log(f"{name}: already done in {self.run_dir}.", verbose)
             return self.reports[name]
-        main = self.accelerator.is_main_process
         show = show_progress and main
         began = saved_at = time.time()  # what the reference is asked before the first step counts, too
         stage = self._open(name, train_data, verbose, show)
@@ -177,8 +179,9 @@ class SDPOTrainer(Trainer):
             began -= resumed["wall_s"]
             self._log(f"{name}: resumed at step {stage.step}, epoch {stage.epoch}.", verbose)
 
-        if main and stage.settings.epochs:
-            stage.step_file = StepFile(self.run_dir, name, stage.step)
+        if main and stage.settings.epochs and self._step_file is None:
+            self._step_file = StepFile(self.run_dir, None)
+        stage.step_file = self._step_file
 
         def keep_state(now: bool = False) -> None:
             nonlocal saved_at
@@ -206,8 +209,8 @@ class SDPOTrainer(Trainer):
             self._save(name, saved)
         self.reports[name] = StageReport(self.best_valid_result, time.time() - began, stage.targets, stage.tokens)
         keep_state(now=True)
-        if stage.step_file:
-            stage.step_file.close()
+        if self._step_file and name == self.stages[-1]:
+            self._step_file.close()
         return self.reports[name]
 
     def _judge(self, stage: Stage, valid_data: AbstractDataLoader | None, verbose: bool, show_progress: bool, callback_fn) -> bool:

@@ -319,7 +319,7 @@ class Stage:
         rate = self.scheduler.get_last_lr()[0]
         values = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, **dict(zip(DIAGNOSTICS, shown))}
         if self.step_file is not None:
-            self.step_file.write(self.step, self.targets, values)
+            self.step_file.write(self.name, self.step, self.targets, values)
         for name, value in values.items() if self.writer is not None else ():
             self.writer.add_scalar(f"{self.name}/{name}", value, self.step)
 

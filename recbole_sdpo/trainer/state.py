@@ -40,9 +40,14 @@ def save_state(run_dir: Path, stage: Stage, rest: dict[str, Any]) -> None:
     try:
         with whole_file(file) as part:
             save_file(tensors, part)
-        if stage.step_file:
-            stage.step_file.flush()
-        state = {"tensors": file.name, "sha256_of_tensors": sha256(file), "stage": stage.name, "progress": stage.progress(), **rest}
+        state = {
+            "tensors": file.name,
+            "sha256_of_tensors": sha256(file),
+            "steps": stage.step_file and stage.step_file.mark(),
+            "stage": stage.name,
+            "progress": stage.progress(),
+            **rest,
+        }
         write_record(folder / STATE_FILE, state)
     except OSError:
         file.unlink(missing_ok=True)  # a full disk has no room for it

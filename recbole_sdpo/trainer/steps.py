@@ -2,59 +2,74 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from logging import getLogger
 from pathlib import Path
+from typing import TypedDict
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import naming, whole_file
 
 FILE = "steps.csv"
 
 DIAGNOSTICS = ("reward_positive", "reward_negative", "margin", "accuracy", "logp_positive", "hardest_negative_weight")
 COLUMNS = ("stage", "step", "targets", "loss", "gradient_norm", "learning_rate", *DIAGNOSTICS)
+HEAD = ",".join(COLUMNS).encode() + b"\n"
+
+
+class Mark(TypedDict):
+    """A beginning of the file: its length, and its sha256."""
+
+    bytes: int
+    sha256: str
 
 
 class StepFile:
     """Appends to ``steps.csv`` in ``run_dir``; what a stage does not have stays empty.
 
     Args:
-        step: of ``stage``, from which it writes; rows that an interrupted run wrote from there on are dropped, and those before stay as
-            they are, byte for byte.
+        mark: of the run that is resumed, as :meth:`mark` gave it: what it wrote until then stays, byte for byte, and what came
+            after is dropped. None for a run that begins.
 
     Raises:
+        UserError: the file is not as that run wrote it.
         OSError: the disk is full, …; it names the file.
     """
 
-    def __init__(self, run_dir: Path, stage: str, step: int) -> None:
-        self._stage, self._path = stage, run_dir / FILE
-        rows = self._path.read_bytes().splitlines(keepends=True)[1:] if self._path.is_file() else []
-        before = [_place(row) for row in rows]
-        end = next((number for number, (name, at) in enumerate(before) if at < 0 or (name == stage and at >= step)), len(rows))
-        if [at for name, at in before[:end] if name == stage] != list(range(step)):
-            getLogger().warning(f"{self._path} has lost rows of {stage} before step {step}; the run goes on without them.")
+    def __init__(self, run_dir: Path, mark: Mark | None) -> None:
+        self._path = run_dir / FILE
         with whole_file(self._path) as part:
-            part.write_bytes(b"".join([",".join(COLUMNS).encode() + b"\n", *rows[:end]]))
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+            part.write_bytes(HEAD if mark is None else self._rows_until(mark))
+        self._digest, self._size = hashlib.sha256(self._path.read_bytes()), self._path.stat().st_size
+        self._file = self._path.open("ab", buffering=0)
 
-    def write(self, step: int, targets: int, values: dict[str, float]) -> None:
-        """A row; ``targets`` are those trained on so far."""
-        row = {"stage": self._stage, "step": step, "targets": targets, **values}
-        with naming(self._path):
-            self._file.write(",".join(str(row.get(column, "")) for column in COLUMNS) + "\n")
+    def _rows_until(self, mark: Mark) -> bytes:
+        if not self._path.is_file():
+            getLogger().warning(f"{self._path} is not there; the run goes on without the rows of before.")
+            return HEAD
+        rows = self._path.read_bytes()[: mark["bytes"]]
+        if hashlib.sha256(rows).hexdigest() != mark["sha256"]:
+            raise UserError(
+                f"{self._path} is damaged: it is not what the run wrote; put it back, or delete it to go on without the rows of before."
+            )
+        return rows
 
-    def flush(self) -> None:
-        """Have the disk hold what was written."""
+    def write(self, stage: str, step: int, targets: int, values: dict[str, float]) -> None:
+        """A row; ``targets`` are those trained on so far in the stage."""
+        row = {"stage": stage, "step": step, "targets": targets, **values}
+        line = ",".join(str(row.get(column, "")) for column in COLUMNS).encode() + b"\n"
         with naming(self._path):
-            self._file.flush()
+            self._file.write(line)
+        self._digest.update(line)
+        self._size += len(line)
+
+    def mark(self) -> Mark:
+        """How far the file is, once the disk has all of it."""
+        with naming(self._path):
             os.fsync(self._file.fileno())
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
         """Close the file."""
-        self.flush()
         self._file.close()
-
-
-def _place(row: bytes) -> tuple[str, int]:
-    """The stage and the step of a row, or a step of -1 if it was cut short."""
-    stage, step, *_ = [*row.decode(errors="replace").split(","), "", ""]
-    return (stage, int(step)) if row.endswith(b"\n") and step.isdecimal() else (stage, -1)
