@@ -25,6 +25,9 @@ SECONDS = 60
 MEMORY = 4 << 30
 """Bytes of address space that a program may take beyond those of this process."""
 
+SENT = (signal.SIGINT, signal.SIGTERM)
+"""The signals that a program may be sent."""
+
 TYPED = b"y\n" * 50
 """What stands on standard input, for who reads there what nobody has asked for."""
 
@@ -82,6 +85,7 @@ class Program:
         ]
         sys.stdout.flush()
         sys.stderr.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SENT)  # until the child knows how to end
         self.pid = os.fork()
         if not self.pid:
             code = 70
@@ -92,6 +96,7 @@ class Program:
                 code = _run(call)
             finally:
                 os._exit(code)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
         for handle in handles[1:]:
             os.close(handle)
         self._handle, self._code = os.pidfd_open(self.pid), None
@@ -172,6 +177,7 @@ def _run(call: Callable[[], object]) -> int:
     """Run ``call`` and end as Python does; returns the exit code."""
     code: object = 0
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
         call()
     except SystemExit as end:
         code = end.code
