@@ -6,7 +6,6 @@ finish first, its state is kept. A second Ctrl-C does not wait.
 
 from __future__ import annotations
 
-import _thread
 import errno
 import os
 import shlex
@@ -151,7 +150,7 @@ def _handlers() -> Iterator[None]:
         global _asked
         if isinstance(lost.exc_value, Stopped):
             _asked = 0
-            threading.Timer(0.01, _thread.interrupt_main, (lost.exc_value.signum,)).start()
+            threading.Timer(0.01, os.kill, (os.getpid(), lost.exc_value.signum)).start()
         else:
             hook(lost)
 

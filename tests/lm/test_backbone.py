@@ -317,7 +317,7 @@ def test_a_checkpoint_gives_its_weights_back_whole_or_not_at_all(folder, tmp_pat
     for name in (file.name, "tokenizer.json", "adapter_config.json" if peft == "lora" else "config.json"):
         whole_bytes = (saved / name).read_bytes()
         (saved / name).write_bytes(whole_bytes[: len(whole_bytes) // 2])
-        with pytest.raises(UserError, match=f"checkpoint '{saved}' cannot be loaded"):
+        with pytest.raises(UserError, match=f"{saved}.* (cannot be loaded|is damaged)"):
             restore_policy(other, saved)
         (saved / name).write_bytes(whole_bytes)
     restore_policy(other, saved)
