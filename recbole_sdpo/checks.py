@@ -21,6 +21,7 @@ from recbole.evaluator.register import metric_types, metrics_dict
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import EvaluatorType, InputType, ModelType
 
+from recbole_sdpo.compat import TEACHERS
 from recbole_sdpo.data.columns import check_columns
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
@@ -252,6 +253,8 @@ def model_rule(key: str, default: Any, model: str) -> Rule:
             return rule.or_else(FLAG) if isinstance(default, bool) else rule
         sizes = re.search("size|dim|head|rank|num|factor|len|memory|order|interest|^n[hv]$|^k", key) and min(others) > 0
         return whole(1 if sizes else least, max(10_000, 100 * max(others)))
+    if (key, model) == ("teacher", "KD_DAGFM"):
+        return one_of(*TEACHERS)
     if isinstance(default, str):
         if choices := words.get((key, model)):
             return one_of(*sorted(choices | {default}))

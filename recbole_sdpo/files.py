@@ -136,8 +136,10 @@ def settle(folder: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove from ``folder`` what processes that died were writing there."""
-    for part in [*folder.glob(f"*{PART}"), *folder.glob(f"*{OLD}")]:
+    """Remove from ``folder`` what processes that died were writing there; what they were replacing goes back to its place."""
+    for old in folder.glob(f"*{OLD}"):
+        settle(old.with_name(old.name.removesuffix(OLD)))
+    for part in folder.glob(f"*{PART}"):
         _remove(part)
 
 
@@ -166,11 +168,11 @@ def check_seal(folder: Path) -> None:
     sums = folder / SUMS
     if not sums.is_file():
         raise UserError(f"{sums} is missing: the folder is not whole, or not one that a run wrote; give another one.")
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        file = folder / name
-        if not file.is_file() or sha256(file) != digest:
-            state = "damaged" if file.is_file() else "missing"
+    lines = (line.partition("  ") for line in sums.read_text(encoding="utf-8", errors="replace").splitlines())
+    digests = {folder / name: digest for digest, _, name in lines}
+    for file in sorted({*digests, *(file for file in folder.rglob("*") if file.is_file() and file != sums)}):
+        if not file.is_file() or sha256(file) != digests.get(file):
+            state = "not listed" if file not in digests else "damaged" if file.is_file() else "missing"
             raise UserError(f"{file} is {state}: it is not what the run wrote ({SUMS} beside it); give another checkpoint.")
 
 

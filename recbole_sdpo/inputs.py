@@ -68,7 +68,7 @@ OF_SDPO_LLM = frozenset(
     }
 )
 
-OF_RECBOLE = ("pre_model_path", "dataset_save_path", "dataloaders_save_path")
+OF_RECBOLE = ("pre_model_path", "mf_pretrain_path", "mlp_pretrain_path", "pretrain_path", "warm_up")
 """Settings of RecBole that name a file to read."""
 
 GRANULARITY = 2.0

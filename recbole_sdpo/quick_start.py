@@ -92,6 +92,7 @@ def run(
     with ExitStack() as stack:
         if state.is_main_process:
             stack.enter_context(alone_in(run_dir))
+        state.wait_for_everyone()
         stack.enter_context(compat.records_in(run_dir, LOG_FILE, config))
         try:
             return _run(config, state, run_dir, saved)

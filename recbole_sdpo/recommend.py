@@ -26,6 +26,7 @@ from recbole_sdpo.data.dataset import user_histories
 from recbole_sdpo.data.prompts import Templates, Units, history_prompts
 from recbole_sdpo.data.serving import ServedDataset
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.interrupt import endings
 from recbole_sdpo.lm.backbone import load_backbone, restore_policy
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.ranking import TitleTree, score_top
@@ -207,7 +208,7 @@ def _load_data(made: Checkpoint, data_path: str | Path | None) -> ServedDataset:
         with compat.no_arguments(), compat.same_gpus():
             config = RunConfig(MODEL, made.dataset, config_dict=made.data | moved)
         return ServedDataset(config)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         raise UserError(
             f"the data of checkpoint {str(made.folder)!r} cannot be loaded: {str(error).rstrip('.')}. If they have moved, give data_path."
         ) from error
@@ -225,6 +226,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
+@endings()
 def main() -> None:
     """Parse the command line, and print a table or JSON."""
     parser = argparse.ArgumentParser(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import types
 from pathlib import Path
@@ -71,7 +72,12 @@ def add_defaults(config: Config, defaults: dict[str, Any]) -> None:
     if internal["load_col"] == RECBOLE_LOADS:
         fields = [given.get(key, internal[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
         internal["load_col"] = {"inter": fields}
+    if given.get("field_separator") == "\\t":  # as a shell hands it on
+        given["field_separator"] = "\t"
     check_given(given, internal, config.model)
+    for key in ("data_path", "checkpoint_dir"):
+        if key in given:
+            given[key] = os.path.expanduser(given[key])
     given |= merged_parts(internal, given)
     mode = given.get("eval_args", internal["eval_args"])["mode"]
     if internal["train_neg_sample_args"] is None and "labeled" not in str(mode):

@@ -18,6 +18,7 @@ from recbole.data import create_dataset, data_preparation, utils
 from recbole.data.dataset import Dataset
 from recbole.evaluator import metrics
 from recbole.evaluator.collector import DataStruct
+from recbole.model.context_aware_recommender import kd_dagfm
 from recbole.model.general_recommender import pop
 from recbole.model.general_recommender.bpr import BPR
 from recbole.trainer import Trainer
@@ -78,6 +79,23 @@ def test_and_here_reads_it_on_every_route(kind, tmp_path, monkeypatch):
     assert kind is RunConfig or (config["wandb_project"], config["learning_rate"]) == (CODE, 0.01)
     assert not (tmp_path / "pwned").exists()
     assert yaml.load("1e0", yaml.FullLoader) == "1e0"  # RecBole changes the loader of the whole process
+
+
+def test_recboles_kd_dagfm_still_evaluates_its_teacher_and_here_only_names_are():
+    assert "eval(" in inspect.getsource(kd_dagfm)
+    for name in compat.TEACHERS:
+        assert kd_dagfm.eval(name) is getattr(kd_dagfm, name)
+    with pytest.raises(KeyError):
+        kd_dagfm.eval(CODE)
+    with pytest.raises(UserError, match="teacher=.* must be one of CrossNet, CIN"):
+        RunConfig("KD_DAGFM", "ml-100k", config_dict={"teacher": CODE})
+
+
+def test_a_file_of_settings_trusts_nobodys_code(tmp_path):
+    (tmp_path / "a.yaml").write_text("trust_remote_code: true\n")
+    for kind in (Config, RunConfig):
+        with pytest.raises(UserError, match="a.yaml must not set trust_remote_code; give it on the command line"):
+            kind("BPR", "ml-100k", [str(tmp_path / "a.yaml")])
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch pwned']", "!!python/name:os.system", "!!python/module:os"])

@@ -117,3 +117,14 @@ def test_a_seal_names_what_is_not_as_it_was(tmp_path):
     (tmp_path / "b").unlink()
     with pytest.raises(UserError, match="b is missing"):
         files.check_seal(tmp_path)
+    (tmp_path / files.SUMS).write_text("")
+    with pytest.raises(UserError, match="a is not listed"):
+        files.check_seal(tmp_path)
+
+
+def test_what_was_being_replaced_goes_back_to_its_place(tmp_path):
+    for name in ("sft.old", "sft.part", "sdpo.old", "sdpo"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    files.remove_parts(tmp_path)
+    assert {folder.name: (folder / "weights").read_text() for folder in tmp_path.iterdir()} == {"sft": "sft.old", "sdpo": "sdpo"}

@@ -234,6 +234,30 @@ def test_a_full_disk_leaves_the_state_of_before_and_says_how_to_go_on(whole, mon
     assert weights("cut") == weights(whole[2])
 
 
+def test_a_run_goes_on_with_its_best_weights_alone(ring, monkeypatch):
+    """Its first epoch is the best one; without its checkpoint there is nothing to go on from."""
+    scores = iter([0.9, *[0.1] * 99])
+    monkeypatch.setattr(sdpo_trainer.SDPOTrainer, "_valid_epoch", lambda *_: (next(scores), {"ndcg@5": 0.5}))
+    settings = ring | {"objective": "sft", "sft_epochs": 4, "max_train_targets": 60, "stopping_step": 9, "eval_args": {"mode": "uni5"}}
+    killed(monkeypatch, settings, Stage, "run_epoch", calls=3, run_dir="run")
+    os.rename("run/sft", "run/sft.old")  # as where it dies between the two renames
+    shutil.copytree("run", "without")
+    shutil.rmtree("without/sft.old")
+    before = Path("run/sft.old/model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="without/sft"):
+        run(settings, resume="without")
+    run(settings, resume="run")
+    assert weights("run") == {"sft": before}
+
+
+def test_an_older_checkpoint_has_no_seal_and_is_warned_of(ring, caplog):
+    settings = ring | {"objective": "sft", "sft_epochs": 1, "max_train_targets": 60}
+    run(settings, run_dir="old")
+    Path("old/sft/SHA256SUMS").unlink()
+    run(settings | {"sft_checkpoint": "old"}, run_dir="new")
+    assert "checkpoint 'old/sft' has no SHA256SUMS" in caplog.text and weights("new") == weights("old")
+
+
 def test_rows_of_steps_stay_byte_for_byte(tmp_path, caplog):
     steps, path = StepFile(tmp_path, None), tmp_path / "steps.csv"
     for step in range(3):

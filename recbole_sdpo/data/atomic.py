@@ -26,6 +26,7 @@ from pandas.tseries.api import guess_datetime_format
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import whole_file, whole_folder
+from recbole_sdpo.interrupt import endings
 
 # pandas, by which RecBole reads ids, takes these for missing, and a quote at the start for that of a quoted field.
 NO_ID = r'|".*|#?N/?A|#N/A N/A|<NA>|n/a|NULL|null|None|-?(NaN|nan)|-?1\.#(IND|QNAN)'
@@ -304,6 +305,7 @@ def _moment(seconds: float) -> str:
     return str(pd.Timestamp(seconds, unit="s").date()) if 1e8 <= abs(seconds) < 1e10 else f"{seconds:g}"
 
 
+@endings()
 def main() -> None:
     """Read two CSV files, write two atomic files, print one line."""
     parser = argparse.ArgumentParser(

@@ -71,15 +71,22 @@ def user_histories(dataset: Dataset) -> dict[str, np.ndarray]:
         return {tokens[user]: items.to_numpy() for user, items in events.groupby(dataset.uid_field)[dataset.iid_field]}
     met: dict[str, list[int]] = {}
     for user, past, item in zip(events[dataset.uid_field], events[list_field(dataset.config)], events[dataset.iid_field], strict=True):
-        history = met.setdefault(tokens[user], [])
-        # A row goes on where the last one ended, or shows the end of that, or tells of another session.
-        shown = list(past)
+        history, shown = met.setdefault(tokens[user], []), list(past)
+        # A row goes on where an earlier one ended, or shows the end of that, or tells of another session. Where the longest come
+        # first, as in files of sessions, the others are parts of it.
+        if _holds(history, [*shown, item]):
+            continue
         if shown[: len(history)] == history:
             history[:] = shown
         elif history[-len(shown) :] != shown:
             history.extend(shown)
         history.append(item)
     return {user: np.array(items, np.int64) for user, items in met.items()}
+
+
+def _holds(history: list[int], part: list[int]) -> bool:
+    """Do the items of ``part`` stand in ``history`` one after another?"""
+    return any(history[start : start + len(part)] == part for start in range(len(history) - len(part) + 1))
 
 
 def install() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from logging import getLogger
 from pathlib import Path
 
@@ -102,7 +103,18 @@ class Table:
                 return np.array([int(field) for field in text], dtype=np.int64)
             except (ValueError, OverflowError):  # some are no integers, or too large: float64 is what there is
                 pass
+        if needed:
+            self._refuse_lost_digits(text, values, column)
         return values
+
+    def _refuse_lost_digits(self, text: np.ndarray, values: np.ndarray, column: str) -> None:
+        """Do two different numbers become one in float64? It holds 15 digits, and mostly 17."""
+        if max(map(len, text), default=0) <= 15:
+            return
+        exact: dict[float, Decimal] = {}
+        pairs = zip(values.tolist(), text, strict=True)
+        lost = [exact.setdefault(value, number := Decimal(field.strip())) != number for value, field in pairs]
+        self.refuse(np.array(lost), column, "has more digits than float64 holds, which another row's time differs in; write whole numbers")
 
     def sequences(self, column: str, separator: str) -> list[np.ndarray]:
         """A column of texts or of numbers, each cut at ``separator``: a row of words, or float64, for each.
@@ -208,8 +220,9 @@ def read_header(path: Path, separator: str = "\t", encoding: str | None = None) 
     try:
         with path.open(encoding=encoding or "utf-8") as file:
             line = file.readline().rstrip("\n")
-    except (LookupError, UnicodeDecodeError):
-        line = _decoded(path, encoding or "utf-8")  # raises, and says what is wrong, and where
+    except (LookupError, UnicodeError):
+        # It says what is wrong, and where; but UTF-16 without a mark is only wrong as it is read line by line.
+        line = _decoded(path, encoding or "utf-8").partition("\n")[0]
     return _header(path, line, separator)
 
 

@@ -8,7 +8,7 @@ import itertools
 import logging
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,11 @@ class Experiment:
         _check_keys(given, cls, str(file), {"dataset", "runs"})
         if not given["runs"]:
             raise UserError(f"{file} has no runs; give one or more, each with a name.")
+        _check_trust(str(file), given)
         entries = []
         for number, run in enumerate(given["runs"]):
             _check_keys(run, Entry, f"run {number + 1} of {file}", {"name"}, without={"axis"})
+            _check_trust(f"run {number + 1} of {file}", run)
             entries.append(with_settings(Entry(**run), overrides))
         experiment = cls(**{"title": file.stem} | given | {"runs": entries})
         try:
@@ -239,7 +241,7 @@ def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
         run = _resolved(entry, experiment.dataset, settings)
         _check_metrics(experiment, settings)
         return run
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"run {entry.name!r}: {error}") from error
 
 
@@ -351,6 +353,13 @@ def _check_settings(where: str, settings: Settings) -> None:
             )
         if key in PARTS and not isinstance(value, dict):
             raise UserError(f"{where}: {key}={shown(value)} must be a mapping.")
+
+
+def _check_trust(where: str, part: Mapping[str, Any]) -> None:
+    """Whether code of others runs is for who calls to say, and for no file."""
+    for key in ("settings", "vary", "tune"):
+        if part.get(key, {}).get("trust_remote_code"):
+            raise UserError(f"{where} must not set trust_remote_code; give it on the command line.")
 
 
 def _check_list(values: Any, what: str, kind: str, fits: Callable[[Any], bool] = lambda value: True) -> None:

@@ -164,6 +164,8 @@ class Runner:
         began = time.time()
         try:
             failure = self._run(run)
+        except UserError as error:
+            failure = Failure(run, str(error), self._log(run))
         except OSError as error:
             failure = Failure(
                 run, f"{error.filename or self.store}: {error.strerror}", self._log(run)
@@ -213,6 +215,7 @@ class Runner:
             shutil.rmtree(folder)  # its result does not count, or there is no state to go on from
         file = self.store / f"{run.identity}.yaml"
         settings = run.settings | {"run_dir": str(folder), "checkpoint_dir": str(folder)}
+        trust = ["--trust_remote_code=True"] if settings.pop("trust_remote_code", False) else []  # no file can say so
         if run.start:
             settings["sft_checkpoint"] = str(self.folder(run.start) / "sft")
         write_text(file, yaml.safe_dump(settings))
@@ -223,6 +226,7 @@ class Runner:
             f"--model={run.model}",
             f"--dataset={run.dataset}",
             f"--config_files={file}",
+            *trust,
         ]
         with log.open("a", encoding="utf-8") as stream:
             began_at = stream.tell()

@@ -317,7 +317,7 @@ def _reading(what: str, remedy: str) -> Iterator[None]:
     """While libraries read files that may hold anything, whatever they raise is a fault of these files."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # SafetensorError and the tokenizers' own have no common ancestor below it
         line = next(iter(str(error).splitlines()), "")

@@ -180,6 +180,8 @@ class LanguageModel(nn.Module):
                 expected.append(logps[torch.arange(start - 1, len(tokens) - 1), tokens[start:]].sum())
             forest = plant(Ragged.from_rows([trunk]), np.zeros(len(starts), int), np.array(starts), Ragged.from_rows(responses))
             found = self._response_logps(model, forest).double()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
             raise UserError(f"backbone {model.config.model_type!r} cannot score a tree ({error}); {VALID}") from error
         finally:

@@ -53,7 +53,7 @@ def run_folder(config: Config) -> Path:
         tries = (
             [wanted]
             if wanted
-            else (Path(config["checkpoint_dir"]) / (name + suffix) for suffix in ("", *map("-{}".format, range(2, 1000))))
+            else (user_path(config["checkpoint_dir"]) / (name + suffix) for suffix in ("", *map("-{}".format, range(2, 1000))))
         )
         for folder in tries:
             try:
@@ -99,6 +99,8 @@ def alone_in(folder: Path) -> Iterator[None]:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise
             getLogger().warning(f"{folder} is on a file system without locks: nothing keeps another run out of it.")
+        if (folder / RESULT_FILE).exists():
+            raise UserError(f"{str(folder)!r} holds a run that has ended meanwhile; give another folder.")
         remove_parts(folder)
         yield
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from recbole_sdpo.data.sequences import training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import restore, snapshot
-from recbole_sdpo.files import SUMS, check_seal, read_json, seal, settle, user_path, whole_folder, write_text
+from recbole_sdpo.files import SUMS, check_seal, read_json, seal, user_path, whole_folder, write_text
 from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.sdpo_llm import TARGET_ROW
@@ -154,10 +155,8 @@ class SDPOTrainer(Trainer):
         self.prepare(train_data, valid_data)
         self.rank_for(name)
         resumed, checkpoint, main = self._resumed(), self.run_dir / name, self.accelerator.is_main_process
-        if resumed:
-            settle(checkpoint)
-            if main and resumed["steps"] and self._step_file is None:
-                self._step_file = StepFile(self.run_dir, resumed["steps"])
+        if main and resumed.get("steps") and self._step_file is None:
+            self._step_file = StepFile(self.run_dir, resumed["steps"])
         if name in resumed.get("reports", {}):
             self._check_whole(checkpoint)
             restore_policy(self.model.lm, checkpoint)
@@ -168,12 +167,12 @@ class SDPOTrainer(Trainer):
         began = saved_at = time.time()  # what the reference is asked before the first step counts, too
         stage = self._open(name, train_data, verbose, show)
         self._start_score(stage, valid_data, show_progress)
-        best, kept = snapshot(self.model), False
+        best, improved = snapshot(self.model), False
         if resumed.get("stage") == name:
-            if checkpoint.is_dir():
+            if resumed["improved"]:
                 self._check_whole(checkpoint)
                 restore_policy(self.model.lm, checkpoint)
-                best, kept = snapshot(self.model), True
+                best, improved = snapshot(self.model), True
             load_state(self.run_dir, stage)
             self.best_valid_score, self.best_valid_result, self.cur_step = resumed["best"]
             began -= resumed["wall_s"]
@@ -186,7 +185,7 @@ class SDPOTrainer(Trainer):
         def keep_state(now: bool = False) -> None:
             nonlocal saved_at
             if saved and main and (now or time.time() - saved_at > 60 * self.model.settings.save_minutes):
-                self._save_state(stage, time.time() - began)
+                self._save_state(stage, improved, time.time() - began)
                 saved_at = time.time()
 
         if not holds_state(self.run_dir):
@@ -198,13 +197,13 @@ class SDPOTrainer(Trainer):
             self.train_loss_dict[len(self.train_loss_dict)] = loss
             self._log(f"{name} " + self._generate_train_loss_output(epoch, epoch_began, time.time(), loss), verbose)
             if self._judge(stage, valid_data, verbose, show, callback_fn):
-                best, kept = snapshot(self.model), True
+                best, improved = snapshot(self.model), True
                 self._save(name, saved)
             keep_state(now=True)
         if self.cur_step > patience:
             self._log(f"{name}: no better {self.valid_metric} in {self.cur_step} evaluations; stopped.", verbose)
         restore(self.model, best)
-        if not kept:
+        if not improved:
             self._log(f"{name}: its start is kept, as no epoch was better.", verbose and stage.settings.epochs > 0)
             self._save(name, saved)
         self.reports[name] = StageReport(self.best_valid_result, time.time() - began, stage.targets, stage.tokens)
@@ -284,8 +283,9 @@ class SDPOTrainer(Trainer):
             self.best_valid_score, result = self._valid_epoch(valid_data, show_progress)
             self.best_valid_result = dict(result)
 
-    def _save_state(self, stage: Stage, wall_s: float) -> None:
+    def _save_state(self, stage: Stage, improved: bool, wall_s: float) -> None:
         rest = {
+            "improved": improved,  # on its start, so that its checkpoint is there
             "best": [self.best_valid_score, self.best_valid_result, self.cur_step],
             "reports": {name: asdict(report) for name, report in self.reports.items()},
             "wall_s": wall_s,
@@ -381,13 +381,15 @@ class SDPOTrainer(Trainer):
 
     @staticmethod
     def _check_whole(folder: Path) -> None:
-        """No run need have written ``folder``; where one has, all of it must be as it was.
+        """No run need have written ``folder``; where one has, all of it must be as it was, if it is not older than seals.
 
         Raises:
             UserError: it is not.
         """
-        if any((folder / file).is_file() for file in (SUMS, POLICY_FILE)):
+        if (folder / SUMS).is_file():
             check_seal(folder)
+        elif (folder / POLICY_FILE).is_file():
+            getLogger().warning(f"checkpoint {str(folder)!r} has no {SUMS}, as older ones have none: whether it is damaged is not known.")
 
     def prepare(self, train_data: AbstractDataLoader, *eval_data: AbstractDataLoader | None) -> None:
         """Check what could fail late, and freeze the candidates of the given loaders, in the order of the split.

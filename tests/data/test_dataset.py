@@ -238,3 +238,18 @@ def test_a_model_without_sequences_says_what_it_does_not_see(tmp_path, caplog):
 def test_what_split_files_cannot_do_is_refused(tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
         create_dataset(config_of(write_split(tmp_path), "SDPO-LLM", **(SPLIT | settings)))
+
+
+def test_sessions_of_which_the_longest_rows_come_first_give_the_same_histories(tmp_path):
+    folder = write_split(tmp_path)
+    file = folder / "toy" / "toy.train.inter"
+    head, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([head, *rows[::-1]]) + "\n")
+    dataset = create_dataset(config_of(folder, "GRU4Rec", **SPLIT))
+    names = dataset.field2id_token["item_id"]
+    served = {user: names[items].tolist() for user, items in user_histories(dataset).items()}
+    assert served == {f"u{user}": items for user, items in LONG.items()}
+
+
+def test_a_tab_may_be_spelled_as_a_shell_hands_it_on(ring):
+    assert RunConfig("BPR", "toy", config_dict=ring | {"field_separator": "\\t"})["field_separator"] == "\t"

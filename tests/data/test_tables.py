@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_sdpo.data.tables import read_table
+from recbole_sdpo.data.tables import read_header, read_table
 from recbole_sdpo.errors import UserError
 
 HEAD = "user_id:token\titem_id:token\ttimestamp:float\n"
@@ -81,6 +81,15 @@ def test_integers_keep_all_their_digits(tmp_path):
     assert small.dtype == np.float64 and small.tolist() == [5, -1000]
 
 
+def test_times_that_float64_cannot_tell_apart_are_refused(tmp_path):
+    fine = "".join(f"u\ti\t{1_700_000_000 + step / 1e6!r}\n" for step in range(50)) + "u\ti\t1700000000.0000000\n"
+    assert len(set(read_table(write(tmp_path, HEAD + fine)).numbers("timestamp", needed=True))) == 50
+    for pair in (("1700000000.1234567", "1700000000.12345671"), ("0.5", "0.50000000000000000001")):
+        table = read_table(write(tmp_path, HEAD + "".join(f"u\ti\t{time}\n" for time in pair)))
+        with pytest.raises(UserError, match="line 3, column 'timestamp'.*more digits than float64 holds"):
+            table.numbers("timestamp", needed=True)
+
+
 def test_missing_ratings_are_told_of(tmp_path, caplog):
     table = read_table(write(tmp_path, "a:float\tb:token\n\tx\nNULL\tx\n3\tx\n"))
     assert np.isnan(table.numbers("a")).tolist() == [True, True, False]
@@ -96,6 +105,10 @@ def test_other_encodings_and_separators(tmp_path, encoding):
             read_table(path, separator, encoding)
     with pytest.raises(UserError, match="encoding='none' is not known"):
         read_table(path, ";", "none")
+    path.write_bytes(b"a:token;b:token\nx;y\n")
+    for read in (read_table, read_header):
+        with pytest.raises(UserError, match="a.inter, line 1: column .* must be name:type"):
+            read(path, ";", "utf-16")
 
 
 def test_quotes_of_csv_are_refused_and_those_of_a_title_told_of(tmp_path, caplog):

@@ -305,3 +305,22 @@ def test_who_writes_is_asked_for_answers_that_the_table_wants(write):
     assert "metrics" not in pop.settings and lm.settings["metrics"] == ["Hit", "NDCG", "MRR", "GenHit"]
     with pytest.raises(ValueError, match="run 'LM': .*GenHit needs sampled candidates"):
         plan(Experiment.load(write(runs, metrics=["HR@1", "GenHit"], candidates=["full"])))
+
+
+@pytest.mark.parametrize("part", [{"settings": {"trust_remote_code": True}}, {"tune": {"trust_remote_code": [True]}}])
+def test_no_file_says_that_code_of_others_is_trusted(write, part):
+    file = write([{"name": "a"} | part])
+    with pytest.raises(UserError, match="run 1 of .* must not set trust_remote_code; give it on the command line"):
+        Experiment.load(file)
+    (run,) = plan(Experiment.load(write([{"name": "a"}]), {"trust_remote_code": True}))
+    assert run.settings["trust_remote_code"] is True
+
+
+def test_weights_that_a_baseline_begins_from_count(write, tmp_path):
+    file = tmp_path / "mf.pth"
+    runs = [{"name": "a", "model": "NeuMF", "settings": {"mf_pretrain_path": str(file)}}]
+    identities = set()
+    for content in ("one", "other"):
+        file.write_text(content)
+        identities.add(plan(Experiment.load(write(runs)))[0].identity)
+    assert len(identities) == 2

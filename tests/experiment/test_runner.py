@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,8 +351,14 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(UserError, match=r"1.lock must be on a file system with locks \(flock\), and this one says: No locks available"):
-        Pretended(tmp_path).run_all([a_run("a", "1")])
+    (failure,) = Pretended(tmp_path).run_all([a_run("a", "1")])
+    assert "1.lock must be on a file system with locks (flock), and this one says: No locks available" in failure.why
+
+
+def test_trust_is_an_argument_and_stands_in_no_file(tmp_path):
+    run, runner = a_run("a", "1"), Pretended(tmp_path)
+    runner.run_all([replace(run, settings=run.settings | {"trust_remote_code": True})])
+    assert "--trust_remote_code=True" in runner.commands[0] and "trust_remote_code" not in (tmp_path / "1.yaml").read_text()
 
 
 def test_how_a_run_ended_is_said_as_it_was(tmp_path, monkeypatch):
