@@ -40,16 +40,15 @@ def attempt(trial: Trial) -> str:
 
 
 def _check_targets(trial: Trial, files: dict[str, bytes], settings: dict[str, Any]) -> None:
+    separator, encoding = settings.get("field_separator", "\t"), settings.get("encoding", "utf-8")
     try:
-        last = datasets.last_items(
-            files, settings.get("field_separator", "\t"), settings.get("encoding", "utf-8")
-        )
+        last = datasets.last_items(files, separator, encoding)
     except (ValueError, IndexError) as error:
         raise Wrong("wrong result", f"it was read, and the slow reader says: {error}") from error
     tested = {row["user"]: row["item"] for row in oracle.ranks(trial.folder / "run")}
     filtered = bool(FILTERS & settings.keys())
     if not filtered:
-        events = Counter(line.split("\t")[0] for line in files["inter"].decode().splitlines())
+        events = Counter(line.split(separator)[0] for line in files["inter"].decode(encoding).splitlines())
         oracle.check_targets(
             trial.folder / "run",
             {user: item for user, item in last.items() if user in tested or events[user] > 3},

@@ -354,7 +354,8 @@ def _as_read(value: Any, way: str) -> Any:
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return {"true": True, "false": False}.get(value.lower(), value)
+        words = {"true": True, "false": False, "null": None, "~": None}
+        return words.get(value.strip().lower(), value)
 
 
 def _warned_of(err: str) -> str:
