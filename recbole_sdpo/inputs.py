@@ -23,6 +23,7 @@ from recbole_sdpo.files import sha256, user_path, write_text
 from recbole_sdpo.lm.backbone import BackboneConfig, weights_source
 from recbole_sdpo.settings import MODEL
 from recbole_sdpo.trainer.state import FOLDER
+from recbole_sdpo.values import shown
 
 FILE = "inputs.json"
 """In a run's folder: what it read as it began, with which alone it may be resumed."""
@@ -180,8 +181,10 @@ def _files(config: RunConfig) -> dict[str, Path]:
         }
     files = _data_files(config)
     for role, place in places.items():
-        if place:
-            files |= _in_place(role, user_path(place))
+        try:
+            files |= _in_place(role, user_path(place)) if place else {}
+        except OSError as error:  # such as a name that is too long
+            raise UserError(f"{role}={shown(str(place))} cannot be read: {error.strerror}.") from error
     return files
 
 
