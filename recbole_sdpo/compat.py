@@ -43,6 +43,9 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import naming, whole_file
 from recbole_sdpo.values import Loader, check_values, read_arguments, read_yaml, value
 
+# Of kernels that bitsandbytes would like to have, and that a run here does without, it speaks as it is imported.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 TEACHERS = ("CrossNet", "CIN")
 """Of KD_DAGFM, the classes that may teach it."""
 

@@ -22,7 +22,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import sha256, user_path, write_text
 from recbole_sdpo.lm.backbone import BackboneConfig, weights_source
 from recbole_sdpo.settings import MODEL
-from recbole_sdpo.trainer.state import FOLDER
+from recbole_sdpo.trainer.state import holds_state, read_state
 from recbole_sdpo.values import shown
 
 FILE = "inputs.json"
@@ -142,7 +142,14 @@ class Inputs:
         Raises:
             UserError: a file is not what the run began with.
         """
-        if (run_dir / FOLDER / "state.json").is_file():
+        if holds_state(run_dir):
+            began = read_state(run_dir)["settings"]["dataset"]
+            if began != self.config["dataset"]:
+                now = self.config["dataset"]
+                raise UserError(
+                    f"resume={str(run_dir)!r}: that run had dataset={began!r} (now {now!r}); "
+                    "give the options that it had."
+                )
             name = self.changed_since(run_dir)
             if name:
                 raise UserError(

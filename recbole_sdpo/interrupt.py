@@ -121,12 +121,13 @@ def _command(folder: Path) -> str:
         start.append(program)
     else:
         start = [Path(program).name]
-    given = [argument for argument in sys.argv[1:] if not argument.startswith("--resume=")]
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--resume=", "--run_dir="))]
     return shlex.join([*start, *given, f"--resume={folder}"])
 
 
 def _then(before: str, error: BaseException) -> str:
-    return "".join(before + note for note in getattr(error, "__notes__", ())) + "."
+    notes = "".join(before + note for note in getattr(error, "__notes__", ()))
+    return notes if "go on with: " in notes else f"{notes}."  # a command is copied as it stands
 
 
 def _say(sentence: str) -> None:

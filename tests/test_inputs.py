@@ -9,7 +9,7 @@ import pytest
 from recbole_sdpo import inputs, quick_start
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import sha256
+from recbole_sdpo.files import sha256, write_record
 from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.result import read_result
 
@@ -156,8 +156,12 @@ def test_a_result_has_what_was_read_and_a_run_is_resumed_with_that_alone(ring, t
     result = quick_start.run("Pop", "toy", config_dict=ring | {"epochs": 1, "run_dir": str(run_dir)})
     assert result["inputs"] == read_result(run_dir)["inputs"] == read.digests
     (run_dir / "state").mkdir(exist_ok=True)
-    (run_dir / "state" / "state.json").write_text("{}")
+    write_record(run_dir / "state" / "state.json", {"settings": {"dataset": "toy"}})
     read.keep(run_dir, write=True)
+    write_record(run_dir / "state" / "state.json", {"settings": {"dataset": "shop"}})
+    with pytest.raises(UserError, match=r"that run had dataset='shop' \(now 'toy'\); give the options that it had"):
+        read.keep(run_dir, write=True)
+    write_record(run_dir / "state" / "state.json", {"settings": {"dataset": "toy"}})
     item = Path(ring["data_path"]) / "toy" / "toy.item"
     item.write_text(item.read_text().replace("red", "pink"))
     with pytest.raises(UserError, match=rf"{item} changed since the run in {run_dir} began"):

@@ -90,7 +90,7 @@ def test_the_line_that_goes_on_is_the_command_as_it_was_given(monkeypatch, capsy
         say_how_to_go_on(error, tmp_path)
         raise error
     line = f"{start} '--eval_args={{'\"'\"'mode'\"'\"': '\"'\"'full'\"'\"'}}' --resume={tmp_path}"
-    expected = f"error: cannot use a/file: No space left on device; free some space, then go on with: {line}.\n"
+    expected = f"error: cannot use a/file: No space left on device; free some space, then go on with: {line}\n"
     assert capsys.readouterr().err == expected
 
 

@@ -230,7 +230,7 @@ def _times(text: pd.Series, source: str) -> pd.Series:
     _refuse(text.str.fullmatch(NO_DATE, flags=re.IGNORECASE), text, source, "has no date; it must be one, or a number")
     times = pd.to_numeric(text, errors="coerce")
     times = times.where(times.abs() < float("inf")) if times.dtype.kind == "f" else times
-    if 2 * times.count() > len(text):
+    if 2 * times.count() >= len(text):
         unit = _unit(times, text, source)
     else:
         unit, times = "seconds", _dates(text, source)

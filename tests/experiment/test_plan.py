@@ -232,7 +232,7 @@ def test_every_model_gets_as_many_tries(write):
             for part in ("valid_only", "test_only", "valid_and_tets")
         ),
         ({"metrics": ["HR@1", "GenHit"], "runs": [{"name": "a", "model": "Pop"}]}, "metric 'GenHit' needs a run of SDPO-LLM"),
-        ({"settings": {"metrics": ["HR", "NDCG"]}}, "run 'a': metrics=.*there is no 'HR'; it is called Hit here"),
+        ({"settings": {"metrics": ["HR", "NDCG"]}}, "run 'a': metrics=.*there is no 'HR'; did you mean 'hit'"),
         ({"settings": {"metrics": None}}, "run 'a': metrics=None must be a list of metrics"),
         ({"settings": {"metrics": []}}, r"run 'a': metrics=\[\] must be a list of metrics"),
         ({"settings": {"metrics": "Hits"}, "metrics": ["GenHit"]}, "run 'a': metrics=.*there is no 'Hits'"),
