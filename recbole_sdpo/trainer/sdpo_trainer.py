@@ -234,7 +234,10 @@ class SDPOTrainer(Trainer):
         settings, stage_settings = self.model.settings, getattr(self.model.settings, name)
         if name == "sft" and settings.sft_checkpoint:
             folder = user_path(settings.sft_checkpoint)
-            self._load_policy(folder / "sft" if (folder / "sft").is_dir() else folder)
+            try:
+                self._load_policy(folder / "sft" if (folder / "sft").is_dir() else folder)
+            except UserError as error:
+                raise UserError(f"sft_checkpoint={settings.sft_checkpoint!r}: {error}") from error
             stage_settings = replace(stage_settings, epochs=0)
         objective = settings.objective if name == "sdpo" else "sft"
         kind = OBJECTIVES[objective]

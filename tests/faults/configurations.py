@@ -352,7 +352,8 @@ def _as_read(value: Any, way: str) -> Any:
     if way == "file" or not isinstance(value, str):
         return value
     try:
-        return ast.literal_eval(value)
+        read = ast.literal_eval(value)
+        return value if read in (math.inf, -math.inf) else read  # 1e999 stays text
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         words = {"true": True, "false": False, "null": None, "~": None}
         return words.get(value.strip().lower(), value)
