@@ -497,6 +497,8 @@ def _check_model(config: Config) -> None:
     pairs = config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE and config["loss_type"] != "CE"
     if config["model"] != MODEL and args["distribution"] == "none" and pairs:
         raise UserError(f"train_neg_sample_args must ask for negatives, such as {{'sample_num': 1}}: {config['model']} learns from pairs.")
+    if config["enable_amp"] and config["model"] != MODEL and config["device"].type == "cpu":
+        raise UserError("enable_amp=True must be false on a CPU, where RecBole's mixed precision fails for some models.")
     transform, sequential = config["transform"], config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     if transform == config.internal_config_dict["transform"]:
         return

@@ -197,3 +197,9 @@ def test_sequences_that_no_memory_holds_are_refused(ring, monkeypatch):
 def test_settings_of_a_models_own_that_share_a_name_with_ours_are_the_models(ring):
     ring.pop("train_neg_sample_args")
     assert RunConfig("AsymKNN", "toy", config_dict=ring | {"beta": 0})["beta"] == 0
+
+
+def test_mixed_precision_of_recbole_is_for_a_gpu(ring):
+    with pytest.raises(UserError, match="enable_amp=True must be false on a CPU"):
+        RunConfig("LightGCN", "toy", config_dict=ring | {"enable_amp": True})
+    RunConfig("SDPO-LLM", "toy", config_dict=ring | {"enable_amp": True})

@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +17,7 @@ from safetensors import SafetensorError
 from recbole_sdpo import compat, quick_start
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.result import read_result
-from recbole_sdpo.trainer import sdpo_trainer, state
+from recbole_sdpo.trainer import folder, sdpo_trainer, state
 from recbole_sdpo.trainer.stage import Stage
 from recbole_sdpo.trainer.steps import StepFile
 
@@ -121,7 +123,18 @@ def test_what_is_not_a_runs_folder_is_not_begun_in(ring):
         run(ring | SMALL, resume="mine")
 
 
-def test_two_runs_are_never_in_one_folder(ring):
+def test_what_a_killed_run_had_begun_is_waited_for(tmp_path):
+    """A process that prepares batches has inherited the lock, and ends a little later."""
+    (tmp_path / "run.log").touch()
+    code = "import fcntl, sys, time; log = open(sys.argv[1]); fcntl.flock(log, 2); print(flush=True); time.sleep(1)"
+    orphan = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run.log"], stdout=subprocess.PIPE)
+    orphan.stdout.readline()
+    with folder.alone_in(tmp_path):
+        assert orphan.wait(0.5) == 0
+
+
+def test_two_runs_are_never_in_one_folder(ring, monkeypatch):
+    monkeypatch.setattr(folder, "ORPHANS_S", 0.2)
     Path("run").mkdir()
     with open("run/run.log", "w") as log:
         fcntl.flock(log, fcntl.LOCK_EX)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
+from typing import IO
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -24,6 +26,9 @@ from recbole_sdpo.trainer.state import STATE_FILE, holds_state
 
 LOG_FILE = "run.log"
 """The first file that a run writes, by which a folder is known as a run's."""
+
+ORPHANS_S = 8.0
+"""Seconds after which torch's worker processes have ended whose parent is gone: they look every five."""
 
 STAGES = ("sft", "sdpo")
 """Stages, and the folders of their checkpoints."""
@@ -92,9 +97,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     with (folder / LOG_FILE).open("a") as log:
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"Another run is at work in {str(folder)!r}; wait until it has ended, or give another folder.") from error
+            _lock(log, folder)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise
@@ -103,6 +106,19 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise UserError(f"{str(folder)!r} holds a run that has ended meanwhile; give another folder.")
         remove_parts(folder)
         yield
+
+
+def _lock(log: IO, folder: Path) -> None:
+    """Processes that prepare batches hold the lock of a run that was killed until they see that it is gone, some seconds later."""
+    until = time.monotonic() + ORPHANS_S
+    while True:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > until:
+                raise UserError(f"Another run is at work in {str(folder)!r}; wait until it has ended, or give another folder.") from error
+            time.sleep(0.1)
 
 
 def tidy(folder: Path) -> None:
