@@ -180,11 +180,10 @@ def _files(config: RunConfig) -> dict[str, Path]:
     places = {key: config[key] for key in OF_RECBOLE}
     if config["model"] == MODEL:
         own, backbone = config.settings, backbone_config(config).backbone
-        sft = own.sft_checkpoint and user_path(own.sft_checkpoint)
         places |= {
             "backbone": backbone != "scratch" and weights_source(backbone),
             "prompt_templates": template_file(own.prompt_templates),
-            "sft_checkpoint": sft and (sft / "sft" if (sft / "sft").is_dir() else sft),
+            "sft_checkpoint": own.sft_checkpoint,
         }
     files = _data_files(config)
     for role, place in places.items():
@@ -223,7 +222,12 @@ def _data_files(config: RunConfig) -> dict[str, Path]:
 
 
 def _in_place(role: str, place: Path) -> dict[str, Path]:
-    """A file, or those in a folder, where models are saved side by side; none where there is none, as for a name of the hub."""
+    """A file, or those in a folder, where models are saved side by side; none where there is none, as for a name of the hub.
+
+    Of a run's folder its SFT checkpoint is meant.
+    """
+    if role == "sft_checkpoint" and (place / "sft").is_dir():
+        place = place / "sft"
     if place.is_dir():
         return {
             f"{role}/{file.name}": file
