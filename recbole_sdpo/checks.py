@@ -290,10 +290,34 @@ def check_given(given: dict[str, Any], defaults: Mapping[str, Any] | None = None
             RECBOLE[key].check(key, value)
         elif key in defaults and key not in OF_EVERY_MODEL and not (model == MODEL and key in names()):
             model_rule(key, defaults[key], model).check(key, value)
+    for key in PATHS & set(given):
+        _check_path(key, given[key])
     if given.get("log_wandb") and not importlib.util.find_spec("wandb"):
         raise UserError("log_wandb=True needs the package wandb, which is not installed; pip install wandb, or leave it out.")
     if defaults:
         _check_together(defaults | given | merged_parts(defaults, given))
+
+
+PATHS = {
+    "data_path",
+    "checkpoint_dir",
+    "run_dir",
+    "resume",
+    "sft_checkpoint",
+    "cache_dir",
+    "prompt_templates",
+    "backbone",
+    "pre_model_path",
+}
+"""Settings that may name a file or a folder."""
+
+
+def _check_path(key: str, value: Any) -> None:
+    """Refuse what no file system takes; all that look for such a file would stumble, each in its place."""
+    if isinstance(value, str):
+        path = os.fsencode(value)
+        if len(path) > 4000 or max(map(len, path.split(os.sep.encode()))) > 255:
+            raise UserError(f"{key}={shown(value)} must have names of 255 bytes at most, and 4,000 in all.")
 
 
 UNCOMPUTED = {"data.count_items", "data.num_items"}

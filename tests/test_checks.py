@@ -203,3 +203,10 @@ def test_mixed_precision_of_recbole_is_for_a_gpu(ring):
     with pytest.raises(UserError, match="enable_amp=True must be false on a CPU"):
         RunConfig("LightGCN", "toy", config_dict=ring | {"enable_amp": True})
     RunConfig("SDPO-LLM", "toy", config_dict=ring | {"enable_amp": True})
+
+
+@pytest.mark.parametrize("key", sorted(checks.PATHS))
+@pytest.mark.parametrize("value", ["x" * 256, "é" * 130, "/".join(["x" * 200] * 25)])
+def test_a_path_that_no_file_system_takes_is_refused_by_its_setting(ring, key, value):
+    with pytest.raises(UserError, match=f"{key}='.*must have names of 255 bytes at most"):
+        RunConfig("SDPO-LLM", "toy", config_dict=ring | {key: value})

@@ -353,7 +353,8 @@ def _as_read(value: Any, way: str) -> Any:
         return value
     try:
         read = ast.literal_eval(value)
-        return value if read in (math.inf, -math.inf) else read  # 1e999 stays text
+        large = isinstance(read, int | float) and abs(read) >= 2**63
+        return value if large else read  # 1e999, too, stays text
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         words = {"true": True, "false": False, "null": None, "~": None}
         return words.get(value.strip().lower(), value)
