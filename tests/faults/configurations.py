@@ -349,6 +349,7 @@ def attempt(trial: Trial) -> str:
 
 def _as_read(value: Any, way: str) -> Any:
     """What a value means where it was given as text."""
+    value = str(value) if way == "arguments" else value  # where nan is a word
     if way == "file" or not isinstance(value, str):
         return value
     try:
