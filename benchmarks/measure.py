@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 MULTIPLICATIONS = {"aten::mm", "aten::addmm", "aten::bmm"}
 
@@ -80,6 +81,27 @@ def multiplications_alone(side: Callable[[], object]) -> Callable[[], None]:
             function(*args)
 
     return replay
+
+
+class _Operations(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products and attention, as torch counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def operations(side: Callable[[], object]) -> int:
+    """Floating-point operations of ``side``; FlexAttention's are not among them."""
+    with _Operations() as counter:
+        side()
+    return counter.total
 
 
 def shares(side: Callable[[], object], vocabulary: int) -> dict[str, float]:

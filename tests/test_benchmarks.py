@@ -1,6 +1,11 @@
 """What the benchmark measures with."""
 
+import argparse
+import json
+import logging
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +24,15 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import exactness
+    import gpu
     import measure
     import plain
     import run
+    import throughput
 
-    yield measure, plain, run
-    for name in ("measure", "plain", "run"):
+    yield measure, plain, run, exactness, throughput, gpu
+    for name in ("measure", "plain", "run", "exactness", "throughput", "gpu"):
         del sys.modules[name]
 
 
@@ -70,3 +78,63 @@ def test_multiplications_alone_are_those_of_the_side(benchmarks):
     assert len(noted.calls) == 2 * 3 * (7 * 2 + 1)
     shares = benchmarks[0].shares(side, 50)
     assert sum(shares.values()) == pytest.approx(1) and shares["vocabulary projection"] > 0 and shares["attention"] > 0
+
+
+@pytest.mark.parametrize("row", ["Llama, LoRA, sdpa, float32", "Gemma3Text, eager, bf16", "Llama, ranking and answers, float32"])
+def test_exactness_holds_here(benchmarks, row):
+    values = dict(benchmarks[3].cases(CPU))[row]()
+    assert "scores" in values or values["repeats bit for bit"]
+
+
+def test_exactness_notices_a_wrong_mask(benchmarks, monkeypatch):
+    monkeypatch.setattr(LanguageModel, "_check_scores", lambda self: None)
+    whole = plant
+
+    def blind(*args):
+        forest = whole(*args)
+        return replace(forest, end=torch.full_like(forest.end, forest.tokens.shape[1]))  # every token sees all before it
+
+    monkeypatch.setattr(benchmarks[3], "plant", blind)
+    with pytest.raises(AssertionError, match="the forest is off by"):
+        dict(benchmarks[3].cases(CPU))["Llama, sdpa, float32"]()
+
+
+def test_operations_are_counted(benchmarks):
+    left, right = torch.randn(3, 5, requires_grad=True), torch.randn(5, 7)
+    assert benchmarks[0].operations(lambda: (left @ right).sum().backward()) == 2 * 2 * 3 * 5 * 7
+
+
+def test_what_is_measured_on_a_gpu_is_measured_here(benchmarks):
+    args = argparse.Namespace(backbone="scratch", tokens=[64, 128, 256], matrix=64, users=3, repeats=1)
+    rows = dict(benchmarks[4].cases(args, CPU))
+    for name in ("full, SFT, 128 tokens, sdpa", "LoRA, S-DPO, K = 3, 128 tokens, sdpa"):
+        assert 0 < rows[name]()["tokens"] <= 128
+    assert rows["LoRA, against full sequences, K = 3"]()["ratio"] > 0
+    assert rows["LoRA, ranking"]()["ten best, users/s"] > 0
+
+
+def test_a_row_that_fails_costs_itself_and_what_is_measured_stays(benchmarks, tmp_path, monkeypatch, capsys):
+    gpu, measured = benchmarks[5], []
+
+    def rows(stage, args, device):
+        yield "first", lambda: measured.append("first") or {"value": 1}
+        yield "second", lambda: 1 / 0
+        yield "third", lambda: {"value": 3}
+
+    monkeypatch.setattr(gpu, "cases", rows)
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "exact.jsonl").write_text('{"row": "first", "value": 0}\n')
+    args = argparse.Namespace(part="exact,0,1", output=tmp_path, only="")
+    assert gpu.measure_part(args) == 0 and not measured
+    second, third = map(json.loads, capsys.readouterr().out.splitlines())
+    assert second["error"].startswith("ZeroDivisionError") and third["value"] == 3
+
+
+def test_the_gpu_program_runs_as_a_command(tmp_path):
+    program = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(program), f"--output={tmp_path}", "--stages", "exact", "--only=Qwen3, sdpa, float32"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    (row,) = map(json.loads, (tmp_path / "exact.jsonl").read_text().splitlines())
+    assert row["row"] == "Qwen3, sdpa, float32" and row["logps, forest"] < 1e-4

@@ -1,0 +1,214 @@
+"""How fast are steps and rankings on a device, for a pretrained backbone on ml-100k?
+
+Tokens and targets a second, peak memory, and the share of the device's measured rate of matrix products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import cache
+from itertools import product
+
+import measure
+import numpy as np
+import plain
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.profiler import ProfilerActivity, profile
+
+from recbole_sdpo.compat import no_arguments
+from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.prompts import Prompts, batches, history_prompts
+from recbole_sdpo.data.sequences import histories
+from recbole_sdpo.lm.ranking import score_all, score_top
+from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.objectives import sdpo
+
+Row = dict[str, object]
+
+TRAINED = {
+    "LoRA": {"peft": "lora"},
+    "full": {"peft": "none"},
+    "LoRA, float32": {"peft": "lora", "dtype": "float32"},
+    "LoRA, compiled": {"peft": "lora", "compile": True},
+    "full, compiled": {"peft": "none", "compile": True},
+}
+"""Ways to train; all but the third compute in bfloat16, fully trained weights under autocast."""
+
+PLAIN_TARGETS = 32
+
+
+class Workload:
+    """A backbone with a policy that has moved away from its reference, as in the middle of training."""
+
+    def __init__(self, trained: str, args: argparse.Namespace) -> None:
+        given = {"backbone": args.backbone, "MAX_ITEM_LIST_LENGTH": 20, "title_fields": ["movie_title"], "show_progress": False}
+        with no_arguments():
+            config = RunConfig("SDPO-LLM", "ml-100k", config_dict=given | TRAINED[trained])
+            self.loaders = data_preparation(config, create_dataset(config))
+            torch.manual_seed(0)
+            self.recommender = SDPOLLM(config, self.loaders[0]._dataset).to(config["device"]).eval()
+        self.config, self.lm, self.repeats = config, self.recommender.lm, args.repeats
+        self.device = self.lm.device
+        self.mixed = self.recommender.backbone.peft == "none"
+        self.lm.freeze_reference()
+        self.weights = list(self.lm.trainable().values())
+        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-5, fused=True)
+        with torch.no_grad():
+            for weight in self.weights:
+                weight += 1e-3 * torch.randn_like(weight)
+
+    def batch(self, negatives: int, tokens: int) -> tuple[Prompts, np.ndarray]:
+        """A batch of middling size, cut as the trainer cuts them."""
+        examples = self.recommender.examples(self.loaders[0]._dataset, self.loaders[0]._sampler, negatives)
+        sizes = examples.sizes(self.recommender.encoder.tokens.lengths)
+        cut = batches(sizes, tokens, np.argsort(sizes, kind="stable"))
+        return examples.batch(cut[len(cut) // 2], 0, "benchmark")
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
+
+    def step(self, prompts: Prompts, items: np.ndarray) -> tuple[Callable[[], None], int]:
+        """An optimizer step on a planted batch, and the tokens of its forest; with negatives S-DPO's, else SFT's."""
+        forest = self.recommender.encoder.forest(prompts, items).to(self.device)
+
+        def loss() -> Tensor:
+            if items.shape[1] == 1:
+                return -self.lm(forest).mean()
+            return sdpo(*self.recommender.logps(forest, items.shape[1], True), 1.0).mean()
+
+        def run() -> None:
+            self.optimizer.zero_grad()
+            with self.autocast():
+                value = loss()
+            value.backward()
+            clip_grad_norm_(self.weights, 1.0)
+            self.optimizer.step()
+
+        return run, forest.size
+
+    def steps(self, negatives: int, tokens: int, attention: str, rate: float) -> Row:
+        """Seconds of a step, and what follows from them."""
+        self.lm.attention = attention
+        prompts, items = self.batch(negatives, tokens)
+        run, size = self.step(prompts, items)
+        seconds = measure.median_seconds({"ours": run}, self.repeats, self.device)["ours"]
+        row = {"ms": 1e3 * seconds, "tokens": size, "tokens/s": size / seconds, "targets/s": len(items) / seconds}
+        if attention == "sdpa":  # torch counts no operations of FlexAttention's
+            row["share of matrix rate"] = measure.operations(run) / seconds / rate
+        return row | {"MiB": measure.peak_mib(run, self.device)}
+
+    def against_plain(self, negatives: int, tokens: int) -> Row:
+        """Targets a second, against full sequences for each title, through policy and reference."""
+        self.lm.attention = "sdpa"
+        prompts, items = self.batch(negatives, tokens)
+        few = np.random.default_rng(1).permutation(len(items))[:PLAIN_TARGETS]
+        part = Prompts(prompts.trunks, prompts.tree[few], prompts.before[few], prompts.target[few], prompts.user[few])
+        with torch.no_grad(), self.autocast():
+            ours_of_few = self.recommender.logps(self.recommender.encoder.forest(part, items[few]), items.shape[1], True)
+            losses = float(sdpo(*ours_of_few, 1.0).mean()), float(plain.sdpo_loss(self.recommender, part, items[few]))
+        if not abs(losses[0] - losses[1]) <= 0.05 * abs(losses[1]):  # bfloat16's rounding in both
+            raise AssertionError(f"the losses are {losses}")
+        run, _ = self.step(prompts, items)
+
+        def plainly() -> None:
+            self.optimizer.zero_grad()
+            with self.autocast():
+                loss = plain.sdpo_loss(self.recommender, part, items[few])
+            loss.backward()
+            clip_grad_norm_(self.weights, 1.0)
+            self.optimizer.step()
+
+        took = measure.median_seconds({"ours": run, "plain": plainly}, self.repeats, self.device)
+        ours, theirs = len(items) / took["ours"], len(few) / took["plain"]
+        return {"targets/s": ours, "plain targets/s": theirs, "ratio": ours / theirs, "losses": losses}
+
+    def profile(self, negatives: int, tokens: int) -> Row:
+        """The share of a step in which the GPU is busy, how many kernels it starts, and which take longest."""
+        self.lm.attention = "sdpa"
+        run, _ = self.step(*self.batch(negatives, tokens))
+        seconds = measure.median_seconds({"ours": run}, self.repeats, self.device)["ours"]
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+            run()
+            torch.cuda.synchronize()
+        kernels = [event for event in record.key_averages() if event.self_device_time_total and event.device_type.name == "CUDA"]
+        busy = sum(event.self_device_time_total for event in kernels) / 1e6
+        longest = sorted(kernels, key=lambda event: -event.self_device_time_total)[:12]
+        waits = {event.key: event.count for event in record.key_averages() if "Synchronize" in event.key}
+        row = {"ms": 1e3 * seconds, "GPU busy": busy / seconds, "kernels": sum(event.count for event in kernels), "waits": waits}
+        return row | {"longest, ms": {event.key[:70]: [event.self_device_time_total / 1e3, event.count] for event in longest}}
+
+    @torch.no_grad()
+    def ranking(self, users: int) -> Row:
+        """Test users a second: 20 candidates, every title, and the ten best titles alone."""
+        self.lm.attention = "auto"
+        rows = self.loaders[2]._dataset.inter_feat[:users]
+        user, target = rows["user_id"].numpy(), rows["item_id"].numpy()
+        prompts = history_prompts(histories(rows, self.config), target, user, self.recommender.units.header)
+        others = np.random.default_rng(2).integers(1, self.recommender.n_items, (users, 19))
+        items, tree = np.concatenate([target[:, None], others], axis=1), self.recommender.title_tree
+        texts = self.recommender.encoder.trunks(prompts)
+        few = texts.take(np.arange(min(users, 64)))
+        sides: dict[str, Callable[[], object]] = {
+            "20 candidates": lambda: self.recommender._score(prompts, items),
+            "every title": lambda: score_all(self.lm, few, tree),
+            "ten best": lambda: score_top(self.lm, few, tree, 10),
+        }
+        with self.autocast():
+            took = measure.median_seconds(sides, 2, self.device)
+        number = {name: users if name == "20 candidates" else len(few) for name in sides}
+        return {f"{name}, users/s": number[name] / seconds for name, seconds in took.items()} | {"titles": len(tree)}
+
+
+def matrix_rate(device: torch.device, size: int) -> Row:
+    """FLOP/s of a bfloat16 matrix product, and bytes a second of a copy, read and written."""
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in "ab")
+    large = torch.empty(size * size * 16, device=device, dtype=torch.uint8)
+    took = measure.median_seconds({"product": lambda: left @ right, "copy": lambda: large.clone()}, 10, device)
+    return {"FLOP/s": 2 * size**3 / took["product"], "copy, bytes/s": 2 * large.numel() / took["copy"]}
+
+
+def cases(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """All measurements by name, in the order of their worth; those of one way to train stand together."""
+    small, middle, large = args.tokens
+    current: dict[str, Workload] = {}
+
+    @cache
+    def rate() -> Row:
+        return matrix_rate(device, args.matrix)
+
+    def workload(trained: str) -> Workload:
+        if trained not in current:
+            current.clear()  # one at a time in memory
+            gc.collect()
+            torch.cuda.empty_cache()
+            current[trained] = Workload(trained, args)
+        return current[trained]
+
+    def steps(trained: str, negatives: int, tokens: int, attention: str = "sdpa") -> tuple[str, Callable[[], Row]]:
+        kind = f"S-DPO, K = {negatives}" if negatives else "SFT"
+        name = f"{trained}, {kind}, {tokens} tokens, {attention}"
+        return name, lambda: workload(trained).steps(negatives, tokens, attention, rate()["FLOP/s"])
+
+    yield "matrix product and copy", rate
+    gpu = device.type == "cuda"
+    for trained in ("LoRA", "full"):
+        for tokens, negatives in product((middle, large, small), (0, 3, 15)):
+            yield steps(trained, negatives, tokens)
+        if gpu:
+            yield f"{trained}, profile, K = 3", lambda t=trained: workload(t).profile(3, middle)
+        for negatives in (3, 15):
+            yield f"{trained}, against full sequences, K = {negatives}", lambda t=trained, k=negatives: workload(t).against_plain(k, middle)
+        yield f"{trained}, ranking", lambda t=trained: workload(t).ranking(args.users)
+        if gpu:
+            for negatives in (3, 15):
+                yield steps(trained, negatives, middle, "flex_attention")
+            for negatives in (0, 3, 15):
+                yield steps(f"{trained}, compiled", negatives, middle)
+    for negatives in (0, 3):
+        yield steps("LoRA, float32", negatives, middle)
