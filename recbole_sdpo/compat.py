@@ -1,12 +1,10 @@
-"""What must be worked round in RecBole 1.2.1 and its neighbours. tests/test_compat.py tells when an entry is no longer needed.
-
-What a version pin cures is in setup.cfg: numpy<2 (ray 2.6 uses ``np.bool8``), setuptools<81 (``pkg_resources``),
-pandas<3 (in-place ``fillna`` on a column), scipy<1.13 (``dok_matrix._update``, which LightGCN and its kin fill).
-"""
+"""What must be worked round in RecBole 1.2.1 and its neighbours. tests/test_compat.py tells when an entry is no longer needed."""
 
 from __future__ import annotations
 
+import builtins
 import importlib
+import importlib.util
 import io
 import logging
 import os
@@ -18,11 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import IO, Any, NoReturn
 
 import colorama
 import colorlog
+import numpy as np
+import pandas as pd
 import recbole.trainer.trainer
 import torch
 from recbole.config import Config
@@ -36,6 +36,7 @@ from recbole.model.general_recommender import pop
 from recbole.trainer import Trainer
 from recbole.utils import get_model, get_trainer
 from recbole.utils.logger import RemoveColorFilter, log_colors_config
+from scipy.sparse import dok_matrix
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -48,6 +49,46 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 TEACHERS = ("CrossNet", "CIN")
 """Of KD_DAGFM, the classes that may teach it."""
+
+
+NUMPY_1 = {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_, "bool8": np.bool_}
+"""Names that NumPy 2 no longer has: what RecBole's ``Config`` takes, and the last what ray 2.6.3, which RecBole requires, takes."""
+
+
+def meet_newer_libraries() -> None:
+    """Give RecBole back what it knew of NumPy 1, pandas 2, SciPy 1.12 and ray, where the installed ones no longer have it.
+
+    That ``fillna`` in place fills nothing in pandas 3 is mended in :mod:`recbole_sdpo.data.dataset`.
+    """
+    for name, kind in NUMPY_1.items():
+        if not hasattr(np, name):
+            setattr(np, name, kind)
+    if not hasattr(dok_matrix, "_update"):  # before SciPy 1.13 a method that LightGCN and its kin call
+        dok_matrix._update = lambda self, entries: self._dict.update(entries)
+    for module in ("dataset", "kg_dataset", "sequential_dataset"):
+        setattr(importlib.import_module(f"recbole.data.dataset.{module}"), "len", _len)
+    if importlib.util.find_spec("ray") is None:
+        _import_quick_start()
+
+
+def _len(sized: Any) -> int | pd.Series:
+    """``len``, but of each entry of a column: from pandas 3 on, ``column.agg(len)``, which RecBole writes for that, is its height."""
+    return sized.map(builtins.len) if isinstance(sized, pd.Series) else builtins.len(sized)
+
+
+def _import_quick_start() -> None:
+    """Import ``recbole.quick_start`` without ray, of whose Tune it uses one function, in a search for settings."""
+    ray = ModuleType("ray")
+    ray.tune = SimpleNamespace(report=_refuse_search)
+    sys.modules["ray"] = ray
+    try:
+        importlib.import_module("recbole.quick_start")
+    finally:
+        del sys.modules["ray"]  # others ask by importing it whether it is there
+
+
+def _refuse_search(**result: float) -> NoReturn:
+    raise UserError("RecBole's search by ray's Tune needs ray, which is not installed; install it, or use --experiment with --tune.")
 
 
 def trainer_class(config: Config) -> type[Trainer]:

@@ -30,6 +30,7 @@ RECBOLE_LOADS = {"inter": ["user_id", "item_id"]}
 
 def register() -> None:
     """Make RecBole find the model, its trainer and its default settings under the name ``SDPO-LLM``."""
+    compat.meet_newer_libraries()
     compat.import_models()
     name = f"recbole.model.sequential_recommender.{MODEL.lower()}"
     module = types.ModuleType(name, SDPOLLM.__doc__)

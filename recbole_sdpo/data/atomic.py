@@ -270,7 +270,8 @@ def _dates(text: pd.Series, source: str) -> pd.Series:
 
 
 def _read_dates(text: pd.Series, form: str) -> pd.Series:
-    return pd.to_datetime(text, errors="coerce", utc=True, format=form)
+    dates = pd.to_datetime(text, errors="coerce", utc=True, format=form)
+    return dates.where(dates.dt.year.between(1678, 2261))  # what 64 bits of nanoseconds hold, and all that pandas 2 reads
 
 
 def _forms(date: str) -> list[str]:

@@ -7,6 +7,7 @@ route: :func:`install`.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from logging import getLogger
@@ -91,7 +92,7 @@ def _holds(history: list[int], part: list[int]) -> bool:
 
 def install() -> None:
     """Replace the methods of RecBole's ``Dataset``."""
-    for method in (_load_data, _load_feat, _set_alias, _remove_duplication, _reset_index, _change_feat_format, build):
+    for method in (_load_data, _load_feat, _set_alias, _fill_nan, _remove_duplication, _reset_index, _change_feat_format, build):
         setattr(Dataset, method.__name__, method)
 
 
@@ -131,7 +132,8 @@ def _load_feat(self: Dataset, filepath: str, source: FeatureSource | str) -> pd.
     if not columns:
         self.logger.warning(f"No columns has been loaded from [{source}]")
         return None
-    return pd.DataFrame(columns)
+    # As they are: pandas 3 would make its own kind of text of Python's.
+    return pd.DataFrame({field: pd.Series(column, dtype=column.dtype) for field, column in columns.items()})
 
 
 def _column(self: Dataset, table: Table, field: str, source: str) -> Any:
@@ -162,6 +164,20 @@ def _set_alias(self: Dataset, alias_name: str, default_value: list) -> None:
     if alias_name == "item_id" and self.benchmark_filename_list is not None and past in self.field2type:
         default_value = [*default_value, past]
     RECBOLE["_set_alias"](self, alias_name, default_value)
+
+
+def _fill_nan(self: Dataset) -> None:
+    """As RecBole's, which fills a column in place: from pandas 3 on, that fills a copy, and what is missing stays so."""
+    for name in self.feat_name_list:
+        frame = getattr(self, name)
+        for field, column in frame.items():
+            kind = self.field2type[field]
+            if kind in (FeatureType.TOKEN, FeatureType.FLOAT):
+                frame[field] = column.fillna(0 if kind == FeatureType.TOKEN else column.mean())
+            else:
+                nothing = np.empty(0, np.int64 if kind == FeatureType.TOKEN_SEQ else np.float64)
+                rows = [nothing if isinstance(row, float) else row for row in column]
+                frame[field] = pd.Series(rows, index=frame.index, dtype=object)
 
 
 def _remove_duplication(self: Dataset) -> None:
@@ -203,7 +219,10 @@ def _change_feat_format(self: Dataset) -> None:
         self.histories = list(frame[past]) if past in frame else [np.empty(0, np.int64)] * len(frame)
         if sequential:
             _cut_histories(self)
-    RECBOLE["_change_feat_format"](self)
+    with warnings.catch_warnings():
+        # From pandas 3 on a column may not be written to; the tensor made of it is all that stays.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        RECBOLE["_change_feat_format"](self)
     if exact is not None:
         self.inter_feat[time] = exact
     if self.benchmark_filename_list is not None and sequential:

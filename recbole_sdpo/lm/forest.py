@@ -30,6 +30,8 @@ class Forest:
         edge_token: int64 ``[E]``, the predicted token.
         edge_response: int64 ``[E]``, the response that it belongs to.
         edge_step: int64 ``[E]``, which of the response's tokens it is.
+        first_edge: int64 ``[S + 1]``, on the host: each state's first edge, and ``E``.
+        steps: tokens of the longest response.
         responses: ``R``.
         chains: true where no tree branches, so that plain causal attention is the same.
         size: tokens in all trees, padding left out.
@@ -43,6 +45,8 @@ class Forest:
     edge_token: Tensor
     edge_response: Tensor
     edge_step: Tensor
+    first_edge: np.ndarray
+    steps: int
     responses: int
     chains: bool
     size: int
@@ -67,8 +71,7 @@ class Forest:
     def sum_by_response(self, logps: Tensor) -> Tensor:
         """Sums over the tokens of each response, ``[…, R]``, of what belongs to the edges, ``[…, E]``."""
         # Each token has a place of its own, so that the sum has one order on every device.
-        steps = int(self.edge_step.max()) + 1 if len(self.edge_step) else 0
-        table = logps.new_zeros(*logps.shape[:-1], self.responses, steps)
+        table = logps.new_zeros(*logps.shape[:-1], self.responses, self.steps)
         table[..., self.edge_response, self.edge_step] = logps
         return table.sum(-1)
 
@@ -183,6 +186,8 @@ def plant(trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged
 
     return Forest(
         *map(torch.from_numpy, (tokens, positions, end, states, *edges)),
+        first_edge=np.searchsorted(edges[0], np.arange(len(states) + 1)),
+        steps=int(responses.lengths.max(initial=0)),
         responses=len(responses),
         chains=branch_nodes == 0,
         size=int(sizes.sum()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,16 +13,22 @@ LOGITS_AT_ONCE = (2**22, 2**26)
 """Largest number of logits held at a time, on a CPU (16 MiB in float32, near its caches) and on a GPU."""
 
 
-def token_logps(model: PreTrainedModel, hidden: Tensor, edge_state: Tensor, edge_token: Tensor) -> Tensor:
+def token_logps(
+    model: PreTrainedModel, hidden: Tensor, edge_state: Tensor, edge_token: Tensor, first_edge: np.ndarray | None = None
+) -> Tensor:
     """log pi of ``edge_token[e]`` after ``hidden[edge_state[e]]``, float32 ``[E]`` (float64 for a float64 model).
 
     Args:
         hidden: ``[S, H]``, the last hidden states of the tokens that predict, each once.
         edge_state: int64 ``[E]``, increasing.
         edge_token: int64 ``[E]``.
+        first_edge: int64 ``[S + 1]``, each state's first edge, and ``E``; where it is not given, a GPU is waited for to tell.
     """
+    if first_edge is None:
+        every = torch.arange(len(hidden) + 1, device=hidden.device)
+        first_edge = torch.searchsorted(edge_state, every).cpu().numpy()
     trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
-    return _TokenLogps.apply(partial(_to_logits, model), hidden, edge_state, edge_token, *trained)
+    return _TokenLogps.apply(partial(_to_logits, model), first_edge, hidden, edge_state, edge_token, *trained)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -32,24 +39,27 @@ class _TokenLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits_of, hidden: Tensor, edge_state: Tensor, edge_token: Tensor, *trained: nn.Parameter) -> Tensor:
+    def forward(
+        ctx, logits_of: partial, first_edge: np.ndarray, hidden: Tensor, edge_state: Tensor, edge_token: Tensor, *trained: nn.Parameter
+    ) -> Tensor:
         chosen, normalizer = [], []
-        for rows, edges in _chunks(hidden, edge_state, logits_of):
+        for rows, edges in _chunks(hidden, first_edge, logits_of):
             logits = logits_of(hidden[rows])
             normalizer.append(logits.logsumexp(-1))
             chosen.append(logits[edge_state[edges] - rows.start, edge_token[edges]])
         total = torch.cat(normalizer)
-        ctx.logits_of = logits_of
+        ctx.logits_of, ctx.first_edge = logits_of, first_edge
         ctx.save_for_backward(hidden, edge_state, edge_token, *trained)
         return torch.cat(chosen) - total[edge_state]
 
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden, edge_state, edge_token, *trained = ctx.saved_tensors
-        weight = grad_output.new_zeros(len(hidden)).index_add_(0, edge_state, grad_output)
+        # Not index_add_, which on a GPU adds in whatever order.
+        weight = grad_output.new_zeros(len(hidden)).index_put_((edge_state,), grad_output, accumulate=True)
         grad_hidden = torch.empty_like(hidden)
         grad_trained = [torch.zeros_like(p) for p in trained]
-        for rows, edges in _chunks(hidden, edge_state, ctx.logits_of):
+        for rows, edges in _chunks(hidden, ctx.first_edge, ctx.logits_of):
             with torch.enable_grad():
                 part = hidden[rows].detach().requires_grad_()
                 logits = ctx.logits_of(part)
@@ -58,15 +68,15 @@ class _TokenLogps(torch.autograd.Function):
             grad_hidden[rows], *parts = torch.autograd.grad(logits, [part, *trained], grad)
             for sum_so_far, new in zip(grad_trained, parts, strict=True):
                 sum_so_far += new
-        return None, grad_hidden, None, None, *grad_trained
+        return None, None, grad_hidden, None, None, *grad_trained
 
 
-def _chunks(hidden: Tensor, edge_state: Tensor, logits_of: partial) -> list[tuple[slice, slice]]:
+def _chunks(hidden: Tensor, first_edge: np.ndarray, logits_of: partial) -> list[tuple[slice, slice]]:
     """Cuts of the states, and of the edges that leave them, with a bounded number of logits each."""
     (model,) = logits_of.args
     step = max(1, LOGITS_AT_ONCE[hidden.device.type == "cuda"] // model.config.get_text_config().vocab_size)
     bounds = [*range(0, len(hidden), step), len(hidden)]
-    edges = torch.searchsorted(edge_state, torch.tensor(bounds, device=hidden.device)).tolist()
+    edges = first_edge[bounds].tolist()
     return [(slice(low, high), slice(first, last)) for low, high, first, last in zip(bounds, bounds[1:], edges, edges[1:], strict=False)]
 
 

@@ -262,14 +262,15 @@ class Stage:
                 parameter.grad = self.accelerator.reduce(grad, "sum")
             watched = self.accelerator.reduce(watched, "sum")
         norm = clip_grad_norm_(self._parameters, settings.clip_norm or float("inf"))
-        loss, tokens, *shown, stops = watched.tolist()
-        if not np.isfinite(loss) or not torch.isfinite(norm):
+        # All that the host wants to know, at once: each question waits for the GPU.
+        loss, tokens, *shown, stops, norm = torch.cat([watched, norm.double()[None]]).tolist()
+        if not np.isfinite([loss, norm]).all():
             raise UserError(
-                f"{self.name} step {self.step}: the loss is {loss / targets} and the gradient's norm {float(norm)}; lower "
+                f"{self.name} step {self.step}: the loss is {loss / targets} and the gradient's norm {norm}; lower "
                 f"{self.name}_learning_rate (now {settings.learning_rate})."
             )
         self.optimizer.step()
-        self._write(loss / targets, [value / targets for value in shown] if kind.negatives else [], float(norm))
+        self._write(loss / targets, [value / targets for value in shown] if kind.negatives else [], norm)
         self.scheduler.step()
         self.step, self.targets, self.tokens = self.step + 1, self.targets + targets, self.tokens + int(tokens)
         return loss, targets, bool(stops)

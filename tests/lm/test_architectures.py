@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from recbole_sdpo.lm import projection
 from recbole_sdpo.lm.forest import plant
@@ -193,6 +194,40 @@ def test_reference_stays_while_the_policy_moves(lora):
     lm.eval()
     lm.freeze_reference()
     torch.testing.assert_close(lm.reference_logps(forest), lm(forest), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "dropout"), [("Llama", 0.0), ("GPT2", 0.5)])
+def test_the_reference_takes_the_policys_place_as_peft_would_have_it(name, dropout):
+    lm = LanguageModel(build(name, "sdpa", True, torch.float32, dropout=dropout), None)
+    trunks, tree, start, responses = sample(np.random.default_rng(8))
+    forest = plant(Ragged.from_rows(trunks), tree, start, Ragged.from_rows(responses))
+    lm.freeze_reference()
+    with torch.no_grad():
+        for parameter in lm.trainable().values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+    def state():
+        layers = [part.active_adapters for part in lm.model.modules() if isinstance(part, BaseTunerLayer)]
+        return layers, [part.training for part in lm.model.modules()], [p.requires_grad for p in lm.model.parameters()]
+
+    lm.eval()
+    policy = lm(forest)
+    lm.model.set_adapter("reference", inference_mode=True)
+    adapters, expected = state()[0], lm(forest)
+    lm.model.set_adapter("default")
+    assert not policy.equal(expected)
+
+    lm.train()
+    before, names = state(), set(lm.trainable())
+    with lm.reference():
+        assert state()[0] == adapters and state()[2] == before[2]
+    assert lm.reference_logps(forest).equal(expected)
+    assert state() == before and set(lm.trainable()) == names and not any("reference" in name for name in names)
+    lm.eval()
+    assert lm(forest).equal(policy)
+    with pytest.raises(ZeroDivisionError), lm.reference():
+        1 / 0
+    assert lm(forest).equal(policy)
 
 
 @pytest.mark.parametrize("name", NAMES)

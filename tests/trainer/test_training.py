@@ -295,6 +295,27 @@ def test_accumulated_batches_step_like_one(ring, style):
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("peft", ["lora", "none"])
+def test_a_step_asks_the_device_once(ring, monkeypatch, peft):
+    """Each number that the host reads keeps it waiting for a GPU, and the GPU for it."""
+    trainer, loaders = start(ring | {"peft": peft, "sdpo_tokens_per_batch": 100, "sdpo_gradient_accumulation": 2})
+    stage = trainer._open("sdpo", loaders[0], False, False)
+    model, (step, *_) = trainer.model, stage.plan(0)
+    waiting = list(stage._loader([step]))
+    assert len(waiting) == 2
+    read = []
+
+    def noted(name):
+        own = getattr(torch.Tensor, name)
+        return lambda self, *args, **kwargs: (read.append(name), own(self, *args, **kwargs))[1]
+
+    model.train()
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, noted(name))
+    stage._step(waiting, 20)
+    assert read == ["tolist"]
+
+
 def test_epochs_shuffle_and_limits_hold(ring):
     trainer, loaders = start(ring | {"sft_epochs": 2, "sft_gradient_accumulation": 2})
     model = trainer.model
