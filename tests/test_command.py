@@ -54,7 +54,7 @@ def test_what_is_no_fault_of_the_users_keeps_its_traceback(monkeypatch):
 
 def test_settings_are_printed(monkeypatch, capsys):
     call(monkeypatch, "--settings")
-    assert "| `sft_tokens_per_batch` | `1024` |" in capsys.readouterr().out
+    assert "| `sft_tokens_per_batch` | `null` |" in capsys.readouterr().out
 
 
 def test_a_wrong_setting_ends_in_one_line(monkeypatch):

@@ -225,7 +225,27 @@ def test_what_is_not_given_suits_the_backbone():
     for settings in (scratch, other):
         assert settings.sft.epochs == 7 and settings.sdpo.learning_rate == 0.5
     assert scratch.sft.learning_rate > 4 * other.sft.learning_rate and scratch.sdpo.epochs > other.sdpo.epochs
-    assert scratch.sft.tokens_per_batch == given.sft.tokens_per_batch
+    assert scratch.suited_to_device(4096, 8192).sft == scratch.sft and scratch.sft.tokens_per_batch == 1024
+
+
+@pytest.mark.parametrize(
+    ("given", "targets", "tokens"),
+    [
+        ({}, 256, None),
+        ({"sft_targets_per_step": 8}, 8, None),
+        ({"sft_tokens_per_batch": 512}, None, 512),
+        ({"sft_tokens_per_batch": 512, "sft_targets_per_step": 8}, 8, 512),
+        ({"sft_gradient_accumulation": 4}, None, 1024),
+        ({"sft_gradient_accumulation": 4, "sft_tokens_per_batch": 512}, None, 512),
+    ],
+)
+def test_a_device_may_choose_the_size_of_batches_but_not_of_steps(given, targets, tokens):
+    settings = Settings.from_mapping(given).suited_to("smollm2-135m")
+    small, large = (settings.suited_to_device(*sizes) for sizes in ((1024, 8192), (16384, 65536)))
+    for suited, here in ((small, 1024), (large, 16384)):
+        assert (suited.sft.targets_per_step, suited.sft.tokens_per_batch) == (targets, tokens or here)
+        assert suited.suited_to("smollm2-135m").suited_to_device(1, 1) == suited
+    assert (small.eval_tokens_per_batch, large.eval_tokens_per_batch) == (8192, 65536)
 
 
 def test_the_record_has_the_settings_that_were_used(ring):

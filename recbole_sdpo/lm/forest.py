@@ -7,7 +7,8 @@ laid out depth-first, so that token ``j`` is an ancestor of ``i``, or ``i`` itse
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -53,8 +54,14 @@ class Forest:
 
     def to(self, device: torch.device | str) -> Forest:
         """The same forest on ``device``."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Forest(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        return self._with_each(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Forest:
+        """The same forest in memory from which a GPU copies while the host goes on."""
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, move: Callable[[Tensor], Tensor]) -> Forest:
+        return replace(self, **{f.name: move(part) for f in fields(self) if isinstance(part := getattr(self, f.name), Tensor)})
 
     def attention(self, window: int | None = None) -> Tensor:
         """bool ``[B, L, L]``: may token ``i`` (dim 1) attend to ``j`` (dim 2)?

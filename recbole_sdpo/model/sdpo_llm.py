@@ -32,6 +32,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.lm.generation import NOTHING, line_ends, write
+from recbole_sdpo.lm.memory import tokens_at_once
 from recbole_sdpo.lm.ranking import NODES_AT_ONCE, TitleTree, score_all, score_top
 from recbole_sdpo.lm.scratch import train_tokenizer
 from recbole_sdpo.model.encoder import TERMINATOR, Encoder, title_lines
@@ -85,7 +86,7 @@ class SDPOLLM(SequentialRecommender):
         self.units = Units(len(self.catalogue.titles), templates)
         chosen = BackboneConfig(**{f.name: getattr(settings, f.name) for f in fields(BackboneConfig)})
         self.backbone = chosen.resolve(torch.device(self.device))
-        self.settings = config.settings = settings = settings.suited_to(self.backbone.backbone)  # the configuration's, for the record
+        settings = settings.suited_to(self.backbone.backbone)
         idle = [key for key in config.external_config_dict if key.startswith("lora_") and self.backbone.peft != "lora"]
         if idle:
             self.logger.warning(f"{', '.join(idle)} has no effect with peft='none', which trains all weights; set peft=lora.")
@@ -98,6 +99,8 @@ class SDPOLLM(SequentialRecommender):
             return train_tokenizer(texts, self.backbone.scratch_vocab_size)
 
         self.lm = load_backbone(self.backbone, self.device, tokenizer, lambda purpose: derive_seed(self.seed, purpose))
+        # The configuration's, too, for the record.
+        self.settings = config.settings = settings.suited_to_device(*tokens_at_once(self.lm.causal_lm))
         self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer)
         # Candidates in an evaluation prompt stand in one order of all items, begun for each user at another place.
         self._place = generator(self.seed, "evaluation order").permutation(self.n_items)

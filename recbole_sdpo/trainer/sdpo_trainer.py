@@ -252,7 +252,7 @@ class SDPOTrainer(Trainer):
                 self._reference_folder(), self.model.lm, examples, self.model.encoder.tokens, self.accelerator.mixed_precision
             )
         stage = Stage(
-            name, objective, stage_settings, limit, self.model, examples, self.accelerator, self.tensorboard, cache, self.config["worker"]
+            name, objective, stage_settings, limit, self.model, examples, self.accelerator, self.tensorboard, cache, self._workers()
         )
         negatives = f", {self.model.negatives} negatives each ({kind_of_negatives(self.config['train_neg_sample_args'])})"
         self._log(
@@ -265,6 +265,12 @@ class SDPOTrainer(Trainer):
             self._log(f"{name}: of {known:,} targets the reference's log-probabilities are in {cache.folder} already", verbose)
             stage.fill_cache(show_progress)
         return stage
+
+    def _workers(self) -> int:
+        """Processes that prepare batches: RecBole's ``worker``; where it is not given, one while a GPU computes."""
+        if "worker" in self.config.external_config_dict or self.device.type != "cuda":
+            return self.config["worker"]
+        return 1
 
     def _reference_folder(self) -> Path:
         folder = user_path(self.model.settings.cache_dir) / "reference"

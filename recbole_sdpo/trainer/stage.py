@@ -6,7 +6,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ BETAS = (0.9, 0.98)
 """AdamW's; the second below torch's 0.999, as stages may have a few hundred steps."""
 
 SORTED_TOGETHER = 256
-"""Trees that are sorted by size together, so that a batch holds trees of about one size: less padding."""
+"""Trees, for each 1,024 tokens of a batch, that are sorted by size together, so that it holds trees of about one size: less padding."""
 
 KEPT_TOGETHER = 64
 """Batches after each of which what the reference said is written down."""
@@ -67,6 +67,10 @@ class Batch:
     def width(self) -> int:
         """Responses to a target, 1 + K."""
         return self.items.shape[1]
+
+    def pin_memory(self) -> Batch:
+        """The same batch, from which a GPU copies while the host goes on."""
+        return replace(self, forest=self.forest.pin_memory())
 
 
 @dataclass
@@ -166,7 +170,8 @@ class Stage:
             before = np.cumsum(self.examples.targets[order]) - self.examples.targets[order]
             groups = np.split(order, np.flatnonzero(np.diff(before // size)) + 1)
             return [[own[rows] for rows in batches(self._sizes[own], self.settings.tokens_per_batch)] for own in groups]
-        pools = np.array_split(order, max(1, round(len(order) / SORTED_TOGETHER)))
+        together = SORTED_TOGETHER * max(1, self.settings.tokens_per_batch // 1024)
+        pools = np.array_split(order, max(1, round(len(order) / together)))
         order = np.concatenate([pool[np.argsort(self._sizes[pool], kind="stable")] for pool in pools])
         cut = batches(self._sizes, self.settings.tokens_per_batch, order)
         cut = [cut[i] for i in rng.permutation(len(cut))]
@@ -232,7 +237,14 @@ class Stage:
         flat = [(trees, self.step + ahead, part) for ahead, step in enumerate(plan) for part, trees in enumerate(step)]
         data = Batches(flat, self.examples, self.model.encoder, self.name, self.model.seed, (state.process_index, state.num_processes))
         # Its own generator: torch's loaders draw from the global one else.
-        return DataLoader(data, batch_size=None, collate_fn=_unchanged, num_workers=self.workers, generator=torch.Generator())
+        return DataLoader(
+            data,
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=self.workers,
+            generator=torch.Generator(),
+            pin_memory=self.model.lm.device.type == "cuda",
+        )
 
     def _step(self, step: list[Batch | None], targets: int) -> tuple[float, int, bool]:
         """One optimizer step; returns the sum of the losses and the number of targets, over all processes, and whether one of them was

@@ -42,17 +42,20 @@ EAGER_ONLY = ["Gemma2"]
 
 @pytest.fixture
 def true_float64(monkeypatch):
-    """Norms and eager softmax of transformers pass through float32 in any model; keep float64 tensors as they are.
+    """Norms, eager softmax and positions of transformers pass through float32 in any model; make that float64.
 
     Their rounding would differ between the two orders of summing gradients by more than the tolerance.
     """
     to, to_float, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
 
     def keep(self, *args, **kwargs):
-        return self if self.dtype == torch.float64 and torch.float32 in args else to(self, *args, **kwargs)
+        return self if self.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values()) else to(self, *args, **kwargs)
+
+    def floating(self):
+        return self.double() if self.dtype in (torch.int64, torch.float64) else to_float(self)
 
     monkeypatch.setattr(torch.Tensor, "to", keep)
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else to_float(self))
+    monkeypatch.setattr(torch.Tensor, "float", floating)
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None, **_: softmax(x, dim))
 
 

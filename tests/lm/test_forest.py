@@ -1,7 +1,10 @@
 """The forest against a slow reading of it: follow each response through the tree, token by token."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +45,19 @@ def test_every_response_sees_its_sequence_and_every_prefix_is_there_once(batch):
             sequence = [*sequence, token]
     assert forest.size == len(prefixes)
     assert (np.diff(forest.edge_state) >= 0).all() and (np.diff(forest.states) > 0).all()
+    counts = np.bincount(forest.edge_state, minlength=len(forest.states))
+    assert forest.first_edge.tolist() == [0, *np.cumsum(counts)]
+    table = forest.sum_by_response(torch.arange(1.0, 1 + len(forest.edge_token)))
+    assert table.tolist() == [float((1 + np.flatnonzero(forest.edge_response == number)).sum()) for number in range(len(trees))]
+
+
+def test_a_pinned_forest_is_the_same(monkeypatch):
+    forest = plant(Ragged.from_rows([[3, 4, 5]]), np.array([0, 0]), np.array([2, 3]), Ragged.from_rows([[7, 8], [9]]))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 0)  # there is no GPU to pin for
+    pinned = forest.pin_memory()
+    for field in fields(forest):
+        old, new = getattr(forest, field.name), getattr(pinned, field.name)
+        assert (old is not new and old.equal(new)) if isinstance(old, torch.Tensor) else old is new
 
 
 def test_padding_sees_itself_and_nothing_real_sees_padding():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -345,6 +346,25 @@ def test_a_step_takes_as_many_targets_as_asked_for(ring, style):
     assert set(np.concatenate(stage.plan(1)[0])) != set(np.concatenate(plan[0]))
     stage.run_epoch(False)
     assert stage.step == 5 and stage.targets == 72
+
+
+@pytest.mark.parametrize("style", ["history", "candidates"])
+def test_the_size_of_batches_changes_no_step(ring, style):
+    trainer, loaders = start(ring | {"prompt_style": style, "prompt_candidates": 5, "sft_targets_per_step": 30})
+    model, plans, grads = trainer.model, [], []
+    examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 0)
+    for tokens in (90, 5000):
+        settings = replace(model.settings.sft, tokens_per_batch=tokens)
+        stage = Stage("sft", "sft", settings, None, model, examples, trainer.accelerator, None)
+        plans.append(stage.plan(0))
+        stage.optimizer.step = lambda: None
+        if style == "history":  # in the other, the candidates in the text are drawn for each batch
+            stage._step(list(stage._loader(plans[-1][:1])), stage._targets(plans[-1][:1]))
+            grads.append(torch.cat([p.grad.flatten() for p in stage._parameters]))
+    small, large = ([sorted(np.concatenate(step)) for step in plan] for plan in plans)
+    assert small == large and len(plans[0][0]) > len(plans[1][0]) == 1
+    if grads:
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 
 
 def test_targets_and_batches_to_a_step_exclude_each_other(ring):
