@@ -84,7 +84,7 @@ def multiplications_alone(side: Callable[[], object]) -> Callable[[], None]:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products and attention, as torch counts them."""
+    """Counts the floating-point operations of matrix products, as torch counts them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,13 +92,13 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if count := flop_registry.get(function._overloadpacket):
-            self.total += count(*args, **(kwargs or {}), out_val=result)
+        if function._schema.name in MULTIPLICATIONS:
+            self.total += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
         return result
 
 
 def operations(side: Callable[[], object]) -> int:
-    """Floating-point operations of ``side``; FlexAttention's are not among them."""
+    """Floating-point operations of the matrix products of ``side``; those inside attention are not among them."""
     with _Operations() as counter:
         side()
     return counter.total

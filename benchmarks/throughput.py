@@ -99,9 +99,25 @@ class Workload:
         run, size = self.step(prompts, items)
         seconds = measure.median_seconds({"ours": run}, self.repeats, self.device)["ours"]
         row = {"ms": 1e3 * seconds, "tokens": size, "tokens/s": size / seconds, "targets/s": len(items) / seconds}
-        if attention == "sdpa":  # torch counts no operations of FlexAttention's
-            row["share of matrix rate"] = measure.operations(run) / seconds / rate
+        row["share of matrix rate"] = measure.operations(run) / seconds / rate
         return row | {"MiB": measure.peak_mib(run, self.device)}
+
+    def long_rows(self, window: int, tokens: int) -> Row:
+        """Seconds of a step with rows of a length, by a dense mask and by FlexAttention."""
+        self.recommender.window = window + 1
+        prompts, items = self.batch(15, tokens)
+        run, size = self.step(prompts, items)
+
+        def attending(attention: str) -> Callable[[], None]:
+            def side() -> None:
+                self.lm.attention = attention
+                run()
+
+            return side
+
+        took = measure.median_seconds({name: attending(name) for name in ("sdpa", "flex_attention")}, self.repeats, self.device)
+        length = self.recommender.encoder.forest(prompts, items).tokens.shape
+        return {"rows": length[0], "columns": length[1], "tokens": size, **{f"{name}, ms": 1e3 * s for name, s in took.items()}}
 
     def against_plain(self, negatives: int, tokens: int) -> Row:
         """Targets a second, against full sequences for each title, through policy and reference."""
@@ -206,8 +222,8 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str,
             yield f"{trained}, against full sequences, K = {negatives}", lambda t=trained, k=negatives: workload(t).against_plain(k, middle)
         yield f"{trained}, ranking", lambda t=trained: workload(t).ranking(args.users)
         if gpu:
-            for negatives in (3, 15):
-                yield steps(trained, negatives, middle, "flex_attention")
+            for window in (20, 50, 100, 200):
+                yield f"{trained}, S-DPO, K = 15, {window} titles", lambda t=trained, w=window: workload(t).long_rows(w, middle)
             for negatives in (0, 3, 15):
                 yield steps(f"{trained}, compiled", negatives, middle)
     for negatives in (0, 3):
