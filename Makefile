@@ -1,6 +1,6 @@
 # `make run` trains and evaluates SDPO-LLM on MovieLens-100K; `make test` runs the tests. Both set up .venv first.
 VENV ?= .venv
-PYTHON ?= $(shell command -v python3.11 || command -v python3.10 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3.10 || command -v python3)
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
@@ -19,10 +19,11 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 
 $(READY): setup.cfg constraints.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 12) or sys.exit("recbole 1.2.1 needs Python 3.10 or 3.11, and this is %d.%d; set PYTHON=." % v)'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 14) or sys.exit("recbole-sdpo is tested on Python 3.10 to 3.13, and this is %d.%d; give another, as in make PYTHON=python3.12." % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps recbole
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 

@@ -52,18 +52,23 @@ TEACHERS = ("CrossNet", "CIN")
 
 
 NUMPY_1 = {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_, "bool8": np.bool_}
-"""Names that NumPy 2 no longer has: what RecBole's ``Config`` takes, and the last what ray 2.6.3, which RecBole requires, takes."""
+"""Names that NumPy 2 dropped. RecBole's ``Config`` takes three, https://github.com/RUCAIBox/RecBole/pull/2203, and its ray 2.6.3 the last."""
 
 
 def meet_newer_libraries() -> None:
     """Give RecBole back what it knew of NumPy 1, pandas 2, SciPy 1.12 and ray, where the installed ones no longer have it.
 
-    That ``fillna`` in place fills nothing in pandas 3 is mended in :mod:`recbole_sdpo.data.dataset`.
+    * NumPy: :data:`NUMPY_1`.
+    * SciPy 1.13 dropped a method that fills the matrices of LightGCN and its kin (https://github.com/RUCAIBox/RecBole/issues/2034).
+    * pandas 3: ``column.agg(len)`` is the height of the column, and no longer the length of each entry, which RecBole means
+      (https://github.com/pandas-dev/pandas/pull/57332). That ``fillna`` in place no longer fills is mended with the other methods of
+      ``Dataset``, in :mod:`recbole_sdpo.data.dataset`. Neither is reported to RecBole, as far as we found.
+    * ray: RecBole wants 2.6.3 or older, which has no wheel from Python 3.12 on (https://github.com/RUCAIBox/RecBole/issues/1820).
     """
     for name, kind in NUMPY_1.items():
         if not hasattr(np, name):
             setattr(np, name, kind)
-    if not hasattr(dok_matrix, "_update"):  # before SciPy 1.13 a method that LightGCN and its kin call
+    if not hasattr(dok_matrix, "_update"):
         dok_matrix._update = lambda self, entries: self._dict.update(entries)
     for module in ("dataset", "kg_dataset", "sequential_dataset"):
         setattr(importlib.import_module(f"recbole.data.dataset.{module}"), "len", _len)
@@ -72,7 +77,7 @@ def meet_newer_libraries() -> None:
 
 
 def _len(sized: Any) -> int | pd.Series:
-    """``len``, but of each entry of a column: from pandas 3 on, ``column.agg(len)``, which RecBole writes for that, is its height."""
+    """``len``, but of a column that of each entry."""
     return sized.map(builtins.len) if isinstance(sized, pd.Series) else builtins.len(sized)
 
 
