@@ -1,5 +1,10 @@
 """A language model as a recommender in RecBole: SFT, then S-DPO. Importing this registers ``SDPO-LLM`` with RecBole."""
 
+# ruff: noqa: E402  this comes before anything that imports PyTorch
+from recbole_sdpo.threads import spin_briefly
+
+spin_briefly()
+
 from recbole_sdpo.registry import register
 from recbole_sdpo.version import __version__
 
