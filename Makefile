@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.10 || command -v p
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: run test faults lint clean
+.PHONY: run test faults lint dist clean
 
 run: $(READY)
 	$(RUN) run_recbole_sdpo.py --model=SDPO-LLM --dataset=ml-100k $(ARGS)
@@ -17,6 +17,15 @@ faults: $(READY)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
+
+dist: $(READY)
+	rm -rf dist
+	$(RUN) -m pip install --quiet --constraint constraints.txt build twine
+	$(RUN) -m build
+	$(RUN) -m twine check --strict dist/*
+
+# setuptools warns whoever installs a checkout of folders that have the package's name.
+$(READY): export PYTHONWARNINGS = ignore:Editable installation
 
 $(READY): setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 12) or sys.exit("recbole 1.2.1 needs Python 3.10 or 3.11, and this is %d.%d; set PYTHON=." % v)'

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import naming, whole_file
+from recbole_sdpo.files import config_file, naming, whole_file
 from recbole_sdpo.values import Loader, check_values, read_arguments, read_yaml, value
 
 # Of kernels that bitsandbytes would like to have, and that a run here does without, it speaks as it is imported.
@@ -150,7 +150,7 @@ def _convert_config_dict(self: Config, config_dict: dict[str, Any]) -> dict[str,
 def _load_config_files(self: Config, files: list[str] | None) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for file in files or ():
-        settings |= read_yaml(file)
+        settings |= read_yaml(config_file(file))
         if settings.get("trust_remote_code"):
             raise UserError(f"{file} must not set trust_remote_code; give it on the command line, or from Python.")
     return settings

@@ -43,6 +43,7 @@ VERSIONS = (
 # Parts of the package that only look at results, or decide what to run, or whose outcome is in the settings already.
 ONLOOKERS = frozenset(
     {
+        "configs",
         "experiment",
         "report",
         "command",
@@ -51,6 +52,7 @@ ONLOOKERS = frozenset(
         "inputs.py",
         "recommend.py",
         "significance.py",
+        "threads.py",
         "SDPO-LLM.yaml",
     }
 )
