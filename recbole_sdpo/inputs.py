@@ -50,6 +50,7 @@ ONLOOKERS = frozenset(
         "command.py",
         "__main__.py",
         "inputs.py",
+        "libraries.py",
         "recommend.py",
         "significance.py",
         "threads.py",
