@@ -260,6 +260,7 @@ def check_launcher() -> None:
 
 
 def quiet_warnings() -> None:
-    """Hide warnings about RecBole's own code that a user can do nothing about: chained assignment in pandas 2."""
+    """Hide warnings that a user can do nothing about: of RecBole's own code, and of what peft 0.21 reads of transformers 5.23."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"recbole\.")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"recbole\.")
