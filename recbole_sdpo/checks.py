@@ -292,6 +292,8 @@ def check_given(given: dict[str, Any], defaults: Mapping[str, Any] | None = None
             model_rule(key, defaults[key], model).check(key, value)
     for key in PATHS & set(given):
         _check_path(key, given[key])
+    if "device" in given:  # RecBole puts its own in place of it
+        raise UserError(f"device={shown(given['device'])} must be left out; gpu_id says which GPU a run takes, '' that it takes none.")
     if given.get("log_wandb") and not importlib.util.find_spec("wandb"):
         raise UserError("log_wandb=True needs the package wandb, which is not installed; pip install wandb, or leave it out.")
     if defaults:

@@ -12,6 +12,7 @@ from typing import Any
 from recbole_sdpo import compat
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment import run_experiment
+from recbole_sdpo.files import config_file
 from recbole_sdpo.interrupt import endings
 from recbole_sdpo.quick_start import run
 from recbole_sdpo.settings import MODEL, table
@@ -66,10 +67,9 @@ def _experiment(args: argparse.Namespace, settings: dict[str, Any]) -> int:
         raise UserError(f"--jobs={args.jobs} must be 1 or more.")
     if args.model != MODEL or args.dataset or args.config_files:
         raise UserError("--experiment names models, dataset and settings in its file; leave out --model, --dataset and --config_files.")
-    file = Path(args.experiment)
-    below = file.with_suffix("").parts
+    below = Path(args.experiment).with_suffix("").parts
     place = below[below.index("configs") + 1 :] if "configs" in below else below[-1:]
     output = Path(args.output or Path("saved", *place))
     with compat.no_arguments():  # these are not the settings of one run
-        failures = run_experiment(file, output, settings, args.tune, args.jobs, given)
+        failures = run_experiment(config_file(args.experiment), output, settings, args.tune, args.jobs, given)
     return int(bool(failures))

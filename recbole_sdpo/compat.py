@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import naming, whole_file
+from recbole_sdpo.files import config_file, naming, whole_file
 from recbole_sdpo.values import Loader, check_values, read_arguments, read_yaml, value
 
 # Of kernels that bitsandbytes would like to have, and that a run here does without, it speaks as it is imported.
@@ -52,18 +52,23 @@ TEACHERS = ("CrossNet", "CIN")
 
 
 NUMPY_1 = {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_, "bool8": np.bool_}
-"""Names that NumPy 2 no longer has: what RecBole's ``Config`` takes, and the last what ray 2.6.3, which RecBole requires, takes."""
+"""Names that NumPy 2 dropped. RecBole's ``Config`` takes three, https://github.com/RUCAIBox/RecBole/pull/2203, and its ray 2.6.3 the last."""
 
 
 def meet_newer_libraries() -> None:
     """Give RecBole back what it knew of NumPy 1, pandas 2, SciPy 1.12 and ray, where the installed ones no longer have it.
 
-    That ``fillna`` in place fills nothing in pandas 3 is mended in :mod:`recbole_sdpo.data.dataset`.
+    * NumPy: :data:`NUMPY_1`.
+    * SciPy 1.13 dropped a method that fills the matrices of LightGCN and its kin (https://github.com/RUCAIBox/RecBole/issues/2034).
+    * pandas 3: ``column.agg(len)`` is the height of the column, and no longer the length of each entry, which RecBole means
+      (https://github.com/pandas-dev/pandas/pull/57332). That ``fillna`` in place no longer fills is mended with the other methods of
+      ``Dataset``, in :mod:`recbole_sdpo.data.dataset`. Neither is reported to RecBole, as far as we found.
+    * ray: RecBole wants 2.6.3 or older, which has no wheel from Python 3.12 on (https://github.com/RUCAIBox/RecBole/issues/1820).
     """
     for name, kind in NUMPY_1.items():
         if not hasattr(np, name):
             setattr(np, name, kind)
-    if not hasattr(dok_matrix, "_update"):  # before SciPy 1.13 a method that LightGCN and its kin call
+    if not hasattr(dok_matrix, "_update"):
         dok_matrix._update = lambda self, entries: self._dict.update(entries)
     for module in ("dataset", "kg_dataset", "sequential_dataset"):
         setattr(importlib.import_module(f"recbole.data.dataset.{module}"), "len", _len)
@@ -72,7 +77,7 @@ def meet_newer_libraries() -> None:
 
 
 def _len(sized: Any) -> int | pd.Series:
-    """``len``, but of each entry of a column: from pandas 3 on, ``column.agg(len)``, which RecBole writes for that, is its height."""
+    """``len``, but of a column that of each entry."""
     return sized.map(builtins.len) if isinstance(sized, pd.Series) else builtins.len(sized)
 
 
@@ -191,7 +196,7 @@ def _convert_config_dict(self: Config, config_dict: dict[str, Any]) -> dict[str,
 def _load_config_files(self: Config, files: list[str] | None) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for file in files or ():
-        settings |= read_yaml(file)
+        settings |= read_yaml(config_file(file))
         if settings.get("trust_remote_code"):
             raise UserError(f"{file} must not set trust_remote_code; give it on the command line, or from Python.")
     return settings
@@ -301,6 +306,7 @@ def check_launcher() -> None:
 
 
 def quiet_warnings() -> None:
-    """Hide warnings about RecBole's own code that a user can do nothing about: chained assignment in pandas 2."""
+    """Hide warnings that a user can do nothing about: of RecBole's own code, and of what peft 0.21 reads of transformers 5.23."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"recbole\.")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"recbole\.")

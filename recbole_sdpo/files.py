@@ -26,6 +26,13 @@ def user_path(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def config_file(name: str | Path) -> Path:
+    """``name`` as a path; where no such file is, and it begins with ``configs/``, the one that comes with this package."""
+    path = user_path(name)
+    brought = Path(__file__).parent / path
+    return brought if path.parts[:1] == ("configs",) and not os.path.lexists(path) and brought.exists() else path
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write a file to, which takes the place of ``path`` at the end, or is gone if that fails.

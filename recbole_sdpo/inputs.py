@@ -43,14 +43,17 @@ VERSIONS = (
 # Parts of the package that only look at results, or decide what to run, or whose outcome is in the settings already.
 ONLOOKERS = frozenset(
     {
+        "configs",
         "experiment",
         "report",
         "command",
         "command.py",
         "__main__.py",
         "inputs.py",
+        "libraries.py",
         "recommend.py",
         "significance.py",
+        "threads.py",
         "SDPO-LLM.yaml",
     }
 )

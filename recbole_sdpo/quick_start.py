@@ -28,6 +28,7 @@ from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidates import evaluation_loader, fingerprint, freeze, with_mode
 from recbole_sdpo.data.catalogue import Catalogue, NoTitles
 from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.popularity import popularity_result
@@ -83,6 +84,7 @@ def run(
     compat.check_launcher()
     # RecBole sets the visible GPUs by gpu_id, which must come before anything looks at them.
     config = RunConfig(model, dataset, list(config_file_list or []), {**(config_dict or {}), **_process_settings()})
+    check_device(config)
     state = PartialState(cpu=config["device"].type == "cpu")
     if state.num_processes > 1 and config["model"] != MODEL:
         raise UserError(f"A launch of {state.num_processes} processes serves {MODEL} only; start {config['model']} with plain python.")

@@ -157,9 +157,9 @@ class Recommender:
 
     def _met(self, user: str) -> np.ndarray:
         if user in self.left_out:
-            raise UserError(f"user {user!r} has events in the data, but {self.left_out[user]} of the training leaves none of them.")
+            raise UserError(f"user {str(user)!r} has events in the data, but {self.left_out[user]} of the training leaves none of them.")
         if user not in self.users:
-            raise UserError(f"user {user!r} is not in the data{_nearest(user, self.users)}")
+            raise UserError(f"user {str(user)!r} is not in the data{_nearest(user, self.users)}")
         return self.users[user]
 
     def __contains__(self, title: str) -> bool:

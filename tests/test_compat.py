@@ -1,16 +1,17 @@
 """Each test fails when the entry of compat.py, or the pin, that it guards is no longer needed."""
 
+import importlib
 import inspect
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
-import setuptools
 import torch
 import yaml
 from recbole.config import Config, configurator
@@ -170,19 +171,83 @@ def test_importing_recboles_models_still_turns_anomaly_detection_on_and_ours_doe
         assert done.stdout.split()[-1] == expected, done.stderr
 
 
-def test_pins_are_still_needed():
-    """np.bool8 in ray, fillna(inplace=True) on a column and dok_matrix._update in RecBole: what the pins keep alive."""
-    import ray
-    import recbole.data.dataset.dataset as recboles
-    import recbole.model.general_recommender.lightgcn as lightgcn
+def source(module):
+    return inspect.getsource(importlib.import_module(f"recbole.{module}"))
 
-    assert ray.__version__ == "2.6.3" and np.__version__ < "2" and int(setuptools.__version__.split(".")[0]) < 81
-    with open(recboles.__file__, encoding="utf-8") as stream:
-        assert re.search(r"\]\.fillna\(.*inplace=True\)", stream.read())
-    assert int(pd.__version__.split(".")[0]) < 3
-    with open(lightgcn.__file__, encoding="utf-8") as stream:
-        assert "A._update(" in stream.read()
-    assert hasattr(scipy.sparse.dok_matrix((1, 1)), "_update")
+
+def test_recbole_still_takes_names_that_numpy_2_dropped():
+    taken = set(re.findall(r"np\.(float_|complex_|unicode_)\b", source("config.configurator")))
+    assert taken | {"bool8"} == set(compat.NUMPY_1)
+    for name, kind in compat.NUMPY_1.items():
+        assert getattr(np, name) is kind
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="ray 2.6.3 has no wheel from Python 3.12 on")
+def test_ray_2_6_still_takes_one():
+    """And pkg_resources, for which setup.cfg has setuptools<81."""
+    import ray
+    from ray import tune  # it takes the name as it is imported
+
+    folder = Path(ray.__file__).parent
+    assert ray.__version__ == "2.6.3" and callable(tune.report)
+    assert "np.bool8" in (folder / "tune" / "logger" / "tensorboardx.py").read_text()
+    assert "pkg_resources" in (folder / "_private" / "utils.py").read_text()
+
+
+def test_run_recbole_without_ray(ring):
+    """RecBole still imports ray with its quick_start; ours leaves no trace of a ray that is not there."""
+    assert "from ray import tune" in source("quick_start.quick_start")
+    code = f"""
+import sys
+sys.modules["ray"] = None  # as if it were not installed
+import recbole_sdpo
+from recbole.quick_start import quick_start, run_recbole
+assert "ray" not in sys.modules
+print(run_recbole(model="LightGCN", dataset="toy", config_dict={ring | {"epochs": 1}}, saved=False)["test_result"])
+try:
+    quick_start.tune.report(loss=1)
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert "ndcg@10" in done.stdout and "search by ray's Tune needs ray, which is not installed" in done.stdout, done.stderr
+
+
+def test_recbole_still_fills_matrices_by_a_method_that_scipy_1_13_dropped():
+    for module in ("general_recommender.lightgcn", "general_recommender.ngcf", "general_recommender.gcmc"):
+        assert "A._update(" in source(f"model.{module}")
+    matrix = scipy.sparse.dok_matrix((2, 3))
+    matrix._update({(0, 1): 5.0, (1, 2): 7.0})
+    assert matrix.toarray().tolist() == [[0, 5, 0], [0, 0, 7]]
+
+
+def test_recbole_still_asks_a_column_for_the_lengths_of_its_entries():
+    """Where pandas answers with its own length, from 3 on, ours answers."""
+    for module in ("dataset", "kg_dataset", "sequential_dataset"):
+        assert ".agg(len)" in source(f"data.dataset.{module}")
+        asked = vars(importlib.import_module(f"recbole.data.dataset.{module}"))["len"]
+        column = pd.Series([[1, 2], [], [3]])
+        assert column.agg(asked).tolist() == [2, 0, 1] and (asked([1, 2]), asked(pd.DataFrame({"a": [1]}))) == (2, 1)
+    assert np.ndim(column.agg(len)) == (int(pd.__version__.split(".")[0]) < 3)
+
+
+def test_recbole_still_fills_in_place_and_ours_fills_what_is_missing(tmp_path):
+    """From pandas 3 on RecBole's fills nothing, not even the row of the padding."""
+    assert re.search(r"feat\[field\]\.fillna\(.*inplace=True\)", source("data.dataset.dataset"))
+    path = write_dataset(tmp_path / "d", [list(range(1, 6))] * 3, None)
+    head = "item_id:token\tprice:float\tbrand:token\tgenres:token_seq\tshape:float_seq"
+    rows = ["i1\t1\ta\td e\t1 2", "i2\t\t\t\t", "i3\t4\tb\te\t3", "i4\t\ta\t\t", "i5\t\t\t\t"]
+    (path / "toy" / "toy.item").write_text("\n".join([head, *rows]) + "\n")
+    made = create_dataset(RunConfig("FM", "toy", config_dict=TINY | {"data_path": str(path), "load_col": None}))
+    made._change_feat_format()
+    items = made.item_feat
+    assert made.field2id_token["item_id"].tolist() == ["[PAD]", "i1", "i2", "i3", "i4", "i5"]
+    assert items["price"].tolist() == [2.5, 1, 2.5, 4, 2.5, 2.5]  # the first is the padding's
+    assert made.field2id_token["brand"][items["brand"]].tolist() == ["[PAD]", "a", "[PAD]", "b", "a", "[PAD]"]
+    assert made.field2id_token["genres"][items["genres"]].tolist() == [
+        ["[PAD]"] * 2, ["d", "e"], ["[PAD]"] * 2, ["e", "[PAD]"], ["[PAD]"] * 2, ["[PAD]"] * 2
+    ]
+    assert items["shape"].tolist() == [[0, 0], [1, 2], [0, 0], [3, 0], [0, 0], [0, 0]]
 
 
 def test_recbole_still_sets_the_visible_gpus(monkeypatch):

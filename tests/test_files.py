@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from recbole_sdpo import files
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import config_file
 
 DIES = """
 import os, sys
@@ -128,3 +130,13 @@ def test_what_was_being_replaced_goes_back_to_its_place(tmp_path):
         (tmp_path / name / "weights").write_text(name)
     files.remove_parts(tmp_path)
     assert {folder.name: (folder / "weights").read_text() for folder in tmp_path.iterdir()} == {"sft": "sft.old", "sdpo": "sdpo"}
+
+
+def test_a_config_that_is_not_here_is_the_one_of_the_package(tmp_path):
+    name = "configs/ml-100k/compare.yaml"
+    brought = config_file(name)
+    assert brought.is_file() and brought.samefile(Path(__file__).parents[1] / name)
+    assert config_file("configs/none.yaml") == Path("configs/none.yaml") and config_file("ml-100k/compare.yaml").parts[0] == "ml-100k"
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("a: 1\n")  # the working directory, of which it is taken if it is there
+    assert config_file(name) == Path(name) and config_file(tmp_path / name) == tmp_path / name

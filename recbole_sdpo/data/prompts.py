@@ -11,7 +11,7 @@ import numpy as np
 
 from recbole_sdpo.data.sequences import Sequences
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import user_path
+from recbole_sdpo.files import config_file
 from recbole_sdpo.ragged import Ragged, steps
 from recbole_sdpo.values import read_yaml
 
@@ -21,7 +21,7 @@ SLOTS = ("{history}", "{candidates}")
 
 def template_file(name: str) -> Path:
     """Where the templates lie that ``prompt_templates`` names, if there are such."""
-    return user_path(name) if Path(name).suffix in (".yaml", ".yml") else TEMPLATE_FOLDER / f"{name}.yaml"
+    return config_file(name) if Path(name).suffix in (".yaml", ".yml") else TEMPLATE_FOLDER / f"{name}.yaml"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+import recbole_sdpo
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.ranks import metric_of_targets
@@ -252,6 +254,7 @@ def _over(settings: Settings, upper: Settings) -> Settings:
 
 def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
     config, start = RunConfig(entry.model, dataset, config_dict=copy.deepcopy(settings)), None
+    check_device(config)
     _check_targets(config)
     if entry.model == MODEL and not config.settings.sft_checkpoint:
         alone = _of_sft(settings, config.settings.prompt_style)
@@ -292,7 +295,7 @@ def _read(file: Path, depth: int = 0, asked_by: Path | None = None) -> Settings:
     """What a file holds, over what the file that it names as ``base`` holds; of ``settings`` both count."""
     if not file.exists():
         what = f"experiment={str(file)!r}" if asked_by is None else f"base={str(file)!r} of {asked_by}"
-        raise UserError(f"{what} does not exist; configs/ has some.")
+        raise UserError(f"{what} does not exist; {Path(recbole_sdpo.__path__[0]) / 'configs'} has some.")
     given = read_yaml(file)
     if "base" not in given:
         return given

@@ -78,7 +78,7 @@ class BackboneConfig:
             dtype = self.dtype
         else:
             # Fully trained weights stay in float32: bfloat16 loses small updates.
-            dtype = "bfloat16" if gpu and torch.cuda.is_bf16_supported() and peft == "lora" else "float32"
+            dtype = "bfloat16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) and peft == "lora" else "float32"
         return BackboneConfig(**{**vars(self), "backbone": backbone, "peft": peft, "dtype": dtype})
 
 
