@@ -115,6 +115,8 @@ def load_backbone(
         ).to(dtype)
     else:
         model, tokenizer = _load_pretrained(_locate(config), config, dtype, device)
+    if device.type == "cuda":  # adapters are in float32, whose products a GPU's fast units take with 10 bits, more than bfloat16's
+        torch.set_float32_matmul_precision("high")
     model.to(device)
     adapted = _add_adapter(model, config, seed("adapter")) if config.peft == "lora" else model
     if config.gradient_checkpointing:

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.lm.attention import attention_inputs, check_attention, dense_implementation, set_attention
+from recbole_sdpo.lm.attention import FLEX, attention_inputs, check_attention, dense_implementation, set_attention
 from recbole_sdpo.lm.forest import Forest, plant
 from recbole_sdpo.lm.projection import token_logps
 from recbole_sdpo.ragged import Ragged
 
 VALID = "choose another backbone, such as a Llama, Qwen, Gemma, Mistral or GPT-2."
+
+Attention = tuple[str, dict[str, object]]
+"""An implementation, and the decoder's arguments, as :func:`attention_inputs` gives them."""
 
 REFERENCE = "reference"
 """Name of the adapter that holds the reference."""
@@ -54,7 +57,8 @@ class LanguageModel(nn.Module):
         self._layers = _decoder_layers(self.causal_lm)
         self._shared = _layers_below_training(self.causal_lm, self._layers)
         _check_kinds(self.causal_lm)
-        self._check_scores()
+        self._check_scores(attention)
+        self._flex_is_checked = attention == FLEX
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -70,19 +74,23 @@ class LanguageModel(nn.Module):
                 layer.train(mode)
         return self
 
-    def forward(self, forest: Forest) -> Tensor:
-        """Log-probabilities of the responses under the policy, float32 ``[R]`` (float64 for a float64 model)."""
-        return self._response_logps(self.causal_lm, forest)
+    def forward(self, forest: Forest, attention: Attention | None = None) -> Tensor:
+        """Log-probabilities of the responses under the policy, float32 ``[R]`` (float64 for a float64 model).
+
+        Args:
+            attention: what :func:`attention_inputs` gave for ``forest``, if it was asked already.
+        """
+        return self._response_logps(self.causal_lm, forest, attention)
 
     @torch.no_grad()
-    def reference_logps(self, forest: Forest) -> Tensor:
+    def reference_logps(self, forest: Forest, attention: Attention | None = None) -> Tensor:
         """As :meth:`forward`, under the reference, in evaluation mode and without a gradient.
 
         Raises:
             RuntimeError: no reference was frozen yet.
         """
         with self.reference() as model:
-            return self._response_logps(model, forest)
+            return self._response_logps(model, forest, attention)
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -109,17 +117,18 @@ class LanguageModel(nn.Module):
 
     def policy_and_reference(self, forest: Forest) -> tuple[Tensor, Tensor]:
         """:meth:`forward` and :meth:`reference_logps`; what lies under the lowest adapter runs once for both."""
-        forest = forest.to(self.device)  # once for both
+        forest = forest.to(self.device)  # once for both, as are the masks
+        attention = self._attention(forest)
         if not self._shared:
-            return self(forest), self.reference_logps(forest)
+            return self(forest, attention), self.reference_logps(forest, attention)
         found: list = []
         hook = self._layers[self._shared - 1].register_forward_hook(lambda layer, args, output: found.append(output))
         try:
-            policy = self(forest)
+            policy = self(forest, attention)
         finally:
             hook.remove()
         with self._below_gives(found[0]):
-            return policy, self.reference_logps(forest)
+            return policy, self.reference_logps(forest, attention)
 
     @contextmanager
     def _below_gives(self, output: Tensor | tuple) -> Iterator[None]:
@@ -168,18 +177,27 @@ class LanguageModel(nn.Module):
         return ((name, weight) for name, weight in everything if f".{REFERENCE}." not in name)
 
     @property
+    def row_multiple(self) -> int:
+        """The length of a forest's rows had better be a multiple of this; what is padded changes no number."""
+        if self.device.type == "cuda":
+            # Attention copies a mask whose rows are not aligned, in every layer; FlexAttention works by blocks of 128.
+            return 128 if self.attention == FLEX else 16
+        # In bfloat16, oneDNN makes and keeps a program for each shape of a matrix: up to three quarters of the time, and GiB.
+        return 64 if self.causal_lm.dtype == torch.bfloat16 else 1
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device
 
     @torch.no_grad()
-    def _check_scores(self) -> None:
-        """Score a small forest, and the same responses one sequence at a time by the model's own logits."""
+    def _check_scores(self, choice: str) -> None:
+        """Score a small forest with that attention, and the same responses one sequence at a time by the model's own logits."""
         model, device = self.causal_lm, self.device
         trunk, starts, responses = [1, 2, 3, 4, 5, 6], [3, 3, 6, 4], [[7, 8, 9], [7, 9, 8, 7], [5, 6], [5, 6, 1]]
         training = self.model.training
         self.eval()
-        set_attention(model, dense_implementation(model, self.attention))
+        set_attention(model, dense_implementation(model, choice))
         expected = []
         try:
             for start, response in zip(starts, responses, strict=True):
@@ -187,7 +205,8 @@ class LanguageModel(nn.Module):
                 logps = model(input_ids=tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
                 expected.append(logps[torch.arange(start - 1, len(tokens) - 1), tokens[start:]].sum())
             forest = plant(Ragged.from_rows([trunk]), np.zeros(len(starts), int), np.array(starts), Ragged.from_rows(responses))
-            found = self._response_logps(model, forest).double()
+            forest = forest.to(device)
+            found = self._response_logps(model, forest, attention_inputs(model, forest, choice)).double()
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -195,7 +214,8 @@ class LanguageModel(nn.Module):
         finally:
             self.train(training)
         # Far above rounding, and far below what a wrong mask, position or logit does.
-        tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
+        exact = model.dtype in (torch.float32, torch.float64)
+        tolerance = 5e-2 if not exact else 1e-2 if device.type == "cuda" else 1e-3  # a GPU's products have 10 bits (TF32)
         expected = torch.stack(expected)
         if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
             raise UserError(
@@ -203,10 +223,19 @@ class LanguageModel(nn.Module):
                 f"{float((found - expected).abs().max()):.2g}: its positions, masks or logits are of a kind not known here; {VALID}"
             )
 
-    def _response_logps(self, model: PreTrainedModel, forest: Forest) -> Tensor:
+    def _attention(self, forest: Forest) -> Attention:
+        """How to attend to ``forest``, which is on this device."""
+        attention = attention_inputs(self.causal_lm, forest, self.attention)
+        if attention[0] == FLEX and not self._flex_is_checked:  # auto takes it for long rows alone, late in a run
+            self._check_scores(FLEX)
+            self._flex_is_checked = True
+        return attention
+
+    def _response_logps(self, model: PreTrainedModel, forest: Forest, attention: Attention | None) -> Tensor:
         """One pass over the forest: the sum of each response's token log-probabilities given its prompt, ``[R]``."""
         forest = forest.to(model.device)
-        inputs = attention_inputs(model, forest, self.attention)
+        implementation, inputs = attention or self._attention(forest)
+        set_attention(model, implementation)
         hidden = model.base_model(input_ids=forest.tokens, use_cache=False, **inputs).last_hidden_state
         # The states are distinct: the gradient of this adds in no order.
         states = hidden.flatten(0, 1).index_select(0, forest.states)
@@ -226,10 +255,11 @@ def _switch(layers: tuple[BaseTunerLayer, ...], adapter: str) -> None:
 
 def _depends_on_mode(model: PreTrainedModel) -> bool:
     """Does the model compute anything else in training mode? Of what is not by ``transformers``, that is not known."""
-    if model.is_gradient_checkpointing or not type(model).__module__.startswith("transformers.models."):
+    if not type(model).__module__.startswith("transformers.models."):
         return True
-    if any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p for part in model.modules()):
-        return True
+    for part in model.modules():
+        if getattr(part, "gradient_checkpointing", False) or (isinstance(part, nn.modules.dropout._DropoutNd) and part.p):
+            return True
     shape = model.config.get_text_config().to_dict()  # of which attention and routers read theirs
     return any(isinstance(value, float | int) and value and re.search("drop|jitter", key) for key, value in shape.items())
 
