@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 
 import numpy as np
@@ -22,6 +22,9 @@ from recbole_sdpo.lm.projection import token_logps
 from recbole_sdpo.ragged import Ragged
 
 VALID = "choose another backbone, such as a Llama, Qwen, Gemma, Mistral or GPT-2."
+
+BACKEND, GRAPHS = "inductor", 64
+"""What compiles layers, and how many graphs of one code it may make before it leaves the rest as they are; torch's limit is 8."""
 
 Attention = tuple[str, dict[str, object]]
 """An implementation, and the decoder's arguments, as :func:`attention_inputs` gives them."""
@@ -40,16 +43,19 @@ class LanguageModel(nn.Module):
         model: a causal language model of ``transformers``, or a ``peft`` model around one.
         tokenizer: its tokenizer.
         attention: ``sdpa``, ``eager``, ``flex_attention``, or ``auto``, as in :func:`attention_inputs`.
+        compiled: compile the decoder's layers, but for those that policy and reference share.
 
     Raises:
-        UserError: a forest's scores are not those of one sequence at a time, or ``attention`` is not for this model.
+        UserError: a forest's scores are not those of one sequence at a time, or ``attention`` or ``compiled`` is not for this model.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, attention: str = "auto") -> None:
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, attention: str = "auto", compiled: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.attention = attention
+        self.attention, self.compiled = attention, compiled
         self._adapted: tuple[BaseTunerLayer, ...] = ()  # what switches between the adapters
         self._moody: tuple[nn.Module, ...] = ()  # what has to leave the training mode for the reference
         self._frozen: list[PreTrainedModel] = []  # in a list, for it is no part of the policy: not to train, move, save or restore
@@ -57,6 +63,10 @@ class LanguageModel(nn.Module):
         self._layers = _decoder_layers(self.causal_lm)
         self._shared = _layers_below_training(self.causal_lm, self._layers)
         _check_kinds(self.causal_lm)
+        if compiled:
+            if not self._layers:
+                raise UserError(f"compile=True finds no list of layers in backbone {self.causal_lm.config.model_type!r}; leave it out.")
+            _compile(self._layers[self._shared :])  # the others' forward is replaced at every step
         self._check_scores(attention)
         self._flex_is_checked = attention == FLEX
 
@@ -150,6 +160,8 @@ class LanguageModel(nn.Module):
         if not isinstance(self.model, PeftModel):
             self._frozen = []  # before the copy, which needs its memory
             self._frozen = [copy.deepcopy(self.model).eval().requires_grad_(False)]
+            if self.compiled:  # a copy is not
+                _compile(_decoder_layers(self._frozen[0]))
             return
         if REFERENCE not in self.model.peft_config:
             self.model.add_adapter(REFERENCE, self.model.peft_config["default"])
@@ -202,7 +214,8 @@ class LanguageModel(nn.Module):
         try:
             for start, response in zip(starts, responses, strict=True):
                 tokens = torch.tensor(trunk[:start] + response, device=device)
-                logps = model(input_ids=tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
+                with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():  # what was compiled
+                    logps = model(input_ids=tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
                 expected.append(logps[torch.arange(start - 1, len(tokens) - 1), tokens[start:]].sum())
             forest = plant(Ragged.from_rows([trunk]), np.zeros(len(starts), int), np.array(starts), Ragged.from_rows(responses))
             forest = forest.to(device)
@@ -241,6 +254,18 @@ class LanguageModel(nn.Module):
         states = hidden.flatten(0, 1).index_select(0, forest.states)
         logps = token_logps(model, states, forest.edge_state, forest.edge_token, forest.first_edge)
         return forest.sum_by_response(logps)
+
+
+def _compile(layers: tuple[nn.Module, ...]) -> None:
+    """Compile each layer, for lengths of any size.
+
+    All share one code, of which there is a graph for each of: with and without gradients, training and evaluation, policy and
+    reference, the first layer and the others, one row and several, kinds of attention.
+    """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
+    for layer in layers:
+        layer.compile(dynamic=True, backend=BACKEND)
 
 
 def _switch(layers: tuple[BaseTunerLayer, ...], adapter: str) -> None:

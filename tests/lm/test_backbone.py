@@ -171,6 +171,12 @@ def four_bit_layers(model):
     return {name: part for name, part in model.named_modules() if isinstance(part, bitsandbytes.nn.Linear4bit)}
 
 
+def test_what_cannot_be_compiled_is_refused(folder):
+    given = config(backbone=str(folder), peft="lora", compile=True, gradient_checkpointing=True)
+    with pytest.raises(UserError, match="compile=True is for layers .* gradient_checkpointing=True and quantization='none'; leave it out"):
+        load_backbone(given.resolve(CPU), CPU, None, lambda purpose: 0)
+
+
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes packs weights on CPUs with AVX512-BF16 alone")
 def test_bitsandbytes_still_cuts_gradients_after_an_evaluation():
     layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32).to("cpu")
