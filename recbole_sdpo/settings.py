@@ -214,6 +214,7 @@ class Settings:
     quantization: str = _choice(
         "none", "of a pretrained backbone's weights under the adapter; nf4: four bits, by bitsandbytes", "none", "nf4"
     )
+    compile: bool = _setting(False, "compile each layer of the backbone (torch.compile): fewer passes over memory, after a minute or so")
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass to save memory")
     peft: str = _choice("auto", "train an adapter or all weights; auto: lora, but none for scratch", "auto", "lora", "none")
     lora_rank: int = _within(1, 1024, 16, "rank of the adapter")

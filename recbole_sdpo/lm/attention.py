@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
@@ -19,28 +20,29 @@ FLEX_FROM = 1024
 estimate: no GPU was at hand to measure it."""
 
 
-def attention_inputs(model: PreTrainedModel, forest: Forest, choice: str) -> dict[str, object]:
-    """The decoder's arguments that make each token of ``forest`` attend to its ancestors only.
+BLOCK = 128
+"""Tokens to a side of FlexAttention's blocks."""
+
+
+def attention_inputs(model: PreTrainedModel, forest: Forest, choice: str) -> tuple[str, dict[str, object]]:
+    """An implementation of attention, and the decoder's arguments with which each token of ``forest`` attends to its ancestors only.
 
     * A forest of chains is plain causal attention at positions 0, 1, 2, …, which needs neither mask nor positions.
     * FlexAttention takes a block mask made from ``j <= i < end[j]``, and skips the blocks in which nobody sees anybody.
     * SDPA and eager take a dense additive mask.
 
     Args:
-        model: a causal language model; its attention implementation is set to the one chosen.
+        model: a causal language model.
         choice: ``sdpa``, ``eager``, ``flex_attention``, or ``auto``; checked by :func:`check_attention` before.
     """
+    dense = dense_implementation(model, choice)
     if forest.chains:
-        set_attention(model, dense_implementation(model, choice))
-        return {}
+        return dense, {}
     long = model.device.type == "cuda" and forest.tokens.shape[1] >= FLEX_FROM
-    if choice == FLEX or (choice == "auto" and long and not _why_no_flex(model)):
-        set_attention(model, FLEX)
-        make = _block_mask
-    else:
-        set_attention(model, dense_implementation(model, choice))
-        make = _dense_mask
-    return {"attention_mask": for_each_kind(model, lambda window: make(model, forest, window)), "position_ids": forest.positions}
+    flex = choice == FLEX or (choice == "auto" and long and not _why_no_flex(model))
+    make = _block_mask if flex else _dense_mask
+    masks = for_each_kind(model, lambda window: make(model, forest, window))
+    return FLEX if flex else dense, {"attention_mask": masks, "position_ids": forest.positions}
 
 
 def check_attention(model: PreTrainedModel, choice: str) -> None:
@@ -100,11 +102,17 @@ def _why_no_flex(model: PreTrainedModel) -> str | None:
 
 
 def _dense_mask(model: PreTrainedModel, forest: Forest, window: int | None) -> Tensor:
-    """``[B, 1, L, L]`` in the model's dtype."""
-    return additive(forest.attention(window)[:, None], model.dtype)
+    """``[B, 1, L, L]`` in the dtype that the model computes in."""
+    kind = model.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    return additive(forest.attention(window)[:, None], dtype)
 
 
 def _block_mask(model: PreTrainedModel, forest: Forest, window: int | None) -> BlockMask:
+    """FlexAttention's mask; without a window which blocks are seen, and which wholly, follows from ``end`` alone.
+
+    That is what ``create_block_mask`` finds by looking at every pair of tokens, of which 8 rows of 2,048 take 268 MB at a time.
+    """
     end, positions = forest.end, forest.positions
 
     def visible(row, head, i, j):
@@ -112,4 +120,20 @@ def _block_mask(model: PreTrainedModel, forest: Forest, window: int | None) -> B
         return seen if window is None else seen & (positions[row, i] - positions[row, j] < window)
 
     rows, length = forest.tokens.shape
-    return create_block_mask(visible, rows, None, length, length, device=forest.tokens.device)
+    if window is not None:
+        return create_block_mask(visible, rows, None, length, length, device=end.device, BLOCK_SIZE=BLOCK)
+    count = -(-length // BLOCK)
+    ends = F.pad(end, (0, count * BLOCK - length)).view(rows, count, BLOCK)  # what is beyond the row is seen by none
+    number = torch.arange(count, device=end.device)
+    first = number * BLOCK
+    seen = (number <= number[:, None]) & (ends.amax(2)[:, None] > first[:, None])
+    full = (number < number[:, None]) & (ends.amin(2)[:, None] >= first[:, None] + BLOCK)
+    return BlockMask.from_kv_blocks(
+        *_listed(seen & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(length, length)
+    )
+
+
+def _listed(which: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of each row of blocks are marked, int32 ``[B, 1, Q]``, and their numbers first, int32 ``[B, 1, Q, K]``."""
+    order = which.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return which.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]

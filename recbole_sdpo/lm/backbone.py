@@ -56,6 +56,7 @@ class BackboneConfig:
     dtype: str
     attention: str
     quantization: str
+    compile: bool
     gradient_checkpointing: bool
     peft: str
     lora_rank: int
@@ -103,6 +104,11 @@ def load_backbone(
             f"quantization={config.quantization!r} is for pretrained weights under an adapter; give a backbone and peft=lora "
             f"(now {config.backbone!r} and {config.peft!r})."
         )
+    if config.compile and (config.gradient_checkpointing or config.quantization != "none"):
+        raise UserError(
+            f"compile=True is for layers that are computed once, in full weights, and this run has gradient_checkpointing="
+            f"{config.gradient_checkpointing} and quantization={config.quantization!r}; leave it out, or them."
+        )
     if config.backbone == "scratch":
         tokenizer = scratch_tokenizer()
         model = build_model(
@@ -115,6 +121,8 @@ def load_backbone(
         ).to(dtype)
     else:
         model, tokenizer = _load_pretrained(_locate(config), config, dtype, device)
+    if device.type == "cuda":  # adapters are in float32, whose products a GPU's fast units take with 10 bits, more than bfloat16's
+        torch.set_float32_matmul_precision("high")
     model.to(device)
     adapted = _add_adapter(model, config, seed("adapter")) if config.peft == "lora" else model
     if config.gradient_checkpointing:
@@ -122,7 +130,7 @@ def load_backbone(
         # transformers and peft would make the embeddings' output require a gradient, and with it all layers under the
         # adapters; only reentrant checkpointing needs that.
         model.disable_input_require_grads()
-    return LanguageModel(adapted, tokenizer, config.attention)
+    return LanguageModel(adapted, tokenizer, config.attention, config.compile)
 
 
 def save_backbone(lm: LanguageModel, folder: Path) -> None:

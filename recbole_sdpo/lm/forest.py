@@ -83,7 +83,7 @@ class Forest:
         return table.sum(-1)
 
 
-def plant(trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged) -> Forest:
+def plant(trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged, multiple: int = 1) -> Forest:
     """Build the forest of the given trunks and responses.
 
     Args:
@@ -91,6 +91,7 @@ def plant(trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged
         tree: int ``[R]``, the trunk of each response.
         start: int ``[R]``, how many of its trunk's tokens are the response's prompt, at least 1.
         responses: the tokens of each of the ``R`` responses, none empty.
+        multiple: the length of the rows is padded to a multiple of it.
 
     Raises:
         UserError: a response is empty, or its prompt is empty or longer than its trunk.
@@ -155,7 +156,7 @@ def plant(trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged
     branch_total = np.bincount(node_row, minlength=trees)
     before_tree = exclusive_cumsum(branch_total)
     sizes = kept + branch_total
-    length = int(sizes.max(initial=1))
+    length = -(-int(sizes.max(initial=1)) // multiple) * multiple
     tokens = np.zeros((trees, length), np.int64)
     positions = np.zeros((trees, length), np.int64)
     end = np.tile(np.arange(1, length + 1), (trees, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 
 import numpy as np
@@ -16,12 +16,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.lm.attention import attention_inputs, check_attention, dense_implementation, set_attention
+from recbole_sdpo.lm.attention import FLEX, attention_inputs, check_attention, dense_implementation, set_attention
 from recbole_sdpo.lm.forest import Forest, plant
 from recbole_sdpo.lm.projection import token_logps
 from recbole_sdpo.ragged import Ragged
 
 VALID = "choose another backbone, such as a Llama, Qwen, Gemma, Mistral or GPT-2."
+
+BACKEND, GRAPHS = "inductor", 64
+"""What compiles layers, and how many graphs of one code it may make before it leaves the rest as they are; torch's limit is 8."""
+
+Attention = tuple[str, dict[str, object]]
+"""An implementation, and the decoder's arguments, as :func:`attention_inputs` gives them."""
 
 REFERENCE = "reference"
 """Name of the adapter that holds the reference."""
@@ -37,16 +43,19 @@ class LanguageModel(nn.Module):
         model: a causal language model of ``transformers``, or a ``peft`` model around one.
         tokenizer: its tokenizer.
         attention: ``sdpa``, ``eager``, ``flex_attention``, or ``auto``, as in :func:`attention_inputs`.
+        compiled: compile the decoder's layers, but for those that policy and reference share.
 
     Raises:
-        UserError: a forest's scores are not those of one sequence at a time, or ``attention`` is not for this model.
+        UserError: a forest's scores are not those of one sequence at a time, or ``attention`` or ``compiled`` is not for this model.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, attention: str = "auto") -> None:
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, attention: str = "auto", compiled: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.attention = attention
+        self.attention, self.compiled = attention, compiled
         self._adapted: tuple[BaseTunerLayer, ...] = ()  # what switches between the adapters
         self._moody: tuple[nn.Module, ...] = ()  # what has to leave the training mode for the reference
         self._frozen: list[PreTrainedModel] = []  # in a list, for it is no part of the policy: not to train, move, save or restore
@@ -54,7 +63,12 @@ class LanguageModel(nn.Module):
         self._layers = _decoder_layers(self.causal_lm)
         self._shared = _layers_below_training(self.causal_lm, self._layers)
         _check_kinds(self.causal_lm)
-        self._check_scores()
+        if compiled:
+            if not self._layers:
+                raise UserError(f"compile=True finds no list of layers in backbone {self.causal_lm.config.model_type!r}; leave it out.")
+            _compile(self._layers[self._shared :])  # the others' forward is replaced at every step
+        self._check_scores(attention)
+        self._flex_is_checked = attention == FLEX
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -70,19 +84,23 @@ class LanguageModel(nn.Module):
                 layer.train(mode)
         return self
 
-    def forward(self, forest: Forest) -> Tensor:
-        """Log-probabilities of the responses under the policy, float32 ``[R]`` (float64 for a float64 model)."""
-        return self._response_logps(self.causal_lm, forest)
+    def forward(self, forest: Forest, attention: Attention | None = None) -> Tensor:
+        """Log-probabilities of the responses under the policy, float32 ``[R]`` (float64 for a float64 model).
+
+        Args:
+            attention: what :func:`attention_inputs` gave for ``forest``, if it was asked already.
+        """
+        return self._response_logps(self.causal_lm, forest, attention)
 
     @torch.no_grad()
-    def reference_logps(self, forest: Forest) -> Tensor:
+    def reference_logps(self, forest: Forest, attention: Attention | None = None) -> Tensor:
         """As :meth:`forward`, under the reference, in evaluation mode and without a gradient.
 
         Raises:
             RuntimeError: no reference was frozen yet.
         """
         with self.reference() as model:
-            return self._response_logps(model, forest)
+            return self._response_logps(model, forest, attention)
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -109,17 +127,18 @@ class LanguageModel(nn.Module):
 
     def policy_and_reference(self, forest: Forest) -> tuple[Tensor, Tensor]:
         """:meth:`forward` and :meth:`reference_logps`; what lies under the lowest adapter runs once for both."""
-        forest = forest.to(self.device)  # once for both
+        forest = forest.to(self.device)  # once for both, as are the masks
+        attention = self._attention(forest)
         if not self._shared:
-            return self(forest), self.reference_logps(forest)
+            return self(forest, attention), self.reference_logps(forest, attention)
         found: list = []
         hook = self._layers[self._shared - 1].register_forward_hook(lambda layer, args, output: found.append(output))
         try:
-            policy = self(forest)
+            policy = self(forest, attention)
         finally:
             hook.remove()
         with self._below_gives(found[0]):
-            return policy, self.reference_logps(forest)
+            return policy, self.reference_logps(forest, attention)
 
     @contextmanager
     def _below_gives(self, output: Tensor | tuple) -> Iterator[None]:
@@ -141,6 +160,8 @@ class LanguageModel(nn.Module):
         if not isinstance(self.model, PeftModel):
             self._frozen = []  # before the copy, which needs its memory
             self._frozen = [copy.deepcopy(self.model).eval().requires_grad_(False)]
+            if self.compiled:  # a copy is not
+                _compile(_decoder_layers(self._frozen[0]))
             return
         if REFERENCE not in self.model.peft_config:
             self.model.add_adapter(REFERENCE, self.model.peft_config["default"])
@@ -168,26 +189,37 @@ class LanguageModel(nn.Module):
         return ((name, weight) for name, weight in everything if f".{REFERENCE}." not in name)
 
     @property
+    def row_multiple(self) -> int:
+        """The length of a forest's rows had better be a multiple of this; what is padded changes no number."""
+        if self.device.type == "cuda":
+            # Attention copies a mask whose rows are not aligned, in every layer; FlexAttention works by blocks of 128.
+            return 128 if self.attention == FLEX else 16
+        # In bfloat16, oneDNN makes and keeps a program for each shape of a matrix: up to three quarters of the time, and GiB.
+        return 64 if self.causal_lm.dtype == torch.bfloat16 else 1
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device
 
     @torch.no_grad()
-    def _check_scores(self) -> None:
-        """Score a small forest, and the same responses one sequence at a time by the model's own logits."""
+    def _check_scores(self, choice: str) -> None:
+        """Score a small forest with that attention, and the same responses one sequence at a time by the model's own logits."""
         model, device = self.causal_lm, self.device
         trunk, starts, responses = [1, 2, 3, 4, 5, 6], [3, 3, 6, 4], [[7, 8, 9], [7, 9, 8, 7], [5, 6], [5, 6, 1]]
         training = self.model.training
         self.eval()
-        set_attention(model, dense_implementation(model, self.attention))
+        set_attention(model, dense_implementation(model, choice))
         expected = []
         try:
             for start, response in zip(starts, responses, strict=True):
                 tokens = torch.tensor(trunk[:start] + response, device=device)
-                logps = model(input_ids=tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
+                with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():  # what was compiled
+                    logps = model(input_ids=tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
                 expected.append(logps[torch.arange(start - 1, len(tokens) - 1), tokens[start:]].sum())
             forest = plant(Ragged.from_rows([trunk]), np.zeros(len(starts), int), np.array(starts), Ragged.from_rows(responses))
-            found = self._response_logps(model, forest).double()
+            forest = forest.to(device)
+            found = self._response_logps(model, forest, attention_inputs(model, forest, choice)).double()
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -195,7 +227,8 @@ class LanguageModel(nn.Module):
         finally:
             self.train(training)
         # Far above rounding, and far below what a wrong mask, position or logit does.
-        tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
+        exact = model.dtype in (torch.float32, torch.float64)
+        tolerance = 5e-2 if not exact else 1e-2 if device.type == "cuda" else 1e-3  # a GPU's products have 10 bits (TF32)
         expected = torch.stack(expected)
         if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
             raise UserError(
@@ -203,15 +236,36 @@ class LanguageModel(nn.Module):
                 f"{float((found - expected).abs().max()):.2g}: its positions, masks or logits are of a kind not known here; {VALID}"
             )
 
-    def _response_logps(self, model: PreTrainedModel, forest: Forest) -> Tensor:
+    def _attention(self, forest: Forest) -> Attention:
+        """How to attend to ``forest``, which is on this device."""
+        attention = attention_inputs(self.causal_lm, forest, self.attention)
+        if attention[0] == FLEX and not self._flex_is_checked:  # auto takes it for long rows alone, late in a run
+            self._check_scores(FLEX)
+            self._flex_is_checked = True
+        return attention
+
+    def _response_logps(self, model: PreTrainedModel, forest: Forest, attention: Attention | None) -> Tensor:
         """One pass over the forest: the sum of each response's token log-probabilities given its prompt, ``[R]``."""
         forest = forest.to(model.device)
-        inputs = attention_inputs(model, forest, self.attention)
+        implementation, inputs = attention or self._attention(forest)
+        set_attention(model, implementation)
         hidden = model.base_model(input_ids=forest.tokens, use_cache=False, **inputs).last_hidden_state
         # The states are distinct: the gradient of this adds in no order.
         states = hidden.flatten(0, 1).index_select(0, forest.states)
         logps = token_logps(model, states, forest.edge_state, forest.edge_token, forest.first_edge)
         return forest.sum_by_response(logps)
+
+
+def _compile(layers: tuple[nn.Module, ...]) -> None:
+    """Compile each layer, for lengths of any size.
+
+    All share one code, of which there is a graph for each of: with and without gradients, training and evaluation, policy and
+    reference, the first layer and the others, one row and several, kinds of attention.
+    """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
+    for layer in layers:
+        layer.compile(dynamic=True, backend=BACKEND)
 
 
 def _switch(layers: tuple[BaseTunerLayer, ...], adapter: str) -> None:
@@ -226,10 +280,11 @@ def _switch(layers: tuple[BaseTunerLayer, ...], adapter: str) -> None:
 
 def _depends_on_mode(model: PreTrainedModel) -> bool:
     """Does the model compute anything else in training mode? Of what is not by ``transformers``, that is not known."""
-    if model.is_gradient_checkpointing or not type(model).__module__.startswith("transformers.models."):
+    if not type(model).__module__.startswith("transformers.models."):
         return True
-    if any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p for part in model.modules()):
-        return True
+    for part in model.modules():
+        if getattr(part, "gradient_checkpointing", False) or (isinstance(part, nn.modules.dropout._DropoutNd) and part.p):
+            return True
     shape = model.config.get_text_config().to_dict()  # of which attention and routers read theirs
     return any(isinstance(value, float | int) and value and re.search("drop|jitter", key) for key, value in shape.items())
 

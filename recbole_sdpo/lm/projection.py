@@ -6,11 +6,15 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 LOGITS_AT_ONCE = (2**22, 2**26)
 """Largest number of logits held at a time, on a CPU (16 MiB in float32, near its caches) and on a GPU."""
+
+STATES = 16
+"""In bfloat16 on a CPU, states are taken by multiples of this, for oneDNN makes and keeps a program for each shape of a matrix."""
 
 
 def token_logps(
@@ -27,6 +31,8 @@ def token_logps(
     if first_edge is None:
         every = torch.arange(len(hidden) + 1, device=hidden.device)
         first_edge = torch.searchsorted(edge_state, every).cpu().numpy()
+    if missing := -len(hidden) % _together(hidden):  # states that nothing leaves
+        hidden, first_edge = F.pad(hidden, (0, 0, 0, missing)), np.pad(first_edge, (0, missing), mode="edge")
     trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
     return _TokenLogps.apply(partial(_to_logits, model), first_edge, hidden, edge_state, edge_token, *trained)
 
@@ -74,10 +80,15 @@ class _TokenLogps(torch.autograd.Function):
 def _chunks(hidden: Tensor, first_edge: np.ndarray, logits_of: partial) -> list[tuple[slice, slice]]:
     """Cuts of the states, and of the edges that leave them, with a bounded number of logits each."""
     (model,) = logits_of.args
-    step = max(1, LOGITS_AT_ONCE[hidden.device.type == "cuda"] // model.config.get_text_config().vocab_size)
+    together = _together(hidden)
+    step = max(1, LOGITS_AT_ONCE[hidden.device.type == "cuda"] // (together * model.config.get_text_config().vocab_size)) * together
     bounds = [*range(0, len(hidden), step), len(hidden)]
     edges = first_edge[bounds].tolist()
     return [(slice(low, high), slice(first, last)) for low, high, first, last in zip(bounds, bounds[1:], edges, edges[1:], strict=False)]
+
+
+def _together(hidden: Tensor) -> int:
+    return STATES if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" else 1
 
 
 def _to_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -30,12 +30,14 @@ class Encoder:
         catalogue: the titles.
         units: the numbering of titles and template pieces.
         tokenizer: the backbone's.
+        row_multiple: the length of a forest's rows is padded to a multiple of it.
 
     Raises:
         UserError: a title is too long, or the tokenizer makes something else of it, of its terminator or of a template.
     """
 
-    def __init__(self, catalogue: Catalogue, units: Units, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, catalogue: Catalogue, units: Units, tokenizer: PreTrainedTokenizerBase, row_multiple: int = 1) -> None:
+        self.row_multiple = row_multiple
         opening = opening_tokens(tokenizer)
         texts = [*title_lines(catalogue)[1:], *units.pieces]  # the padding has no title
         rows = encode_texts(tokenizer, texts)
@@ -62,7 +64,7 @@ class Encoder:
         last = prompts.trunks.starts[prompts.tree] + prompts.before - 1
         start = unit_start[last] + trunk_units.lengths[last] - trunks.starts[prompts.tree]
         each = items.shape[1]
-        return plant(trunks, prompts.tree.repeat(each), start.repeat(each), self.tokens.take(items.ravel()))
+        return plant(trunks, prompts.tree.repeat(each), start.repeat(each), self.tokens.take(items.ravel()), self.row_multiple)
 
     def sizes(self, prompts: Prompts, items: np.ndarray) -> np.ndarray:
         """Tokens in each tree, counted as if no two responses shared any: an upper bound, int64 ``[trees]``."""

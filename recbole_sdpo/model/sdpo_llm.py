@@ -101,7 +101,7 @@ class SDPOLLM(SequentialRecommender):
         self.lm = load_backbone(self.backbone, self.device, tokenizer, lambda purpose: derive_seed(self.seed, purpose))
         # The configuration's, too, for the record.
         self.settings = config.settings = settings.suited_to_device(*tokens_at_once(self.lm.causal_lm))
-        self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer)
+        self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer, self.lm.row_multiple)
         # Candidates in an evaluation prompt stand in one order of all items, begun for each user at another place.
         self._place = generator(self.seed, "evaluation order").permutation(self.n_items)
         self._begin = generator(self.seed, "evaluation begin").integers(self.n_items, size=dataset.num(self.USER_ID))

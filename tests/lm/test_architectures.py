@@ -7,7 +7,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from recbole_sdpo.lm import projection
+from recbole_sdpo.lm import language_model, projection
 from recbole_sdpo.lm.forest import plant
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.scratch import train_tokenizer
@@ -260,6 +260,57 @@ def test_layers_below_the_lowest_adapter_run_once_for_both(name):
     assert lm.policy_and_reference(forest)[1].equal(reference) and calls == [2, 4]
     lm.train()
     torch.testing.assert_close(lm.policy_and_reference(forest)[1], separate[1], rtol=0, atol=1e-12)  # no dropout in it
+
+
+@pytest.mark.parametrize(("lora", "layers"), [(True, [1]), (False, None)], ids=["upper layer with an adapter", "full"])
+def test_compiled_layers_change_nothing(monkeypatch, lora, layers):
+    """Policy, reference and gradients, in batches of two shapes; traced, but without a compiler for the CPU."""
+    monkeypatch.setattr(language_model, "BACKEND", "aot_eager")
+    rng, found = np.random.default_rng(9), []
+    trunks, tree, start, responses = sample(rng)
+    forests = [
+        plant(Ragged.from_rows(trunks[:rows]), tree[some], start[some], Ragged.from_rows([responses[i] for i in some]), multiple)
+        for rows, multiple in ((3, 1), (2, 16))
+        for some in [np.flatnonzero(tree < rows)]
+    ]
+    torch.compiler.reset()
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        lm = LanguageModel(build("Llama", "sdpa", lora, torch.float32, layers=layers), None, "auto", compiled)
+        lm.freeze_reference()
+        with torch.no_grad():
+            for parameter in lm.trainable().values():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        numbers = []
+        for forest in forests:
+            policy, reference = lm.train().policy_and_reference(forest)
+            (policy - reference).square().sum().backward()
+            with torch.no_grad():
+                numbers += [policy.detach(), reference, lm.eval()(forest)]
+        found.append([*numbers, *(p.grad for p in lm.trainable().values())])
+        assert [layer._compiled_call_impl is not None for layer in lm._layers] == [compiled and layers is None, compiled]
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_bfloat16_on_a_cpu_meets_few_shapes(monkeypatch):
+    """Of each shape of a matrix a program is made and kept."""
+    monkeypatch.setattr(projection, "LOGITS_AT_ONCE", (40 * VOCAB, 40 * VOCAB))
+    lm = LanguageModel(build("Llama", "sdpa", False, torch.bfloat16), None)
+    shapes = []
+    for part in (lm._layers[0], lm.causal_lm.get_output_embeddings()):
+        part.register_forward_hook(lambda part, args, output: shapes.append(args[0].shape[-2]))
+    for seed in range(5):
+        trunks, tree, start, responses = sample(np.random.default_rng(seed))
+        given = Ragged.from_rows(trunks), tree, start, Ragged.from_rows(responses)
+        padded, plain = plant(*given, lm.row_multiple), plant(*given)
+        shapes.clear()
+        found = lm(padded)
+        assert shapes[0] % 64 == 0 and len(shapes) > 2 and set(shapes[1:]) <= {16, 32}
+        with monkeypatch.context() as patch:
+            patch.setattr(projection, "STATES", 1)
+            torch.testing.assert_close(found, lm(plain), rtol=0.01, atol=0.05)
 
 
 def test_nothing_is_shared_when_all_is_trained():

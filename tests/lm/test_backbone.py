@@ -171,6 +171,12 @@ def bitsandbytes():
     return pytest.importorskip("bitsandbytes")
 
 
+def test_what_cannot_be_compiled_is_refused(folder):
+    given = config(backbone=str(folder), peft="lora", compile=True, gradient_checkpointing=True)
+    with pytest.raises(UserError, match="compile=True is for layers .* gradient_checkpointing=True and quantization='none'; leave it out"):
+        load_backbone(given.resolve(CPU), CPU, None, lambda purpose: 0)
+
+
 def test_bitsandbytes_still_cuts_gradients_after_an_evaluation(bitsandbytes):
     if not bitsandbytes.functional.has_avx512bf16():
         pytest.skip("bitsandbytes packs weights on CPUs with AVX512-BF16 alone")

@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
+from recbole_sdpo.lm.attention import _block_mask
 from recbole_sdpo.lm.forest import plant
 from recbole_sdpo.ragged import Ragged
 
@@ -80,3 +82,44 @@ def test_sliding_window_counts_depth_not_columns():
 def test_what_cannot_be_planted_is_refused(start, response, message):
     with pytest.raises(ValueError, match=message):
         plant(Ragged.from_rows([[1, 2]]), np.array([0]), np.array([start]), Ragged.from_rows([response]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31))
+def test_blocks_are_those_that_every_pair_would_give(seed):
+    rng = np.random.default_rng(seed)
+    trunks = [rng.integers(0, 9, rng.integers(1, 400)) for _ in range(rng.integers(1, 4))]
+    tree = rng.integers(0, len(trunks), rng.integers(1, 60))
+    start = np.array([rng.integers(1, len(trunks[t]) + 1) for t in tree])
+    responses = [rng.integers(0, 9, rng.integers(1, 40)) for _ in tree]
+    forest = plant(Ragged.from_rows(trunks), tree, start, Ragged.from_rows(responses), int(rng.choice([1, 16, 128])))
+    rows, length = forest.tokens.shape
+
+    def visible(row, head, i, j):
+        return (j <= i) & (i < forest.end[row, j])
+
+    expected, found = create_block_mask(visible, rows, None, length, length, device="cpu"), _block_mask(None, forest, None)
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        count, numbers = getattr(expected, f"{kind}_num_blocks"), getattr(expected, f"{kind}_indices")
+        listed = torch.arange(numbers.shape[-1]) < count[..., None]
+        assert getattr(found, f"{kind}_num_blocks").equal(count)
+        assert getattr(found, f"{kind}_indices").where(listed, -1).equal(numbers.where(listed, -1))
+    assert found.seq_lengths == expected.seq_lengths and found.BLOCK_SIZE == expected.BLOCK_SIZE
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches(), st.sampled_from([2, 16]))
+def test_padded_rows_hold_the_same_trees(batch, multiple):
+    trunks, trees, starts, responses = batch
+    given = Ragged.from_rows(trunks), np.array(trees, int), np.array(starts, int), Ragged.from_rows(responses)
+    plain, padded = plant(*given), plant(*given, multiple)
+    rows, length = plain.tokens.shape
+    assert padded.tokens.shape == (rows, -(-length // multiple) * multiple)
+    for name in ("tokens", "positions", "end"):
+        assert getattr(padded, name)[:, :length].equal(getattr(plain, name))
+    assert padded.attention()[:, :length, :length].equal(plain.attention())
+    alone = padded.attention()[:, length:]
+    assert alone.sum() == alone.shape[0] * alone.shape[1]
+    row, column = np.divmod(plain.states, length)
+    assert padded.states.equal(row * padded.tokens.shape[1] + column)
+    assert padded.edge_state.equal(plain.edge_state) and padded.size == plain.size

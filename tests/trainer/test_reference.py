@@ -18,7 +18,7 @@ def asked(monkeypatch):
     """How many responses the reference was asked for."""
     counts = []
     ask = LanguageModel.reference_logps
-    monkeypatch.setattr(LanguageModel, "reference_logps", lambda self, forest: counts.append(forest.responses) or ask(self, forest))
+    monkeypatch.setattr(LanguageModel, "reference_logps", lambda self, forest, *how: counts.append(forest.responses) or ask(self, forest, *how))
     return counts
 
 
