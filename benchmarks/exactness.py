@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from recbole_sdpo.compat import no_arguments
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.lm.backbone import cast_nothing
 from recbole_sdpo.lm.forest import Forest, plant
 from recbole_sdpo.lm.generation import write
 from recbole_sdpo.lm.language_model import LanguageModel
@@ -100,13 +101,26 @@ def build(name: str, lora: bool) -> nn.Module:
     return model.bfloat16().double().eval()
 
 
-def compare(name: str, dtype: torch.dtype, attention: str, lora: bool, device: torch.device, trees: int = 3) -> dict[str, object]:
-    """Errors of log-probabilities (the largest, in nats) and of gradients (share of their norm), of the forest and one by one."""
+def compare(
+    name: str, dtype: torch.dtype, attention: str, lora: bool, device: torch.device, trees: int = 3, mixed: bool = False
+) -> dict[str, object]:
+    """Errors of log-probabilities (the largest, in nats) and of gradients (share of their norm), of the forest and one by one.
+
+    Args:
+        dtype: of the weights.
+        mixed: computed in bfloat16, the trained weights in float32.
+    """
     work, truth = Work.draw(trees=trees), build(name, lora)
     expected = _with_gradient(truth, lambda: work.one_by_one(truth, torch.device("cpu")), work.weights)
     model = copy.deepcopy(truth).to(device, dtype)
-    slow = _with_gradient(model, lambda: work.one_by_one(model, device), work.weights)
-    lm = LanguageModel(model, None, attention)
+    if mixed and lora:
+        cast_nothing(model)
+        for weight in model.parameters():
+            weight.data = weight.data.float() if weight.requires_grad else weight.data
+    arithmetic = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
+    with arithmetic:
+        slow = _with_gradient(model, lambda: work.one_by_one(model, device), work.weights)
+    lm = LanguageModel(model, None, attention, mixed=mixed)
     forest = work.forest()
     fast = _with_gradient(model, lambda: lm(forest), work.weights)
     again = _with_gradient(model, lambda: lm(forest), work.weights)
@@ -116,7 +130,7 @@ def compare(name: str, dtype: torch.dtype, attention: str, lora: bool, device: t
     row = {"longest row": forest.tokens.shape[1]}
     for what, of_slow, of_fast in zip(("logps", "gradient"), _errors(slow, expected), _errors(fast, expected), strict=True):
         row |= {f"{what}, forest": of_fast, f"{what}, one by one": of_slow}
-        if not of_fast <= max(TIMES * of_slow, ROUNDING[dtype]):
+        if not of_fast <= max(TIMES * of_slow, ROUNDING[torch.bfloat16 if mixed else dtype]):
             raise AssertionError(f"{what}: the forest is off by {of_fast:.2e}, one sequence at a time by {of_slow:.2e}")
     return row | {"repeats bit for bit": all(torch.equal(a, b) for a, b in zip(fast, again, strict=True))}
 
@@ -190,6 +204,9 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict[str, ob
                 for lora in (False, True) if name == "Llama" else (False,):
                     label = f"{name}{', LoRA' if lora else ''}, {attention}, {short}"
                     yield label, lambda a=(name, dtype, attention, lora, device): compare(*a)
+        for lora, dtype in ((True, torch.bfloat16), (False, torch.float32)) if attention != "flex_attention" or gpu else ():
+            label = f"Llama{', LoRA' if lora else ''}, {attention}, mixed"
+            yield label, lambda a=("Llama", dtype, attention, lora, device, 3, True): compare(*a)
     for name in ("Llama", "Gemma3Text"):
         for short, dtype in dtypes.items():
             yield f"{name}, ranking and answers, {short}", lambda a=(name, dtype, device): rank(*a)

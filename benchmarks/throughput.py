@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from functools import cache
 from itertools import product
 
@@ -16,6 +15,7 @@ import measure
 import numpy as np
 import plain
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
@@ -35,10 +35,11 @@ TRAINED = {
     "LoRA": {"peft": "lora"},
     "full": {"peft": "none"},
     "LoRA, float32": {"peft": "lora", "dtype": "float32"},
+    "LoRA, cast to float32": {"peft": "lora"},
     "LoRA, compiled": {"peft": "lora", "compile": True},
     "full, compiled": {"peft": "none", "compile": True},
 }
-"""Ways to train; all but the third compute in bfloat16, fully trained weights under autocast."""
+"""Ways to train; "cast to float32" is what peft does by itself: adapters compute in float32, under a backbone in bfloat16."""
 
 PLAIN_TARGETS = 32
 
@@ -55,7 +56,11 @@ class Workload:
             self.recommender = SDPOLLM(config, self.loaders[0]._dataset).to(config["device"]).eval()
         self.config, self.lm, self.repeats = config, self.recommender.lm, args.repeats
         self.device = self.lm.device
-        self.mixed = self.recommender.backbone.peft == "none"
+        if trained == "LoRA, cast to float32":
+            self.lm.mixed = False
+            for part in self.lm.modules():
+                if isinstance(part, BaseTunerLayer):
+                    part.cast_input_dtype_enabled = True
         self.lm.freeze_reference()
         self.weights = list(self.lm.trainable().values())
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-5, fused=True)
@@ -70,9 +75,6 @@ class Workload:
         cut = batches(sizes, tokens, np.argsort(sizes, kind="stable"))
         return examples.batch(cut[len(cut) // 2], 0, "benchmark")
 
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
-
     def step(self, prompts: Prompts, items: np.ndarray) -> tuple[Callable[[], None], int]:
         """An optimizer step on a planted batch, and the tokens of its forest; with negatives S-DPO's, else SFT's."""
         forest = self.recommender.encoder.forest(prompts, items).to(self.device)
@@ -84,9 +86,7 @@ class Workload:
 
         def run() -> None:
             self.optimizer.zero_grad()
-            with self.autocast():
-                value = loss()
-            value.backward()
+            loss().backward()
             clip_grad_norm_(self.weights, 1.0)
             self.optimizer.step()
 
@@ -125,7 +125,7 @@ class Workload:
         prompts, items = self.batch(negatives, tokens)
         few = np.random.default_rng(1).permutation(len(items))[:PLAIN_TARGETS]
         part = Prompts(prompts.trunks, prompts.tree[few], prompts.before[few], prompts.target[few], prompts.user[few])
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.lm.arithmetic():
             ours_of_few = self.recommender.logps(self.recommender.encoder.forest(part, items[few]), items.shape[1], True)
             losses = float(sdpo(*ours_of_few, 1.0).mean()), float(plain.sdpo_loss(self.recommender, part, items[few]))
         if not abs(losses[0] - losses[1]) <= 0.05 * abs(losses[1]):  # bfloat16's rounding in both
@@ -134,7 +134,7 @@ class Workload:
 
         def plainly() -> None:
             self.optimizer.zero_grad()
-            with self.autocast():
+            with self.lm.arithmetic():
                 loss = plain.sdpo_loss(self.recommender, part, items[few])
             loss.backward()
             clip_grad_norm_(self.weights, 1.0)
@@ -175,8 +175,7 @@ class Workload:
             "every title": lambda: score_all(self.lm, few, tree),
             "ten best": lambda: score_top(self.lm, few, tree, 10),
         }
-        with self.autocast():
-            took = measure.median_seconds(sides, 2, self.device)
+        took = measure.median_seconds(sides, 2, self.device)
         number = {name: users if name == "20 candidates" else len(few) for name in sides}
         return {f"{name}, users/s": number[name] / seconds for name, seconds in took.items()} | {"titles": len(tree)}
 
@@ -214,17 +213,23 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str,
     yield "matrix product and copy", rate
     gpu = device.type == "cuda"
     for trained in ("LoRA", "full"):
-        for tokens, negatives in product((middle, large, small), (0, 3, 15)):
-            yield steps(trained, negatives, tokens)
+        for negatives in (0, 3, 15):
+            yield steps(trained, negatives, middle)
         if gpu:
             yield f"{trained}, profile, K = 3", lambda t=trained: workload(t).profile(3, middle)
         for negatives in (3, 15):
             yield f"{trained}, against full sequences, K = {negatives}", lambda t=trained, k=negatives: workload(t).against_plain(k, middle)
-        yield f"{trained}, ranking", lambda t=trained: workload(t).ranking(args.users)
-        if gpu:
-            for window in (20, 50, 100, 200):
-                yield f"{trained}, S-DPO, K = 15, {window} titles", lambda t=trained, w=window: workload(t).long_rows(w, middle)
-            for negatives in (0, 3, 15):
-                yield steps(f"{trained}, compiled", negatives, middle)
-    for negatives in (0, 3):
-        yield steps("LoRA, float32", negatives, middle)
+    if gpu:
+        for window in (20, 50, 100, 200):
+            yield f"full, S-DPO, K = 15, {window} titles", lambda w=window: workload("full").long_rows(w, middle)
+    for tokens, negatives in product((large, small), (0, 3, 15)):
+        yield steps("full", negatives, tokens)
+    yield "full, ranking", lambda: workload("full").ranking(args.users)
+    if gpu:
+        for trained, negatives in product(("full, compiled", "LoRA, compiled"), (0, 3)):
+            yield steps(trained, negatives, middle)
+    for trained, negatives in product(("LoRA, cast to float32", "LoRA, float32"), (0, 3)):
+        yield steps(trained, negatives, middle)
+    for tokens, negatives in product((small, large), (0, 3, 15)):
+        yield steps("LoRA", negatives, tokens)
+    yield "LoRA, ranking", lambda: workload("LoRA").ranking(args.users)

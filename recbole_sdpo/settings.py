@@ -198,10 +198,12 @@ class Settings:
     )
     dtype: str = _choice(
         "auto",
-        "of the weights; auto: bfloat16 where a GPU has it, else float32",
+        "of weights and arithmetic; mixed: float32 weights, bfloat16 arithmetic; auto: float32, but of a pretrained backbone on a GPU "
+        "that has bfloat16 bfloat16 under an adapter, and mixed without one. An adapter's weights are always float32",
         "auto",
         "float32",
         "bfloat16",
+        "mixed",
     )
     attention: str = _choice(
         "auto",

@@ -80,7 +80,7 @@ def test_multiplications_alone_are_those_of_the_side(benchmarks):
     assert sum(shares.values()) == pytest.approx(1) and shares["vocabulary projection"] > 0 and shares["attention"] > 0
 
 
-@pytest.mark.parametrize("row", ["Llama, LoRA, sdpa, float32", "Gemma3Text, eager, bf16", "Llama, ranking and answers, float32"])
+@pytest.mark.parametrize("row", ["Llama, LoRA, sdpa, mixed", "Llama, sdpa, mixed", "Gemma3Text, eager, bf16", "Llama, ranking and answers, float32"])
 def test_exactness_holds_here(benchmarks, row):
     values = dict(benchmarks[3].cases(CPU))[row]()
     assert "scores" in values or values["repeats bit for bit"]

@@ -45,6 +45,17 @@ def test_auto_takes_flex_attention_for_long_rows_and_gives_the_same_numbers(exac
     assert lm.causal_lm.config._attn_implementation == "flex_attention"
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_compiled_layers_give_the_same_numbers(exactness, lora):
+    work, model = exactness.Work.draw(), exactness.build("Llama", lora).to(GPU, torch.float32)
+    expected = LanguageModel(model, None, "sdpa")(work.forest())
+    lm = LanguageModel(model, None, "sdpa", compiled=True)
+    lm.freeze_reference()
+    policy, reference = lm.policy_and_reference(work.forest())
+    torch.testing.assert_close(policy, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(reference, expected, rtol=0, atol=1e-3)
+
+
 def test_nothing_waits_for_the_device_between_forward_and_backward():
     lm = LanguageModel(build("Llama", "sdpa", True, torch.float32).to(GPU), None)
     lm.freeze_reference()
@@ -64,9 +75,9 @@ def test_nothing_waits_for_the_device_between_forward_and_backward():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("peft", ["none", "lora"])
-def test_a_whole_run_on_the_gpu_learns_the_rule(ring, peft):
-    given = {"objective": "sdpo", "peft": peft, "sft_epochs": 12, "sdpo_epochs": 2, "sft_learning_rate": 1e-2}
+@pytest.mark.parametrize(("peft", "dtype"), [("none", "float32"), ("none", "mixed"), ("lora", "float32"), ("lora", "bfloat16")])
+def test_a_whole_run_on_the_gpu_learns_the_rule(ring, peft, dtype):
+    given = {"objective": "sdpo", "peft": peft, "dtype": dtype, "sft_epochs": 12, "sdpo_epochs": 2, "sft_learning_rate": 1e-2}
     result = run("SDPO-LLM", "toy", config_dict=ring | given | {"scratch_vocab_size": 400})
     assert result["machine"]["device"].startswith("cuda")
     assert result["test_result"]["hit@1"] > 0.8

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -78,8 +79,9 @@ class BackboneConfig:
         if self.dtype != "auto":
             dtype = self.dtype
         else:
-            # Fully trained weights stay in float32: bfloat16 loses small updates.
-            dtype = "bfloat16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) and peft == "lora" else "float32"
+            # Trained weights stay in float32: bfloat16 loses small updates. Scratch is too small to gain by it.
+            bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False) and backbone != "scratch"
+            dtype = ("bfloat16" if peft == "lora" else "mixed") if bf16 else "float32"
         return BackboneConfig(**{**vars(self), "backbone": backbone, "peft": peft, "dtype": dtype})
 
 
@@ -96,7 +98,7 @@ def load_backbone(
     Raises:
         UserError: there is no such backbone, it is not a causal language model, or ``attention`` is not for it.
     """
-    dtype = getattr(torch, config.dtype)
+    dtype = torch.float32 if config.dtype == "mixed" else getattr(torch, config.dtype)
     if config.attention == FLEX and device.type != "cuda":
         raise UserError(f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; it must be auto, sdpa or eager.")
     if config.quantization != "none" and (config.backbone == "scratch" or config.peft != "lora"):
@@ -130,7 +132,8 @@ def load_backbone(
         # transformers and peft would make the embeddings' output require a gradient, and with it all layers under the
         # adapters; only reentrant checkpointing needs that.
         model.disable_input_require_grads()
-    return LanguageModel(adapted, tokenizer, config.attention, config.compile)
+    mixed = config.dtype == "mixed" or (config.dtype == "bfloat16" and config.peft == "lora")
+    return LanguageModel(adapted, tokenizer, config.attention, mixed, config.compile)
 
 
 def save_backbone(lm: LanguageModel, folder: Path) -> None:
@@ -406,7 +409,20 @@ def _add_adapter(model: PreTrainedModel, config: BackboneConfig, seed: int) -> P
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, lora)
+            adapted = get_peft_model(model, lora)
         except (ValueError, TypeError, re.error) as error:
             line = next(iter(str(error).splitlines()), "")
             raise UserError(f"lora_target_modules={targets!r} does not fit the backbone ({line}); try all-linear.") from error
+    if config.dtype == "bfloat16":
+        cast_nothing(adapted)
+    return adapted
+
+
+def cast_nothing(model: PeftModel) -> None:
+    """Let float32 adapters take inputs as they are, for arithmetic under autocast.
+
+    peft casts the input of each layer to float32, and the output back: passes over all tokens that take longer than the products.
+    """
+    for part in model.modules():
+        if isinstance(part, BaseTunerLayer):
+            part.cast_input_dtype_enabled = False

@@ -54,9 +54,10 @@ def write(lm: LanguageModel, prompts: Ragged, limit: int, ends: Sequence[int], a
     training = lm.training
     lm.eval()
     try:
-        answers = model.generate(
-            tokens, attention_mask=seen.long().to(lm.device), generation_config=settings, prefix_allowed_tokens_fn=only
-        )
+        with lm.arithmetic():
+            answers = model.generate(
+                tokens, attention_mask=seen.long().to(lm.device), generation_config=settings, prefix_allowed_tokens_fn=only
+            )
     finally:
         lm.train(training)
     return _after_end(answers[:, width:].cpu().numpy(), ends, limit)

@@ -43,6 +43,7 @@ class LanguageModel(nn.Module):
         model: a causal language model of ``transformers``, or a ``peft`` model around one.
         tokenizer: its tokenizer.
         attention: ``sdpa``, ``eager``, ``flex_attention``, or ``auto``, as in :func:`attention_inputs`.
+        mixed: compute in bfloat16, whatever the weights are in (``torch.autocast``).
         compiled: compile the decoder's layers, but for those that policy and reference share.
 
     Raises:
@@ -50,12 +51,17 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, attention: str = "auto", compiled: bool = False
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        attention: str = "auto",
+        mixed: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.attention, self.compiled = attention, compiled
+        self.attention, self.mixed, self.compiled = attention, mixed, compiled
         self._adapted: tuple[BaseTunerLayer, ...] = ()  # what switches between the adapters
         self._moody: tuple[nn.Module, ...] = ()  # what has to leave the training mode for the reference
         self._frozen: list[PreTrainedModel] = []  # in a list, for it is no part of the policy: not to train, move, save or restore
@@ -90,7 +96,8 @@ class LanguageModel(nn.Module):
         Args:
             attention: what :func:`attention_inputs` gave for ``forest``, if it was asked already.
         """
-        return self._response_logps(self.causal_lm, forest, attention)
+        with self.arithmetic():
+            return self._response_logps(self.causal_lm, forest, attention)
 
     @torch.no_grad()
     def reference_logps(self, forest: Forest, attention: Attention | None = None) -> Tensor:
@@ -99,7 +106,7 @@ class LanguageModel(nn.Module):
         Raises:
             RuntimeError: no reference was frozen yet.
         """
-        with self.reference() as model:
+        with self.reference() as model, self.arithmetic():
             return self._response_logps(model, forest, attention)
 
     @contextmanager
@@ -128,7 +135,8 @@ class LanguageModel(nn.Module):
     def policy_and_reference(self, forest: Forest) -> tuple[Tensor, Tensor]:
         """:meth:`forward` and :meth:`reference_logps`; what lies under the lowest adapter runs once for both."""
         forest = forest.to(self.device)  # once for both, as are the masks
-        attention = self._attention(forest)
+        with self.arithmetic():  # in which the masks are, too
+            attention = self._attention(forest)
         if not self._shared:
             return self(forest, attention), self.reference_logps(forest, attention)
         found: list = []
@@ -195,7 +203,11 @@ class LanguageModel(nn.Module):
             # Attention copies a mask whose rows are not aligned, in every layer; FlexAttention works by blocks of 128.
             return 128 if self.attention == FLEX else 16
         # In bfloat16, oneDNN makes and keeps a program for each shape of a matrix: up to three quarters of the time, and GiB.
-        return 64 if self.causal_lm.dtype == torch.bfloat16 else 1
+        return 64 if self.mixed or self.causal_lm.dtype == torch.bfloat16 else 1
+
+    def arithmetic(self) -> torch.autocast:
+        """The precision of matrix products and attention, to be entered around a call of the model."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
 
     @property
     def device(self) -> torch.device:
@@ -212,14 +224,15 @@ class LanguageModel(nn.Module):
         set_attention(model, dense_implementation(model, choice))
         expected = []
         try:
-            for start, response in zip(starts, responses, strict=True):
-                tokens = torch.tensor(trunk[:start] + response, device=device)
-                with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():  # what was compiled
-                    logps = model(input_ids=tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
-                expected.append(logps[torch.arange(start - 1, len(tokens) - 1), tokens[start:]].sum())
-            forest = plant(Ragged.from_rows([trunk]), np.zeros(len(starts), int), np.array(starts), Ragged.from_rows(responses))
-            forest = forest.to(device)
-            found = self._response_logps(model, forest, attention_inputs(model, forest, choice)).double()
+            with self.arithmetic():
+                for start, response in zip(starts, responses, strict=True):
+                    tokens = torch.tensor(trunk[:start] + response, device=device)
+                    with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():  # what was compiled
+                        logps = model(input_ids=tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
+                    expected.append(logps[torch.arange(start - 1, len(tokens) - 1), tokens[start:]].sum())
+                forest = plant(Ragged.from_rows([trunk]), np.zeros(len(starts), int), np.array(starts), Ragged.from_rows(responses))
+                forest = forest.to(device)
+                found = self._response_logps(model, forest, attention_inputs(model, forest, choice)).double()
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -228,7 +241,7 @@ class LanguageModel(nn.Module):
             self.train(training)
         # Far above rounding, and far below what a wrong mask, position or logit does.
         exact = model.dtype in (torch.float32, torch.float64)
-        tolerance = 5e-2 if not exact else 1e-2 if device.type == "cuda" else 1e-3  # a GPU's products have 10 bits (TF32)
+        tolerance = 5e-2 if self.mixed or not exact else 1e-2 if device.type == "cuda" else 1e-3  # a GPU's products have 10 bits (TF32)
         expected = torch.stack(expected)
         if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
             raise UserError(

@@ -54,7 +54,7 @@ class _TokenLogps(torch.autograd.Function):
             normalizer.append(logits.logsumexp(-1))
             chosen.append(logits[edge_state[edges] - rows.start, edge_token[edges]])
         total = torch.cat(normalizer)
-        ctx.logits_of, ctx.first_edge = logits_of, first_edge
+        ctx.logits_of, ctx.first_edge, ctx.arithmetic = logits_of, first_edge, _arithmetic_here(hidden.device)
         ctx.save_for_backward(hidden, edge_state, edge_token, *trained)
         return torch.cat(chosen) - total[edge_state]
 
@@ -65,8 +65,10 @@ class _TokenLogps(torch.autograd.Function):
         weight = grad_output.new_zeros(len(hidden)).index_put_((edge_state,), grad_output, accumulate=True)
         grad_hidden = torch.empty_like(hidden)
         grad_trained = [torch.zeros_like(p) for p in trained]
-        for rows, edges in _chunks(hidden, ctx.first_edge, ctx.logits_of):
-            with torch.enable_grad():
+        with ctx.arithmetic:  # of the forward pass, in which autograd does not run this
+            chunks = _chunks(hidden, ctx.first_edge, ctx.logits_of)
+        for rows, edges in chunks:
+            with torch.enable_grad(), ctx.arithmetic:
                 part = hidden[rows].detach().requires_grad_()
                 logits = ctx.logits_of(part)
             grad = logits.detach().softmax(-1).mul_(-weight[rows, None])
@@ -87,8 +89,16 @@ def _chunks(hidden: Tensor, first_edge: np.ndarray, logits_of: partial) -> list[
     return [(slice(low, high), slice(first, last)) for low, high, first, last in zip(bounds, bounds[1:], edges, edges[1:], strict=False)]
 
 
+def _arithmetic_here(device: torch.device) -> torch.autocast:
+    """The autocast that is on now, to be entered later."""
+    kind = device.type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+
+
 def _together(hidden: Tensor) -> int:
-    return STATES if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" else 1
+    """States of which all but the last chunk hold a multiple."""
+    bf16 = hidden.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return STATES if bf16 and hidden.device.type == "cpu" else 1
 
 
 def _to_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

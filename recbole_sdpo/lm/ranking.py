@@ -77,11 +77,14 @@ class _Prompted:
 
     def __init__(self, lm: LanguageModel, prompts: Ragged) -> None:
         self.model: PreTrainedModel = lm.causal_lm
+        self.arithmetic = lm.arithmetic
+        self.dtype = torch.bfloat16 if lm.mixed else lm.causal_lm.dtype
         set_attention(self.model, dense_implementation(self.model, lm.attention))
         device = self.model.device
         tokens, self.lengths = torch.from_numpy(prompts.padded(0)).to(device), torch.from_numpy(prompts.lengths).to(device)
         self.cache = DynamicCache()  # without the model's config, so that layers with a window keep what is beyond it, too
-        hidden = self.model.base_model(input_ids=tokens, past_key_values=self.cache, use_cache=True).last_hidden_state
+        with self.arithmetic():
+            hidden = self.model.base_model(input_ids=tokens, past_key_values=self.cache, use_cache=True).last_hidden_state
         self.root = hidden[torch.arange(len(prompts), device=device), self.lengths - 1]
         self.columns = torch.arange(tokens.shape[1], device=device)
         self.nodes = self.lengths.new_empty(len(prompts), 0)
@@ -105,15 +108,21 @@ class _Prompted:
             if window is not None:
                 in_prompt = in_prompt & (position[:, :, None] - self.columns < window)
                 above = above & (depth[query] - depth[key] < window)
-            return additive(torch.cat([in_prompt, above], dim=2)[:, None], self.model.dtype)
+            return additive(torch.cat([in_prompt, above], dim=2)[:, None], self.dtype)
 
-        return self.model.base_model(
-            input_ids=tree.tokens[0][shown],
-            attention_mask=for_each_kind(self.model, mask),
-            position_ids=position,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
+        with self.arithmetic():
+            return self.model.base_model(
+                input_ids=tree.tokens[0][shown],
+                attention_mask=for_each_kind(self.model, mask),
+                position_ids=position,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
+
+    def logps(self, hidden: Tensor, edge_state: Tensor, edge_token: Tensor) -> Tensor:
+        """As :func:`token_logps`."""
+        with self.arithmetic():
+            return token_logps(self.model, hidden, edge_state, edge_token)
 
     def forget(self) -> None:
         """Keep the prompts alone."""
@@ -141,7 +150,7 @@ def score_all(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree) -> Tenso
             hidden = torch.cat([hidden, prompted.extend(tree, below)], dim=1)
             prompted.forget()
         first = nodes * torch.arange(rows, device=lm.device)[:, None]
-        logps = token_logps(prompted.model, hidden.flatten(0, 1), (first + tree.edge_state).flatten(), tree.edge_token.repeat(rows))
+        logps = prompted.logps(hidden.flatten(0, 1), (first + tree.edge_state).flatten(), tree.edge_token.repeat(rows))
         scores[:, members.to(lm.device)] = tree.sum_by_response(logps.view(rows, -1))
     return scores
 
@@ -172,7 +181,7 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
         count = degree[opened]
         state = torch.repeat_interleave(count)
         edge = torch.arange(len(state), device=lm.device) - (count.cumsum(0) - count)[state] + first[opened][state]
-        logps = token_logps(prompted.model, hidden, state, token[edge])
+        logps = prompted.logps(hidden, state, token[edge])
         found[rows[state], leads_to[edge]] = found[rows, opened][state] + logps
         frontier[rows, opened] = False
         inner = leads_to[edge] < nodes

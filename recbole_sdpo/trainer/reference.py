@@ -35,7 +35,7 @@ class ReferenceCache:
         lm: its policy is the reference, as it is just after ``freeze_reference``.
         examples: with their negatives.
         tokens: the tokens of every unit.
-        precision: of mixed precision, as ``accelerate`` names it.
+        precision: of weights and arithmetic, as the setting ``dtype`` names it.
     """
 
     def __init__(self, folder: Path, lm: LanguageModel, examples: FixedExamples, tokens: Ragged, precision: str) -> None:

@@ -96,10 +96,9 @@ class SDPOTrainer(Trainer):
 
     def __init__(self, config: Config, model: SDPOLLM) -> None:
         super().__init__(config, model)
-        settings = model.settings
-        mixed = "bf16" if model.backbone.peft == "none" and settings.dtype == "auto" and _bf16(model.lm.device) else "no"
         self.eval_collector = RankCollector(config, model.catalogue, model)
-        self.accelerator = Accelerator(cpu=model.lm.device.type == "cpu", mixed_precision=mixed)
+        # The model knows its precision: that of accelerate is one for all runs of a process.
+        self.accelerator = Accelerator(cpu=model.lm.device.type == "cpu", mixed_precision="no")
         self.device = self.accelerator.device
         self.model.to(self.device)
         self.run_dir = run_folder(config)
@@ -249,7 +248,7 @@ class SDPOTrainer(Trainer):
         cache = None
         if kind.reference and settings.caches_reference:
             cache = ReferenceCache(
-                self._reference_folder(), self.model.lm, examples, self.model.encoder.tokens, self.accelerator.mixed_precision
+                self._reference_folder(), self.model.lm, examples, self.model.encoder.tokens, self.model.backbone.dtype
             )
         stage = Stage(
             name, objective, stage_settings, limit, self.model, examples, self.accelerator, self.tensorboard, cache, self._workers()
@@ -345,8 +344,7 @@ class SDPOTrainer(Trainer):
         if model_file is not None:
             self._load_policy(Path(model_file))
         self._freeze(eval_data)
-        with self.accelerator.autocast():
-            return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
+        return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
 
     def _neg_sample_batch_eval(self, batched_data: tuple) -> tuple:
         interaction, row, *_ = batched_data
@@ -453,7 +451,3 @@ class SDPOTrainer(Trainer):
     def _log(self, message: str, verbose: bool) -> None:
         if verbose:
             self.logger.info(message)
-
-
-def _bf16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()

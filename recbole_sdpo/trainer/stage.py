@@ -255,10 +255,9 @@ class Stage:
         # Sums: loss, tokens, six diagnostics, and how many processes were asked to stop, so that all stop at one step.
         watched = torch.zeros(9, device=model.lm.device, dtype=torch.float64)
         for batch in filter(None, step):
-            with self.accelerator.autocast():
-                if kind.negatives and model.draws > 1:
-                    batch = self._hardest(batch)
-                found = self._logps(batch, kind.reference)
+            if kind.negatives and model.draws > 1:
+                batch = self._hardest(batch)
+            found = self._logps(batch, kind.reference)
             losses = kind.loss(*found, model.settings.beta)
             # Summed over batches and processes, this is the mean over the step's targets.
             self.accelerator.backward(losses.sum() / targets)
@@ -304,8 +303,7 @@ class Stage:
             targets = np.flatnonzero(np.isin(of_tree, np.concatenate(part)))
             found = torch.zeros(len(targets), self.model.negatives + 1, device=self.model.lm.device)
             for batch in filter(None, (next(coming) for _ in part)):
-                with state.autocast():
-                    logps = self.model.lm.reference_logps(batch.forest).view(-1, batch.width)
+                logps = self.model.lm.reference_logps(batch.forest).view(-1, batch.width)
                 found[torch.from_numpy(np.searchsorted(targets, batch.targets)).to(found.device)] = logps.to(found.dtype)
             found = state.reduce(found, "sum") if state.num_processes > 1 else found
             self.cache.add(targets, found, state.is_local_main_process)

@@ -276,7 +276,7 @@ def test_compiled_layers_change_nothing(monkeypatch, lora, layers):
     torch.compiler.reset()
     for compiled in (False, True):
         torch.manual_seed(3)
-        lm = LanguageModel(build("Llama", "sdpa", lora, torch.float32, layers=layers), None, "auto", compiled)
+        lm = LanguageModel(build("Llama", "sdpa", lora, torch.float32, layers=layers), None, "auto", compiled=compiled)
         lm.freeze_reference()
         with torch.no_grad():
             for parameter in lm.trainable().values():

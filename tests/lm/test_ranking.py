@@ -90,7 +90,7 @@ def test_what_is_not_a_number_stays_so():
     model.model.norm.weight[0] = torch.nan
     lm, tree = LanguageModel.__new__(LanguageModel), TitleTree(Ragged.from_rows(catalogue(np.random.default_rng(0), 9)))
     torch.nn.Module.__init__(lm)
-    lm.model, lm.attention = model, "sdpa"
+    lm.model, lm.attention, lm.mixed = model, "sdpa", False
     assert score_top(lm, Ragged.from_rows(PROMPTS), tree, 2).isnan().any(1).all()
 
 

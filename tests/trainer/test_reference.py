@@ -64,7 +64,7 @@ def cache(ring, tmp_path):
     model = trainer.model
     model.lm.freeze_reference()
     examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 3)
-    return lambda precision="no": ReferenceCache(tmp_path / "cache", model.lm, examples, model.encoder.tokens, precision)
+    return lambda precision="float32": ReferenceCache(tmp_path / "cache", model.lm, examples, model.encoder.tokens, precision)
 
 
 def test_what_was_written_is_read_and_the_rest_is_missing(cache):
