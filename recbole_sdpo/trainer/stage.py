@@ -78,11 +78,12 @@ class Batches(Dataset):
     """The batches of an epoch, drawn and planted as they are asked for, which may be in another process.
 
     Args:
-        plan: for each batch its trees, the number of its optimizer step, and its own number in that step.
+        plan: for each batch the trees for which draws are made together, which of them are its own, the number of its optimizer step,
+            and the number of the draws in that step.
         process: this process's number and how many there are; it takes every n-th tree.
     """
 
-    plan: list[tuple[np.ndarray, int, int]]
+    plan: list[tuple[np.ndarray, np.ndarray, int, int]]
     examples: Examples
     encoder: Encoder
     name: str
@@ -97,9 +98,9 @@ class Batches(Dataset):
 
     def __getitem__(self, number: int) -> Batch | None:
         """The batch, or None where it has fewer trees than there are processes and none is left for this one."""
-        trees, step, part = self.plan[number]
+        trees, own, step, part = self.plan[number]
         prompts, items = self.examples.batch(trees, self.seed, self.name, step, part)
-        mine = np.arange(len(trees))[self.process[0] :: self.process[1]]
+        mine = own[self.process[0] :: self.process[1]]
         if not len(mine):
             return None
         prompts, items = prompts.select(mine), items[prompts.target_index(mine)]
@@ -234,7 +235,14 @@ class Stage:
 
     def _loader(self, plan: list[list[np.ndarray]]) -> DataLoader:
         state = self.accelerator
-        flat = [(trees, self.step + ahead, part) for ahead, step in enumerate(plan) for part, trees in enumerate(step)]
+        flat = []
+        for number, step in enumerate(plan, self.step):
+            ends = np.cumsum([len(trees) for trees in step])
+            for part, (trees, end) in enumerate(zip(step, ends, strict=True)):
+                if self.settings.targets_per_step:  # however it is cut
+                    flat.append((np.concatenate(step), np.arange(end - len(trees), end), number, 0))
+                else:
+                    flat.append((trees, np.arange(len(trees)), number, part))
         data = Batches(flat, self.examples, self.model.encoder, self.name, self.model.seed, (state.process_index, state.num_processes))
         # Its own generator: torch's loaders draw from the global one else.
         return DataLoader(

@@ -138,6 +138,26 @@ def test_flex_attention_agrees(name, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("works", [True, False])
+@torch.no_grad()
+def test_flex_attention_is_tried_before_auto_takes_it(monkeypatch, caplog, works):
+    flex = transformers.integrations.flex_attention
+
+    def compiled(*args, training, **kwargs):
+        output = flex.flex_attention(*args, **kwargs)
+        return output if works else (output[0] * 1.5, output[1]) if isinstance(output, tuple) else output * 1.5
+
+    monkeypatch.setattr(flex, "compile_friendly_flex_attention", compiled)
+    lm = LanguageModel(build("Llama", "sdpa", False, torch.float64), None)
+    trunks, tree, start, responses = sample(np.random.default_rng(6))
+    forest = plant(Ragged.from_rows(trunks), tree, start, Ragged.from_rows(responses))
+    expected = lm(forest)
+    lm.attention = "flex_attention"  # as auto chooses on a GPU
+    torch.testing.assert_close(lm(forest), expected, rtol=0, atol=1e-4)
+    assert lm.causal_lm.config._attn_implementation == ("flex_attention" if works else "sdpa")
+    assert ("does without FlexAttention" in caplog.text) is not works
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_chains_take_the_causal_path_and_agree(name):
     model = build(name, "sdpa", False, torch.float64)

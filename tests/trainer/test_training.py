@@ -350,21 +350,21 @@ def test_a_step_takes_as_many_targets_as_asked_for(ring, style):
 
 @pytest.mark.parametrize("style", ["history", "candidates"])
 def test_the_size_of_batches_changes_no_step(ring, style):
-    trainer, loaders = start(ring | {"prompt_style": style, "prompt_candidates": 5, "sft_targets_per_step": 30})
+    """Its targets, its draws and its gradient are those of the seed on every device."""
+    trainer, loaders = start(ring | {"prompt_style": style, "prompt_candidates": 5, "sdpo_targets_per_step": 30})
     model, plans, grads = trainer.model, [], []
-    examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 0)
+    examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 3)
+    model.lm.freeze_reference()
     for tokens in (90, 5000):
-        settings = replace(model.settings.sft, tokens_per_batch=tokens)
-        stage = Stage("sft", "sft", settings, None, model, examples, trainer.accelerator, None)
+        settings = replace(model.settings.sdpo, tokens_per_batch=tokens)
+        stage = Stage("sdpo", "sdpo", settings, None, model, examples, trainer.accelerator, None)
         plans.append(stage.plan(0))
         stage.optimizer.step = lambda: None
-        if style == "history":  # in the other, the candidates in the text are drawn for each batch
-            stage._step(list(stage._loader(plans[-1][:1])), stage._targets(plans[-1][:1]))
-            grads.append(torch.cat([p.grad.flatten() for p in stage._parameters]))
+        stage._step(list(stage._loader(plans[-1][:1])), stage._targets(plans[-1][:1]))
+        grads.append(torch.cat([p.grad.flatten() for p in stage._parameters]))
     small, large = ([sorted(np.concatenate(step)) for step in plan] for plan in plans)
     assert small == large and len(plans[0][0]) > len(plans[1][0]) == 1
-    if grads:
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 
 
 def test_targets_and_batches_to_a_step_exclude_each_other(ring):
