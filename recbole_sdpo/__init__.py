@@ -1,5 +1,10 @@
 """A language model as a recommender in RecBole: SFT, then S-DPO. Importing this registers ``SDPO-LLM`` with RecBole."""
 
+# ruff: noqa: E402  what follows imports libraries
+from recbole_sdpo.libraries import check_libraries
+
+check_libraries()
+
 from recbole_sdpo.registry import register
 from recbole_sdpo.version import __version__
 
