@@ -70,8 +70,9 @@ def meet_newer_libraries() -> None:
             setattr(np, name, kind)
     if not hasattr(dok_matrix, "_update"):
         dok_matrix._update = lambda self, entries: self._dict.update(entries)
-    for module in ("dataset", "kg_dataset", "sequential_dataset"):
-        importlib.import_module(f"recbole.data.dataset.{module}").len = _len
+    if int(pd.__version__.partition(".")[0]) >= 3:
+        for module in ("dataset", "kg_dataset", "sequential_dataset"):
+            importlib.import_module(f"recbole.data.dataset.{module}").len = _len
     if importlib.util.find_spec("ray") is None:
         _import_quick_start()
 
