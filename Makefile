@@ -1,5 +1,7 @@
 # `make run` trains and evaluates SDPO-LLM on MovieLens-100K; `make test` runs the tests. Both set up .venv first.
 VENV ?= .venv
+# CONSTRAINTS=/dev/null installs the newest of everything.
+CONSTRAINTS ?= constraints.txt
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3.10 || command -v python3)
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
@@ -27,13 +29,14 @@ dist: $(READY)
 # setuptools warns whoever installs a checkout of folders that have the package's name.
 $(READY): export PYTHONWARNINGS = ignore:Editable installation
 
+# RecBole alone comes first: from Python 3.12 on what it asks for cannot be installed (docs/versions.md).
 $(READY): setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 14) or sys.exit("recbole-sdpo is tested on Python 3.10 to 3.13, and this is %d.%d; give another, as in make PYTHON=python3.12." % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
-	$(RUN) -m pip install --quiet --constraint constraints.txt torch
-	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps recbole
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(RUN) -m pip install --quiet --upgrade --constraint $(CONSTRAINTS) pip setuptools wheel
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --no-deps recbole==1.2.1
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	touch $@
 
 clean:

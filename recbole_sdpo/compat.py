@@ -52,7 +52,7 @@ TEACHERS = ("CrossNet", "CIN")
 
 
 NUMPY_1 = {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_, "bool8": np.bool_}
-"""Names that NumPy 2 dropped. RecBole's ``Config`` takes three, https://github.com/RUCAIBox/RecBole/pull/2203, and its ray 2.6.3 the last."""
+"""Names that NumPy 2 dropped: what RecBole's ``Config`` takes (https://github.com/RUCAIBox/RecBole/pull/2203), and last ray 2.6.3."""
 
 
 def meet_newer_libraries() -> None:
@@ -70,8 +70,9 @@ def meet_newer_libraries() -> None:
             setattr(np, name, kind)
     if not hasattr(dok_matrix, "_update"):
         dok_matrix._update = lambda self, entries: self._dict.update(entries)
-    for module in ("dataset", "kg_dataset", "sequential_dataset"):
-        setattr(importlib.import_module(f"recbole.data.dataset.{module}"), "len", _len)
+    if int(pd.__version__.partition(".")[0]) >= 3:
+        for module in ("dataset", "kg_dataset", "sequential_dataset"):
+            importlib.import_module(f"recbole.data.dataset.{module}").len = _len
     if importlib.util.find_spec("ray") is None:
         _import_quick_start()
 

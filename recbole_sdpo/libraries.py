@@ -11,6 +11,15 @@ OLDEST = {"numpy": "1.26", "torch": "2.6", "transformers": "5.0", "peft": "0.21"
 """As setup.cfg has them, for whom pip did not ask: a checkout that was not installed, or a library that was replaced since."""
 
 
+RECBOLE = "1.2.1"
+"""The one that :mod:`recbole_sdpo.compat` knows."""
+
+IMPORTED = (
+    "pandas", "scipy", "matplotlib", "PyYAML", "colorama", "colorlog", "psutil", "scikit-learn", "tensorboard", "texttable", "thop", "tqdm",
+)
+"""What RecBole and we import beside, of any age. From Python 3.12 on RecBole is installed without what it asks for."""
+
+
 class Unfit(ImportError):
     """What is installed cannot serve; the message is one sentence that says what to install."""
 
@@ -21,13 +30,28 @@ def check_libraries() -> None:
     Raises:
         Unfit: a library is missing or too old. Where nobody catches it, Python prints the sentence without a traceback.
     """
+    if sys.version_info < (3, 10):  # noqa: UP036  a checkout runs without pip's word
+        refuse(f"recbole-sdpo needs Python 3.10 or later, and this is {sys.version.split()[0]}: start it with another one")
+    found = {name: _version(name) for name in ("recbole", *OLDEST, *IMPORTED)}
+    if found["recbole"] != RECBOLE:
+        # With what it asks for, RecBole cannot be installed from Python 3.12 on: see docs/versions.md.
+        refuse(f"recbole-sdpo needs recbole {RECBOLE}, {_is(found['recbole'])}: pip install --no-deps recbole=={RECBOLE}")
     for name, oldest in OLDEST.items():
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            refuse(f"recbole-sdpo needs {name} {oldest} or later, which is not installed: pip install '{name}>={oldest}'")
-        if _numbers(version) < _numbers(oldest):
-            refuse(f"recbole-sdpo needs {name} {oldest} or later, and {version} is installed: pip install '{name}>={oldest}'")
+        if found[name] is None or _numbers(found[name]) < _numbers(oldest):
+            refuse(f"recbole-sdpo needs {name} {oldest} or later, {_is(found[name])}: pip install '{name}>={oldest}'")
+    if missing := " ".join(name for name in IMPORTED if found[name] is None):
+        refuse(f"recbole-sdpo needs {missing}, {_is(None)}: pip install {missing}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _is(version: str | None) -> str:
+    return "which is not installed" if version is None else f"and {version} is installed"
 
 
 def refuse(sentence: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recbole_sdpo.libraries import OLDEST, Unfit, check_libraries
+from recbole_sdpo.libraries import IMPORTED, OLDEST, RECBOLE, Unfit, check_libraries
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def installed(monkeypatch):
     """Has the versions that are looked up be these, or their newest."""
-    versions = dict.fromkeys(OLDEST, "99.0")
+    versions = dict.fromkeys([*OLDEST, *IMPORTED], "99.0") | {"recbole": RECBOLE}
 
     def version(name):
         if versions[name] is None:
@@ -44,6 +44,26 @@ def test_a_library_that_is_missing(installed):
         check_libraries()
 
 
+@pytest.mark.parametrize(("version", "found"), [(None, "which is not installed"), ("1.2.0", "and 1.2.0 is installed")])
+def test_recbole_itself(installed, version, found):
+    installed["recbole"] = version
+    with pytest.raises(Unfit, match=f"^recbole-sdpo needs recbole 1.2.1, {found}: pip install --no-deps recbole==1.2.1$"):
+        check_libraries()
+
+
+def test_what_recbole_imports(installed):
+    installed |= {"thop": None, "tqdm": None, "pandas": "0.1"}
+    with pytest.raises(Unfit, match="needs thop tqdm, which is not installed: pip install thop tqdm$"):
+        check_libraries()
+
+
+def test_a_python_that_is_too_old(installed, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    monkeypatch.setattr(sys, "version", "3.9.18 (main)")
+    with pytest.raises(Unfit, match="^recbole-sdpo needs Python 3.10 or later, and this is 3.9.18: start it with another one$"):
+        check_libraries()
+
+
 @pytest.mark.parametrize("version", ["2.6", "2.11.0+cu130", "3.0", "2.6.0rc1"])
 def test_what_serves(installed, version):
     installed["torch"] = version
@@ -53,8 +73,9 @@ def test_what_serves(installed, version):
 def test_setup_asks_for_the_same():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    asked = dict(re.findall(r"(?m)^(\w+)>=([\d.]+)", setup["options"]["install_requires"]))
-    assert asked == {name: oldest for name, oldest in OLDEST.items() if name in asked} and "torch" in asked
+    asked = dict(re.findall(r"(?m)^([\w-]+)(?:[>=]=([\d.]+))?(?:$|;.*<)", setup["options"]["install_requires"]))
+    del asked["setuptools"]
+    assert asked == OLDEST | {"recbole": RECBOLE} | {"pyyaml" if name == "PyYAML" else name: "" for name in IMPORTED}
 
 
 @pytest.mark.parametrize("start", [["-m", "recbole_sdpo"], [str(ROOT / "run_recbole_sdpo.py")], ["-m", "recbole_sdpo.recommend"]])

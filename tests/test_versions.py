@@ -11,7 +11,7 @@ LIBRARIES = {
     "MCCLK": "torch_scatter",
     "NCL": "faiss",
     "lightgbm": "lightgbm",
-    "xgboost": "xgboost",
+    "xgboost": "lightgbm",
 }
 """Of RecBole's models what they need, and RecBole does not ask for."""
 

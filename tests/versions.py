@@ -1,7 +1,7 @@
 """What this Python, with its libraries, makes of one and the same data, for two of them to be compared.
 
 python -m tests.versions old.json
-    on one stack; five minutes on one core
+    on one stack; a minute or two on one core
 python -m tests.versions new.json --same-as old.json
     on another: says what differs, and ends with 1 if anything does
 """
@@ -27,18 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import recbole
+import scipy
 import torch
 import yaml
 from recbole.data.dataset import Dataset
+from recbole.utils import init_seed
 
 import recbole_sdpo  # noqa: F401  registers the plugin
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.dataset import create_dataset, data_preparation
-from recbole_sdpo.quick_start import run
 from recbole_sdpo.inputs import package_versions
+from recbole_sdpo.quick_start import run
 
-USERS, EVENTS, ITEMS = 30, 8, 60
+USERS, EVENTS, ITEMS = 30, 10, 60
 
 HOLES: dict[str, Any] = {
     "load_col": None,
@@ -56,8 +59,20 @@ HOLES: dict[str, Any] = {
 OWN = {"selected_features": ["brand", "genres"], "item_attribute": "genres", "pretrain_epochs": 1}
 """More of them, for the models that have such a setting."""
 
-SHORT = {"max_train_targets": 3000, "sft_epochs": 2, "sdpo_epochs": 1, "show_progress": False}
-"""Settings of a short run of SDPO-LLM on ml-100k: a minute on one core."""
+MORE: dict[str, dict[str, Any]] = {
+    "as they are": {},
+    "first of each item": {"rm_dup_inter": "first"},
+    "last of each item": {"rm_dup_inter": "last"},
+    "filtered": {"user_inter_num_interval": "[4,inf)", "item_inter_num_interval": "[2,inf)", "val_interval": {"rating": "[2,inf)"}},
+    "normalised": {"normalize_all": True},
+    "discretised": {"discretization": {"price": {"method": "ED", "bucket": 4}, "age": {"method": "LD"}}},
+    "split by ratio": {"eval_args": {"split": {"RS": [8, 1, 1]}, "order": "TO", "group_by": "user", "mode": "uni5"}},
+    "with strangers": {"filter_inter_by_user_or_item": False},
+}
+"""Settings of RecBole's data, each with its own code."""
+
+SHORT = {"max_train_targets": 3000, "sft_epochs": 2, "sdpo_epochs": 1}
+"""Settings of a short run of SDPO-LLM on ml-100k: half a minute on one core."""
 
 
 def write_holes(folder: Path) -> str:
@@ -70,7 +85,8 @@ def write_holes(folder: Path) -> str:
     def words(kinds: str) -> str:
         return some(" ".join(draw.choices(kinds, k=draw.randint(1, 3))))
 
-    events = [(f"u{user}", f"i{(7 * user + step) % ITEMS}", 10**9 + 60 * step + user) for user in range(USERS) for step in range(EVENTS)]
+    # Items come again, and three events have one time.
+    events = [(f"u{n}", f"i{(7 * n + step % 7) % ITEMS}", 10**9 + 60 * (step // 3) + n) for n in range(USERS) for step in range(EVENTS)]
     draw.shuffle(events)
     files = {
         "inter": (
@@ -135,23 +151,31 @@ def digest(dataset: Dataset) -> str:
 def splits(model: str, dataset: str, **given: Any) -> list[str]:
     """Digests of what ``model`` trains, validates and tests on."""
     config = RunConfig(model, dataset, config_dict=given)
+    init_seed(config["seed"], config["reproducibility"])
     return [digest(loader._dataset) for loader in data_preparation(config, create_dataset(config))]
+
+
+def figures(model: str, folder: Path, **given: Any) -> dict[str, Any]:
+    """What a run on ml-100k finds: candidates, mean losses, metrics."""
+    run_dir = folder / f"ml-100k {model}"
+    result = run(model, "ml-100k", config_dict=given | {"show_progress": False, "state": "error", "run_dir": str(run_dir)}, saved=False)
+    of_stages = {name: {key: stage[key] for key in ("valid", "test", "targets", "tokens")} for name, stage in result["stages"].items()}
+    if (run_dir / "steps.csv").is_file():
+        for stage, loss in pd.read_csv(run_dir / "steps.csv").groupby("stage")["loss"].mean().items():
+            of_stages[stage]["loss"] = round(loss, 4)
+    return {key: result[key] for key in ("candidates_sha256", "popularity", "training_targets")} | of_stages
 
 
 def found(folder: Path) -> dict[str, Any]:
     """All that is compared."""
-    data_path, ml_100k = write_holes(folder), {}
-    for model, settings in (("Pop", {"show_progress": False}), ("SDPO-LLM", SHORT)):
-        result = run(model, "ml-100k", config_dict=copy.deepcopy(settings) | {"run_dir": str(folder / f"ml-100k {model}")}, saved=False)
-        stages = {
-            name: {key: stage.get(key) for key in ("valid", "test", "losses", "targets", "tokens")} for name, stage in result["stages"].items()
-        }
-        ml_100k[model] = {"candidates": result["candidates_sha256"], "popularity": result["popularity"], "stages": stages}
-    given = {name: copy.deepcopy(HOLES) | {"data_path": data_path} for name in ("FM", "SASRec", "KGAT")}
+    data_path = write_holes(folder)
+    split = {f"{model}, ml-100k": splits(model, "ml-100k") for model in ("BPR", "SASRec")}
+    for model in ("FM", "SASRec", "KGAT"):
+        for name, given in MORE.items():
+            split[f"{model}, holes {name}"] = splits(model, "holes", **copy.deepcopy(HOLES | given), data_path=data_path)
     return {
-        "splits": {model: splits(model, "ml-100k") for model in ("BPR", "SASRec")}
-        | {f"{model}, holes": splits(model, "holes", **settings) for model, settings in given.items()},
-        "ml-100k": ml_100k,
+        "splits": split,
+        "figures": {"Pop": figures("Pop", folder), "SDPO-LLM": figures("SDPO-LLM", folder, **SHORT)},
         "models": {model: fate(model, names, data_path, folder) for model, names in model_settings().items()},
     }
 
@@ -171,7 +195,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         made = json.loads(json.dumps(found(Path(folder))))
-    stack = {"python": platform.python_version()} | package_versions() | {"scipy": __import__("scipy").__version__}
+    stack = {"python": platform.python_version()} | package_versions() | {"scipy": scipy.__version__}
     args.file.write_text(json.dumps({"stack": stack, "found": made}, indent=1) + "\n")
     trained = sum(isinstance(result, dict) for result in made["models"].values())
     print(f"{len(made['models'])} models: {trained} with metrics, {len(made['models']) - trained} with an error.")
