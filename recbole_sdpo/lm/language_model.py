@@ -199,7 +199,7 @@ class LanguageModel(nn.Module):
 
     @property
     def row_multiple(self) -> int:
-        """The length of a forest's rows had better be a multiple of this; what is padded changes no number."""
+        """The length of a forest's rows had better be a multiple of this; padding changes numbers by rounding alone."""
         if self.device.type == "cuda":
             # Attention copies a mask whose rows are not aligned, in every layer; FlexAttention works by blocks of 128.
             return 128 if self.attention == FLEX else 16

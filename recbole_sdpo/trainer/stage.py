@@ -237,12 +237,13 @@ class Stage:
         state = self.accelerator
         flat = []
         for number, step in enumerate(plan, self.step):
-            ends = np.cumsum([len(trees) for trees in step])
-            for part, (trees, end) in enumerate(zip(step, ends, strict=True)):
+            together, end = np.concatenate(step), 0
+            for part, trees in enumerate(step):
                 if self.settings.targets_per_step:  # however it is cut
-                    flat.append((np.concatenate(step), np.arange(end - len(trees), end), number, 0))
+                    flat.append((together, np.arange(end, end + len(trees)), number, 0))
                 else:
                     flat.append((trees, np.arange(len(trees)), number, part))
+                end += len(trees)
         data = Batches(flat, self.examples, self.model.encoder, self.name, self.model.seed, (state.process_index, state.num_processes))
         # Its own generator: torch's loaders draw from the global one else.
         return DataLoader(

@@ -18,7 +18,12 @@ def asked(monkeypatch):
     """How many responses the reference was asked for."""
     counts = []
     ask = LanguageModel.reference_logps
-    monkeypatch.setattr(LanguageModel, "reference_logps", lambda self, forest, *how: counts.append(forest.responses) or ask(self, forest, *how))
+
+    def counted(self, forest, *attention):
+        counts.append(forest.responses)
+        return ask(self, forest, *attention)
+
+    monkeypatch.setattr(LanguageModel, "reference_logps", counted)
     return counts
 
 
