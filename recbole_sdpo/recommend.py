@@ -177,7 +177,8 @@ class Recommender:
 def _nearest(name: str, known: dict[str, object]) -> str:
     """How the error about an unknown name ends."""
     near = difflib.get_close_matches(name, known, 3, 0.5)
-    shown = [repr(known[found]) if isinstance(known[found], str) else repr(found) for found in near]
+    # NumPy's text, as of the ids of the data, has a repr of its own.
+    shown = [repr(str(known[found] if isinstance(known[found], str) else found)) for found in near]
     return f"; the nearest are {', '.join(shown)}." if near else ", and nothing there is like it."
 
 
