@@ -3,7 +3,8 @@
     python benchmarks/gpu.py --backbone smollm2-135m --output DIR [--stages exact speed] [--minutes 6] [--continue]
 
 Each stage writes its rows to DIR/<stage>.jsonl, one as soon as it is measured, so that a cut loses nothing; --continue
-leaves out what is there. On a CPU the same program runs with `--tokens 64 128 256 --matrix 256 --users 4`.
+leaves out what is there. The last stage is an experiment, with its report in DIR/train; its runs are kept in saved/runs,
+and go on from their last state. On a CPU the same program runs with `--tokens 64 128 256 --matrix 256 --users 4`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -36,8 +38,10 @@ class Stage:
     processes: int
 
 
-STAGES = {"exact": Stage(2.0, 10), "speed": Stage(5.0, 1)}
-"""In the order of their worth; README.md beside this file names the experiment that trains."""
+STAGES = {"exact": Stage(2.0, 10), "speed": Stage(5.0, 1), "train": Stage(30.0, 1)}
+"""In the order of their worth."""
+
+EXPERIMENT = ROOT / "configs" / "ml-100k" / "gpu" / "smollm2-135m.yaml"
 
 BROKEN = 3
 """Exit code of a process whose device no longer answers, and which must begin anew."""
@@ -55,6 +59,9 @@ def main() -> int:
     parser.add_argument("--matrix", type=int, default=8192, help="rows and columns of the matrices of the product")
     parser.add_argument("--users", type=int, default=943, help="that are ranked for")
     parser.add_argument("--repeats", type=int, default=3, help="turns of which the median is taken")
+    parser.add_argument("--experiment", type=Path, default=EXPERIMENT, help="what the last stage trains")
+    parser.add_argument("--jobs", type=int, default=4, help="runs of the experiment that go on at once")
+    parser.add_argument("--setting", action="append", default=[], help="for the experiment, such as --setting=--sft_epochs=1")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # of a stage, as a process of its own: stage, number, of how many
     args = parser.parse_args()
     if args.part:
@@ -63,12 +70,29 @@ def main() -> int:
     ends = time.monotonic() + 60 * args.minutes
     faults = 0
     for name in args.stages:
+        limit = min(ends, time.monotonic() + 60 * STAGES[name].minutes)
+        if name == "train":
+            faults += train(args, limit)
+            continue
         file = args.output / f"{name}.jsonl"
         if not args.goes_on:
             file.unlink(missing_ok=True)
-        faults += run_stage(name, file, min(ends, time.monotonic() + 60 * STAGES[name].minutes))
-    print(f"{faults} rows failed; the log is {args.output / 'log.txt'}")
+        faults += run_stage(name, file, limit)
+    print(f"failures: {faults}; the log is {args.output / 'log.txt'}")
     return int(faults > 0)
+
+
+def train(args: argparse.Namespace, ends: float) -> int:
+    """Run the experiment until ``ends``, when its runs save their state; returns 1 if it did not end, or a run failed."""
+    command = [sys.executable, str(ROOT / "run_recbole_sdpo.py"), f"--experiment={args.experiment}", f"--output={args.output / 'train'}"]
+    command += [f"--jobs={args.jobs}", f"--backbone={args.backbone}", *args.setting]
+    with subprocess.Popen(command, env=_environment(args.jobs)) as process:
+        try:
+            return int(process.wait(max(0.0, ends - time.monotonic())) != 0)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            return 1
 
 
 def run_stage(name: str, file: Path, ends: float) -> int:

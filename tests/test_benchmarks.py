@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 
 from recbole_sdpo.lm.forest import plant
 from recbole_sdpo.lm.language_model import LanguageModel
@@ -80,7 +81,15 @@ def test_multiplications_alone_are_those_of_the_side(benchmarks):
     assert sum(shares.values()) == pytest.approx(1) and shares["vocabulary projection"] > 0 and shares["attention"] > 0
 
 
-@pytest.mark.parametrize("row", ["Llama, LoRA, sdpa, mixed", "Llama, sdpa, mixed", "Gemma3Text, eager, bf16", "Llama, ranking and answers, float32"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        "Llama, LoRA, sdpa, mixed",
+        "Llama, sdpa, mixed",
+        "Gemma3Text, eager, bf16",
+        "Llama, ranking and answers, float32",
+    ],
+)
 def test_exactness_holds_here(benchmarks, row):
     values = dict(benchmarks[3].cases(CPU))[row]()
     assert "scores" in values or values["repeats bit for bit"]
@@ -138,3 +147,16 @@ def test_the_gpu_program_runs_as_a_command(tmp_path):
     assert ended.returncode == 0, ended.stderr
     (row,) = map(json.loads, (tmp_path / "exact.jsonl").read_text().splitlines())
     assert row["row"] == "Qwen3, sdpa, float32" and row["logps, forest"] < 1e-4
+
+
+def test_the_last_stage_trains_and_goes_on(benchmarks, tmp_path, ring, monkeypatch):
+    gpu = benchmarks[5]
+    file = tmp_path / "toy.yaml"
+    given = {key: value for key, value in ring.items() if key not in ("backbone", "eval_args", "checkpoint_dir")}
+    file.write_text(yaml.safe_dump({"dataset": "toy", "candidates": ["uni5"], "runs": [{"name": "SFT", "settings": {"objective": "sft"}}], "settings": given}))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", f"--output={tmp_path / 'out'}", "--stages", "train", f"--experiment={file}"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--backbone=scratch", "--jobs=1", "--setting=--sft_epochs=1"])
+    assert gpu.main() == 0
+    assert "SFT" in (tmp_path / "out" / "train" / "table.md").read_text()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--minutes=0"])
+    assert gpu.main() == 1  # no time is left
