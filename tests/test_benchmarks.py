@@ -153,7 +153,8 @@ def test_the_last_stage_trains_and_goes_on(benchmarks, tmp_path, ring, monkeypat
     gpu = benchmarks[5]
     file = tmp_path / "toy.yaml"
     given = {key: value for key, value in ring.items() if key not in ("backbone", "eval_args", "checkpoint_dir")}
-    file.write_text(yaml.safe_dump({"dataset": "toy", "candidates": ["uni5"], "runs": [{"name": "SFT", "settings": {"objective": "sft"}}], "settings": given}))
+    runs = [{"name": "SFT", "settings": {"objective": "sft"}}]
+    file.write_text(yaml.safe_dump({"dataset": "toy", "candidates": ["uni5"], "runs": runs, "settings": given}))
     monkeypatch.setattr(sys, "argv", ["gpu.py", f"--output={tmp_path / 'out'}", "--stages", "train", f"--experiment={file}"])
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--backbone=scratch", "--jobs=1", "--setting=--sft_epochs=1"])
     assert gpu.main() == 0
