@@ -72,7 +72,7 @@ def meet_newer_libraries() -> None:
         dok_matrix._update = lambda self, entries: self._dict.update(entries)
     if int(pd.__version__.partition(".")[0]) >= 3:
         for module in ("dataset", "kg_dataset", "sequential_dataset"):
-            importlib.import_module(f"recbole.data.dataset.{module}").len = _len
+            vars(importlib.import_module(f"recbole.data.dataset.{module}"))["len"] = _len
     if importlib.util.find_spec("ray") is None:
         _import_quick_start()
 
@@ -85,7 +85,7 @@ def _len(sized: Any) -> int | pd.Series:
 def _import_quick_start() -> None:
     """Import ``recbole.quick_start`` without ray, of whose Tune it uses one function, in a search for settings."""
     ray = ModuleType("ray")
-    ray.tune = SimpleNamespace(report=_refuse_search)
+    vars(ray)["tune"] = SimpleNamespace(report=_refuse_search)
     sys.modules["ray"] = ray
     try:
         importlib.import_module("recbole.quick_start")
@@ -105,7 +105,9 @@ def trainer_class(config: Config) -> type[Trainer]:
     found.
     """
 
-    class WeightsOnly(get_trainer(config["MODEL_TYPE"], config["model"])):
+    base: Any = get_trainer(config["MODEL_TYPE"], config["model"])
+
+    class WeightsOnly(base):
         def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
             self._save_weights(Path(self.saved_model_file))
 

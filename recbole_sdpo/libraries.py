@@ -37,7 +37,7 @@ def check_libraries() -> None:
         # With what it asks for, RecBole cannot be installed from Python 3.12 on: see docs/versions.md.
         refuse(f"recbole-sdpo needs recbole {RECBOLE}, {_is(found['recbole'])}: pip install --no-deps recbole=={RECBOLE}")
     for name, oldest in OLDEST.items():
-        if found[name] is None or _numbers(found[name]) < _numbers(oldest):
+        if _numbers(found[name] or "0") < _numbers(oldest):
             refuse(f"recbole-sdpo needs {name} {oldest} or later, {_is(found[name])}: pip install '{name}>={oldest}'")
     if missing := " ".join(name for name in IMPORTED if found[name] is None):
         refuse(f"recbole-sdpo needs {missing}, {_is(None)}: pip install {missing}")

@@ -23,9 +23,9 @@ class Ragged:
     @classmethod
     def from_rows(cls, rows: Iterable[Sequence[int]]) -> Ragged:
         """Pack ``rows``, any of which may be empty."""
-        rows = [np.asarray(row, dtype=np.int64) for row in rows]
-        values = np.concatenate(rows) if rows else np.empty(0, np.int64)
-        return cls(values, np.array([len(row) for row in rows], dtype=np.int64))
+        arrays = [np.asarray(row, dtype=np.int64) for row in rows]
+        values = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+        return cls(values, np.array([len(row) for row in arrays], dtype=np.int64))
 
     @classmethod
     def from_matrix(cls, matrix: np.ndarray) -> Ragged:

@@ -100,7 +100,8 @@ def read_arguments(arguments: Iterable[str]) -> tuple[dict[str, Any], list[str]]
     Raises:
         UserError: one is given twice, with different values, or is not data.
     """
-    texts, rest = {}, []
+    texts: dict[str, str] = {}
+    rest: list[str] = []
     for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not name or not equals:

@@ -210,8 +210,8 @@ KINDS = (str, int, float, np.integer, np.floating, Decimal, date, pd.Period)
 
 
 def _written(value: Any) -> str:
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value)) if abs(value) < 2**53 else f"{value:.17e}"
+    if isinstance(value, float | np.floating) and (number := float(value)).is_integer():
+        return str(int(number)) if abs(number) < 2**53 else f"{number:.17e}"
     return str(value)
 
 
@@ -276,8 +276,9 @@ def _read_dates(text: pd.Series, form: str) -> pd.Series:
 
 def _forms(date: str) -> list[str]:
     """How a date may be written, with the month first or the day."""
-    day, half = re.fullmatch(r"(.*?)(\s?[ap]m)?", date, re.IGNORECASE).groups()  # pandas does not guess that there are two halves
-    day = re.sub(r"(?<!\d)(\d)(?!\d)", r"0\1", day)  # it knows 03:04, but not 3:04
+    halves = re.search(r"\s?[ap]m$", date, re.IGNORECASE)
+    half = halves[0] if halves else ""  # pandas does not guess that there are two
+    day = re.sub(r"(?<!\d)(\d)(?!\d)", r"0\1", date.removesuffix(half))  # it knows 03:04, but not 3:04
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the day stands first
         forms = {guess_datetime_format(day, dayfirst=dayfirst) or "" for dayfirst in (False, True)}

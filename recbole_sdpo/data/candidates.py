@@ -62,10 +62,10 @@ class FrozenCandidates:
 
     def sample_by_user_ids(self, user_ids: Sequence[int], item_ids: Sequence[int], num: int) -> torch.Tensor:
         """The frozen negatives in RecBole's layout: the first of every target, then the second of every target, …"""
-        user_ids, item_ids = np.asarray(user_ids, np.int64), np.asarray(item_ids, np.int64)
-        wanted = user_ids * self._items + item_ids
+        user, target = np.asarray(user_ids, np.int64), np.asarray(item_ids, np.int64)
+        wanted = user * self._items + target
         rows = self._order[np.minimum(np.searchsorted(self._pairs, wanted, sorter=self._order), len(self._order) - 1)]
-        if (self.user[rows] != user_ids).any() or (self.target[rows] != item_ids).any():
+        if (self.user[rows] != user).any() or (self.target[rows] != target).any():
             raise KeyError("A target was asked for that the candidates were not frozen for.")
         return torch.from_numpy(self.negatives[rows, :num].T.reshape(-1).copy())
 

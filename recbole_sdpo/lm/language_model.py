@@ -243,11 +243,11 @@ class LanguageModel(nn.Module):
         # Far above rounding, and far below what a wrong mask, position or logit does.
         exact = model.dtype in (torch.float32, torch.float64) and not self.mixed
         tolerance = 5e-2 if not exact else 1e-2 if device.type == "cuda" else 1e-3  # a GPU's products have 10 bits (TF32)
-        expected = torch.stack(expected)
-        if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
+        truth = torch.stack(expected)
+        if not torch.allclose(found, truth, rtol=tolerance, atol=tolerance):
             raise UserError(
                 f"backbone {model.config.model_type!r} scores a tree otherwise than one sequence at a time, by up to "
-                f"{float((found - expected).abs().max()):.2g}: its positions, masks or logits are of a kind not known here; {VALID}"
+                f"{float((found - truth).abs().max()):.2g}: its positions, masks or logits are of a kind not known here; {VALID}"
             )
 
     def _attention(self, forest: Forest) -> Attention:

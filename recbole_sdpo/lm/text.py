@@ -74,7 +74,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bool
 
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str, control: set[int]) -> list[int]:
     """The ids of the longest beginning of ``text`` of which no control token comes, of the longest of what is left, and so on."""
-    ids, left = [], text
+    ids: list[int] = []
+    left = text
     while left:
         clean, row, dirty, tried = 0, [], len(left) + 1, len(left)
         while dirty - clean > 1:
