@@ -12,7 +12,7 @@ from typing import Any
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import SUMS, check_seal, read_json
 from recbole_sdpo.lm.backbone import ADAPTER_FILE, BackboneConfig
-from recbole_sdpo.settings import Settings
+from recbole_sdpo.settings import Role, Settings, having
 from recbole_sdpo.trainer.sdpo_trainer import DATA_FILE, POLICY_FILE
 
 OF_THE_DATA: dict[str, type | tuple[type, ...]] = {
@@ -37,10 +37,6 @@ OF_THE_DATA: dict[str, type | tuple[type, ...]] = {
 }
 """The settings of RecBole that a checkpoint has from its data, with their types; all may be null but ``data_path``."""
 
-OF_THE_CALLER = {"backbone", "trust_remote_code", "cache_dir"}
-"""What ``settings.json`` does not say of the backbone: where it is, and whom the user of this machine trusts."""
-
-OF_THE_POLICY = {f.name for f in fields(BackboneConfig)} - OF_THE_CALLER | {"title_fields", "title_article_first", "prompt_style"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,8 @@ class Checkpoint:
         policy, data = folder / POLICY_FILE, folder / DATA_FILE
         made, given = read_json(policy), read_json(data)
         try:
-            settings = Settings.from_mapping({key: value for key, value in made.items() if key in OF_THE_POLICY})
+            served = having(Role.SERVED) - having(Role.CALLER)
+            settings = Settings.from_mapping({key: made[key] for key in served & set(made)})
         except UserError as error:
             raise UserError(f"{policy}: {error}") from error
         dataset = _take(given, "dataset", str, data)

@@ -40,7 +40,7 @@ from recbole_sdpo.interrupt import say_how_to_go_on
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.result import RESULT_FILE, write_result
-from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, kind_of_negatives
+from recbole_sdpo.settings import MODEL, Role, having, kind_of_negatives
 from recbole_sdpo.trainer.folder import LOG_FILE, alone_in, run_folder, tidy
 from recbole_sdpo.trainer.state import holds_state
 from recbole_sdpo.trainer.steps import FILE as STEPS_FILE
@@ -142,7 +142,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     selected = config.settings.more_candidates if ours or saved else loaders
     selection = Selection(trainer, {mode: loaders[mode][0] for mode in selected}, run_dir / FOLDER if ours and saved else None)
     stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
-    own = {key: value for key, value in config.settings.to_flat().items() if ours or key in OF_EVERY_MODEL}
+    own = {key: value for key, value in config.settings.to_flat().items() if ours or key in having(Role.EVERY_MODEL)}
     result = {
         "model": config["model"],
         "dataset": config["dataset"],

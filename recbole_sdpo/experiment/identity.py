@@ -7,26 +7,7 @@ import json
 
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.inputs import Inputs, backbone_config
-from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, names
-
-# Settings that say where and how to run, not what comes out; of files the contents count, and not where they lie.
-WITHOUT_INFLUENCE = {
-    "cache_dir",
-    "checkpoint_dir",
-    "config_files",
-    "data_path",
-    "gpu_id",
-    "log_wandb",
-    "resume",
-    "run_dir",
-    "save_minutes",
-    "saved",
-    "sft_checkpoint",
-    "show_progress",
-    "state",
-    "verbose",
-    "wandb_project",
-}
+from recbole_sdpo.settings import MODEL, Role, having, names
 
 
 def identity(config: RunConfig, inputs: Inputs, begun_from: str | None) -> str:
@@ -41,7 +22,8 @@ def identity(config: RunConfig, inputs: Inputs, begun_from: str | None) -> str:
         own = own.suited_to(backbone_config(config).backbone)
     settings = config.final_config_dict | own.to_flat()
     # RecBole's loaders draw a baseline's negatives in their worker processes; ours are drawn before.
-    idle = WITHOUT_INFLUENCE | ({"worker"} if ours else set(names()) - OF_EVERY_MODEL)
+    others = {"worker"} if ours else set(names()) - having(Role.EVERY_MODEL)
+    idle = having(Role.IDLE) | others
     parts = {
         "model": config["model"],
         "settings": {key: str(value) for key, value in sorted(settings.items()) if key not in idle},

@@ -30,46 +30,15 @@ from recbole_sdpo.lm.backbone import restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.sdpo_llm import TARGET_ROW
 from recbole_sdpo.objectives import OBJECTIVES
-from recbole_sdpo.settings import Settings, kind_of_negatives
+from recbole_sdpo.settings import Role, Settings, having, kind_of_negatives
 from recbole_sdpo.trainer.folder import STAGES, run_folder
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.stage import Stage
 from recbole_sdpo.trainer.state import holds_state, load_state, read_state, save_state
 from recbole_sdpo.trainer.steps import StepFile
 
-# What makes a run what it is, beside our own settings; and what of those a resumed run may change.
-RECBOLE_IDENTITY = (
-    "dataset",
-    "seed",
-    "eval_args",
-    "train_neg_sample_args",
-    "MAX_ITEM_LIST_LENGTH",
-    "valid_metric",
-    "eval_step",
-    "stopping_step",
-)
-FREE_TO_CHANGE = {"resume", "run_dir", "save_minutes", "eval_tokens_per_batch", "cache_dir", "reference", "full_sort"}
-
 POLICY_FILE, DATA_FILE = "settings.json", "data.json"
 """Beside the weights of a checkpoint: how its policy was made, and the settings under which its data were loaded."""
-
-# Settings that say where this run begins and writes.
-OF_THIS_RUN = {
-    "run_dir",
-    "resume",
-    "sft_checkpoint",
-    "checkpoint_dir",
-    "gpu_id",
-    "device",
-    "state",
-    "show_progress",
-    "dataset",
-    "config_files",
-}
-
-# What a policy must share with a checkpoint that it is loaded from, beside its tokenizer and the shapes of its weights.
-POLICY = ("backbone", "peft", "prompt_style", "prompt_templates", "title_fields", "title_article_first")
-ADAPTER = ("quantization", "lora_rank", "lora_alpha", "lora_target_modules", "lora_layers")
 
 
 @dataclass
@@ -306,8 +275,8 @@ class SDPOTrainer(Trainer):
         sequences = training_sequences(self._parts[0])
         data = hashlib.sha256(b"".join(part.tobytes() for part in (sequences.items.values, sequences.items.lengths, sequences.user)))
         here = {"training data": data.hexdigest(), "processes": self.accelerator.num_processes}
-        flat = {key: self.config[key] for key in RECBOLE_IDENTITY} | self.model.settings.to_flat() | here
-        return json.loads(json.dumps({key: value for key, value in flat.items() if key not in FREE_TO_CHANGE}))
+        flat = {key: self.config[key] for key in sorted(having(Role.FIXED))} | self.model.settings.to_flat() | here
+        return json.loads(json.dumps({key: value for key, value in flat.items() if key not in having(Role.FREE)}))
 
     def _resumed(self) -> dict[str, Any]:
         """The state of the run to resume, or nothing.
@@ -363,9 +332,9 @@ class SDPOTrainer(Trainer):
     def _policy_identity(self) -> dict[str, Any]:
         """What a checkpoint's policy was made with, as JSON has it."""
         flat, backbone = self.model.settings.to_flat(), self.model.backbone
-        identity = {key: flat[key] for key in POLICY} | {"backbone": backbone.backbone, "peft": backbone.peft}
+        identity = {key: flat[key] for key in sorted(having(Role.POLICY))} | {"backbone": backbone.backbone, "peft": backbone.peft}
         if backbone.peft == "lora":
-            identity |= {key: flat[key] for key in ADAPTER}
+            identity |= {key: flat[key] for key in sorted(having(Role.ADAPTER))}
             if backbone.backbone == "scratch":
                 identity["seed"] = self.config["seed"]  # of the random weights under the adapter
         return json.loads(json.dumps(identity))
@@ -441,7 +410,7 @@ class SDPOTrainer(Trainer):
 
     def _data(self) -> dict[str, Any]:
         """What it takes to load the data again, wherever that is done."""
-        given = {key: value for key, value in self.config.external_config_dict.items() if key not in OF_THIS_RUN}
+        given = {key: value for key, value in self.config.external_config_dict.items() if key not in having(Role.OF_THIS_RUN)}
         data, backbone = Path(self.config["data_path"]).resolve(), user_path(self.model.backbone.backbone)
         if Path(recbole.__path__[0]).resolve() not in data.parents:
             given["data_path"] = str(data.parent)
