@@ -22,6 +22,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import sha256, user_path, write_text
 from recbole_sdpo.lm.backbone import BackboneConfig, weights_source
 from recbole_sdpo.settings import MODEL
+from recbole_sdpo.trainer.checkpoint import sft_folder
 from recbole_sdpo.trainer.state import holds_state, read_state
 from recbole_sdpo.values import shown
 
@@ -229,8 +230,8 @@ def _in_place(role: str, place: Path) -> dict[str, Path]:
 
     Of a run's folder its SFT checkpoint is meant.
     """
-    if role == "sft_checkpoint" and (place / "sft").is_dir():
-        place = place / "sft"
+    if role == "sft_checkpoint":
+        place = sft_folder(place)
     if place.is_dir():
         return {
             f"{role}/{file.name}": file

@@ -19,7 +19,6 @@ import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recbole_sdpo import compat
-from recbole_sdpo.checkpoint import Checkpoint
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.catalogue import Catalogue, folded, read_items
 from recbole_sdpo.data.dataset import user_histories
@@ -35,6 +34,7 @@ from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.random import derive_seed
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.settings import MODEL
+from recbole_sdpo.trainer.checkpoint import Checkpoint
 
 
 class Recommender:

@@ -140,7 +140,7 @@ def _share(default: float, help: str, roles: Role = NONE) -> Any:
 
 
 def _group(kind: type, prefix: str, roles: Role = NONE) -> Any:
-    """Settings of ``kind``, whose names in a configuration begin with ``prefix``, all of these ``roles``."""
+    """Settings of ``kind``, whose names in a configuration have ``prefix``; all have ``roles``."""
     return field(default_factory=kind, metadata={"prefix": prefix, "roles": roles})
 
 
@@ -150,7 +150,7 @@ TOKENS_PER_BATCH = 1024
 
 @dataclass(frozen=True)
 class StageSettings:
-    """Settings of one training stage; in a configuration their names begin with ``sft_`` or ``sdpo_``."""
+    """Settings of one training stage; in a configuration they have a prefix, such as ``sft_``."""
 
     epochs: int | None = _at_least(
         0,
@@ -190,7 +190,10 @@ class StageSettings:
     )
 
     def completed(self, suited: Mapping[str, Any]) -> StageSettings:
-        """With what is ``suited`` in place of null. Where batches make a step, as many as are given, no device has a say in them."""
+        """With what is ``suited`` in place of null.
+
+        Where batches make a step, as many as are given, no device has a say in them.
+        """
         given = {key: value for key, value in vars(self).items() if value is not None}
         if self.gradient_accumulation > 1:
             given = {"tokens_per_batch": TOKENS_PER_BATCH} | given
@@ -242,8 +245,8 @@ class Settings:
     )
     more_candidates: list[str] = _setting(
         [],
-        "further evaluation modes, such as ['pop19']; each is tested with the weights that are best "
-        "on its own validation set",
+        "further evaluation modes, such as ['pop19']; each is tested with the weights that are "
+        "best on its own validation set",
         Role.EVERY_MODEL | Role.EXPERIMENT,
         lambda modes: all(re.fullmatch(MODE, mode) for mode in modes),
         "a list of full, uniN and popN, such as ['pop19']",
@@ -298,9 +301,9 @@ class Settings:
     )
     dtype: Literal["auto", "float32", "bfloat16", "mixed"] = _setting(
         "auto",
-        "of weights and arithmetic; mixed: float32 weights, bfloat16 arithmetic; auto: float32, but "
-        "of a pretrained backbone on a GPU that has bfloat16 bfloat16 under an adapter, and mixed "
-        "without one. An adapter's weights are always float32",
+        "of weights and arithmetic; mixed: float32 weights, bfloat16 arithmetic; auto: float32, "
+        "but of a pretrained backbone on a GPU that has bfloat16 bfloat16 under an adapter, and "
+        "mixed without one. An adapter's weights are always float32",
         Role.SERVED,
     )
     attention: Literal["auto", "sdpa", "eager", "flex_attention"] = _setting(
@@ -455,7 +458,7 @@ class Settings:
         return cls(**own, **{name: GROUPS[name](**group) for name, group in read.items()})
 
     def suited_to(self, backbone: str) -> Settings:
-        """With epochs, learning rates and sizes of batches or steps that suit ``backbone`` in place of null."""
+        """With epochs, learning rates and sizes that suit ``backbone`` in place of null."""
         suited = SUITED["scratch" if backbone == "scratch" else "pretrained"]
         stages = {stage: getattr(self, stage).completed(suited[stage]) for stage in suited}
         return replace(self, **stages)
@@ -495,7 +498,7 @@ class Setting:
 
     Attributes:
         key: its name in a configuration.
-        group, name: of :class:`Settings` the attribute that has it, or "" for itself, and its name there.
+        group, name: the attribute of :class:`Settings` that has it, or "", and its name there.
         kinds: the types that its value may be of.
         choices: the words that it is one of, or none if it is no such setting.
         valid: what its value must be, beside of one of these types, in words; or "".
@@ -614,7 +617,10 @@ def having(role: Role) -> frozenset[str]:
 
 
 def merged_parts(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of the settings that have parts, those that both give: who gives one part means to keep the others."""
+    """Of the settings that have parts, those that both give.
+
+    Who gives one part means to keep the others.
+    """
     both = [
         key
         for key in PARTS
@@ -624,7 +630,10 @@ def merged_parts(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str
 
 
 def kind_of_negatives(args: Mapping[str, Any]) -> str:
-    """The sampler that ``train_neg_sample_args`` asks for, in a word: "none", "uniform", "popularity" or "popularity^2"."""
+    """The sampler that ``train_neg_sample_args`` asks for, in a word.
+
+    Such as "none", "uniform", "popularity" or "popularity^2".
+    """
     kind = args["distribution"]
     return f"{kind}^{args['alpha']:g}" if kind == "popularity" and args["alpha"] != 1 else kind
 

@@ -1,15 +1,20 @@
 """What a setting's roles promise, each tried on every setting, or on all that have it at once."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.identity import identity
+from recbole_sdpo.files import write_record
 from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.quick_start import run
-from recbole_sdpo.settings import SETTINGS, Role, having
+from recbole_sdpo.settings import SETTINGS, Role, Settings, having
+from recbole_sdpo.trainer.state import read_state_of, resume_identity
 
 VALUES = [True, False, 1, 2, 3, 16, 300, 400, 0.25, 0.5, ["pop4"], ["name"], [0], "elsewhere"]
 
@@ -79,3 +84,29 @@ def test_no_number_depends_on_what_is_idle_or_free(ring):
     losses = [pd.read_csv(Path(each["run_dir"], "steps.csv")).loss for each in results]
     assert losses[0].tolist() == pytest.approx(losses[1].tolist(), abs=1e-6)
     assert results[0]["test_result"] == pytest.approx(results[1]["test_result"])
+
+
+def test_a_resumed_run_may_have_another_value_of_what_is_free_and_of_nothing_else(ring, tmp_path):
+    ring |= {"scratch_hidden_size": 24}
+    config = RunConfig("SDPO-LLM", "toy", config_dict=dict(ring))
+    data = data_preparation(config, create_dataset(config))[0]._dataset
+
+    def now(changed):
+        model = SimpleNamespace(config=config, settings=Settings.from_mapping(ring | changed))
+        return resume_identity(model, data, processes=1)
+
+    (tmp_path / "state").mkdir()
+    write_record(tmp_path / "state" / "state.json", {"settings": now({})})
+    refused = set()
+    for key in SETTINGS:
+        try:
+            read_state_of(tmp_path, now({key: other(key, ring)}))
+        except UserError as error:
+            assert f"that run had {key}=" in str(error)
+            refused.add(key)
+    assert set(SETTINGS) - refused == having(Role.FREE)
+    for key in having(Role.FIXED):
+        config.final_config_dict[key], before = "other", config[key]
+        with pytest.raises(UserError, match=f"that run had {key}=.*now 'other'"):
+            read_state_of(tmp_path, now({}))
+        config.final_config_dict[key] = before

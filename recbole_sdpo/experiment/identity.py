@@ -15,15 +15,15 @@ def identity(config: RunConfig, inputs: Inputs, begun_from: str | None) -> str:
 
     Args:
         inputs: what it reads; of files the contents count, and not where they lie.
-        begun_from: the identity of the run whose SFT checkpoint it begins from, which counts in place of that file.
+        begun_from: the identity of the run whose SFT checkpoint it begins from, which counts in
+            place of that file.
     """
     ours, own = config["model"] == MODEL, config.settings
     if ours:
         own = own.suited_to(backbone_config(config).backbone)
     settings = config.final_config_dict | own.to_flat()
-    # RecBole's loaders draw a baseline's negatives in their worker processes; ours are drawn before.
-    others = {"worker"} if ours else set(names()) - having(Role.EVERY_MODEL)
-    idle = having(Role.IDLE) | others
+    # RecBole's loaders draw a baseline's negatives in their worker processes; ours come before.
+    idle = having(Role.IDLE) | ({"worker"} if ours else set(names()) - having(Role.EVERY_MODEL))
     parts = {
         "model": config["model"],
         "settings": {key: str(value) for key, value in sorted(settings.items()) if key not in idle},
