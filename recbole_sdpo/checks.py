@@ -439,10 +439,12 @@ def check_settings(config: Config) -> Settings:
         if settings.resume:
             raise UserError(f"resume={settings.resume!r} is for {MODEL}; {config['model']} starts anew.")
         return settings
-    bytes_needed = 16 * 12 * settings.scratch_layers * settings.scratch_hidden_size**2  # weights, gradients, AdamW's two moments
-    if settings.backbone == "scratch" and bytes_needed > _memory():
+    backbone = settings.backbone
+    # Weights, gradients, AdamW's two moments.
+    bytes_needed = 16 * 12 * backbone.scratch_layers * backbone.scratch_hidden_size**2
+    if backbone.name == "scratch" and bytes_needed > _memory():
         raise UserError(
-            f"scratch_hidden_size={settings.scratch_hidden_size} with scratch_layers={settings.scratch_layers} must be smaller: "
+            f"scratch_hidden_size={backbone.scratch_hidden_size} with scratch_layers={backbone.scratch_layers} must be smaller: "
             f"training takes {bytes_needed / 2**30:,.0f} GiB and more, and this machine has {_memory() / 2**30:,.0f}."
         )
     if settings.reference == "cache" and not settings.fixed_negatives:

@@ -142,7 +142,8 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     selected = config.settings.more_candidates if ours or saved else loaders
     selection = Selection(trainer, {mode: loaders[mode][0] for mode in selected}, run_dir / FOLDER if ours and saved else None)
     stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
-    own = {key: value for key, value in config.settings.to_flat().items() if ours or key in having(Role.EVERY_MODEL)}
+    settings = recommender.settings if ours else config.settings  # the model's are complete
+    own = {key: value for key, value in settings.to_flat().items() if ours or key in having(Role.EVERY_MODEL)}
     result = {
         "model": config["model"],
         "dataset": config["dataset"],
@@ -281,8 +282,8 @@ def _log_head(
     if config["model"] == MODEL:
         total = sum(p.numel() for p in model.parameters())
         backbone = model.backbone
-        why = f" (backbone=auto on {config['device']}; choose with --backbone=…)" if model.settings.backbone == "auto" else ""
-        lines["backbone"] = f"{backbone.backbone}{why}, {total:,} parameters in {backbone.dtype}, peft {backbone.peft}"
+        why = f" (backbone=auto on {config['device']}; choose with --backbone=…)" if model.settings.backbone.name == "auto" else ""
+        lines["backbone"] = f"{backbone.name}{why}, {total:,} parameters in {backbone.dtype}, peft {backbone.peft}"
         if model.negatives:
             kind = kind_of_negatives(config["train_neg_sample_args"])
             lines["negatives"] = f"{model.negatives} to a target, {kind}, never of the user's training items"

@@ -26,7 +26,7 @@ from recbole_sdpo.data.prompts import Templates, Units, history_prompts
 from recbole_sdpo.data.serving import ServedDataset
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.interrupt import endings
-from recbole_sdpo.lm.backbone import load_backbone, restore_policy
+from recbole_sdpo.lm.backbone import load_backbone, resolved, restore_policy
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.ranking import TitleTree, score_top
 from recbole_sdpo.model.encoder import Encoder
@@ -102,7 +102,7 @@ class Recommender:
         dataset.add_items(read_items(dataset, made.settings.title_fields).index)
         catalogue = Catalogue.from_dataset(dataset, made.settings.title_fields, made.settings.title_article_first)
         lm = load_backbone(
-            made.backbone_config(trust_remote_code).resolve(where),
+            resolved(made.chosen(trust_remote_code), where),
             where,
             lambda: _tokenizer(made.folder),
             lambda purpose: derive_seed(made.seed, purpose),

@@ -112,8 +112,10 @@ def _setting(
     roles: Role = NONE,
     check: Callable[[Any], bool] = lambda value: True,
     valid: str = "",
+    key: str = "",
 ) -> Any:
-    metadata = {"help": help, "roles": roles, "check": check, "valid": valid}
+    """``key`` is its name in a configuration, if that is not the attribute's."""
+    metadata = {"help": help, "roles": roles, "check": check, "valid": valid, "key": key}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -221,6 +223,79 @@ SUITED: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
+class BackboneSettings:
+    """What to load and what to train of it."""
+
+    name: str = _setting(
+        "auto",
+        "scratch, smollm2-135m, a folder, a Hugging Face id or a .gguf file; auto: smollm2-135m on "
+        "a GPU, else scratch",
+        Role.POLICY | Role.PATH | Role.CALLER,
+        bool,
+        "a name or path",
+        key="backbone",
+    )
+    trust_remote_code: bool = _setting(
+        False, "run code that comes with a backbone's files", Role.CALLER
+    )
+    cache_dir: str = _setting(
+        "~/.cache/recbole_sdpo",
+        "where converted GGUF files and the reference's log-probabilities are kept",
+        Role.IDLE | Role.FREE | Role.PATH | Role.CALLER,
+        bool,
+        "a folder",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "mixed"] = _setting(
+        "auto",
+        "of weights and arithmetic; mixed: float32 weights, bfloat16 arithmetic; auto: float32, "
+        "but of a pretrained backbone on a GPU that has bfloat16 bfloat16 under an adapter, and "
+        "mixed without one. An adapter's weights are always float32",
+    )
+    attention: Literal["auto", "sdpa", "eager", "flex_attention"] = _setting(
+        "auto",
+        "attention of transformers; auto: FlexAttention for long rows on a GPU, else sdpa",
+    )
+    quantization: Literal["none", "nf4"] = _setting(
+        "none",
+        "of a pretrained backbone's weights under the adapter; nf4: four bits, by bitsandbytes",
+        Role.ADAPTER,
+    )
+    compile: bool = _setting(
+        False,
+        "compile each layer of the backbone (torch.compile): fewer passes over memory, after a "
+        "minute or so",
+    )
+    gradient_checkpointing: bool = _setting(
+        False, "recompute activations in the backward pass to save memory"
+    )
+    peft: Literal["auto", "lora", "none"] = _setting(
+        "auto",
+        "train an adapter or all weights; auto: lora, but none for scratch",
+        Role.POLICY,
+    )
+    lora_rank: int = _within(1, 1024, 16, "rank of the adapter", Role.ADAPTER)
+    lora_alpha: float = _above(0, 32, "scale of the adapter, divided by its rank", Role.ADAPTER)
+    lora_dropout: float = _share(0.0, "dropout before the adapter")
+    lora_target_modules: str | list[str] = _setting(
+        "all-linear",
+        "modules to adapt, as in peft",
+        Role.ADAPTER,
+        bool,
+        "'all-linear' or a list of names",
+    )
+    lora_layers: list[int] | None = _setting(
+        None, "numbers of the layers to adapt, or null for all", Role.ADAPTER
+    )
+    scratch_hidden_size: int = _within(8, 8192, 64, "width of the scratch backbone")
+    scratch_layers: int = _within(1, 128, 2, "its layers")
+    scratch_heads: int = _within(1, 512, 2, "its attention heads")
+    scratch_vocab_size: int = _within(
+        258, 1_000_000, 12288, "tokens of the BPE from which its vocabulary is chosen"
+    )
+    scratch_dropout: float = _share(0.3, "its dropout, of embeddings, attention and layers")
+
+
+@dataclass(frozen=True)
 class Settings:
     """All settings of ``SDPO-LLM``."""
 
@@ -280,80 +355,7 @@ class Settings:
         2, 1000, 20, "candidates in the text of a training prompt (style 'candidates')"
     )
 
-    # Backbone
-    backbone: str = _setting(
-        "auto",
-        "scratch, smollm2-135m, a folder, a Hugging Face id or a .gguf file; auto: smollm2-135m on "
-        "a GPU, else scratch",
-        Role.POLICY | Role.PATH | Role.CALLER,
-        bool,
-        "a name or path",
-    )
-    trust_remote_code: bool = _setting(
-        False, "run code that comes with a backbone's files", Role.CALLER
-    )
-    cache_dir: str = _setting(
-        "~/.cache/recbole_sdpo",
-        "where converted GGUF files and the reference's log-probabilities are kept",
-        Role.IDLE | Role.FREE | Role.PATH | Role.CALLER,
-        bool,
-        "a folder",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "mixed"] = _setting(
-        "auto",
-        "of weights and arithmetic; mixed: float32 weights, bfloat16 arithmetic; auto: float32, "
-        "but of a pretrained backbone on a GPU that has bfloat16 bfloat16 under an adapter, and "
-        "mixed without one. An adapter's weights are always float32",
-        Role.SERVED,
-    )
-    attention: Literal["auto", "sdpa", "eager", "flex_attention"] = _setting(
-        "auto",
-        "attention of transformers; auto: FlexAttention for long rows on a GPU, else sdpa",
-        Role.SERVED,
-    )
-    quantization: Literal["none", "nf4"] = _setting(
-        "none",
-        "of a pretrained backbone's weights under the adapter; nf4: four bits, by bitsandbytes",
-        Role.ADAPTER | Role.SERVED,
-    )
-    compile: bool = _setting(
-        False,
-        "compile each layer of the backbone (torch.compile): fewer passes over memory, after a "
-        "minute or so",
-        Role.SERVED,
-    )
-    gradient_checkpointing: bool = _setting(
-        False, "recompute activations in the backward pass to save memory", Role.SERVED
-    )
-    peft: Literal["auto", "lora", "none"] = _setting(
-        "auto",
-        "train an adapter or all weights; auto: lora, but none for scratch",
-        Role.POLICY | Role.SERVED,
-    )
-    lora_rank: int = _within(1, 1024, 16, "rank of the adapter", Role.ADAPTER | Role.SERVED)
-    lora_alpha: float = _above(
-        0, 32, "scale of the adapter, divided by its rank", Role.ADAPTER | Role.SERVED
-    )
-    lora_dropout: float = _share(0.0, "dropout before the adapter", Role.SERVED)
-    lora_target_modules: str | list[str] = _setting(
-        "all-linear",
-        "modules to adapt, as in peft",
-        Role.ADAPTER | Role.SERVED,
-        bool,
-        "'all-linear' or a list of names",
-    )
-    lora_layers: list[int] | None = _setting(
-        None, "numbers of the layers to adapt, or null for all", Role.ADAPTER | Role.SERVED
-    )
-    scratch_hidden_size: int = _within(8, 8192, 64, "width of the scratch backbone", Role.SERVED)
-    scratch_layers: int = _within(1, 128, 2, "its layers", Role.SERVED)
-    scratch_heads: int = _within(1, 512, 2, "its attention heads", Role.SERVED)
-    scratch_vocab_size: int = _within(
-        258, 1_000_000, 12288, "tokens of the BPE from which its vocabulary is chosen", Role.SERVED
-    )
-    scratch_dropout: float = _share(
-        0.3, "its dropout, of embeddings, attention and layers", Role.SERVED
-    )
+    backbone: BackboneSettings = _group(BackboneSettings, "", Role.SERVED)
 
     # Answers, which the metrics ValidRatio and GenHit ask for
     decoding: Literal["free", "constrained"] = _setting(
@@ -448,8 +450,8 @@ class Settings:
         for key, setting in SETTINGS.items():
             value = setting.read(values.get(key, setting.default))
             read.setdefault(setting.group, {})[setting.name] = value
-        own = read.pop("")
-        width, unit = own["scratch_hidden_size"], 2 * own["scratch_heads"]
+        own, backbone = read.pop(""), read["backbone"]
+        width, unit = backbone["scratch_hidden_size"], 2 * backbone["scratch_heads"]
         if width % unit:
             raise UserError(
                 f"scratch_hidden_size={width} must be a multiple of twice "
@@ -562,7 +564,7 @@ def _declared(
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         kinds = (str,) if choices else get_args(hint) if isinstance(hint, UnionType) else (hint,)
         yield Setting(
-            prefix + f.name,
+            prefix + (about["key"] or f.name),
             group,
             f.name,
             f.default if f.default_factory is MISSING else f.default_factory(),

@@ -6,7 +6,8 @@ import hashlib
 import json
 
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.inputs import Inputs, backbone_config
+from recbole_sdpo.inputs import Inputs
+from recbole_sdpo.lm.backbone import resolved
 from recbole_sdpo.settings import MODEL, Role, having, names
 
 
@@ -20,7 +21,7 @@ def identity(config: RunConfig, inputs: Inputs, begun_from: str | None) -> str:
     """
     ours, own = config["model"] == MODEL, config.settings
     if ours:
-        own = own.suited_to(backbone_config(config).backbone)
+        own = own.suited_to(resolved(own.backbone, config["device"]).name)
     settings = config.final_config_dict | own.to_flat()
     # RecBole's loaders draw a baseline's negatives in their worker processes; ours come before.
     idle = having(Role.IDLE) | ({"worker"} if ours else set(names()) - having(Role.EVERY_MODEL))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from recbole_sdpo.files import (
     whole_folder,
     write_text,
 )
-from recbole_sdpo.lm.backbone import ADAPTER_FILE, BackboneConfig, restore_policy, save_backbone
+from recbole_sdpo.lm.backbone import ADAPTER_FILE, restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.settings import Role, Settings, having
+from recbole_sdpo.settings import BackboneSettings, Role, Settings, having
 
 POLICY_FILE, DATA_FILE = "settings.json", "data.json"
 """How the policy was made, and the settings under which its data were loaded."""
@@ -120,24 +120,24 @@ def _made_with(model: SDPOLLM) -> dict[str, Any]:
     Its tokenizer and the shapes of its weights speak for themselves.
     """
     flat, backbone = model.settings.to_flat(), model.backbone
-    flat |= {"backbone": backbone.backbone, "peft": backbone.peft}
+    flat |= {"backbone": backbone.name, "peft": backbone.peft}
     adapter = having(Role.ADAPTER) if backbone.peft == "lora" else frozenset()
     made = {key: flat[key] for key in sorted(having(Role.POLICY) | adapter)}
-    if adapter and backbone.backbone == "scratch":
+    if adapter and backbone.name == "scratch":
         made["seed"] = model.seed  # of the random weights under the adapter
     return json.loads(json.dumps(made))
 
 
-def _data(config: Config, backbone: BackboneConfig) -> dict[str, Any]:
+def _data(config: Config, backbone: BackboneSettings) -> dict[str, Any]:
     """What it takes to load the data and the backbone again, wherever that is done."""
     without = having(Role.OF_THIS_RUN)
     given = {key: item for key, item in config.external_config_dict.items() if key not in without}
-    data, place = Path(config["data_path"]).resolve(), user_path(backbone.backbone)
+    data, place = Path(config["data_path"]).resolve(), user_path(backbone.name)
     if Path(recbole.__path__[0]).resolve() not in data.parents:
         given["data_path"] = str(data.parent)
     return {
         "dataset": config["dataset"],
-        "backbone": str(place.resolve()) if place.exists() else backbone.backbone,
+        "backbone": str(place.resolve()) if place.exists() else backbone.name,
         "settings": json.loads(json.dumps(given, default=str)),
     }
 
@@ -206,13 +206,10 @@ class Checkpoint:
             folder, settings, _take(made, "header", str, policy), seed, dataset, known, backbone
         )
 
-    def backbone_config(self, trust_remote_code: bool) -> BackboneConfig:
+    def chosen(self, trust_remote_code: bool) -> BackboneSettings:
         """What to load, on the word of the caller."""
-        flat = self.settings.to_flat() | {
-            "backbone": self.backbone,
-            "trust_remote_code": trust_remote_code,
-        }
-        return BackboneConfig(**{f.name: flat[f.name] for f in fields(BackboneConfig)})
+        told = {"name": self.backbone, "trust_remote_code": trust_remote_code}
+        return replace(self.settings.backbone, **told)
 
 
 def _policy_folder(folder: Path) -> Path:

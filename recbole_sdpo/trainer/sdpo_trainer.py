@@ -236,11 +236,14 @@ class SDPOTrainer(Trainer):
         return 1
 
     def _reference_folder(self) -> Path:
-        folder = user_path(self.model.settings.cache_dir) / "reference"
+        cache_dir = self.model.settings.backbone.cache_dir
+        folder = user_path(cache_dir) / "reference"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cache_dir={self.model.settings.cache_dir!r} cannot hold files ({error}); give another folder.") from error
+            raise UserError(
+                f"cache_dir={cache_dir!r} cannot hold files ({error}); give another folder."
+            ) from error
         return folder
 
     def _start_score(self, stage: Stage, valid_data: AbstractDataLoader | None, show_progress: bool) -> None:
