@@ -32,10 +32,11 @@ from recbole_sdpo.settings import (
     MODE,
     MODEL,
     NO_FULL_RANKING,
-    OF_EVERY_MODEL,
     RECBOLE_KEYS,
     WITHOUT_EFFECT,
+    Role,
     Settings,
+    having,
     merged_parts,
     names,
 )
@@ -288,9 +289,9 @@ def check_given(given: dict[str, Any], defaults: Mapping[str, Any] | None = None
             if key == "metrics":
                 _check_metrics(value)
             RECBOLE[key].check(key, value)
-        elif key in defaults and key not in OF_EVERY_MODEL and not (model == MODEL and key in names()):
+        elif key in defaults and key not in having(Role.EVERY_MODEL) and not (model == MODEL and key in names()):
             model_rule(key, defaults[key], model).check(key, value)
-    for key in PATHS & set(given):
+    for key in having(Role.PATH) & set(given):
         _check_path(key, given[key])
     if "device" in given:  # RecBole puts its own in place of it
         raise UserError(f"device={shown(given['device'])} must be left out; gpu_id says which GPU a run takes, '' that it takes none.")
@@ -298,20 +299,6 @@ def check_given(given: dict[str, Any], defaults: Mapping[str, Any] | None = None
         raise UserError("log_wandb=True needs the package wandb, which is not installed; pip install wandb, or leave it out.")
     if defaults:
         _check_together(defaults | given | merged_parts(defaults, given))
-
-
-PATHS = {
-    "data_path",
-    "checkpoint_dir",
-    "run_dir",
-    "resume",
-    "sft_checkpoint",
-    "cache_dir",
-    "prompt_templates",
-    "backbone",
-    "pre_model_path",
-}
-"""Settings that may name a file or a folder."""
 
 
 def _check_path(key: str, value: Any) -> None:
@@ -431,15 +418,15 @@ def check_settings(config: Config) -> Settings:
         UserError: a key that nobody reads, or a value that is wrong or does not go with another.
     """
     known = set(config.internal_config_dict) | {key for keys in config.parameters.values() for key in keys} | RECBOLE_KEYS
-    ours = config["model"] == MODEL
+    ours, of_every_model = config["model"] == MODEL, having(Role.EVERY_MODEL)
     if ours:
         check_unknown(config.external_config_dict, known, names())
     else:
-        check_unknown(config.external_config_dict, known, OF_EVERY_MODEL, config.model_class)
+        check_unknown(config.external_config_dict, known, of_every_model, config.model_class)
     _check_valid_metric(config)
     check_columns(config)
     _check_model(config)
-    theirs = set() if ours else set(config.internal_config_dict) - OF_EVERY_MODEL  # such as the beta of AsymKNN
+    theirs = set() if ours else set(config.internal_config_dict) - of_every_model  # such as the beta of AsymKNN
     settings = Settings.from_mapping({key: value for key, value in config.final_config_dict.items() if key not in theirs})
     _check_more_candidates(config, settings)
     _check_answers(config, settings)
@@ -452,10 +439,12 @@ def check_settings(config: Config) -> Settings:
         if settings.resume:
             raise UserError(f"resume={settings.resume!r} is for {MODEL}; {config['model']} starts anew.")
         return settings
-    bytes_needed = 16 * 12 * settings.scratch_layers * settings.scratch_hidden_size**2  # weights, gradients, AdamW's two moments
-    if settings.backbone == "scratch" and bytes_needed > _memory():
+    backbone = settings.backbone
+    # Weights, gradients, AdamW's two moments.
+    bytes_needed = 16 * 12 * backbone.scratch_layers * backbone.scratch_hidden_size**2
+    if backbone.name == "scratch" and bytes_needed > _memory():
         raise UserError(
-            f"scratch_hidden_size={settings.scratch_hidden_size} with scratch_layers={settings.scratch_layers} must be smaller: "
+            f"scratch_hidden_size={backbone.scratch_hidden_size} with scratch_layers={backbone.scratch_layers} must be smaller: "
             f"training takes {bytes_needed / 2**30:,.0f} GiB and more, and this machine has {_memory() / 2**30:,.0f}."
         )
     if settings.reference == "cache" and not settings.fixed_negatives:

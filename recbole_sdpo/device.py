@@ -56,7 +56,7 @@ def _check_gpu(config: Config, number: int) -> None:
             f"({BUILDS}/previous-versions), or set gpu_id='' for the CPU."
         )
     halves = torch.version.hip or gpu.major >= 8  # others torch emulates, many times slower
-    if config["model"] == MODEL and config.settings.dtype == "bfloat16" and not halves:
+    if config["model"] == MODEL and config.settings.backbone.dtype == "bfloat16" and not halves:
         raise UserError(f"dtype='bfloat16' needs a GPU of compute capability 8.0 or later, and {what} is older; set dtype=float32.")
 
 

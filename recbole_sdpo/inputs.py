@@ -9,10 +9,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 
 import recbole_sdpo
@@ -20,8 +19,9 @@ from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import template_file
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import sha256, user_path, write_text
-from recbole_sdpo.lm.backbone import BackboneConfig, weights_source
+from recbole_sdpo.lm.backbone import resolved, weights_source
 from recbole_sdpo.settings import MODEL
+from recbole_sdpo.trainer.checkpoint import sft_folder
 from recbole_sdpo.trainer.state import holds_state, read_state
 from recbole_sdpo.values import shown
 
@@ -174,7 +174,9 @@ class Inputs:
         try:
             began = dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{file} is damaged: it is not what the run wrote; begin the run anew.") from error
+            raise UserError(
+                f"{file} is damaged: it is not what the run wrote; begin the run anew."
+            ) from error
         return self.changed(self.digests | dict.fromkeys(self.files) | began, but_for)
 
 
@@ -182,7 +184,8 @@ def _files(config: RunConfig) -> dict[str, Path]:
     """All files that the run reads, but for a model of the hub."""
     places = {key: config[key] for key in OF_RECBOLE}
     if config["model"] == MODEL:
-        own, backbone = config.settings, backbone_config(config).backbone
+        own = config.settings
+        backbone = resolved(own.backbone, config["device"]).name
         places |= {
             "backbone": backbone != "scratch" and weights_source(backbone),
             "prompt_templates": template_file(own.prompt_templates),
@@ -193,16 +196,10 @@ def _files(config: RunConfig) -> dict[str, Path]:
         try:
             files |= _in_place(role, user_path(place)) if place else {}
         except OSError as error:  # such as a name that is too long
-            raise UserError(f"{role}={shown(str(place))} cannot be read: {error.strerror}.") from error
+            raise UserError(
+                f"{role}={shown(str(place))} cannot be read: {error.strerror}."
+            ) from error
     return files
-
-
-def backbone_config(config: RunConfig) -> BackboneConfig:
-    """Of a run of SDPO-LLM, with every ``auto`` resolved."""
-    given = BackboneConfig(
-        **{f.name: getattr(config.settings, f.name) for f in fields(BackboneConfig)}
-    )
-    return given.resolve(torch.device(config["device"]))
 
 
 def _data_files(config: RunConfig) -> dict[str, Path]:
@@ -229,8 +226,8 @@ def _in_place(role: str, place: Path) -> dict[str, Path]:
 
     Of a run's folder its SFT checkpoint is meant.
     """
-    if role == "sft_checkpoint" and (place / "sft").is_dir():
-        place = place / "sft"
+    if role == "sft_checkpoint":
+        place = sft_folder(place)
     if place.is_dir():
         return {
             f"{role}/{file.name}": file

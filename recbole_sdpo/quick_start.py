@@ -40,7 +40,7 @@ from recbole_sdpo.interrupt import say_how_to_go_on
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.result import RESULT_FILE, write_result
-from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, kind_of_negatives
+from recbole_sdpo.settings import MODEL, Role, having, kind_of_negatives
 from recbole_sdpo.trainer.folder import LOG_FILE, alone_in, run_folder, tidy
 from recbole_sdpo.trainer.state import holds_state
 from recbole_sdpo.trainer.steps import FILE as STEPS_FILE
@@ -142,7 +142,8 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     selected = config.settings.more_candidates if ours or saved else loaders
     selection = Selection(trainer, {mode: loaders[mode][0] for mode in selected}, run_dir / FOLDER if ours and saved else None)
     stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
-    own = {key: value for key, value in config.settings.to_flat().items() if ours or key in OF_EVERY_MODEL}
+    settings = recommender.settings if ours else config.settings  # the model's are complete
+    own = {key: value for key, value in settings.to_flat().items() if ours or key in having(Role.EVERY_MODEL)}
     result = {
         "model": config["model"],
         "dataset": config["dataset"],
@@ -281,8 +282,8 @@ def _log_head(
     if config["model"] == MODEL:
         total = sum(p.numel() for p in model.parameters())
         backbone = model.backbone
-        why = f" (backbone=auto on {config['device']}; choose with --backbone=…)" if model.settings.backbone == "auto" else ""
-        lines["backbone"] = f"{backbone.backbone}{why}, {total:,} parameters in {backbone.dtype}, peft {backbone.peft}"
+        why = f" (backbone=auto on {config['device']}; choose with --backbone=…)" if model.settings.backbone.name == "auto" else ""
+        lines["backbone"] = f"{backbone.name}{why}, {total:,} parameters in {backbone.dtype}, peft {backbone.peft}"
         if model.negatives:
             kind = kind_of_negatives(config["train_neg_sample_args"])
             lines["negatives"] = f"{model.negatives} to a target, {kind}, never of the user's training items"

@@ -19,7 +19,6 @@ import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recbole_sdpo import compat
-from recbole_sdpo.checkpoint import Checkpoint
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.catalogue import Catalogue, folded, read_items
 from recbole_sdpo.data.dataset import user_histories
@@ -27,7 +26,7 @@ from recbole_sdpo.data.prompts import Templates, Units, history_prompts
 from recbole_sdpo.data.serving import ServedDataset
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.interrupt import endings
-from recbole_sdpo.lm.backbone import load_backbone, restore_policy
+from recbole_sdpo.lm.backbone import load_backbone, resolved, restore_policy
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.ranking import TitleTree, score_top
 from recbole_sdpo.model.encoder import Encoder
@@ -35,6 +34,7 @@ from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.random import derive_seed
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.settings import MODEL
+from recbole_sdpo.trainer.checkpoint import Checkpoint
 
 
 class Recommender:
@@ -102,7 +102,7 @@ class Recommender:
         dataset.add_items(read_items(dataset, made.settings.title_fields).index)
         catalogue = Catalogue.from_dataset(dataset, made.settings.title_fields, made.settings.title_article_first)
         lm = load_backbone(
-            made.backbone_config(trust_remote_code).resolve(where),
+            resolved(made.chosen(trust_remote_code), where),
             where,
             lambda: _tokenizer(made.folder),
             lambda purpose: derive_seed(made.seed, purpose),

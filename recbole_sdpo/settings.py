@@ -1,15 +1,17 @@
-"""The plugin's own settings: each with a default, a type, a check and a line of explanation, all of them here.
+"""The plugin's own settings: each with a default, a type, a check, an explanation and its roles.
 
-``recbole-sdpo --settings`` prints them as a table. RecBole's settings (data, split, evaluation, seed) are RecBole's.
+``recbole-sdpo --settings`` prints them as a table. RecBole's settings (data, split, evaluation,
+seed) are RecBole's; those that have a role in what we do are listed here, too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from enum import Flag, auto
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.objectives import OBJECTIVES
@@ -18,7 +20,10 @@ from recbole_sdpo.values import shown
 MODEL = "SDPO-LLM"
 """The name under which RecBole knows the model."""
 
-NO_FULL_RANKING = "prompt_style='candidates' cannot rank the whole catalogue; use prompt_style='history', or a mode such as uni19."
+NO_FULL_RANKING = (
+    "prompt_style='candidates' cannot rank the whole catalogue; use prompt_style='history', "
+    "or a mode such as uni19."
+)
 
 LEAVE_ONE_OUT = {"LS": "valid_and_test"}
 """RecBole's split that leaves the last two targets of each user to validation and test."""
@@ -39,19 +44,18 @@ RECBOLE_KEYS = {
     "eta",
 }
 
-# Keys of RecBole's training loop that our stages do without: what they have in place of each is among their own settings.
-WITHOUT_EFFECT = {"epochs", "learning_rate", "weight_decay", "train_batch_size", "learner", "clip_grad_norm", "enable_amp", "enable_scaler"}
-
-OF_EVERY_MODEL = {
-    "title_fields",
-    "title_article_first",
-    "candidates_exclude_history",
-    "candidates_seed",
-    "more_candidates",
-    "max_eval_targets",
-    "popularity_discount",
+# Keys of RecBole's training loop that our stages do without: what they have in place of each is
+# among their own settings.
+WITHOUT_EFFECT = {
+    "epochs",
+    "learning_rate",
+    "weight_decay",
+    "train_batch_size",
+    "learner",
+    "clip_grad_norm",
+    "enable_amp",
+    "enable_scaler",
 }
-"""Settings of ours that count for the baselines, too: all meet the same targets and candidates."""
 
 # What RecBole's dictionaries may hold; it ignores anything else.
 PARTS = {
@@ -60,6 +64,41 @@ PARTS = {
 }
 
 
+class Role(Flag):
+    """What a setting is to a run.
+
+    One without a role counts for ``SDPO-LLM`` alone, in both stages: a run with another value is
+    another run, and none that had another value is resumed.
+    """
+
+    EVERY_MODEL = auto()
+    """It counts for the baselines, too: all meet the same targets and candidates."""
+    ALIGNMENT = auto()
+    """It counts in the second stage alone: alignments that differ in it begin from one SFT."""
+    IDLE = auto()
+    """It says where and how to run, and no result depends on it; of files the contents count."""
+    FREE = auto()
+    """A resumed run may have another value."""
+    FIXED = auto()
+    """A setting of RecBole's that a resumed run may not have otherwise; the others are free."""
+    POLICY = auto()
+    """A run loads policies only that were made with its own value; no weight shows it."""
+    ADAPTER = auto()
+    """The same, of policies that are an adapter."""
+    SERVED = auto()
+    """Whoever serves a checkpoint takes it from there."""
+    CALLER = auto()
+    """Whoever serves a checkpoint says it: where things are, and whom to trust."""
+    OF_THIS_RUN = auto()
+    """It says where a run begins and writes, which is nothing to those that load its data again."""
+    EXPERIMENT = auto()
+    """An experiment sets it for each of its runs."""
+    PATH = auto()
+    """It may name a file or a folder."""
+
+
+NONE = Role(0)
+
 LARGEST = 10**9
 """No number of ours may be larger; those that take memory have lower bounds."""
 
@@ -67,32 +106,44 @@ MODE = r"full|(uni|pop)[1-9][0-9]*"
 """Evaluation modes of RecBole that rank a target among items."""
 
 
-def _setting(default: Any, help: str, check: Callable[[Any], bool] = lambda value: True, valid: str = "") -> Any:
-    metadata = {"help": help, "check": check, "valid": valid}
+def _setting(
+    default: Any,
+    help: str,
+    roles: Role = NONE,
+    check: Callable[[Any], bool] = lambda value: True,
+    valid: str = "",
+    key: str = "",
+) -> Any:
+    """``key`` is its name in a configuration, if that is not the attribute's."""
+    metadata = {"help": help, "roles": roles, "check": check, "valid": valid, "key": key}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def _choice(default: str, help: str, *choices: str) -> Any:
-    return _setting(default, help, choices.__contains__, "one of " + ", ".join(choices))
+def _above(bound: float, default: Any, help: str, roles: Role = NONE) -> Any:
+    above = lambda value: value is None or value > bound  # noqa: E731
+    return _setting(default, help, roles, above, f"more than {bound}")
 
 
-def _above(bound: float, default: Any, help: str) -> Any:
-    return _setting(default, help, lambda value: value is None or value > bound, f"more than {bound}")
+def _at_least(bound: float, default: Any, help: str, roles: Role = NONE) -> Any:
+    at_least = lambda value: value is None or value >= bound  # noqa: E731
+    return _setting(default, help, roles, at_least, f"{bound} or more")
 
 
-def _at_least(bound: float, default: Any, help: str) -> Any:
-    return _setting(default, help, lambda value: value is None or value >= bound, f"{bound} or more")
-
-
-def _within(least: float, most: float, default: Any, help: str) -> Any:
+def _within(least: float, most: float, default: Any, help: str, roles: Role = NONE) -> Any:
     """For what takes memory, or goes into a number of 32 bits."""
-    return _setting(default, help, lambda value: value is None or least <= value <= most, f"{least} to {most}")
+    within = lambda value: value is None or least <= value <= most  # noqa: E731
+    return _setting(default, help, roles, within, f"{least} to {most}")
 
 
-def _share(default: float, help: str) -> Any:
-    return _setting(default, help, lambda value: 0 <= value < 1, "from 0 to below 1")
+def _share(default: float, help: str, roles: Role = NONE) -> Any:
+    return _setting(default, help, roles, lambda value: 0 <= value < 1, "from 0 to below 1")
+
+
+def _group(kind: type, prefix: str, roles: Role = NONE) -> Any:
+    """Settings of ``kind``, whose names in a configuration have ``prefix``; all have ``roles``."""
+    return field(default_factory=kind, metadata={"prefix": prefix, "roles": roles})
 
 
 TOKENS_PER_BATCH = 1024
@@ -101,32 +152,50 @@ TOKENS_PER_BATCH = 1024
 
 @dataclass(frozen=True)
 class StageSettings:
-    """Settings of one training stage; in a configuration their names begin with ``sft_`` or ``sdpo_``."""
+    """Settings of one training stage; in a configuration they have a prefix, such as ``sft_``."""
 
     epochs: int | None = _at_least(
-        0, None, "passes over the training targets at most (stopping_step may end it sooner), or null for what suits the backbone"
+        0,
+        None,
+        "passes over the training targets at most (stopping_step may end it sooner), or null for "
+        "what suits the backbone",
     )
-    learning_rate: float | None = _within(0, 1000, None, "peak learning rate of AdamW, or null for what suits the backbone")
-    schedule: str = _choice("cosine", "what the learning rate does after its warm-up", "cosine", "linear", "constant")
-    warmup: float = _share(0.05, "share of the stage's steps over which the learning rate rises to its peak")
+    learning_rate: float | None = _within(
+        0, 1000, None, "peak learning rate of AdamW, or null for what suits the backbone"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = _setting(
+        "cosine", "what the learning rate does after its warm-up"
+    )
+    warmup: float = _share(
+        0.05, "share of the stage's steps over which the learning rate rises to its peak"
+    )
     tokens_per_batch: int | None = _at_least(
-        1, None, "tokens in a batch over all processes, padding included, or null for what suits the device"
+        1,
+        None,
+        "tokens in a batch over all processes, padding included, or null for what suits the device",
     )
     gradient_accumulation: int = _at_least(1, 1, "batches to an optimizer step")
     targets_per_step: int | None = _at_least(
         1,
         None,
-        "training targets to an optimizer step, in as many batches as they need, or null for gradient_accumulation batches; a pretrained "
-        "backbone whose batches are not given, either, takes as many as suit it, the same on every device",
+        "training targets to an optimizer step, in as many batches as they need, or null for "
+        "gradient_accumulation batches; a pretrained backbone whose batches are not given, either, "
+        "takes as many as suit it, the same on every device",
     )
     clip_norm: float | None = _above(0, 1.0, "largest norm of the gradient, or null for no limit")
     weight_decay: float = _within(0, 1000, 0.01, "weight decay of AdamW")
     stopping_step: int | None = _at_least(
-        0, None, "evaluations without a better valid_metric before the stage ends, or null for RecBole's stopping_step"
+        0,
+        None,
+        "evaluations without a better valid_metric before the stage ends, or null for RecBole's "
+        "stopping_step",
     )
 
     def completed(self, suited: Mapping[str, Any]) -> StageSettings:
-        """With what is ``suited`` in place of null. Where batches make a step, as many as are given, no device has a say in them."""
+        """With what is ``suited`` in place of null.
+
+        Where batches make a step, as many as are given, no device has a say in them.
+        """
         given = {key: value for key, value in vars(self).items() if value is not None}
         if self.gradient_accumulation > 1:
             given = {"tokens_per_batch": TOKENS_PER_BATCH} | given
@@ -136,9 +205,11 @@ class StageSettings:
         return replace(self, **chosen)
 
 
-# For scratch tuned on the validation set of ml-100k, the second stage for S-DPO with 15 uniform negatives; for pretrained backbones, usual
-# values for LoRA. Where the size of a batch follows from the device, that of a step must not: alignment takes the 128 targets of the paper
-# on S-DPO, which with 15 negatives are 24,000 tokens of ml-100k; SFT twice as many, 6,000 tokens, for fewer leave a GPU idle.
+# For scratch tuned on the validation set of ml-100k, the second stage for S-DPO with 15 uniform
+# negatives; for pretrained backbones, usual values for LoRA. Where the size of a batch follows from
+# the device, that of a step must not: alignment takes the 128 targets of the paper on S-DPO, which
+# with 15 negatives are 24,000 tokens of ml-100k; SFT twice as many, 6,000 tokens, for fewer leave a
+# GPU idle.
 SUITED: dict[str, dict[str, dict[str, Any]]] = {
     "scratch": {
         "sft": {"epochs": 30, "learning_rate": 3e-3, "tokens_per_batch": TOKENS_PER_BATCH},
@@ -152,113 +223,221 @@ SUITED: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
+class BackboneSettings:
+    """What to load and what to train of it."""
+
+    name: str = _setting(
+        "auto",
+        "scratch, smollm2-135m, a folder, a Hugging Face id or a .gguf file; auto: smollm2-135m on "
+        "a GPU, else scratch",
+        Role.POLICY | Role.PATH | Role.CALLER,
+        bool,
+        "a name or path",
+        key="backbone",
+    )
+    trust_remote_code: bool = _setting(
+        False, "run code that comes with a backbone's files", Role.CALLER
+    )
+    cache_dir: str = _setting(
+        "~/.cache/recbole_sdpo",
+        "where converted GGUF files and the reference's log-probabilities are kept",
+        Role.IDLE | Role.FREE | Role.PATH | Role.CALLER,
+        bool,
+        "a folder",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "mixed"] = _setting(
+        "auto",
+        "of weights and arithmetic; mixed: float32 weights, bfloat16 arithmetic; auto: float32, "
+        "but of a pretrained backbone on a GPU that has bfloat16 bfloat16 under an adapter, and "
+        "mixed without one. An adapter's weights are always float32",
+    )
+    attention: Literal["auto", "sdpa", "eager", "flex_attention"] = _setting(
+        "auto",
+        "attention of transformers; auto: FlexAttention for long rows on a GPU, else sdpa",
+    )
+    quantization: Literal["none", "nf4"] = _setting(
+        "none",
+        "of a pretrained backbone's weights under the adapter; nf4: four bits, by bitsandbytes",
+        Role.ADAPTER,
+    )
+    compile: bool = _setting(
+        False,
+        "compile each layer of the backbone (torch.compile): fewer passes over memory, after a "
+        "minute or so",
+    )
+    gradient_checkpointing: bool = _setting(
+        False, "recompute activations in the backward pass to save memory"
+    )
+    peft: Literal["auto", "lora", "none"] = _setting(
+        "auto",
+        "train an adapter or all weights; auto: lora, but none for scratch",
+        Role.POLICY,
+    )
+    lora_rank: int = _within(1, 1024, 16, "rank of the adapter", Role.ADAPTER)
+    lora_alpha: float = _above(0, 32, "scale of the adapter, divided by its rank", Role.ADAPTER)
+    lora_dropout: float = _share(0.0, "dropout before the adapter")
+    lora_target_modules: str | list[str] = _setting(
+        "all-linear",
+        "modules to adapt, as in peft",
+        Role.ADAPTER,
+        bool,
+        "'all-linear' or a list of names",
+    )
+    lora_layers: list[int] | None = _setting(
+        None, "numbers of the layers to adapt, or null for all", Role.ADAPTER
+    )
+    scratch_hidden_size: int = _within(8, 8192, 64, "width of the scratch backbone")
+    scratch_layers: int = _within(1, 128, 2, "its layers")
+    scratch_heads: int = _within(1, 512, 2, "its attention heads")
+    scratch_vocab_size: int = _within(
+        258, 1_000_000, 12288, "tokens of the BPE from which its vocabulary is chosen"
+    )
+    scratch_dropout: float = _share(0.3, "its dropout, of embeddings, attention and layers")
+
+
+@dataclass(frozen=True)
 class Settings:
     """All settings of ``SDPO-LLM``."""
 
-    # Data and prompts; those in OF_EVERY_MODEL also count for the baselines.
+    # Data and prompts
     title_fields: list[str] = _setting(
         ["title"],
         "columns of the .item file that make a title; what follows the first goes in parentheses",
+        Role.EVERY_MODEL | Role.POLICY | Role.SERVED,
         bool,
         "a non-empty list",
     )
-    title_article_first: bool = _setting(True, "read 'Godfather, The' as 'The Godfather'")
-    candidates_exclude_history: bool = _setting(True, "keep items that the user has met out of the sampled candidates")
-    candidates_seed: int | None = _within(0, 2**32 - 1, None, "seed of the candidates, or null for RecBole's seed")
+    title_article_first: bool = _setting(
+        True,
+        "read 'Godfather, The' as 'The Godfather'",
+        Role.EVERY_MODEL | Role.POLICY | Role.SERVED,
+    )
+    candidates_exclude_history: bool = _setting(
+        True, "keep items that the user has met out of the sampled candidates", Role.EVERY_MODEL
+    )
+    candidates_seed: int | None = _within(
+        0, 2**32 - 1, None, "seed of the candidates, or null for RecBole's seed", Role.EVERY_MODEL
+    )
     more_candidates: list[str] = _setting(
         [],
-        "further evaluation modes, such as ['pop19']; each is tested with the weights that are best on its own validation set",
+        "further evaluation modes, such as ['pop19']; each is tested with the weights that are "
+        "best on its own validation set",
+        Role.EVERY_MODEL | Role.EXPERIMENT,
         lambda modes: all(re.fullmatch(MODE, mode) for mode in modes),
         "a list of full, uniN and popN, such as ['pop19']",
     )
     max_eval_targets: int | None = _at_least(
-        1, None, "validate and test on so many targets, drawn by the candidates' seed, or null for all"
+        1,
+        None,
+        "validate and test on so many targets, drawn by the candidates' seed, or null for all",
+        Role.EVERY_MODEL,
     )
     popularity_discount: float = _setting(
         0.0,
-        "how many times log popularity (users who met an item in training, plus 1) comes off the scores by which the last stage's "
-        "evaluations rank, all candidate sets alike; answers and recommendations are as they were",
+        "how many times log popularity (users who met an item in training, plus 1) comes off the "
+        "scores by which the last stage's evaluations rank, all candidate sets alike; answers and "
+        "recommendations are as they were",
+        Role.EVERY_MODEL,
         lambda times: 0 <= times <= 1000,  # float32 holds no more without loss
         "0 to 1000",
     )
-    prompt_style: str = _choice("history", "titles in order, or also the candidates in the text", "history", "candidates")
-    prompt_templates: str = _setting("items", "a domain of recbole_sdpo/properties/prompts, or a .yaml file of one's own", bool, "a name")
-    prompt_candidates: int = _within(2, 1000, 20, "candidates in the text of a training prompt (style 'candidates')")
-
-    # Backbone
-    backbone: str = _setting(
-        "auto",
-        "scratch, smollm2-135m, a folder, a Hugging Face id or a .gguf file; auto: smollm2-135m on a GPU, else scratch",
+    prompt_style: Literal["history", "candidates"] = _setting(
+        "history", "titles in order, or also the candidates in the text", Role.POLICY | Role.SERVED
+    )
+    prompt_templates: str = _setting(
+        "items",
+        "a domain of recbole_sdpo/properties/prompts, or a .yaml file of one's own",
+        Role.POLICY | Role.PATH,  # a checkpoint holds the prompt itself
         bool,
-        "a name or path",
+        "a name",
     )
-    trust_remote_code: bool = _setting(False, "run code that comes with a backbone's files")
-    cache_dir: str = _setting(
-        "~/.cache/recbole_sdpo", "where converted GGUF files and the reference's log-probabilities are kept", bool, "a folder"
+    prompt_candidates: int = _within(
+        2, 1000, 20, "candidates in the text of a training prompt (style 'candidates')"
     )
-    dtype: str = _choice(
-        "auto",
-        "of weights and arithmetic; mixed: float32 weights, bfloat16 arithmetic; auto: float32, but of a pretrained backbone on a GPU "
-        "that has bfloat16 bfloat16 under an adapter, and mixed without one. An adapter's weights are always float32",
-        "auto",
-        "float32",
-        "bfloat16",
-        "mixed",
-    )
-    attention: str = _choice(
-        "auto",
-        "attention of transformers; auto: FlexAttention for long rows on a GPU, else sdpa",
-        "auto",
-        "sdpa",
-        "eager",
-        "flex_attention",
-    )
-    quantization: str = _choice(
-        "none", "of a pretrained backbone's weights under the adapter; nf4: four bits, by bitsandbytes", "none", "nf4"
-    )
-    compile: bool = _setting(False, "compile each layer of the backbone (torch.compile): fewer passes over memory, after a minute or so")
-    gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass to save memory")
-    peft: str = _choice("auto", "train an adapter or all weights; auto: lora, but none for scratch", "auto", "lora", "none")
-    lora_rank: int = _within(1, 1024, 16, "rank of the adapter")
-    lora_alpha: float = _above(0, 32, "scale of the adapter, divided by its rank")
-    lora_dropout: float = _share(0.0, "dropout before the adapter")
-    lora_target_modules: str | list[str] = _setting("all-linear", "modules to adapt, as in peft", bool, "'all-linear' or a list of names")
-    lora_layers: list[int] | None = _setting(None, "numbers of the layers to adapt, or null for all")
-    scratch_hidden_size: int = _within(8, 8192, 64, "width of the scratch backbone")
-    scratch_layers: int = _within(1, 128, 2, "its layers")
-    scratch_heads: int = _within(1, 512, 2, "its attention heads")
-    scratch_vocab_size: int = _within(258, 1_000_000, 12288, "tokens of the BPE from which its vocabulary is chosen")
-    scratch_dropout: float = _share(0.3, "its dropout, of embeddings, attention and layers")
+
+    backbone: BackboneSettings = _group(BackboneSettings, "", Role.SERVED)
 
     # Answers, which the metrics ValidRatio and GenHit ask for
-    decoding: str = _choice("free", "greedy decoding of an answer: of any text, or only of the candidates' titles", "free", "constrained")
-    max_new_tokens: int | None = _within(1, 100_000, None, "tokens of a free answer at most, or null for those of the longest title")
+    decoding: Literal["free", "constrained"] = _setting(
+        "free", "greedy decoding of an answer: of any text, or only of the candidates' titles"
+    )
+    max_new_tokens: int | None = _within(
+        1,
+        100_000,
+        None,
+        "tokens of a free answer at most, or null for those of the longest title",
+    )
 
     # Training
-    objective: str = _choice("sdpo", "of the second stage; sft stops after the first", *OBJECTIVES)
-    beta: float = _setting(1.0, "scale of the rewards", lambda beta: 0 < beta <= 1000, "more than 0 and at most 1000")
-    fixed_negatives: bool = _setting(False, "let each target of the second stage keep its negatives and prompt over all epochs")
-    reference: str = _choice(
-        "auto",
-        "log-probabilities of the reference; cache keeps those of fixed negatives, auto does so where they are fixed",
-        "auto",
-        "compute",
-        "cache",
+    objective: str = _setting(
+        "sdpo",
+        "of the second stage; sft stops after the first",
+        Role.ALIGNMENT,
+        OBJECTIVES.__contains__,
+        "one of " + ", ".join(OBJECTIVES),
     )
-    full_sort: str = _choice(
-        "exact", "ranking the catalogue: score every title, or find the exact top k and bound the rest", "exact", "topk"
+    beta: float = _setting(
+        1.0,
+        "scale of the rewards",
+        Role.ALIGNMENT,
+        lambda beta: 0 < beta <= 1000,
+        "more than 0 and at most 1000",
     )
-    train_targets: str = _choice("all", "each item of a user's training sequence after the first, or only the last", "all", "last")
-    max_train_targets: int | None = _at_least(1, None, "targets to an epoch, drawn anew each epoch, or null for all")
-    sdpo_max_train_targets: int | None = _at_least(1, None, "the same for the second stage alone, or null for max_train_targets")
-    sft_checkpoint: str | None = _setting(None, "start at the second stage from this folder")
-    resume: str | None = _setting(None, "folder of an interrupted run to go on with, under the settings that it had")
-    save_minutes: float = _at_least(0, 10.0, "minutes between two savings of the state that resume needs; also after each epoch")
-    run_dir: str | None = _setting(None, "folder of the run, or null for <checkpoint_dir>/<model>-<dataset>-<time>")
-    eval_tokens_per_batch: int | None = _at_least(1, None, "tokens in a batch when scoring, or null for what suits the device")
+    fixed_negatives: bool = _setting(
+        False,
+        "let each target of the second stage keep its negatives and prompt over all epochs",
+        Role.ALIGNMENT,
+    )
+    reference: Literal["auto", "compute", "cache"] = _setting(
+        "auto",
+        "log-probabilities of the reference; cache keeps those of fixed negatives, auto does so "
+        "where they are fixed",
+        Role.ALIGNMENT | Role.FREE,
+    )
+    full_sort: Literal["exact", "topk"] = _setting(
+        "exact",
+        "ranking the catalogue: score every title, or find the exact top k and bound the rest",
+        Role.FREE,
+    )
+    train_targets: Literal["all", "last"] = _setting(
+        "all", "each item of a user's training sequence after the first, or only the last"
+    )
+    max_train_targets: int | None = _at_least(
+        1, None, "targets to an epoch, drawn anew each epoch, or null for all"
+    )
+    sdpo_max_train_targets: int | None = _at_least(
+        1,
+        None,
+        "the same for the second stage alone, or null for max_train_targets",
+        Role.ALIGNMENT,
+    )
+    sft_checkpoint: str | None = _setting(
+        None,
+        "start at the second stage from this folder",
+        Role.IDLE | Role.OF_THIS_RUN | Role.PATH,
+    )
+    resume: str | None = _setting(
+        None,
+        "folder of an interrupted run to go on with, under the settings that it had",
+        Role.IDLE | Role.FREE | Role.OF_THIS_RUN | Role.EXPERIMENT | Role.PATH,
+    )
+    save_minutes: float = _at_least(
+        0,
+        10.0,
+        "minutes between two savings of the state that resume needs; also after each epoch",
+        Role.IDLE | Role.FREE,
+    )
+    run_dir: str | None = _setting(
+        None,
+        "folder of the run, or null for <checkpoint_dir>/<model>-<dataset>-<time>",
+        Role.IDLE | Role.FREE | Role.OF_THIS_RUN | Role.EXPERIMENT | Role.PATH,
+    )
+    eval_tokens_per_batch: int | None = _at_least(
+        1, None, "tokens in a batch when scoring, or null for what suits the device", Role.FREE
+    )
 
-    sft: StageSettings = field(default_factory=StageSettings)
-    sdpo: StageSettings = field(default_factory=StageSettings)
+    sft: StageSettings = _group(StageSettings, "sft_")
+    sdpo: StageSettings = _group(StageSettings, "sdpo_", Role.ALIGNMENT)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
@@ -267,33 +446,38 @@ class Settings:
         Raises:
             UserError: a value is of the wrong type or out of range.
         """
-        defaults = cls()
-        own = _read(cls, values, "", defaults)
-        stages = {name: StageSettings(**_read(StageSettings, values, f"{name}_", getattr(defaults, name))) for name in ("sft", "sdpo")}
-        width, unit = own["scratch_hidden_size"], 2 * own["scratch_heads"]
+        read: dict[str, dict[str, Any]] = {}
+        for key, setting in SETTINGS.items():
+            value = setting.read(values.get(key, setting.default))
+            read.setdefault(setting.group, {})[setting.name] = value
+        own, backbone = read.pop(""), read["backbone"]
+        width, unit = backbone["scratch_hidden_size"], 2 * backbone["scratch_heads"]
         if width % unit:
             raise UserError(
-                f"scratch_hidden_size={width} must be a multiple of twice scratch_heads={unit // 2}, "
-                f"such as {max(unit, width - width % unit)}."
+                f"scratch_hidden_size={width} must be a multiple of twice "
+                f"scratch_heads={unit // 2}, such as {max(unit, width - width % unit)}."
             )
-        return cls(**own, **stages)
+        return cls(**own, **{name: GROUPS[name](**group) for name, group in read.items()})
 
     def suited_to(self, backbone: str) -> Settings:
-        """With epochs, learning rates and sizes of batches or steps that suit ``backbone`` in place of null."""
+        """With epochs, learning rates and sizes that suit ``backbone`` in place of null."""
         suited = SUITED["scratch" if backbone == "scratch" else "pretrained"]
-        return replace(self, **{stage: getattr(self, stage).completed(suited[stage]) for stage in suited})
+        stages = {stage: getattr(self, stage).completed(suited[stage]) for stage in suited}
+        return replace(self, **stages)
 
     def suited_to_device(self, training: int, scoring: int) -> Settings:
         """With so many tokens to a batch in place of null."""
-        stages = {stage: getattr(self, stage).completed({"tokens_per_batch": training}) for stage in ("sft", "sdpo")}
-        return replace(self, **stages, eval_tokens_per_batch=self.eval_tokens_per_batch or scoring)
+        suited = {"tokens_per_batch": training}
+        return replace(
+            self,
+            sft=self.sft.completed(suited),
+            sdpo=self.sdpo.completed(suited),
+            eval_tokens_per_batch=self.eval_tokens_per_batch or scoring,
+        )
 
     def to_flat(self) -> dict[str, Any]:
         """All settings under the names that a configuration uses."""
-        flat = {f.name: getattr(self, f.name) for f in _own_fields(type(self))}
-        for stage in ("sft", "sdpo"):
-            flat |= {f"{stage}_{f.name}": getattr(getattr(self, stage), f.name) for f in fields(StageSettings)}
-        return flat
+        return {key: setting.of(self) for key, setting in SETTINGS.items()}
 
     @property
     def reaches_alignment(self) -> bool:
@@ -310,74 +494,175 @@ class Settings:
         return (self.sdpo_max_train_targets if stage == "sdpo" else None) or self.max_train_targets
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A setting as it is declared.
+
+    Attributes:
+        key: its name in a configuration.
+        group, name: the attribute of :class:`Settings` that has it, or "", and its name there.
+        kinds: the types that its value may be of.
+        choices: the words that it is one of, or none if it is no such setting.
+        valid: what its value must be, beside of one of these types, in words; or "".
+        check: is a value so?
+    """
+
+    key: str
+    group: str
+    name: str
+    default: Any
+    kinds: tuple[Any, ...]
+    choices: tuple[str, ...]
+    help: str
+    valid: str
+    check: Callable[[Any], bool]
+    roles: Role
+
+    def of(self, settings: Settings) -> Any:
+        """Its value there."""
+        return getattr(getattr(settings, self.group) if self.group else settings, self.name)
+
+    def read(self, value: Any) -> Any:
+        """``value`` in the form that we keep it in.
+
+        Raises:
+            UserError: it is of the wrong type or out of range.
+        """
+        if self.key == "title_fields" and isinstance(value, str):
+            value = [value]
+        if isinstance(value, list | tuple):
+            value = list(value)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if float in self.kinds and whole and abs(value) <= LARGEST:
+            value = float(value)
+        given = f"{self.key}={shown(value)}"
+        if not any(_is_a(value, kind) for kind in self.kinds):
+            kinds = " or ".join(map(_kind_name, self.kinds))
+            raise UserError(f"{given} must be {kinds}; the default is {self.default!r}.")
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str) and not item.strip():
+                raise UserError(
+                    f"{self.key}={value!r} must not be blank; leave it out for the default, "
+                    f"{self.default!r}."
+                )
+            if isinstance(item, int | float) and not abs(item) <= LARGEST:
+                raise UserError(f"{given} must be a finite number, {LARGEST:,} at most.")
+        if not self.check(value):
+            raise UserError(f"{given} must be {self.valid}.")
+        return value
+
+
+def _declared(
+    cls: type, group: str = "", prefix: str = "", roles: Role = NONE
+) -> Iterator[Setting]:
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        about, hint = f.metadata, hints[f.name]
+        if "prefix" in about:
+            yield from _declared(hint, f.name, about["prefix"], about["roles"])
+            continue
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        kinds = (str,) if choices else get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        yield Setting(
+            prefix + (about["key"] or f.name),
+            group,
+            f.name,
+            f.default if f.default_factory is MISSING else f.default_factory(),
+            kinds,
+            choices,
+            about["help"],
+            "one of " + ", ".join(choices) if choices else about["valid"],
+            choices.__contains__ if choices else about["check"],
+            about["roles"] | roles,
+        )
+
+
+SETTINGS = {setting.key: setting for setting in _declared(Settings)}
+"""Every setting of ours, by its name in a configuration."""
+
+GROUPS = {f.name: f.default_factory for f in fields(Settings) if "prefix" in f.metadata}
+"""What makes each attribute of :class:`Settings` that is a group of settings."""
+
+RECBOLE_ROLES = {
+    "MAX_ITEM_LIST_LENGTH": Role.FIXED,
+    "checkpoint_dir": Role.IDLE | Role.OF_THIS_RUN | Role.PATH,
+    "config_files": Role.IDLE | Role.OF_THIS_RUN,
+    "data_path": Role.IDLE | Role.PATH,
+    "dataset": Role.FIXED | Role.OF_THIS_RUN,
+    "eval_args": Role.FIXED,
+    "eval_step": Role.FIXED,
+    "gpu_id": Role.IDLE | Role.OF_THIS_RUN,
+    "log_wandb": Role.IDLE,
+    "pre_model_path": Role.PATH,
+    "saved": Role.IDLE,
+    "seed": Role.FIXED | Role.EXPERIMENT,
+    "show_progress": Role.IDLE | Role.OF_THIS_RUN,
+    "state": Role.IDLE | Role.OF_THIS_RUN,
+    "stopping_step": Role.FIXED,
+    "train_neg_sample_args": Role.FIXED | Role.ALIGNMENT,
+    "valid_metric": Role.FIXED,
+    "verbose": Role.IDLE,
+    "wandb_project": Role.IDLE,
+}
+"""RecBole's settings that have a role in what we do."""
+
+
 def names() -> list[str]:
     """Every key of ours."""
-    return list(Settings().to_flat())
+    return list(SETTINGS)
+
+
+def having(role: Role) -> frozenset[str]:
+    """The keys, of ours and of RecBole's, that have ``role``."""
+    roles = {key: setting.roles for key, setting in SETTINGS.items()} | RECBOLE_ROLES
+    return frozenset(key for key, own in roles.items() if role in own)
 
 
 def merged_parts(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of the settings that have parts, those that both give: who gives one part means to keep the others."""
-    both = [key for key in PARTS if isinstance(lower.get(key), dict) and isinstance(upper.get(key), dict)]
+    """Of the settings that have parts, those that both give.
+
+    Who gives one part means to keep the others.
+    """
+    both = [
+        key
+        for key in PARTS
+        if isinstance(lower.get(key), dict) and isinstance(upper.get(key), dict)
+    ]
     return {key: lower[key] | upper[key] for key in both}
 
 
 def kind_of_negatives(args: Mapping[str, Any]) -> str:
-    """The sampler that ``train_neg_sample_args`` asks for, in a word: "none", "uniform", "popularity" or "popularity^2"."""
+    """The sampler that ``train_neg_sample_args`` asks for, in a word.
+
+    Such as "none", "uniform", "popularity" or "popularity^2".
+    """
     kind = args["distribution"]
     return f"{kind}^{args['alpha']:g}" if kind == "popularity" and args["alpha"] != 1 else kind
-
-
-def _own_fields(cls: type) -> list[Field]:
-    return [f for f in fields(cls) if f.metadata]
-
-
-def _read(cls: type, values: Mapping[str, Any], prefix: str, defaults: Any) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    read = {}
-    for f in _own_fields(cls):
-        name = prefix + f.name
-        value = values[name] if name in values else getattr(defaults, f.name)
-        if f.name == "title_fields" and isinstance(value, str):
-            value = [value]
-        if isinstance(value, tuple):
-            value = list(value)
-        if float in _kinds(hints[f.name]) and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST:
-            value = float(value)
-        if not any(_is_a(value, kind) for kind in _kinds(hints[f.name])):
-            raise UserError(f"{name}={shown(value)} must be {_type_name(hints[f.name])}; the default is {getattr(defaults, f.name)!r}.")
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, str) and not item.strip():
-                raise UserError(f"{name}={value!r} must not be blank; leave it out for the default, {getattr(defaults, f.name)!r}.")
-            if isinstance(item, int | float) and not abs(item) <= LARGEST:
-                raise UserError(f"{name}={shown(value)} must be a finite number, {LARGEST:,} at most.")
-        if not f.metadata["check"](value):
-            raise UserError(f"{name}={shown(value)} must be {f.metadata['valid']}.")
-        read[f.name] = value
-    return read
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
 
 
 def _is_a(value: Any, kind: Any) -> bool:
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))  # Python's bool is an int
+    # Python's bool is an int.
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _type_name(hint: Any) -> str:
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    return " or ".join(words.get(kind) or f"a list of {words[get_args(kind)[0]]} values" for kind in _kinds(hint))
+def _kind_name(kind: Any) -> str:
+    words = {
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        type(None): "null",
+    }
+    return words.get(kind) or f"a list of {words[get_args(kind)[0]]} values"
 
 
 def table() -> str:
     """The settings as a Markdown table."""
-    defaults = Settings()
     rows = ["| setting | default | meaning |", "|---|---|---|"]
-    for prefix, owner in (("", defaults), ("sft_", defaults.sft), ("sdpo_", defaults.sdpo)):
-        for f in _own_fields(type(owner)):
-            value = getattr(owner, f.name)
-            valid = f" ({f.metadata['valid']})" if f.metadata["valid"] else ""
-            rows.append(f"| `{prefix}{f.name}` | `{'null' if value is None else value}` | {f.metadata['help']}{valid} |")
+    for key, setting in SETTINGS.items():
+        default = "null" if setting.default is None else setting.default
+        valid = f" ({setting.valid})" if setting.valid else ""
+        rows.append(f"| `{key}` | `{default}` | {setting.help}{valid} |")
     return "\n".join(rows)

@@ -11,6 +11,7 @@ from recbole_sdpo import checks, quick_start
 from recbole_sdpo.checks import DATASET, PROPERTIES, RECBOLE, check_folders, check_given, check_memory, model_rule, properties
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.settings import Role, having
 from recbole_sdpo.values import Loader
 from tests.test_values import CODE, DATA
 
@@ -205,7 +206,7 @@ def test_mixed_precision_of_recbole_is_for_a_gpu(ring):
     RunConfig("SDPO-LLM", "toy", config_dict=ring | {"enable_amp": True})
 
 
-@pytest.mark.parametrize("key", sorted(checks.PATHS))
+@pytest.mark.parametrize("key", sorted(having(Role.PATH)))
 @pytest.mark.parametrize("value", ["x" * 256, "é" * 130, "/".join(["x" * 200] * 25)])
 def test_a_path_that_no_file_system_takes_is_refused_by_its_setting(ring, key, value):
     with pytest.raises(UserError, match=f"{key}='.*must have names of 255 bytes at most"):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from recbole_sdpo import compat, quick_start
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.result import read_result
-from recbole_sdpo.trainer import folder, sdpo_trainer, state
+from recbole_sdpo.trainer import checkpoint, folder, sdpo_trainer, state
 from recbole_sdpo.trainer.stage import Stage
 from recbole_sdpo.trainer.steps import StepFile
 
@@ -159,7 +159,7 @@ def whole(tmp_path_factory):
 
 PLACES = {
     "between sdpo's checkpoint and its state": (sdpo_trainer, "save_state", 7),
-    "while a checkpoint is written": (sdpo_trainer, "seal", 1),
+    "while a checkpoint is written": (checkpoint, "seal", 1),
     "at a step of sft": (Stage, "_step", 1),
     "before the test of sft": (quick_start, "_test", 0),
     "before the last test": (quick_start, "_test", 1),

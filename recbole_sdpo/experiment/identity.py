@@ -6,27 +6,9 @@ import hashlib
 import json
 
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.inputs import Inputs, backbone_config
-from recbole_sdpo.settings import MODEL, OF_EVERY_MODEL, names
-
-# Settings that say where and how to run, not what comes out; of files the contents count, and not where they lie.
-WITHOUT_INFLUENCE = {
-    "cache_dir",
-    "checkpoint_dir",
-    "config_files",
-    "data_path",
-    "gpu_id",
-    "log_wandb",
-    "resume",
-    "run_dir",
-    "save_minutes",
-    "saved",
-    "sft_checkpoint",
-    "show_progress",
-    "state",
-    "verbose",
-    "wandb_project",
-}
+from recbole_sdpo.inputs import Inputs
+from recbole_sdpo.lm.backbone import resolved
+from recbole_sdpo.settings import MODEL, Role, having, names
 
 
 def identity(config: RunConfig, inputs: Inputs, begun_from: str | None) -> str:
@@ -34,14 +16,15 @@ def identity(config: RunConfig, inputs: Inputs, begun_from: str | None) -> str:
 
     Args:
         inputs: what it reads; of files the contents count, and not where they lie.
-        begun_from: the identity of the run whose SFT checkpoint it begins from, which counts in place of that file.
+        begun_from: the identity of the run whose SFT checkpoint it begins from, which counts in
+            place of that file.
     """
     ours, own = config["model"] == MODEL, config.settings
     if ours:
-        own = own.suited_to(backbone_config(config).backbone)
+        own = own.suited_to(resolved(own.backbone, config["device"]).name)
     settings = config.final_config_dict | own.to_flat()
-    # RecBole's loaders draw a baseline's negatives in their worker processes; ours are drawn before.
-    idle = WITHOUT_INFLUENCE | ({"worker"} if ours else set(names()) - OF_EVERY_MODEL)
+    # RecBole's loaders draw a baseline's negatives in their worker processes; ours come before.
+    idle = having(Role.IDLE) | ({"worker"} if ours else set(names()) - having(Role.EVERY_MODEL))
     parts = {
         "model": config["model"],
         "settings": {key: str(value) for key, value in sorted(settings.items()) if key not in idle},

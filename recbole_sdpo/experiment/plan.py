@@ -25,7 +25,7 @@ from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.registry import default_settings
-from recbole_sdpo.settings import LEAVE_ONE_OUT, MODE, MODEL, PARTS, merged_parts
+from recbole_sdpo.settings import LEAVE_ONE_OUT, MODE, MODEL, PARTS, Role, having, merged_parts
 from recbole_sdpo.values import check_values, read_yaml, shown
 
 Settings = dict[str, Any]
@@ -35,9 +35,6 @@ LONGEST_NAME = 200
 
 ENDS_A_LINE = {"Cc", "Cs", "Zl", "Zp"}
 """Categories of Unicode that no line of text holds."""
-
-IN_THE_FILE = {"seed", "more_candidates", "run_dir", "resume"}
-"""Settings that an experiment makes itself."""
 
 
 @dataclass(frozen=True)
@@ -287,8 +284,9 @@ def _check_metrics(experiment: Experiment, settings: Settings) -> None:
 
 def _of_sft(settings: Settings, prompt_style: str) -> Settings:
     """``settings`` without those that count in the second stage alone."""
-    second = {"objective", "beta", "fixed_negatives", "reference", *(set() if prompt_style == "candidates" else {"train_neg_sample_args"})}
-    return {key: value for key, value in settings.items() if key not in second and not key.startswith("sdpo_")} | {"objective": "sft"}
+    in_text = {"train_neg_sample_args"} if prompt_style == "candidates" else set()
+    second = having(Role.ALIGNMENT) - in_text
+    return {key: settings[key] for key in settings if key not in second} | {"objective": "sft"}
 
 
 def _read(file: Path, depth: int = 0, asked_by: Path | None = None) -> Settings:
@@ -350,7 +348,8 @@ def _check_settings(where: str, settings: Settings) -> None:
     for key, value in settings.items():
         if not isinstance(key, str):
             raise UserError(f"{where}: the key {shown(key)} must be text.")
-        if key in IN_THE_FILE or (key == "eval_args" and isinstance(value, dict) and "mode" in value):
+        modes = key == "eval_args" and isinstance(value, dict) and "mode" in value
+        if modes or key in having(Role.EXPERIMENT):
             raise UserError(
                 f"{where}: {key}={shown(value)} is the experiment's; give seeds and candidates at the top of its file."
             )

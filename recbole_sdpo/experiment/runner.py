@@ -24,11 +24,10 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.plan import Run
 from recbole_sdpo.experiment.worker import LIFELINE
 from recbole_sdpo.files import check_seal, write_text
-from recbole_sdpo.inputs import FILE as INPUTS_FILE
-from recbole_sdpo.inputs import Inputs, digest
+from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.interrupt import add_note
 from recbole_sdpo.result import RESULT_FILE, read_result
-from recbole_sdpo.trainer.state import FOLDER, read_state
+from recbole_sdpo.trainer.state import broken_part, holds_state
 
 POLL, REMIND = 0.5, 60.0
 """Seconds between two tries for a lock, and between two lines that say what is waited for."""
@@ -205,7 +204,7 @@ class Runner:
 
     def _run_locked(self, run: Run, lock: IO) -> Failure | None:
         folder, again, log = self.folder(run), [], self._log(run)
-        if (folder / FOLDER / "state.json").is_file() and not (folder / RESULT_FILE).exists():
+        if holds_state(folder) and not (folder / RESULT_FILE).exists():
             fault = _fault_of_state(run, folder)
             if fault:
                 self._say(f"{run.name}, seed {run.seed} begins anew: {fault}")
@@ -215,7 +214,9 @@ class Runner:
             shutil.rmtree(folder)  # its result does not count, or there is no state to go on from
         file = self.store / f"{run.identity}.yaml"
         settings = run.settings | {"run_dir": str(folder), "checkpoint_dir": str(folder)}
-        trust = ["--trust_remote_code=True"] if settings.pop("trust_remote_code", False) else []  # no file can say so
+        trust = (
+            ["--trust_remote_code=True"] if settings.pop("trust_remote_code", False) else []
+        )  # no file can say so
         if run.start:
             settings["sft_checkpoint"] = str(self.folder(run.start) / "sft")
         write_text(file, yaml.safe_dump(settings))
@@ -286,14 +287,12 @@ def _of_start(run: Run) -> str:
 
 def _fault_of_state(run: Run, folder: Path) -> str | None:
     """Why the run in ``folder`` cannot go on from its state, if it cannot."""
+    if broken := broken_part(folder):
+        return f"{broken} is missing or damaged."
     try:
-        state = read_state(folder)
-        tensors = folder / FOLDER / state["tensors"]
-        if not tensors.is_file() or state["sha256_of_tensors"] != digest(tensors):
-            return f"{tensors} is missing or damaged."
         changed = run.inputs and run.inputs.changed_since(folder, but_for=_of_start(run))
-    except (UserError, ValueError, KeyError) as error:
-        return f"{folder / FOLDER} or {INPUTS_FILE} beside it is damaged ({error})."
+    except UserError as error:
+        return str(error)
     return f"it began with another {changed}." if changed else None
 
 

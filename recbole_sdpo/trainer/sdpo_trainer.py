@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
-from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import recbole
 import torch
 from accelerate import Accelerator
 from recbole.config import Config
@@ -21,55 +17,26 @@ from recbole.trainer import Trainer
 from recbole.utils import calculate_valid_score, dict2str, set_color
 
 from recbole_sdpo.data.candidates import freeze, samples_candidates
-from recbole_sdpo.data.sequences import training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.evaluator.selection import restore, snapshot
-from recbole_sdpo.files import SUMS, check_seal, read_json, seal, user_path, whole_folder, write_text
-from recbole_sdpo.lm.backbone import restore_policy, save_backbone
+from recbole_sdpo.files import user_path
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.sdpo_llm import TARGET_ROW
 from recbole_sdpo.objectives import OBJECTIVES
-from recbole_sdpo.settings import Settings, kind_of_negatives
+from recbole_sdpo.settings import kind_of_negatives
+from recbole_sdpo.trainer.checkpoint import load_checkpoint, save_checkpoint, sft_folder
 from recbole_sdpo.trainer.folder import STAGES, run_folder
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.stage import Stage
-from recbole_sdpo.trainer.state import holds_state, load_state, read_state, save_state
-from recbole_sdpo.trainer.steps import StepFile
-
-# What makes a run what it is, beside our own settings; and what of those a resumed run may change.
-RECBOLE_IDENTITY = (
-    "dataset",
-    "seed",
-    "eval_args",
-    "train_neg_sample_args",
-    "MAX_ITEM_LIST_LENGTH",
-    "valid_metric",
-    "eval_step",
-    "stopping_step",
+from recbole_sdpo.trainer.state import (
+    holds_state,
+    load_state,
+    read_state_of,
+    resume_identity,
+    save_state,
 )
-FREE_TO_CHANGE = {"resume", "run_dir", "save_minutes", "eval_tokens_per_batch", "cache_dir", "reference", "full_sort"}
-
-POLICY_FILE, DATA_FILE = "settings.json", "data.json"
-"""Beside the weights of a checkpoint: how its policy was made, and the settings under which its data were loaded."""
-
-# Settings that say where this run begins and writes.
-OF_THIS_RUN = {
-    "run_dir",
-    "resume",
-    "sft_checkpoint",
-    "checkpoint_dir",
-    "gpu_id",
-    "device",
-    "state",
-    "show_progress",
-    "dataset",
-    "config_files",
-}
-
-# What a policy must share with a checkpoint that it is loaded from, beside its tokenizer and the shapes of its weights.
-POLICY = ("backbone", "peft", "prompt_style", "prompt_templates", "title_fields", "title_article_first")
-ADAPTER = ("quantization", "lora_rank", "lora_alpha", "lora_target_modules", "lora_layers")
+from recbole_sdpo.trainer.steps import StepFile
 
 
 @dataclass
@@ -157,8 +124,7 @@ class SDPOTrainer(Trainer):
         if main and resumed.get("steps") and self._step_file is None:
             self._step_file = StepFile(self.run_dir, resumed["steps"])
         if name in resumed.get("reports", {}):
-            self._check_whole(checkpoint)
-            restore_policy(self.model.lm, checkpoint)
+            load_checkpoint(checkpoint, self.model)
             self.reports[name] = StageReport(**resumed["reports"][name])
             self._log(f"{name}: already done in {self.run_dir}.", verbose)
             return self.reports[name]
@@ -169,8 +135,7 @@ class SDPOTrainer(Trainer):
         best, improved = snapshot(self.model), False
         if resumed.get("stage") == name:
             if resumed["improved"]:
-                self._check_whole(checkpoint)
-                restore_policy(self.model.lm, checkpoint)
+                load_checkpoint(checkpoint, self.model)
                 best, improved = snapshot(self.model), True
             load_state(self.run_dir, stage)
             self.best_valid_score, self.best_valid_result, self.cur_step = resumed["best"]
@@ -232,9 +197,8 @@ class SDPOTrainer(Trainer):
         """The stage before its first step: policy and reference in place, examples and optimizer built."""
         settings, stage_settings = self.model.settings, getattr(self.model.settings, name)
         if name == "sft" and settings.sft_checkpoint:
-            folder = user_path(settings.sft_checkpoint)
             try:
-                self._load_policy(folder / "sft" if (folder / "sft").is_dir() else folder)
+                load_checkpoint(sft_folder(user_path(settings.sft_checkpoint)), self.model)
             except UserError as error:
                 raise UserError(f"sft_checkpoint={settings.sft_checkpoint!r}: {error}") from error
             stage_settings = replace(stage_settings, epochs=0)
@@ -272,11 +236,14 @@ class SDPOTrainer(Trainer):
         return 1
 
     def _reference_folder(self) -> Path:
-        folder = user_path(self.model.settings.cache_dir) / "reference"
+        cache_dir = self.model.settings.backbone.cache_dir
+        folder = user_path(cache_dir) / "reference"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cache_dir={self.model.settings.cache_dir!r} cannot hold files ({error}); give another folder.") from error
+            raise UserError(
+                f"cache_dir={cache_dir!r} cannot hold files ({error}); give another folder."
+            ) from error
         return folder
 
     def _start_score(self, stage: Stage, valid_data: AbstractDataLoader | None, show_progress: bool) -> None:
@@ -302,12 +269,7 @@ class SDPOTrainer(Trainer):
         save_state(self.run_dir, stage, rest)
 
     def _identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the interrupted one, as JSON has it."""
-        sequences = training_sequences(self._parts[0])
-        data = hashlib.sha256(b"".join(part.tobytes() for part in (sequences.items.values, sequences.items.lengths, sequences.user)))
-        here = {"training data": data.hexdigest(), "processes": self.accelerator.num_processes}
-        flat = {key: self.config[key] for key in RECBOLE_IDENTITY} | self.model.settings.to_flat() | here
-        return json.loads(json.dumps({key: value for key, value in flat.items() if key not in FREE_TO_CHANGE}))
+        return resume_identity(self.model, self._parts[0], self.accelerator.num_processes)
 
     def _resumed(self) -> dict[str, Any]:
         """The state of the run to resume, or nothing.
@@ -315,14 +277,9 @@ class SDPOTrainer(Trainer):
         Raises:
             UserError: it had other settings, or is damaged.
         """
-        if not self.model.settings.resume or not holds_state(self.run_dir):  # it died before there was one
-            return {}
-        state, now = read_state(self.run_dir), self._identity()
-        had = Settings().to_flat() | state["settings"]  # a setting that is younger than the state had its default
-        other = [f"{key}={had.get(key)!r} (now {value!r})" for key, value in now.items() if had.get(key) != value]
-        if other:
-            raise UserError(f"resume={str(self.run_dir)!r}: that run had {', '.join(other)}; give each as it was.")
-        return state
+        if not self.model.settings.resume or not holds_state(self.run_dir):
+            return {}  # it died before there was one
+        return read_state_of(self.run_dir, self._identity())
 
     def validated(self, stage: str) -> bool:
         """Had the run to resume trained in ``stage``, and validated?"""
@@ -342,7 +299,7 @@ class SDPOTrainer(Trainer):
         if not eval_data:
             return None
         if model_file is not None:
-            self._load_policy(Path(model_file))
+            load_checkpoint(Path(model_file), self.model)
         self._freeze(eval_data)
         return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
 
@@ -358,45 +315,7 @@ class SDPOTrainer(Trainer):
 
     def resume_checkpoint(self, resume_file: str) -> None:
         """Load a policy that a run saved, from its folder ``sft`` or ``sdpo``; the setting ``resume`` continues a run."""
-        self._load_policy(Path(resume_file))
-
-    def _policy_identity(self) -> dict[str, Any]:
-        """What a checkpoint's policy was made with, as JSON has it."""
-        flat, backbone = self.model.settings.to_flat(), self.model.backbone
-        identity = {key: flat[key] for key in POLICY} | {"backbone": backbone.backbone, "peft": backbone.peft}
-        if backbone.peft == "lora":
-            identity |= {key: flat[key] for key in ADAPTER}
-            if backbone.backbone == "scratch":
-                identity["seed"] = self.config["seed"]  # of the random weights under the adapter
-        return json.loads(json.dumps(identity))
-
-    def _load_policy(self, folder: Path) -> None:
-        """Load a checkpoint, if its policy was made as this one.
-
-        Raises:
-            UserError: it was made otherwise, is damaged, or is none.
-        """
-        self._check_whole(folder)
-        made = read_json(folder / POLICY_FILE) if (folder / POLICY_FILE).is_file() else {}
-        for key, value in self._policy_identity().items():
-            if made.get(key, value) != value:
-                raise UserError(
-                    f"checkpoint {str(folder)!r} was made with {key}={made[key]!r}, and this run has {value!r}; "
-                    "use the settings it was made with."
-                )
-        restore_policy(self.model.lm, folder)
-
-    @staticmethod
-    def _check_whole(folder: Path) -> None:
-        """No run need have written ``folder``; where one has, all of it must be as it was, if it is not older than seals.
-
-        Raises:
-            UserError: it is not.
-        """
-        if (folder / SUMS).is_file():
-            check_seal(folder)
-        elif (folder / POLICY_FILE).is_file():
-            getLogger().warning(f"checkpoint {str(folder)!r} has no {SUMS}, as older ones have none: whether it is damaged is not known.")
+        load_checkpoint(Path(resume_file), self.model)
 
     def prepare(self, train_data: AbstractDataLoader, *eval_data: AbstractDataLoader | None) -> None:
         """Check what could fail late, and freeze the candidates of the given loaders, in the order of the split.
@@ -431,22 +350,7 @@ class SDPOTrainer(Trainer):
 
     def _save(self, stage: str, saved: bool) -> None:
         if saved and self.accelerator.is_main_process:
-            made = self.model.settings.to_flat() | self._policy_identity()
-            made["header"] = self.model.units.pieces[0]  # of a template file that may be elsewhere, or another one, later
-            with whole_folder(self.run_dir / stage) as folder:
-                save_backbone(self.model.lm, folder)
-                write_text(folder / POLICY_FILE, json.dumps(made, indent=2))
-                write_text(folder / DATA_FILE, json.dumps(self._data(), indent=2))
-                seal(folder)
-
-    def _data(self) -> dict[str, Any]:
-        """What it takes to load the data again, wherever that is done."""
-        given = {key: value for key, value in self.config.external_config_dict.items() if key not in OF_THIS_RUN}
-        data, backbone = Path(self.config["data_path"]).resolve(), user_path(self.model.backbone.backbone)
-        if Path(recbole.__path__[0]).resolve() not in data.parents:
-            given["data_path"] = str(data.parent)
-        name = str(backbone.resolve()) if backbone.exists() else self.model.backbone.backbone
-        return {"dataset": self.config["dataset"], "backbone": name, "settings": json.loads(json.dumps(given, default=str))}
+            save_checkpoint(self.run_dir / stage, self.model)
 
     def _log(self, message: str, verbose: bool) -> None:
         if verbose:

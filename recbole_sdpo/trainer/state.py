@@ -1,19 +1,26 @@
-"""The state of a run in two files, safetensors and JSON, so that a run that dies goes on where it was.
+"""The state of a run in two files, safetensors and JSON: a run that dies goes on where it was.
 
-All draws follow from the seed and the step's number, so that a resumed run ends as the uninterrupted one does.
+All draws follow from the seed and the step's number, so that a resumed run ends as the
+uninterrupted one does.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from recbole.data.dataset import Dataset
 from safetensors.torch import load_file, save_file
 
+from recbole_sdpo.data.sequences import training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import read_record, sha256, whole_file, write_record
+from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.settings import Role, Settings, having
 from recbole_sdpo.trainer.stage import Stage
 
 FOLDER = "state"
@@ -36,7 +43,9 @@ def save_state(run_dir: Path, stage: Stage, rest: dict[str, Any]) -> None:
         tensors[f"weight/{name}"] = weight.detach().contiguous()
         for moment, value in stage.optimizer.state.get(weight, {}).items():
             tensors[f"{moment}/{name}"] = value.contiguous()
-    file = folder / f"{stage.name}-{stage.step}-{time.time_ns()}.safetensors"  # never the one that state.json now points to
+    file = (
+        folder / f"{stage.name}-{stage.step}-{time.time_ns()}.safetensors"
+    )  # never the one that state.json now points to
     try:
         with whole_file(file) as part:
             save_file(tensors, part)
@@ -74,6 +83,52 @@ def read_state(run_dir: Path) -> dict[str, Any]:
     return state
 
 
+def read_state_of(run_dir: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The same, of a run that has this :func:`resume_identity`.
+
+    Raises:
+        UserError: it is damaged, or that run had other settings.
+    """
+    state = read_state(run_dir)
+    # A setting that is younger than the state had its default.
+    had = Settings().to_flat() | state["settings"]
+    other = [
+        f"{key}={had.get(key)!r} (now {value!r})"
+        for key, value in identity.items()
+        if had.get(key) != value
+    ]
+    if other:
+        raise UserError(
+            f"resume={str(run_dir)!r}: that run had {', '.join(other)}; give each as it was."
+        )
+    return state
+
+
+def resume_identity(model: SDPOLLM, dataset: Dataset, processes: int) -> dict[str, Any]:
+    """What a resumed run must share with the interrupted one, as JSON has it.
+
+    Args:
+        dataset: RecBole's, for training.
+        processes: that train together.
+    """
+    sequences = training_sequences(dataset)
+    rows = (sequences.items.values, sequences.items.lengths, sequences.user)
+    data = hashlib.sha256(b"".join(row.tobytes() for row in rows)).hexdigest()
+    theirs = {key: model.config[key] for key in sorted(having(Role.FIXED))}
+    ours, free = model.settings.to_flat(), having(Role.FREE)
+    shared = theirs | {key: value for key, value in ours.items() if key not in free}
+    return json.loads(json.dumps(shared | {"training data": data, "processes": processes}))
+
+
+def broken_part(run_dir: Path) -> Path | None:
+    """The file of the state in ``run_dir`` that is missing or damaged, if there is one."""
+    state = read_record(run_dir / FOLDER / STATE_FILE)
+    if state is None:
+        return run_dir / FOLDER / STATE_FILE
+    file = run_dir / FOLDER / state["tensors"]
+    return None if file.is_file() and sha256(file) == state["sha256_of_tensors"] else file
+
+
 @torch.no_grad()
 def load_state(run_dir: Path, stage: Stage) -> None:
     """Put ``stage`` where it was: weights, moments, schedule and progress.
@@ -81,18 +136,24 @@ def load_state(run_dir: Path, stage: Stage) -> None:
     Raises:
         UserError: the state is damaged.
     """
+    if broken := broken_part(run_dir):
+        raise _damaged(broken)
     state = read_state(run_dir)
-    file = run_dir / FOLDER / state["tensors"]
-    if not file.is_file() or sha256(file) != state["sha256_of_tensors"]:
-        raise _damaged(file)
-    tensors = load_file(file, device=str(stage.model.lm.device))
+    tensors = load_file(run_dir / FOLDER / state["tensors"], device=str(stage.model.lm.device))
     for name, weight in stage.model.lm.trainable().items():
         weight.copy_(tensors[f"weight/{name}"])
-        moments = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS if f"{moment}/{name}" in tensors}
+        moments = {
+            moment: tensors[f"{moment}/{name}"]
+            for moment in MOMENTS
+            if f"{moment}/{name}" in tensors
+        }
         if moments:
             stage.optimizer.state[weight] = moments
     stage.continue_from(state["progress"])
 
 
 def _damaged(file: Path) -> UserError:
-    return UserError(f"{file} is missing or damaged: it is not what the run wrote, which cannot be resumed; begin it in another folder.")
+    return UserError(
+        f"{file} is missing or damaged: it is not what the run wrote, which cannot be resumed; "
+        "begin it in another folder."
+    )

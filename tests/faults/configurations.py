@@ -7,11 +7,10 @@ import math
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -89,23 +88,17 @@ class Declared:
 
 @cache
 def ours() -> list[Declared]:
-    """The settings of the package, from its dataclasses."""
-    from recbole_sdpo.settings import Settings, StageSettings
+    """The settings of the package, as it declares them."""
+    from recbole_sdpo.settings import SETTINGS
 
     declared = []
-    for prefix, cls in (("", Settings), ("sft_", StageSettings), ("sdpo_", StageSettings)):
-        hints = get_type_hints(cls)
-        for field in fields(cls):
-            if not field.metadata:
-                continue
-            hint, check = hints[field.name], field.metadata.get("check", lambda value: True)
-            kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-            choices = re.search(r"one of (.+)$", str(field.metadata.get("valid", "")))
-            values = [value for kind in kinds for value in _of_kind(kind)]
-            if choices:
-                values = re.split(r", (?:or )?| or ", choices[1])
-            right = [value for value in values if _holds(check, value)]
-            declared.append(Declared(prefix + field.name, right, partial(_fits, kinds)))
+    for key, setting in SETTINGS.items():
+        choices = re.search(r"one of (.+)$", setting.valid)
+        values = [value for kind in setting.kinds for value in _of_kind(kind)]
+        if choices:
+            values = re.split(r", (?:or )?| or ", choices[1])
+        right = [value for value in values if _holds(setting.check, value)]
+        declared.append(Declared(key, right, partial(_fits, setting.kinds)))
     return declared
 
 

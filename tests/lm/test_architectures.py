@@ -345,7 +345,7 @@ def test_checkpointing_keeps_no_more_of_the_layers_that_are_shared(tmp_path):
 
     def tracked(checkpointing):
         given = config(backbone="scratch", peft="lora", lora_layers=[1], gradient_checkpointing=checkpointing, scratch_dropout=0.0)
-        lm = load_backbone(given.resolve(CPU), CPU, lambda: train_tokenizer(["a b c"], 300), lambda purpose: 0).train()
+        lm = load_backbone(given, CPU, lambda: train_tokenizer(["a b c"], 300), lambda purpose: 0).train()
         seen = []
         lm._layers[0].register_forward_hook(lambda layer, args, output: seen.append(output.requires_grad))
         lm(plant(Ragged.from_rows([[3, 4, 5]]), np.array([0, 0]), np.array([2, 3]), Ragged.from_rows([[7, 8], [9]]))).sum().backward()

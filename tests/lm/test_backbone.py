@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import fields
 from pathlib import Path
 
 import gguf
@@ -15,18 +14,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import backbone as module
-from recbole_sdpo.lm.backbone import BackboneConfig, load_backbone, restore_policy, save_backbone
+from recbole_sdpo.lm.backbone import load_backbone, resolved, restore_policy, save_backbone
 from recbole_sdpo.lm.forest import plant
 from recbole_sdpo.lm.scratch import train_tokenizer
 from recbole_sdpo.ragged import Ragged
-from recbole_sdpo.settings import Settings
+from recbole_sdpo.settings import BackboneSettings, Settings
 
 CPU = torch.device("cpu")
 
 
-def config(**given) -> BackboneConfig:
-    settings = Settings.from_mapping(given)
-    return BackboneConfig(**{f.name: getattr(settings, f.name) for f in fields(BackboneConfig)}).resolve(CPU)
+def config(**given) -> BackboneSettings:
+    return resolved(Settings.from_mapping(given).backbone, CPU)
 
 
 def load(**given):
@@ -138,12 +136,11 @@ def test_smollm2_is_found_in_its_package_without_importing_it(tmp_path, monkeypa
 
 
 def test_auto_depends_on_the_device():
-    settings = Settings()
-    auto = BackboneConfig(**{f.name: getattr(settings, f.name) for f in fields(BackboneConfig)})
-    cpu = auto.resolve(CPU)
-    assert (cpu.backbone, cpu.peft, cpu.dtype) == ("scratch", "none", "float32")
-    gpu = auto.resolve(torch.device("cuda"))
-    assert (gpu.backbone, gpu.peft) == ("smollm2-135m", "lora")
+    auto = Settings().backbone
+    cpu = resolved(auto, CPU)
+    assert (cpu.name, cpu.peft, cpu.dtype) == ("scratch", "none", "float32")
+    gpu = resolved(auto, torch.device("cuda"))
+    assert (gpu.name, gpu.peft) == ("smollm2-135m", "lora")
 
 
 def test_an_adapter_is_no_backbone(folder):
@@ -174,7 +171,7 @@ def bitsandbytes():
 def test_what_cannot_be_compiled_is_refused(folder):
     given = config(backbone=str(folder), peft="lora", compile=True, gradient_checkpointing=True)
     with pytest.raises(UserError, match="compile=True is for layers .* gradient_checkpointing=True and quantization='none'; leave it out"):
-        load_backbone(given.resolve(CPU), CPU, None, lambda purpose: 0)
+        load_backbone(given, CPU, None, lambda purpose: 0)
 
 
 def test_bitsandbytes_still_cuts_gradients_after_an_evaluation(bitsandbytes):

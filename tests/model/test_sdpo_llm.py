@@ -39,6 +39,13 @@ def slow_score(model, past, item, shown=None):
     return float(logps[torch.arange(len(prompt) - 1, len(ids) - 1), ids[len(prompt) :]].sum())
 
 
+def test_what_suits_backbone_and_device_is_the_models_and_not_the_configurations(ring):
+    model, _ = build(ring)
+    given = model.config.settings
+    assert given.backbone.peft == "auto" and model.backbone.peft == "none"
+    assert given.eval_tokens_per_batch is None and model.settings.eval_tokens_per_batch > 0
+
+
 def test_predict_is_the_log_probability_of_the_title(ring):
     model, (_, _, test) = build(ring)
     interaction = next(iter(test))[0][:40]

@@ -1,0 +1,246 @@
+"""Checkpoints: a policy's folder, and beside its weights how it was made and from which data.
+
+A run writes them and loads them again. Whoever serves one reads it, wherever the folder comes from:
+its files are data, and set nothing but what is listed here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import recbole
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from recbole.config import Config
+
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import (
+    SUMS,
+    check_seal,
+    read_json,
+    seal,
+    user_path,
+    whole_folder,
+    write_text,
+)
+from recbole_sdpo.lm.backbone import ADAPTER_FILE, restore_policy, save_backbone
+from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.settings import BackboneSettings, Role, Settings, having
+
+POLICY_FILE, DATA_FILE = "settings.json", "data.json"
+"""How the policy was made, and the settings under which its data were loaded."""
+
+OF_THE_DATA: dict[str, type | tuple[type, ...]] = {
+    "data_path": str,
+    "encoding": str,
+    "field_separator": str,
+    "seq_separator": str,
+    "USER_ID_FIELD": str,
+    "ITEM_ID_FIELD": str,
+    "TIME_FIELD": str,
+    "LIST_SUFFIX": str,
+    "load_col": dict,
+    "unload_col": dict,
+    "seq_len": dict,
+    "benchmark_filename": list,
+    "rm_dup_inter": str,
+    "val_interval": dict,
+    "filter_inter_by_user_or_item": bool,
+    "user_inter_num_interval": str,
+    "item_inter_num_interval": str,
+    "MAX_ITEM_LIST_LENGTH": int,
+}
+"""The settings of RecBole that a checkpoint has from its data, with their types.
+
+All may be null but ``data_path``.
+"""
+
+
+def save_checkpoint(folder: Path, model: SDPOLLM) -> None:
+    """Write the policy of ``model`` and what it takes to load it again, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, …
+    """
+    made = model.settings.to_flat() | _made_with(model)
+    made["header"] = model.units.pieces[0]  # of a template that may be elsewhere, or another, later
+    with whole_folder(folder) as part:
+        save_backbone(model.lm, part)
+        write_text(part / POLICY_FILE, json.dumps(made, indent=2))
+        write_text(part / DATA_FILE, json.dumps(_data(model.config, model.backbone), indent=2))
+        seal(part)
+
+
+def load_checkpoint(folder: Path, model: SDPOLLM) -> None:
+    """Load a policy into ``model``, if it was made as the one there.
+
+    Raises:
+        UserError: it was made otherwise, is damaged, or is none.
+    """
+    check_whole(folder)
+    made = read_json(folder / POLICY_FILE) if (folder / POLICY_FILE).is_file() else {}
+    for key, value in _made_with(model).items():
+        if made.get(key, value) != value:
+            raise UserError(
+                f"checkpoint {str(folder)!r} was made with {key}={made[key]!r}, and this run has "
+                f"{value!r}; use the settings it was made with."
+            )
+    restore_policy(model.lm, folder)
+
+
+def sft_folder(place: Path) -> Path:
+    """The checkpoint that ``sft_checkpoint`` means: of a run's folder that of its SFT."""
+    return place / "sft" if (place / "sft").is_dir() else place
+
+
+def check_whole(folder: Path) -> None:
+    """No run need have written ``folder``; where one has, all of it must be as it was, if it is not
+    older than seals.
+
+    Raises:
+        UserError: it is not.
+    """
+    if (folder / SUMS).is_file():
+        check_seal(folder)
+    elif (folder / POLICY_FILE).is_file():
+        getLogger().warning(
+            f"checkpoint {str(folder)!r} has no {SUMS}, as older ones have none: whether it is "
+            "damaged is not known."
+        )
+
+
+def _made_with(model: SDPOLLM) -> dict[str, Any]:
+    """What a policy must share with a checkpoint that is loaded into it, as JSON has it.
+
+    Its tokenizer and the shapes of its weights speak for themselves.
+    """
+    flat, backbone = model.settings.to_flat(), model.backbone
+    flat |= {"backbone": backbone.name, "peft": backbone.peft}
+    adapter = having(Role.ADAPTER) if backbone.peft == "lora" else frozenset()
+    made = {key: flat[key] for key in sorted(having(Role.POLICY) | adapter)}
+    if adapter and backbone.name == "scratch":
+        made["seed"] = model.seed  # of the random weights under the adapter
+    return json.loads(json.dumps(made))
+
+
+def _data(config: Config, backbone: BackboneSettings) -> dict[str, Any]:
+    """What it takes to load the data and the backbone again, wherever that is done."""
+    without = having(Role.OF_THIS_RUN)
+    given = {key: item for key, item in config.external_config_dict.items() if key not in without}
+    data, place = Path(config["data_path"]).resolve(), user_path(backbone.name)
+    if Path(recbole.__path__[0]).resolve() not in data.parents:
+        given["data_path"] = str(data.parent)
+    return {
+        "dataset": config["dataset"],
+        "backbone": str(place.resolve()) if place.exists() else backbone.name,
+        "settings": json.loads(json.dumps(given, default=str)),
+    }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A policy's folder, and how it was made.
+
+    Attributes:
+        folder: ``sft`` or ``sdpo`` of a run, or wherever it was moved.
+        settings: of the policy; all others have their defaults.
+        header: what opens its prompts.
+        seed: of the random weights under an adapter, if there are such.
+        dataset: a name.
+        data: settings of RecBole, of :data:`OF_THE_DATA`.
+        backbone: a folder, a file or a hub id.
+    """
+
+    folder: Path
+    settings: Settings
+    header: str
+    seed: int
+    dataset: str
+    data: dict[str, Any]
+    backbone: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """Read what a run wrote; it may have been changed since, or be a stranger's.
+
+        Raises:
+            UserError: naming the file that is damaged, or what is wrong in it.
+        """
+        folder = _policy_folder(folder)
+        check_whole(folder)
+        adapted = (folder / ADAPTER_FILE).is_file()
+        if adapted and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            raise UserError(
+                f"checkpoint {str(folder)!r} has no {SAFETENSORS_WEIGHTS_NAME}; its weights must "
+                "be in that file, not a pickle."
+            )
+        policy, data = folder / POLICY_FILE, folder / DATA_FILE
+        made, given = read_json(policy), read_json(data)
+        try:
+            served = having(Role.SERVED) - having(Role.CALLER)
+            settings = Settings.from_mapping({key: made[key] for key in served & set(made)})
+        except UserError as error:
+            raise UserError(f"{policy}: {error}") from error
+        dataset = _take(given, "dataset", str, data)
+        if not re.fullmatch(r"[^/\\\0-\x1f]{1,100}", dataset) or dataset in (".", ".."):
+            raise UserError(f"{data}: dataset={dataset[:200]!r} must be a name, not a path.")
+        wanted = _take(given, "settings", dict, data)
+        known = {key: wanted[key] for key in OF_THE_DATA if key in wanted}
+        for key in known:
+            _take(
+                known,
+                key,
+                OF_THE_DATA[key] if key == "data_path" else (OF_THE_DATA[key], type(None)),
+                data,
+            )
+        backbone = _take(given, "backbone", str, data)
+        if not backbone or "\0" in backbone:
+            raise UserError(f"{data}: backbone={backbone!r} must be a name or a path.")
+        seed = _take({"seed": 0} | made, "seed", int, policy)
+        return cls(
+            folder, settings, _take(made, "header", str, policy), seed, dataset, known, backbone
+        )
+
+    def chosen(self, trust_remote_code: bool) -> BackboneSettings:
+        """What to load, on the word of the caller."""
+        told = {"name": self.backbone, "trust_remote_code": trust_remote_code}
+        return replace(self.settings.backbone, **told)
+
+
+def _policy_folder(folder: Path) -> Path:
+    places = [
+        place
+        for place in (folder / "sdpo", folder / "sft", folder)
+        if (place / DATA_FILE).is_file()
+    ]
+    if not places:
+        raise UserError(
+            f"checkpoint={str(folder)!r} holds no {DATA_FILE}; it must be the folder of a run, or "
+            "'sft' or 'sdpo' in it."
+        )
+    return places[0]
+
+
+def _take(values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], source: Path) -> Any:
+    """The value under ``key``, if it is of one of the types ``kind``."""
+    if key not in values:
+        raise UserError(f"{source} has no {key!r}; it must be as a run wrote it.")
+    value, kinds = values[key], kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join("null" if each is type(None) else WORDS[each] for each in kinds)
+        raise UserError(f"{source}: {key}={repr(value)[:200]} must be {names}.")
+    return value
+
+
+WORDS = {
+    str: "text",
+    int: "a whole number",
+    bool: "true or false",
+    dict: "a dictionary",
+    list: "a list",
+}

@@ -1,0 +1,112 @@
+"""What a setting's roles promise, each tried on every setting, or on all that have it at once."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.experiment.identity import identity
+from recbole_sdpo.files import write_record
+from recbole_sdpo.inputs import Inputs
+from recbole_sdpo.quick_start import run
+from recbole_sdpo.settings import SETTINGS, Role, Settings, having
+from recbole_sdpo.trainer.state import read_state_of, resume_identity
+
+VALUES = [True, False, 1, 2, 3, 16, 300, 400, 0.25, 0.5, ["pop4"], ["name"], [0], "elsewhere"]
+
+
+def other(key, given):
+    """Another value than a run has that is given these settings, and one that it may have, too."""
+    setting = SETTINGS[key]
+    now = given.get(key, setting.default)
+    for value in [*setting.choices, *VALUES]:
+        try:
+            value = setting.read(value)
+        except (ValueError, TypeError):
+            continue
+        if value != now and key != "objective":
+            return value
+    return {"objective": "dpo", "scratch_hidden_size": 64}[key]
+
+
+def identity_of(model, given):
+    config = RunConfig(model, "toy", config_dict=dict(given))
+    return identity(config, Inputs.of(config), None)
+
+
+def test_every_role_is_had():
+    for role in Role:
+        assert having(role), role
+    assert not having(Role.POLICY) & having(Role.ADAPTER)
+    assert having(Role.OF_THIS_RUN) & set(SETTINGS) <= having(Role.IDLE)
+
+
+@pytest.mark.parametrize("key", sorted(SETTINGS))
+def test_what_has_no_influence_leaves_a_runs_identity_alone_and_all_else_changes_it(ring, key):
+    ring |= {"scratch_hidden_size": 24, "fixed_negatives": True}
+    change = ring | {key: other(key, ring)}
+    same = identity_of("SDPO-LLM", ring) == identity_of("SDPO-LLM", change)
+    assert same == (key in having(Role.IDLE)), change[key]
+    if key != "resume":  # which is for ours alone
+        for given in (ring, change):
+            given.pop("train_neg_sample_args")  # its loss has no use for them
+        same = identity_of("SASRec", ring) == identity_of("SASRec", change)
+        assert same == (key not in having(Role.EVERY_MODEL)), change[key]
+
+
+def others(role, given):
+    """Another value of each setting of ours that has ``role``."""
+    return {key: other(key, given) for key in having(role) & set(SETTINGS)}
+
+
+def test_alignments_may_differ_in_all_that_counts_in_the_second_stage_alone(ring):
+    given = ring | {"scratch_dropout": 0.1, "sft_epochs": 1}
+    changed = given | others(Role.ALIGNMENT, given) | {"train_neg_sample_args": {"sample_num": 2}}
+    changed.pop("sdpo_gradient_accumulation")  # goes with no sdpo_targets_per_step
+    run("SDPO-LLM", "toy", config_dict=given | {"run_dir": "one"})
+    run("SDPO-LLM", "toy", config_dict=changed | {"run_dir": "other"})
+    weights = [Path(name, "sft", "model.safetensors").read_bytes() for name in ("one", "other")]
+    steps = [
+        pd.read_csv(Path(name, "steps.csv")).query("stage == 'sft'") for name in ("one", "other")
+    ]
+    assert weights[0] == weights[1] and steps[0].loss.tolist() == steps[1].loss.tolist()
+
+
+def test_no_number_depends_on_what_is_idle_or_free(ring):
+    given = ring | {"fixed_negatives": True, "max_train_targets": 80, "eval_args": {"mode": "full"}}
+    changed = given | others(Role.IDLE, given) | others(Role.FREE, given)
+    assert changed.pop("resume") and changed.pop("sft_checkpoint")  # count by what is in them
+    results = [run("SDPO-LLM", "toy", config_dict=each) for each in (given, changed)]
+    losses = [pd.read_csv(Path(each["run_dir"], "steps.csv")).loss for each in results]
+    assert losses[0].tolist() == pytest.approx(losses[1].tolist(), abs=1e-6)
+    assert results[0]["test_result"] == pytest.approx(results[1]["test_result"])
+
+
+def test_a_resumed_run_may_have_another_value_of_what_is_free_and_of_nothing_else(ring, tmp_path):
+    ring |= {"scratch_hidden_size": 24}
+    config = RunConfig("SDPO-LLM", "toy", config_dict=dict(ring))
+    data = data_preparation(config, create_dataset(config))[0]._dataset
+
+    def now(changed):
+        model = SimpleNamespace(config=config, settings=Settings.from_mapping(ring | changed))
+        return resume_identity(model, data, processes=1)
+
+    (tmp_path / "state").mkdir()
+    write_record(tmp_path / "state" / "state.json", {"settings": now({})})
+    refused = set()
+    for key in SETTINGS:
+        try:
+            read_state_of(tmp_path, now({key: other(key, ring)}))
+        except UserError as error:
+            assert f"that run had {key}=" in str(error)
+            refused.add(key)
+    assert set(SETTINGS) - refused == having(Role.FREE)
+    for key in having(Role.FIXED):
+        config.final_config_dict[key], before = "other", config[key]
+        with pytest.raises(UserError, match=f"that run had {key}=.*now 'other'"):
+            read_state_of(tmp_path, now({}))
+        config.final_config_dict[key] = before
