@@ -24,13 +24,12 @@ from recbole_sdpo.interrupt import Stopped, asked_to_stop, finishing_steps
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.encoder import Encoder
-from recbole_sdpo.model.sdpo_llm import Logps
-from recbole_sdpo.objectives import OBJECTIVES, diagnostics
+from recbole_sdpo.objectives import OBJECTIVES, Diagnostics, Logps, diagnostics
 from recbole_sdpo.ragged import exclusive_cumsum, steps
 from recbole_sdpo.random import derive_seed, generator
 from recbole_sdpo.settings import StageSettings
 from recbole_sdpo.trainer.reference import ReferenceCache
-from recbole_sdpo.trainer.steps import DIAGNOSTICS, StepFile
+from recbole_sdpo.trainer.steps import StepFile
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -258,39 +257,40 @@ class Stage:
     def _step(self, step: list[Batch | None], targets: int) -> tuple[float, int, bool]:
         """One optimizer step; returns the sum of the losses and the number of targets, over all processes, and whether one of them was
         asked to stop."""
-        kind, model, settings = OBJECTIVES[self.objective], self.model, self.settings
+        objective, model, settings = OBJECTIVES[self.objective], self.model, self.settings
         torch.manual_seed(derive_seed(model.seed, "dropout", self.name, self.step, self.accelerator.process_index))
         self.optimizer.zero_grad()
-        # Sums: loss, tokens, six diagnostics, and how many processes were asked to stop, so that all stop at one step.
-        watched = torch.zeros(9, device=model.lm.device, dtype=torch.float64)
+        # Sums: loss, tokens, how many processes were asked to stop, so that all stop at one step, and diagnostics.
+        sums = torch.zeros(3 + len(Diagnostics._fields), device=model.lm.device, dtype=torch.float64)
         for batch in filter(None, step):
-            if kind.negatives and model.draws > 1:
+            if objective.negatives and model.draws > 1:
                 batch = self._hardest(batch)
-            found = self._logps(batch, kind.reference)
-            losses = kind.loss(*found, model.settings.beta)
+            logps = self._logps(batch, objective.reference)
+            losses = objective.loss(logps, model.settings.beta)
             # Summed over batches and processes, this is the mean over the step's targets.
             self.accelerator.backward(losses.sum() / targets)
-            watched[0] += losses.detach().sum()
-            watched[1] += batch.forest.size
-            if kind.negatives:
-                shown = diagnostics(*(part.detach() for part in found), model.settings.beta)
-                watched[2:8] += torch.stack(shown).double() * len(losses)
-        watched[8] = bool(asked_to_stop())
+            sums[0] += losses.detach().sum()
+            sums[1] += batch.forest.size
+            if objective.negatives:
+                means = diagnostics(logps.detach(), model.settings.beta)
+                sums[3:] += torch.stack(means).double() * len(losses)
+        sums[2] = bool(asked_to_stop())
         if self.accelerator.num_processes > 1:
             for parameter in self._parameters:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(grad, "sum")
-            watched = self.accelerator.reduce(watched, "sum")
+            sums = self.accelerator.reduce(sums, "sum")
         norm = clip_grad_norm_(self._parameters, settings.clip_norm or float("inf"))
         # All that the host wants to know, at once: each question waits for the GPU.
-        loss, tokens, *shown, stops, norm = torch.cat([watched, norm.double()[None]]).tolist()
+        norm, loss, tokens, stops, *watched = torch.cat([norm.double()[None], sums]).tolist()
         if not np.isfinite([loss, norm]).all():
             raise UserError(
                 f"{self.name} step {self.step}: the loss is {loss / targets} and the gradient's norm {norm}; lower "
                 f"{self.name}_learning_rate (now {settings.learning_rate})."
             )
         self.optimizer.step()
-        self._write(loss / targets, [value / targets for value in shown] if kind.negatives else [], norm)
+        means = Diagnostics(*(value / targets for value in watched)) if objective.negatives else None
+        self._write(loss / targets, means, norm)
         self.scheduler.step()
         self.step, self.targets, self.tokens = self.step + 1, self.targets + targets, self.tokens + int(tokens)
         return loss, targets, bool(stops)
@@ -335,9 +335,10 @@ class Stage:
         known = self.cache.read(batch.targets).to(self.model.lm.device) if self.cache else None
         return self.model.logps(batch.forest, batch.width, reference, known)
 
-    def _write(self, loss: float, shown: list[float], norm: float) -> None:
+    def _write(self, loss: float, watched: Diagnostics | None, norm: float) -> None:
         rate = self.scheduler.get_last_lr()[0]
-        values = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, **dict(zip(DIAGNOSTICS, shown))}
+        values = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+        values |= watched._asdict() if watched else {}
         if self.step_file is not None:
             self.step_file.write(self.name, self.step, self.targets, values)
         for name, value in values.items() if self.writer is not None else ():

@@ -10,11 +10,14 @@ from typing import TypedDict
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import naming, whole_file
+from recbole_sdpo.objectives import Diagnostics
 
 FILE = "steps.csv"
 
-DIAGNOSTICS = ("reward_positive", "reward_negative", "margin", "accuracy", "logp_positive", "hardest_negative_weight")
-COLUMNS = ("stage", "step", "targets", "loss", "gradient_norm", "learning_rate", *DIAGNOSTICS)
+COLUMNS = (
+    *("stage", "step", "targets", "loss", "gradient_norm", "learning_rate"),
+    *Diagnostics._fields,
+)
 HEAD = ",".join(COLUMNS).encode() + b"\n"
 
 
