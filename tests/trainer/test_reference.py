@@ -164,8 +164,8 @@ def test_the_time_of_a_stage_holds_that_of_asking_the_reference(ring, monkeypatc
     trainer, loaders = start(ring | SMALL | {"sdpo_epochs": 1})
     clock = [0.0]
     monkeypatch.setattr("recbole_sdpo.trainer.sdpo_trainer.time.time", lambda: clock[0])
-    fill = Stage.fill_cache
-    monkeypatch.setattr(Stage, "fill_cache", lambda *args: clock.__setitem__(0, 1000.0) or fill(*args))
+    fill = ReferenceCache.fill
+    monkeypatch.setattr(ReferenceCache, "fill", lambda *args: clock.__setitem__(0, 1000.0) or fill(*args))
     monkeypatch.setattr(Stage, "run_epoch", lambda stage, *_: setattr(stage, "epoch", stage.epoch + 1) or 0.0)
     trainer.fit(*loaders[:2], verbose=False)
     assert trainer.reports["sft"].wall_s == 0 and trainer.reports["sdpo"].wall_s == 1000

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recbole_sdpo import quick_start
-from recbole_sdpo.evaluator.selection import Selection, restore, snapshot
+from recbole_sdpo.trainer.best_weights import BestWeights, restore, snapshot
 from tests.conftest import write_dataset
 
 
@@ -76,21 +76,21 @@ class Sometimes:
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_each_set_keeps_its_own_best(tmp_path, interrupted):
     trainer = Sometimes({"a": iter([0.1, 0.3, 0.2]), "b": iter([0.5, 0.4, 0.6])})
-    kept = Selection(trainer, {"pop1": "a", "pop2": "b"}, tmp_path)
-    kept.begin("sft", validated=False)
+    best = BestWeights(trainer, {"pop1": "a", "pop2": "b"}, tmp_path)
+    best.begin("sft", validated=False)
     weights = []
     for epoch in range(3):
         if epoch == 2 and interrupted:
-            kept = Selection(trainer, {"pop1": "a", "pop2": "b"}, tmp_path)
-            kept.begin("sft", validated=True)
+            best = BestWeights(trainer, {"pop1": "a", "pop2": "b"}, tmp_path)
+            best.begin("sft", validated=True)
         torch.nn.init.normal_(trainer.model.weight)
         weights.append(trainer.model.weight.detach().clone())
-        kept()
-    for mode, best in (("pop1", 1), ("pop2", 2)):
-        kept.restore(mode)
-        assert torch.equal(trainer.model.weight, weights[best])
-    kept.begin("sdpo", validated=False)
-    assert not kept.valid
+        best()
+    for mode, epoch in (("pop1", 1), ("pop2", 2)):
+        best.restore(mode)
+        assert torch.equal(trainer.model.weight, weights[epoch])
+    best.begin("sdpo", validated=False)
+    assert not best.valid
 
 
 def test_a_snapshot_has_what_training_changes():
