@@ -75,7 +75,7 @@ class ReferenceCache:
         return np.isnan(self._values).any(1)
 
     def read(self, targets: np.ndarray) -> Tensor:
-        """What was said of the given targets, float32 ``[len(targets), 1 + K]``; of each, something was."""
+        """What was said of the given targets, float32 ``[len(targets), 1 + K]``; all are known."""
         return torch.from_numpy(self._values[targets])
 
     def add(self, targets: np.ndarray, logps: Tensor, to_disk: bool) -> None:
@@ -84,7 +84,9 @@ class ReferenceCache:
         self._values[targets] = logps.float().cpu().numpy()
         if to_disk:
             content = save({"targets": targets, "logps": self._values[targets]})
-            with whole_file(self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors") as part:
+            with whole_file(
+                self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
+            ) as part:
                 part.write_bytes(content)
 
     def fill(

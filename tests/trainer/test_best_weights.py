@@ -11,14 +11,26 @@ from tests.conftest import write_dataset
 
 
 def alone(model, settings, mode):
-    return quick_start.run(model, "toy", config_dict=settings | {"eval_args": {"mode": mode}, "run_dir": f"alone-{mode}"})
+    return quick_start.run(
+        model,
+        "toy",
+        config_dict=settings | {"eval_args": {"mode": mode}, "run_dir": f"alone-{mode}"},
+    )
 
 
 @pytest.mark.parametrize("model", ["SDPO-LLM", "GRU4Rec"])
 def test_a_further_candidate_set_is_what_a_run_of_its_own_would_have(ring, model):
     """While no set stops the training early, one run gives what a run for each gives."""
-    settings = ring | {"stopping_step": 50, "epochs": 3, "sft_epochs": 3, "objective": "sft", "candidates_seed": 7}
-    both = quick_start.run(model, "toy", config_dict=settings | {"more_candidates": ["pop9"], "run_dir": "both"})
+    settings = ring | {
+        "stopping_step": 50,
+        "epochs": 3,
+        "sft_epochs": 3,
+        "objective": "sft",
+        "candidates_seed": 7,
+    }
+    both = quick_start.run(
+        model, "toy", config_dict=settings | {"more_candidates": ["pop9"], "run_dir": "both"}
+    )
     stage = both["stages"]["fit" if model == "GRU4Rec" else "sft"]
     ranks = pd.read_csv("both/ranks.csv")
     for mode in ("uni5", "pop9"):
@@ -33,14 +45,31 @@ def test_a_further_candidate_set_is_what_a_run_of_its_own_would_have(ring, model
 def test_a_baseline_that_keeps_no_file_is_tested_with_its_best_weights_too(ring, tmp_path):
     """On sequences without a rule, of which no epoch learns more than another."""
     drawn = np.random.default_rng(0)
-    write_dataset(tmp_path / "noise", [[int(item) for item in drawn.permutation(24)[:10] + 1] for _ in range(48)], None)
-    settings = ring | {"data_path": str(tmp_path / "noise"), "epochs": 8, "learning_rate": 0.03, "more_candidates": ["pop9"]}
-    kept, unkept = (quick_start.run("GRU4Rec", "toy", config_dict=settings, saved=saved) for saved in (True, False))
+    write_dataset(
+        tmp_path / "noise",
+        [[int(item) for item in drawn.permutation(24)[:10] + 1] for _ in range(48)],
+        None,
+    )
+    settings = ring | {
+        "data_path": str(tmp_path / "noise"),
+        "epochs": 8,
+        "learning_rate": 0.03,
+        "more_candidates": ["pop9"],
+    }
+    kept, unkept = (
+        quick_start.run("GRU4Rec", "toy", config_dict=settings, saved=saved)
+        for saved in (True, False)
+    )
     assert unkept["stages"]["fit"]["candidates"] == kept["stages"]["fit"]["candidates"]
 
 
 def test_a_resumed_run_tests_the_weights_that_the_uninterrupted_one_does(ring, monkeypatch):
-    settings = ring | {"more_candidates": ["pop9"], "sft_epochs": 4, "sdpo_epochs": 1, "sft_learning_rate": 0.02}
+    settings = ring | {
+        "more_candidates": ["pop9"],
+        "sft_epochs": 4,
+        "sdpo_epochs": 1,
+        "sft_learning_rate": 0.02,
+    }
     whole = quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"run_dir": "whole"})
 
     class Dead(Exception):
@@ -97,7 +126,13 @@ def test_a_snapshot_has_what_training_changes():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     model[0].bias.requires_grad_(False)
     kept = snapshot(model)
-    assert set(kept) == {"0.weight", *(f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))}
+    assert set(kept) == {
+        "0.weight",
+        *(
+            f"1.{name}"
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        ),
+    }
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model(torch.randn(8, 2)).sum().backward()
     torch.optim.SGD(p for p in model.parameters() if p.requires_grad).step()
