@@ -179,7 +179,8 @@ def sdpo_loss(device: torch.device, negatives: int = 3) -> dict[str, object]:
                 weight += 0.01 * torch.randn(weight.shape, generator=rng).to(place)
         examples = recommender.examples(train_data._dataset, train_data._sampler, negatives)
         prompts, items = examples.batch(np.arange(8), 0, "exactness")
-        loss = sdpo(*recommender.logps(recommender.encoder.forest(prompts, items), 1 + negatives, True), 1.0).mean()
+        forest = recommender.encoder.forest(prompts, items)
+        loss = sdpo(recommender.logps(forest, 1 + negatives, True), 1.0).mean()
         loss.backward()
         sides.append((loss.detach().double().cpu(), torch.cat([p.grad.flatten().double().cpu() for p in lm.trainable().values()])))
     (expected, true_gradient), (loss, gradient) = sides

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from recbole_sdpo.data.prompts import Prompts
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.objectives import sdpo
+from recbole_sdpo.objectives import Logps, sdpo
 
 
 def sequences(recommender: SDPOLLM, prompts: Prompts, items: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -51,7 +51,8 @@ def sdpo_loss(recommender: SDPOLLM, prompts: Prompts, items: np.ndarray) -> Tens
     policy = score(recommender.lm.causal_lm, recommender, prompts, items, everything)
     with torch.no_grad(), recommender.lm.reference() as model:
         reference = score(model, recommender, prompts, items, everything)
-    return sdpo(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:], 1.0).mean()
+    logps = Logps(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:])
+    return sdpo(logps, 1.0).mean()
 
 
 def sequence_tokens(recommender: SDPOLLM, prompts: Prompts, items: np.ndarray) -> int:

@@ -1,8 +1,8 @@
 """Objectives as pure functions of log-probabilities of responses.
 
-All take ``(policy_pos [B], policy_neg [B, K], ref_pos [B], ref_neg [B, K], beta)``, in natural logarithms, and return the
-loss of each example, ``[B]``. The reward of a response is ``beta * (log pi_theta - log pi_ref)``, and all are computed
-from softplus and logsumexp, so that they and their gradients are finite for any finite margin.
+A loss takes :class:`Logps` and beta and gives the loss of each target, ``[B]``. The reward of a
+response is ``beta * (log pi_theta - log pi_ref)``. All are computed from softplus and logsumexp, so
+that they and their gradients are finite for any finite margin.
 """
 
 from __future__ import annotations
@@ -15,76 +15,119 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+class Logps(NamedTuple):
+    """Natural log-probabilities of the responses to B prompts: a preferred one and K negative ones.
+
+    Attributes:
+        policy_pos: ``[B]``, of the policy that is trained.
+        policy_neg: ``[B, K]``.
+        ref_pos: ``[B]``, of the reference, which is fixed; zeros where an objective needs none.
+        ref_neg: ``[B, K]``.
+    """
+
+    policy_pos: Tensor
+    policy_neg: Tensor
+    ref_pos: Tensor
+    ref_neg: Tensor
+
+    def detach(self) -> Logps:
+        """The same numbers, of which no gradient is asked."""
+        return Logps(*(part.detach() for part in self))
 
 
-def sft(policy_pos: Tensor, policy_neg: Tensor, ref_pos: Tensor, ref_neg: Tensor, beta: float) -> Tensor:
-    """Supervised fine-tuning: the negative log-likelihood of the preferred response; the rest is not looked at."""
-    return -policy_pos
+Loss = Callable[[Logps, float], Tensor]
 
 
-def sdpo(policy_pos: Tensor, policy_neg: Tensor, ref_pos: Tensor, ref_neg: Tensor, beta: float) -> Tensor:
-    """S-DPO (Chen et al., NeurIPS 2024, the loss of its section 3): -log sigma(-logsumexp_d(r_d - r_p))."""
-    return F.softplus(torch.logsumexp(_gaps(policy_pos, policy_neg, ref_pos, ref_neg, beta), dim=-1))
+def sft(logps: Logps, beta: float) -> Tensor:
+    """Supervised fine-tuning: the negative log-likelihood of the preferred response alone."""
+    return -logps.policy_pos
 
 
-def dpo(policy_pos: Tensor, policy_neg: Tensor, ref_pos: Tensor, ref_neg: Tensor, beta: float) -> Tensor:
-    """DPO (Rafailov et al., NeurIPS 2023, equation 7) against the first negative; any further ones are not looked at."""
-    return F.softplus(_gaps(policy_pos, policy_neg[:, :1], ref_pos, ref_neg[:, :1], beta)).squeeze(-1)
+def sdpo(logps: Logps, beta: float) -> Tensor:
+    """S-DPO (Chen et al., NeurIPS 2024, section 3): -log sigma(-logsumexp_d(r_d - r_p))."""
+    return F.softplus(torch.logsumexp(_gaps(logps, beta), dim=-1))
 
 
-def dpo_multi(policy_pos: Tensor, policy_neg: Tensor, ref_pos: Tensor, ref_neg: Tensor, beta: float) -> Tensor:
+def dpo(logps: Logps, beta: float) -> Tensor:
+    """DPO (Rafailov et al., NeurIPS 2023, equation 7) against the first negative alone."""
+    return F.softplus(_gaps(logps, beta)[:, 0])
+
+
+def dpo_multi(logps: Logps, beta: float) -> Tensor:
     """The mean of the K pairwise DPO losses."""
-    return F.softplus(_gaps(policy_pos, policy_neg, ref_pos, ref_neg, beta)).mean(-1)
+    return F.softplus(_gaps(logps, beta)).mean(-1)
 
 
-def softmax(policy_pos: Tensor, policy_neg: Tensor, ref_pos: Tensor, ref_neg: Tensor, beta: float) -> Tensor:
-    """S-DPO without a reference, which is S-DPO with a uniform one: sampled softmax over log-probabilities."""
-    return sdpo(policy_pos, policy_neg, torch.zeros_like(policy_pos), torch.zeros_like(policy_neg), beta)
+def softmax(logps: Logps, beta: float) -> Tensor:
+    """S-DPO with a uniform reference, which is none: sampled softmax over log-probabilities."""
+    pos, neg, *_ = logps
+    return sdpo(Logps(pos, neg, torch.zeros_like(pos), torch.zeros_like(neg)), beta)
 
 
-def _gaps(policy_pos: Tensor, policy_neg: Tensor, ref_pos: Tensor, ref_neg: Tensor, beta: float) -> Tensor:
+def _gaps(logps: Logps, beta: float) -> Tensor:
     """Rewards of the negatives less the reward of the positive, ``[B, K]``."""
-    return beta * ((policy_neg - ref_neg) - (policy_pos - ref_pos).unsqueeze(-1))
+    pos, neg, ref_pos, ref_neg = logps
+    return beta * ((neg - ref_neg) - (pos - ref_pos).unsqueeze(-1))
 
 
 class Diagnostics(NamedTuple):
-    """What to watch while aligning, each a mean over the batch."""
+    """What to watch while aligning, each a mean over the batch; under these names it is logged.
 
-    reward_pos: Tensor
-    reward_neg: Tensor
+    Attributes:
+        reward_positive: the reward of the preferred response.
+        reward_negative: the mean reward of the negatives.
+        margin: the reward of the preferred response less that of the best negative.
+        accuracy: how often the margin is positive.
+        logp_positive: the policy's log-probability of the preferred response.
+        hardest_negative_weight: the largest softmax weight exp(r_d) / sum_d' exp(r_d') of the S-DPO
+            gradient; 1/K if all negatives are as hard.
+    """
+
+    reward_positive: Tensor
+    reward_negative: Tensor
     margin: Tensor
     accuracy: Tensor
-    logp_pos: Tensor
-    hardest_weight: Tensor
+    logp_positive: Tensor
+    hardest_negative_weight: Tensor
 
 
 @torch.no_grad()
-def diagnostics(policy_pos: Tensor, policy_neg: Tensor, ref_pos: Tensor, ref_neg: Tensor, beta: float) -> Diagnostics:
-    """Rewards, the margin to the best negative, how often it is positive, and the hardest negative's share of the gradient.
-
-    The share is the largest softmax weight exp(r_d) / sum_d' exp(r_d') of the S-DPO gradient; 1/K if all are as hard.
-    """
-    reward_pos, reward_neg = beta * (policy_pos - ref_pos), beta * (policy_neg - ref_neg)
+def diagnostics(logps: Logps, beta: float) -> Diagnostics:
+    """The diagnostics of a batch, each ``[]``."""
+    pos, neg, ref_pos, ref_neg = logps
+    reward_pos, reward_neg = beta * (pos - ref_pos), beta * (neg - ref_neg)
     margin = reward_pos - reward_neg.amax(-1)
-    weight = torch.softmax(reward_neg, dim=-1).amax(-1)
-    values = (reward_pos, reward_neg.mean(-1), margin, (margin > 0).float(), policy_pos, weight)
-    return Diagnostics(*(value.mean() for value in values))
+    return Diagnostics(
+        reward_positive=reward_pos.mean(),
+        reward_negative=reward_neg.mean(-1).mean(),
+        margin=margin.mean(),
+        accuracy=(margin > 0).float().mean(),
+        logp_positive=pos.mean(),
+        hardest_negative_weight=torch.softmax(reward_neg, dim=-1).amax(-1).mean(),
+    )
 
 
-class Kind(NamedTuple):
-    """An objective and what it needs; ``negatives`` is how many it looks at, at most."""
+class Objective(NamedTuple):
+    """A loss and what it needs.
+
+    Attributes:
+        title: in tables.
+        negatives: how many it looks at, at most.
+        reference: does it compare the policy with one?
+    """
 
     title: str
-    loss: Objective
+    loss: Loss
     negatives: float
     reference: bool
 
 
-OBJECTIVES: dict[str, Kind] = {
-    "sft": Kind("SFT", sft, negatives=0, reference=False),
-    "sdpo": Kind("S-DPO", sdpo, negatives=math.inf, reference=True),
-    "dpo": Kind("DPO", dpo, negatives=1, reference=True),
-    "dpo_multi": Kind("DPO-multi", dpo_multi, negatives=math.inf, reference=True),
-    "softmax": Kind("softmax", softmax, negatives=math.inf, reference=False),
+OBJECTIVES: dict[str, Objective] = {
+    "sft": Objective("SFT", sft, negatives=0, reference=False),
+    "sdpo": Objective("S-DPO", sdpo, negatives=math.inf, reference=True),
+    "dpo": Objective("DPO", dpo, negatives=1, reference=True),
+    "dpo_multi": Objective("DPO-multi", dpo_multi, negatives=math.inf, reference=True),
+    "softmax": Objective("softmax", softmax, negatives=math.inf, reference=False),
 }
+"""By the values of the setting ``objective``."""

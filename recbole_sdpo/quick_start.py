@@ -33,7 +33,6 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
-from recbole_sdpo.evaluator.selection import FOLDER, Selection, restore, snapshot
 from recbole_sdpo.files import whole_file
 from recbole_sdpo.inputs import Inputs, package_versions
 from recbole_sdpo.interrupt import say_how_to_go_on
@@ -41,6 +40,7 @@ from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.result import RESULT_FILE, write_result
 from recbole_sdpo.settings import MODEL, Role, having, kind_of_negatives
+from recbole_sdpo.trainer.best_weights import FOLDER, BestWeights, restore, snapshot
 from recbole_sdpo.trainer.folder import LOG_FILE, alone_in, run_folder, tidy
 from recbole_sdpo.trainer.state import holds_state
 from recbole_sdpo.trainer.steps import FILE as STEPS_FILE
@@ -140,7 +140,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
 
     # A trainer of RecBole's has its best weights on the first candidates in a file, or not at all.
     selected = config.settings.more_candidates if ours or saved else loaders
-    selection = Selection(trainer, {mode: loaders[mode][0] for mode in selected}, run_dir / FOLDER if ours and saved else None)
+    selection = BestWeights(trainer, {mode: loaders[mode][0] for mode in selected}, run_dir / FOLDER if ours and saved else None)
     stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
     settings = recommender.settings if ours else config.settings  # the model's are complete
     own = {key: value for key, value in settings.to_flat().items() if ours or key in having(Role.EVERY_MODEL)}
@@ -213,7 +213,7 @@ def _evaluation_loaders(
     return loaders
 
 
-def _run_stages(trainer: Any, train_data: AbstractDataLoader, loaders: Loaders, selection: Selection, saved: bool) -> tuple[dict, list]:
+def _run_stages(trainer: Any, train_data: AbstractDataLoader, loaders: Loaders, selection: BestWeights, saved: bool) -> tuple[dict, list]:
     show = trainer.config["show_progress"]
     trainer.prepare(train_data, *(loader for pair in loaders.values() for loader in pair))
     valid_data, _ = next(iter(loaders.values()))
@@ -229,7 +229,7 @@ def _run_stages(trainer: Any, train_data: AbstractDataLoader, loaders: Loaders, 
     return stages, ranks
 
 
-def _fit(trainer: Trainer, train_data: AbstractDataLoader, loaders: Loaders, selection: Selection, saved: bool) -> tuple[dict, list]:
+def _fit(trainer: Trainer, train_data: AbstractDataLoader, loaders: Loaders, selection: BestWeights, saved: bool) -> tuple[dict, list]:
     valid_data, _ = next(iter(loaders.values()))
     selection.begin("fit", validated=False)
     began, ranks = time.time(), []
@@ -251,7 +251,7 @@ def _of_main(tests: dict[str, dict], valid: Any) -> dict[str, Any]:
     return dict(main)
 
 
-def _test(trainer: Trainer, loaders: Loaders, selection: Selection, stage: str, ranks: list[pd.DataFrame]) -> dict[str, dict]:
+def _test(trainer: Trainer, loaders: Loaders, selection: BestWeights, stage: str, ranks: list[pd.DataFrame]) -> dict[str, dict]:
     """Metrics for each candidate set, of the weights that are best on it; the ranks behind them are added to ``ranks``."""
     if trainer.config["eval_step"] > 0 and not selection.valid:
         selection()  # nothing was trained: the weights are the best there are

@@ -136,6 +136,14 @@ def test_models_of_recbole_have_nothing_to_do_with_our_prompts(ring):
     assert baseline.digests["sources"] != ours.digests["sources"]
 
 
+def test_of_the_trainer_what_chooses_weights_counts_for_every_model(monkeypatch):
+    counted = []
+    monkeypatch.setattr(inputs, "_known", lambda file, of: counted.append(file.name) or "")
+    inputs.sources(inputs.ONLOOKERS | inputs.OF_SDPO_LLM)
+    assert {"best_weights.py", "ranks.py", "candidates.py", "quick_start.py"} <= set(counted)
+    assert not {"stage.py", "batches.py", "reference.py", "objectives.py"} & set(counted)
+
+
 @pytest.mark.parametrize("model", ["SDPO-LLM", "BPR"])
 def test_a_run_whose_data_change_as_it_reads_them_fails(ring, tmp_path, monkeypatch, model):
     item, create = tmp_path / "data" / "toy" / "toy.item", quick_start.create_dataset

@@ -1,8 +1,39 @@
-"""The prefix forest: a batch of prompts and responses in which every distinct prefix is one token.
+"""The prefix forest: prompts and responses in which every distinct prefix is one token.
 
-Each tree has a **trunk** (a prompt, or a whole history of which every prefix is a prompt) and **branches** (responses
-that leave the trunk somewhere). Branches follow the trunk and each other for as long as their tokens agree. A tree is
-laid out depth-first, so that token ``j`` is an ancestor of ``i``, or ``i`` itself, exactly when ``j <= i < end[j]``.
+Each tree has a **trunk** (a prompt, or a whole history of which every prefix is a prompt) and
+**branches** (responses that leave the trunk somewhere). Responses follow the trunk and each other
+for as long as their tokens agree. A response's last token is predicted but predicts nothing, so it
+has no place in the tree. Below, three responses follow the prompt ``a b`` of the trunk ``a b c d``,
+and one follows all of it::
+
+    response  prompt
+    c x y     a b            a - b - c - d - p
+    p q r     a b                |   |
+    p s t     a b                |   +-- x
+    p q       a b c d            +-- p - q
+                                     |
+                                     +-- s
+
+A tree is laid out depth-first, branches before the rest of the trunk, so that token ``j`` is an
+ancestor of ``i``, or ``i`` itself, exactly when ``j <= i < end[j]``. That is the mask of attention
+(``#``: the row's token sees the column's). ``asked`` are the tokens, each of a response, whose
+log-probability after the column's token is asked for::
+
+    column      0   1   2   3   4   5   6   7   8
+    token       a   b   p   q   s   c   x   d   p
+    position    0   1   2   3   3   2   3   3   4
+    end         9   9   5   4   5   9   7   9   9
+    asked       -  cpp qs   r   t   x   y   p   q
+
+    sees   a    #
+           b    #   #
+           p    #   #   #
+           q    #   #   #   #
+           s    #   #   #   .   #
+           c    #   #   .   .   .   #
+           x    #   #   .   .   .   #   #
+           d    #   #   .   .   .   #   .   #
+           p    #   #   .   .   .   #   .   #   #
 """
 
 from __future__ import annotations
@@ -20,14 +51,17 @@ from recbole_sdpo.ragged import Ragged, exclusive_cumsum, steps
 
 @dataclass(frozen=True)
 class Forest:
-    """``B`` trees, one to a row, and what is asked of them: the log-probabilities of ``R`` responses.
+    """``B`` trees, one to a row, and what is asked: the log-probabilities of ``R`` responses.
 
     Attributes:
         tokens: int64 ``[B, L]``, right-padded with 0.
-        positions: int64 ``[B, L]``, the depth of each token in its tree, which is its position in its sequence.
+        positions: int64 ``[B, L]``, the depth of each token in its tree, which is its position in
+            its sequence.
         end: int64 ``[B, L]``, one past the column of the last descendant; padding sees only itself.
-        states: int64 ``[S]``, increasing indices into the flattened ``B * L`` of the distinct tokens that predict.
-        edge_state: int64 ``[E]``, increasing: for each predicted token the entry of ``states`` that predicts it.
+        states: int64 ``[S]``, increasing indices into the flattened ``B * L`` of the distinct
+            tokens that predict.
+        edge_state: int64 ``[E]``, increasing: for each predicted token the entry of ``states`` that
+            predicts it.
         edge_token: int64 ``[E]``, the predicted token.
         edge_response: int64 ``[E]``, the response that it belongs to.
         edge_step: int64 ``[E]``, which of the response's tokens it is.
@@ -61,13 +95,16 @@ class Forest:
         return self._with_each(Tensor.pin_memory)
 
     def _with_each(self, move: Callable[[Tensor], Tensor]) -> Forest:
-        return replace(self, **{f.name: move(part) for f in fields(self) if isinstance(part := getattr(self, f.name), Tensor)})
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+        return replace(self, **{name: move(part) for name, part in tensors.items()})
 
     def attention(self, window: int | None = None) -> Tensor:
         """bool ``[B, L, L]``: may token ``i`` (dim 1) attend to ``j`` (dim 2)?
 
         Args:
-            window: for layers with sliding attention, the number of positions that a token sees, itself included.
+            window: for layers with sliding attention, the number of positions that a token sees,
+                itself included.
         """
         column = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         visible = (column <= column[:, None]) & (column[:, None] < self.end[:, None, :])
@@ -76,127 +113,213 @@ class Forest:
         return visible
 
     def sum_by_response(self, logps: Tensor) -> Tensor:
-        """Sums over the tokens of each response, ``[…, R]``, of what belongs to the edges, ``[…, E]``."""
+        """Of what belongs to the edges, ``[…, E]``, the sum over each response, ``[…, R]``."""
         # Each token has a place of its own, so that the sum has one order on every device.
         table = logps.new_zeros(*logps.shape[:-1], self.responses, self.steps)
         table[..., self.edge_response, self.edge_step] = logps
         return table.sum(-1)
 
 
-def plant(trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged, multiple: int = 1) -> Forest:
+def plant(
+    trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged, multiple: int = 1
+) -> Forest:
     """Build the forest of the given trunks and responses.
 
     Args:
-        trunks: the tokens of each of the ``B`` trunks.
+        trunks: the tokens of each of the ``B`` trunks, none negative.
         tree: int ``[R]``, the trunk of each response.
         start: int ``[R]``, how many of its trunk's tokens are the response's prompt, at least 1.
-        responses: the tokens of each of the ``R`` responses, none empty.
+        responses: the tokens of each of the ``R`` responses, none empty, no token negative.
         multiple: the length of the rows is padded to a multiple of it.
 
     Raises:
         UserError: a response is empty, or its prompt is empty or longer than its trunk.
     """
     tree, start = np.asarray(tree, np.int64), np.asarray(start, np.int64)
-    if responses.lengths.min(initial=1) < 1:
-        raise UserError(f"response {responses.lengths.argmin()} has no token; each needs at least one.")
-    if len(start) and (start.min() < 1 or (start > trunks.lengths[tree]).any()):
-        bad = int(np.argmax((start < 1) | (start > trunks.lengths[tree])))
-        raise UserError(
-            f"response {bad} starts after {start[bad]} tokens of a trunk of {trunks.lengths[tree[bad]]}; "
-            "it must be 1 to the trunk's length."
-        )
-    # A response's last token is predicted but predicts nothing, so it needs no place in the forest.
-    wanted, inner = responses.padded(-1), responses.lengths - 1
-    depth = np.arange(wanted.shape[1])
-
-    # How far does each response follow its trunk?
-    ahead = start[:, None] + depth
-    inside = ahead < trunks.lengths[tree][:, None]
-    following = np.where(inside, trunks.values[np.where(inside, trunks.starts[tree][:, None] + ahead, 0)], -2)
-    follows = np.logical_and.accumulate(wanted == following, axis=1).sum(1)
-    shared = np.minimum(follows, inner)
-    leaves_at = start + follows
-
-    # The rest of each response is a branch. Sorted, a branch shares a prefix with its predecessor or with none.
-    branching = np.flatnonzero(inner > follows)
-    width = int((inner - follows).max(initial=0))
-    rest_length = (inner - follows)[branching]
-    column = np.arange(width)
-    taken = follows[branching, None] + column
-    rest = np.where(
-        column < rest_length[:, None],
-        np.take_along_axis(wanted[branching], np.minimum(taken, wanted.shape[1] - 1), 1),
-        -1,
-    )
-    order = np.lexsort((*rest.T[::-1], leaves_at[branching], tree[branching]))
-    branching, rest, rest_length = branching[order], rest[order], rest_length[order]
-    site = np.stack([tree[branching], leaves_at[branching]])
-    lcp = np.zeros(len(branching), np.int64)
-    if len(branching) > 1:
-        agree = np.logical_and.accumulate(rest[1:] == rest[:-1], axis=1).sum(1)
-        same_site = (site[:, 1:] == site[:, :-1]).all(0)
-        lcp[1:] = np.where(same_site, np.minimum(agree, np.minimum(rest_length[1:], rest_length[:-1])), 0)
-    fresh = rest_length - lcp
-    first = exclusive_cumsum(fresh)
-    is_new = (column >= lcp[:, None]) & (column < rest_length[:, None])
-    node = np.maximum.accumulate(np.where(is_new, first[:, None] + column - lcp[:, None], -1), axis=0)
-
-    # A branch token's subtree ends where a later branch parts from it at its depth or before.
-    branch_nodes = int(fresh.sum())
-    parts = np.where(lcp[:, None] <= column, first[:, None], branch_nodes)
-    parts = np.vstack([parts, np.full((1, width), branch_nodes)])
-    subtree_end = np.minimum.accumulate(parts[::-1], axis=0)[::-1][1:]
-
-    # Depth-first layout: the branches that leave the trunk at p stand between trunk tokens p - 1 and p.
-    trees = len(trunks)
-    kept = np.zeros(trees, np.int64)
-    np.maximum.at(kept, tree, start + shared)
-    np.maximum.at(kept, tree[branching], leaves_at[branching])
-    node_row, node_site = np.repeat(site[0], fresh), np.repeat(site[1], fresh)
-    branch_total = np.bincount(node_row, minlength=trees)
-    before_tree = exclusive_cumsum(branch_total)
-    sizes = kept + branch_total
-    length = -(-int(sizes.max(initial=1)) // multiple) * multiple
-    tokens = np.zeros((trees, length), np.int64)
-    positions = np.zeros((trees, length), np.int64)
-    end = np.tile(np.arange(1, length + 1), (trees, 1))
-
-    trunk_row = np.repeat(np.arange(trees), kept)
-    trunk_depth = steps(kept)
-    span = length + 1  # one key per (tree, site), in order
-    trunk_column = trunk_depth + (
-        np.searchsorted(node_row * span + node_site, trunk_row * span + trunk_depth, side="right") - before_tree[trunk_row]
-    )
-    tokens[trunk_row, trunk_column] = trunks.values[trunks.starts[trunk_row] + trunk_depth]
-    positions[trunk_row, trunk_column] = trunk_depth
-    end[trunk_row, trunk_column] = sizes[trunk_row]
-
-    to_column = node_site - before_tree[node_row]  # from a branch token's number to its column
-    node_column = np.arange(branch_nodes) + to_column
-    tokens[node_row, node_column] = rest[is_new]
-    positions[node_row, node_column] = node_site + np.broadcast_to(column, rest.shape)[is_new]
-    end[node_row, node_column] = subtree_end[is_new] + to_column
-
-    # Each response token is predicted by the token before it, on the trunk or on the branch.
-    branch_of = np.full(len(responses), -1, np.int64)
-    branch_of[branching] = np.arange(len(branching))
-    response, step = np.nonzero(depth < responses.lengths[:, None])
-    on_trunk = step <= follows[response]
-    trunk_offset = exclusive_cumsum(kept)
-    predictor = np.empty(len(response), np.int64)
-    r, s = response[on_trunk], step[on_trunk]
-    predictor[on_trunk] = trunk_column[trunk_offset[tree[r]] + start[r] + s - 1]
-    r, s = response[~on_trunk], step[~on_trunk]
-    predictor[~on_trunk] = node_column[node[branch_of[r], s - follows[r] - 1]]
-    states, edge_state = np.unique(tree[response] * length + predictor, return_inverse=True)
-    order = np.argsort(edge_state, kind="stable")
-    edges = (edge_state[order], responses.values[order], response[order], step[order])
-
+    _check(trunks, tree, start, responses)
+    follows = _follow_trunks(trunks, tree, start, responses)
+    branches = _merge_branches(tree, start, follows, responses)
+    # Of each trunk what is a prompt or followed by a response has a place.
+    lengths = np.zeros(len(trunks), np.int64)
+    np.maximum.at(lengths, tree, start + np.minimum(follows, responses.lengths - 1))
+    trunks = trunks.cut(np.arange(len(trunks)), np.zeros_like(lengths), lengths)
+    layout = _lay_out(trunks, branches, multiple)
+    states, edges = _ask(layout, trunks, tree, start, follows, branches, responses)
     return Forest(
-        *map(torch.from_numpy, (tokens, positions, end, states, *edges)),
+        *map(torch.from_numpy, (layout.tokens, layout.positions, layout.end, states, *edges)),
         first_edge=np.searchsorted(edges[0], np.arange(len(states) + 1)),
         steps=int(responses.lengths.max(initial=0)),
         responses=len(responses),
-        chains=branch_nodes == 0,
-        size=int(sizes.sum()),
+        chains=not branches.fresh.any(),
+        size=int(layout.sizes.sum()),
     )
+
+
+def _check(trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged) -> None:
+    if responses.lengths.min(initial=1) < 1:
+        empty = responses.lengths.argmin()
+        raise UserError(f"response {empty} has no token; each needs at least one.")
+    outside = (start < 1) | (start > trunks.lengths[tree])
+    if outside.any():
+        first = int(outside.argmax())
+        raise UserError(
+            f"response {first} starts after {start[first]} tokens of a trunk of "
+            f"{trunks.lengths[tree[first]]}; it must be 1 to the trunk's length."
+        )
+
+
+def _follow_trunks(
+    trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged
+) -> np.ndarray:
+    """How many of its first tokens each response has in common with its trunk, int64 ``[R]``."""
+    tokens = responses.padded(-1)
+    ahead = np.minimum(trunks.lengths[tree] - start, responses.lengths)
+    trunk = trunks.cut(tree, start, ahead).padded(-2, tokens.shape[1])
+    return np.logical_and.accumulate(tokens == trunk, axis=1).sum(1)
+
+
+@dataclass(frozen=True)
+class _Branches:
+    """The ``N`` responses that leave their trunks, from there on, in the order of tree, site and
+    tokens. Then a branch shares its beginning with the one before it, or with none before it.
+
+    A token that several branches share is one **node**; nodes are numbered in this order.
+
+    Attributes:
+        response: int64 ``[N]``, whose branch it is.
+        tree: int64 ``[N]``.
+        site: int64 ``[N]``, how many tokens of the trunk are before it.
+        tokens: int64 ``[N, W]``, padded with -1.
+        fresh: bool ``[N, W]``, where a branch has a node that none before it has.
+        node: int64 ``[N, W]``, the node of each token; anything where there is none.
+        node_end: int64 ``[nodes]``, one past the number of each node's last descendant.
+    """
+
+    response: np.ndarray
+    tree: np.ndarray
+    site: np.ndarray
+    tokens: np.ndarray
+    fresh: np.ndarray
+    node: np.ndarray
+    node_end: np.ndarray
+
+
+def _merge_branches(
+    tree: np.ndarray, start: np.ndarray, follows: np.ndarray, responses: Ragged
+) -> _Branches:
+    lengths = responses.lengths - 1 - follows
+    response = np.flatnonzero(lengths > 0)
+    rest = responses.cut(response, follows[response], lengths[response])
+    tokens, tree, site = rest.padded(-1), tree[response], (start + follows)[response]
+    order = np.lexsort((*tokens.T[::-1], site, tree))
+    response, tree, site = response[order], tree[order], site[order]
+    tokens, lengths = tokens[order], rest.lengths[order]
+    shared = _shared_with_previous(tree, site, tokens, lengths)
+
+    # Of a token that is not fresh, the node is that of the branch before.
+    depth = np.arange(tokens.shape[1])
+    fresh = (depth >= shared[:, None]) & (depth < lengths[:, None])
+    first = exclusive_cumsum(lengths - shared)
+    number = np.where(fresh, first[:, None] + depth - shared[:, None], -1)
+    node = np.maximum.accumulate(number, axis=0)
+
+    # A node's descendants end at the first later branch that shares less than reaches the node.
+    nodes = int((lengths - shared).sum())
+    parting = np.where(shared[:, None] <= depth, first[:, None], nodes)
+    parting = np.vstack([parting, np.full((1, len(depth)), nodes)])
+    end = np.minimum.accumulate(parting[::-1], axis=0)[::-1][1:]
+    return _Branches(response, tree, site, tokens, fresh, node, end[fresh])
+
+
+def _shared_with_previous(
+    tree: np.ndarray, site: np.ndarray, tokens: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
+    """How many first tokens each branch has in common with the one before, int64 ``[N]``."""
+    shared = np.zeros(len(lengths), np.int64)
+    if len(lengths) > 1:
+        agree = np.logical_and.accumulate(tokens[1:] == tokens[:-1], axis=1).sum(1)
+        together = (tree[1:] == tree[:-1]) & (site[1:] == site[:-1])
+        # Two that end at one place agree in their padding, too.
+        shared[1:] = np.where(together, np.minimum(agree, lengths[1:]), 0)
+    return shared
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where everything stands.
+
+    Attributes:
+        tokens, positions, end: as of :class:`Forest`.
+        sizes: int64 ``[B]``, tokens in each tree.
+        trunk_column: int64 ``[all tokens of trunks]``.
+        node_column: int64 ``[nodes]``.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    end: np.ndarray
+    sizes: np.ndarray
+    trunk_column: np.ndarray
+    node_column: np.ndarray
+
+
+def _lay_out(trunks: Ragged, branches: _Branches, multiple: int) -> _Layout:
+    """Depth-first: branches at site ``p`` stand between the trunk's tokens ``p - 1`` and ``p``."""
+    each = branches.fresh.sum(1)
+    node_tree, node_site = np.repeat(branches.tree, each), np.repeat(branches.site, each)
+    nodes_of_tree = np.bincount(node_tree, minlength=len(trunks))
+    first_node = exclusive_cumsum(nodes_of_tree)
+    sizes = trunks.lengths + nodes_of_tree
+    length = -(-int(sizes.max(initial=1)) // multiple) * multiple
+    tokens = np.zeros((len(trunks), length), np.int64)
+    positions = np.zeros((len(trunks), length), np.int64)
+    end = np.tile(np.arange(1, length + 1), (len(trunks), 1))
+
+    # Before a trunk's token are the trunk's earlier ones, and the nodes of its site and earlier.
+    trunk_tree = np.repeat(np.arange(len(trunks)), trunks.lengths)
+    depth = steps(trunks.lengths)
+    span = length + 1  # one key for each tree and site, in order
+    key, node_key = trunk_tree * span + depth, node_tree * span + node_site
+    before = np.searchsorted(node_key, key, side="right") - first_node[trunk_tree]
+    trunk_column = depth + before
+    tokens[trunk_tree, trunk_column] = trunks.values
+    positions[trunk_tree, trunk_column] = depth
+    end[trunk_tree, trunk_column] = sizes[trunk_tree]
+
+    # Before a node are the earlier nodes of its tree, and the trunk up to its site.
+    shift = node_site - first_node[node_tree]
+    node_column = np.arange(len(shift)) + shift
+    _, depth_on_branch = np.nonzero(branches.fresh)
+    tokens[node_tree, node_column] = branches.tokens[branches.fresh]
+    positions[node_tree, node_column] = node_site + depth_on_branch
+    end[node_tree, node_column] = branches.node_end + shift
+    return _Layout(tokens, positions, end, sizes, trunk_column, node_column)
+
+
+def _ask(
+    layout: _Layout,
+    trunks: Ragged,
+    tree: np.ndarray,
+    start: np.ndarray,
+    follows: np.ndarray,
+    branches: _Branches,
+    responses: Ragged,
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """``states``, and what the edges have of each attribute of :class:`Forest`.
+
+    Each token of a response is predicted by the token before it, on the trunk or on a branch.
+    """
+    response = np.repeat(np.arange(len(responses)), responses.lengths)
+    step = steps(responses.lengths)
+    column = np.empty(len(response), np.int64)
+    on_trunk = step <= follows[response]
+    r, s = response[on_trunk], step[on_trunk]
+    column[on_trunk] = layout.trunk_column[trunks.starts[tree[r]] + start[r] + s - 1]
+    branch = np.full(len(responses), -1, np.int64)
+    branch[branches.response] = np.arange(len(branches.response))
+    r, s = response[~on_trunk], step[~on_trunk]
+    column[~on_trunk] = layout.node_column[branches.node[branch[r], s - follows[r] - 1]]
+    place = tree[response] * layout.tokens.shape[1] + column
+    states, state = np.unique(place, return_inverse=True)
+    order = np.argsort(state, kind="stable")
+    return states, (state[order], responses.values[order], response[order], step[order])

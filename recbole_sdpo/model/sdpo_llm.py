@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from functools import cached_property
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,22 +34,13 @@ from recbole_sdpo.lm.memory import tokens_at_once
 from recbole_sdpo.lm.ranking import NODES_AT_ONCE, TitleTree, score_all, score_top
 from recbole_sdpo.lm.scratch import train_tokenizer
 from recbole_sdpo.model.encoder import TERMINATOR, Encoder, title_lines
-from recbole_sdpo.objectives import OBJECTIVES
+from recbole_sdpo.objectives import OBJECTIVES, Logps
 from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import derive_seed, generator
 from recbole_sdpo.settings import NO_FULL_RANKING, Settings
 
 TARGET_ROW = "target_row"
 """Column of an evaluation batch: the number of the target, from 0, that a row's item is a candidate for."""
-
-
-class Logps(NamedTuple):
-    """Log-probabilities of a batch of T targets; the first two from the policy, the others from the reference."""
-
-    policy_pos: Tensor
-    policy_neg: Tensor
-    ref_pos: Tensor
-    ref_neg: Tensor
 
 
 class SDPOLLM(SequentialRecommender):
@@ -180,7 +170,7 @@ class SDPOLLM(SequentialRecommender):
 
         RecBole repeats the batch once for each negative; :class:`SDPOTrainer` does not, and serves whole sequences at once.
         """
-        kind = OBJECTIVES[self.objective]
+        objective = OBJECTIVES[self.objective]
         number = self.config["train_neg_sample_args"]["sample_num"] if self.NEG_ITEM_ID in interaction else 1
         rows = len(interaction) // number
         target = interaction[self.ITEM_ID][:rows].cpu().numpy()
@@ -191,9 +181,9 @@ class SDPOLLM(SequentialRecommender):
         elif self.settings.prompt_style == "candidates":
             raise UserError("prompt_style='candidates' needs negatives in the batch (train_neg_sample_args) for its text.")
         prompts = self._prompts(histories(interaction[:rows], self.config), Ragged.from_matrix(offered), target, user)
-        items = offered[:, : 1 + min(number, kind.negatives)]
-        found = self.logps(self.encoder.forest(prompts, items), items.shape[1], kind.reference)
-        return kind.loss(*found, self.settings.beta).mean()
+        items = offered[:, : 1 + min(number, objective.negatives)]
+        logps = self.logps(self.encoder.forest(prompts, items), items.shape[1], objective.reference)
+        return objective.loss(logps, self.settings.beta).mean()
 
     @torch.no_grad()
     def predict(self, interaction: Interaction) -> Tensor:

@@ -18,9 +18,9 @@ from recbole.config import Config
 from recbole.utils import get_local_time
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.evaluator.selection import FOLDER as SELECTION
 from recbole_sdpo.files import remove_parts, user_path
 from recbole_sdpo.result import RESULT_FILE
+from recbole_sdpo.trainer.best_weights import FOLDER as SELECTION
 from recbole_sdpo.trainer.state import FOLDER as STATE
 from recbole_sdpo.trainer.state import STATE_FILE, holds_state
 

@@ -19,12 +19,12 @@ from recbole.utils import calculate_valid_score, dict2str, set_color
 from recbole_sdpo.data.candidates import freeze, samples_candidates
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import RankCollector
-from recbole_sdpo.evaluator.selection import restore, snapshot
 from recbole_sdpo.files import user_path
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.sdpo_llm import TARGET_ROW
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.settings import kind_of_negatives
+from recbole_sdpo.trainer.best_weights import restore, snapshot
 from recbole_sdpo.trainer.checkpoint import load_checkpoint, save_checkpoint, sft_folder
 from recbole_sdpo.trainer.folder import STAGES, run_folder
 from recbole_sdpo.trainer.reference import ReferenceCache
@@ -226,7 +226,7 @@ class SDPOTrainer(Trainer):
         if cache:
             known = int((~cache.missing()).sum())
             self._log(f"{name}: of {known:,} targets the reference's log-probabilities are in {cache.folder} already", verbose)
-            stage.fill_cache(show_progress)
+            cache.fill(stage.batches, stage_settings.epochs, self.accelerator, show_progress)
         return stage
 
     def _workers(self) -> int:

@@ -10,11 +10,14 @@ from typing import TypedDict
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import naming, whole_file
+from recbole_sdpo.objectives import Diagnostics
 
 FILE = "steps.csv"
 
-DIAGNOSTICS = ("reward_positive", "reward_negative", "margin", "accuracy", "logp_positive", "hardest_negative_weight")
-COLUMNS = ("stage", "step", "targets", "loss", "gradient_norm", "learning_rate", *DIAGNOSTICS)
+COLUMNS = (
+    *("stage", "step", "targets", "loss", "gradient_norm", "learning_rate"),
+    *Diagnostics._fields,
+)
 HEAD = ",".join(COLUMNS).encode() + b"\n"
 
 
@@ -29,8 +32,8 @@ class StepFile:
     """Appends to ``steps.csv`` in ``run_dir``; what a stage does not have stays empty.
 
     Args:
-        mark: of the run that is resumed, as :meth:`mark` gave it: what it wrote until then stays, byte for byte, and what came
-            after is dropped. None for a run that begins.
+        mark: of the run that is resumed, as :meth:`mark` gave it: what it wrote until then stays,
+            byte for byte, and what came after is dropped. None for a run that begins.
 
     Raises:
         UserError: the file is not as that run wrote it.
@@ -41,17 +44,23 @@ class StepFile:
         self._path = run_dir / FILE
         with whole_file(self._path) as part:
             part.write_bytes(HEAD if mark is None else self._rows_until(mark))
-        self._digest, self._size = hashlib.sha256(self._path.read_bytes()), self._path.stat().st_size
+        self._digest, self._size = (
+            hashlib.sha256(self._path.read_bytes()),
+            self._path.stat().st_size,
+        )
         self._file = self._path.open("ab", buffering=0)
 
     def _rows_until(self, mark: Mark) -> bytes:
         if not self._path.is_file():
-            getLogger().warning(f"{self._path} is not there; the run goes on without the rows of before.")
+            getLogger().warning(
+                f"{self._path} is not there; the run goes on without the rows of before."
+            )
             return HEAD
         rows = self._path.read_bytes()[: mark["bytes"]]
         if hashlib.sha256(rows).hexdigest() != mark["sha256"]:
             raise UserError(
-                f"{self._path} is damaged: it is not what the run wrote; put it back, or delete it to go on without the rows of before."
+                f"{self._path} is damaged: it is not what the run wrote; put it back, or delete it "
+                "to go on without the rows of before."
             )
         return rows
 

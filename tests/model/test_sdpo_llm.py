@@ -15,7 +15,7 @@ from recbole_sdpo.data.sequences import histories
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import ranking
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.objectives import sdpo
+from recbole_sdpo.objectives import Logps, sdpo
 from recbole_sdpo.ragged import Ragged
 
 
@@ -126,7 +126,8 @@ def test_calculate_loss_serves_any_recbole_trainer(ring, style):
             [[slow_score(model, past[r].tolist(), int(batch["neg_item_id"][k * rows + r])) for k in range(3)] for r in range(rows)]
         )
         model.objective = "softmax"
-        expected = sdpo(pos, neg, torch.zeros_like(pos), torch.zeros_like(neg), 1.0).mean()
+        logps = Logps(pos, neg, torch.zeros_like(pos), torch.zeros_like(neg))
+        expected = sdpo(logps, 1.0).mean()
         assert float(model.calculate_loss(batch)) == pytest.approx(float(expected), abs=1e-5)
 
 

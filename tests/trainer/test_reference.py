@@ -10,7 +10,14 @@ from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.stage import Stage
 from tests.trainer.test_training import Recorder, start
 
-SMALL = {"sft_epochs": 1, "sdpo_epochs": 3, "max_train_targets": 200, "stopping_step": 9, "fixed_negatives": True, "eval_step": 0}
+SMALL = {
+    "sft_epochs": 1,
+    "sdpo_epochs": 3,
+    "max_train_targets": 200,
+    "stopping_step": 9,
+    "fixed_negatives": True,
+    "eval_step": 0,
+}
 
 
 @pytest.fixture
@@ -38,7 +45,11 @@ def train(settings):
 @pytest.mark.parametrize("style", ["history", "candidates"])
 @pytest.mark.parametrize("peft", ["none", "lora"])
 def test_the_reference_is_asked_once_and_nothing_else_changes(ring, tmp_path, asked, peft, style):
-    settings = ring | SMALL | {"peft": peft, "prompt_style": style, "prompt_candidates": 6, "max_train_targets": None}
+    settings = (
+        ring
+        | SMALL
+        | {"peft": peft, "prompt_style": style, "prompt_candidates": 6, "max_train_targets": None}
+    )
     settings |= {"cache_dir": str(tmp_path / "cache")}
     seen, weights = train(settings | {"reference": "compute"})
     every_time = sum(asked)
@@ -53,7 +64,10 @@ def test_the_reference_is_asked_once_and_nothing_else_changes(ring, tmp_path, as
     assert not asked and len(list((tmp_path / "cache/reference").glob("*"))) == 1
 
 
-@pytest.mark.parametrize("change", [{"seed": 7}, {"sft_learning_rate": 2e-3}, {"train_neg_sample_args": {"sample_num": 2}}])
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 7}, {"sft_learning_rate": 2e-3}, {"train_neg_sample_args": {"sample_num": 2}}],
+)
 def test_what_the_values_depend_on_makes_another_cache(ring, tmp_path, asked, change):
     settings = ring | SMALL | {"sdpo_epochs": 1, "cache_dir": str(tmp_path / "cache")}
     train(settings)
@@ -69,7 +83,9 @@ def cache(ring, tmp_path):
     model = trainer.model
     model.lm.freeze_reference()
     examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 3)
-    return lambda precision="float32": ReferenceCache(tmp_path / "cache", model.lm, examples, model.encoder.tokens, precision)
+    return lambda precision="float32": ReferenceCache(
+        tmp_path / "cache", model.lm, examples, model.encoder.tokens, precision
+    )
 
 
 def test_what_was_written_is_read_and_the_rest_is_missing(cache):
@@ -119,8 +135,14 @@ def test_the_scale_of_an_adapter_is_part_of_the_reference(ring, tmp_path):
     assert len(files) == 2
 
 
-def test_a_part_of_the_targets_is_asked_for_once_and_a_warm_cache_changes_no_bit(ring, tmp_path, asked):
-    settings = ring | SMALL | {"max_train_targets": 130, "sdpo_epochs": 2, "cache_dir": str(tmp_path / "cache")}
+def test_a_part_of_the_targets_is_asked_for_once_and_a_warm_cache_changes_no_bit(
+    ring, tmp_path, asked
+):
+    settings = (
+        ring
+        | SMALL
+        | {"max_train_targets": 130, "sdpo_epochs": 2, "cache_dir": str(tmp_path / "cache")}
+    )
     cold, weights = train(settings)
     first = sum(asked)
     assert 4 * 130 < first < 4 * 72 * 9  # targets of 72 users
@@ -133,16 +155,25 @@ def test_fixed_negatives_are_those_of_every_epoch(ring):
     trainer, loaders = start(ring | SMALL)
     examples = trainer.model.examples(loaders[0]._dataset, loaders[0]._sampler, 3)
     trees = np.array([4, 0, 9])
-    (first, items), (second, again) = examples.batch(trees, 1, "epoch", 0), examples.batch(trees, 2, "epoch", 1)
+    (first, items), (second, again) = (
+        examples.batch(trees, 1, "epoch", 0),
+        examples.batch(trees, 2, "epoch", 1),
+    )
     assert np.array_equal(items, again) and np.array_equal(first.target, second.target)
     assert np.array_equal(items[:, 0], first.target)
     assert np.array_equal(
-        examples.prompts.target[np.concatenate([np.flatnonzero(examples.prompts.tree == t) for t in trees])], first.target
+        examples.prompts.target[
+            np.concatenate([np.flatnonzero(examples.prompts.tree == t) for t in trees])
+        ],
+        first.target,
     )
 
 
 def test_negatives_drawn_anew_cannot_be_kept(ring):
-    with pytest.raises(ValueError, match="reference='cache' needs negatives that stay the same; set fixed_negatives=True"):
+    with pytest.raises(
+        ValueError,
+        match="reference='cache' needs negatives that stay the same; set fixed_negatives=True",
+    ):
         start(ring | {"reference": "cache"})
     assert check_settings(start(ring)[0].config).caches_reference is False
 
@@ -156,7 +187,9 @@ def test_a_worker_prepares_the_same_batches(ring):
 def test_a_folder_that_cannot_be_is_found_before_training(ring, tmp_path):
     (tmp_path / "file").write_text("")
     trainer, loaders = start(ring | SMALL | {"cache_dir": str(tmp_path / "file" / "x")})
-    with pytest.raises(ValueError, match=r"cache_dir=.* cannot hold files \(.*\); give another folder"):
+    with pytest.raises(
+        ValueError, match=r"cache_dir=.* cannot hold files \(.*\); give another folder"
+    ):
         trainer.prepare(*loaders[:2])
 
 
@@ -164,8 +197,12 @@ def test_the_time_of_a_stage_holds_that_of_asking_the_reference(ring, monkeypatc
     trainer, loaders = start(ring | SMALL | {"sdpo_epochs": 1})
     clock = [0.0]
     monkeypatch.setattr("recbole_sdpo.trainer.sdpo_trainer.time.time", lambda: clock[0])
-    fill = Stage.fill_cache
-    monkeypatch.setattr(Stage, "fill_cache", lambda *args: clock.__setitem__(0, 1000.0) or fill(*args))
-    monkeypatch.setattr(Stage, "run_epoch", lambda stage, *_: setattr(stage, "epoch", stage.epoch + 1) or 0.0)
+    fill = ReferenceCache.fill
+    monkeypatch.setattr(
+        ReferenceCache, "fill", lambda *args: clock.__setitem__(0, 1000.0) or fill(*args)
+    )
+    monkeypatch.setattr(
+        Stage, "run_epoch", lambda stage, *_: setattr(stage, "epoch", stage.epoch + 1) or 0.0
+    )
     trainer.fit(*loaders[:2], verbose=False)
     assert trainer.reports["sft"].wall_s == 0 and trainer.reports["sdpo"].wall_s == 1000

@@ -291,7 +291,7 @@ def test_accumulated_batches_step_like_one(ring, style):
         if style == "candidates":  # the same draws for both
             examples.batch = lambda t, *_, made=examples.__class__.batch: made(examples, t, 0, "same", int(t[0]))
             step = [np.array([t]) for t in trees] if len(step) == 1 else [np.array([t]) for t in trees[::-1]]
-        stage._step(list(stage._loader([step])), int(examples.targets[trees].sum()))
+        stage._step(list(stage.batches.loader([step], 0)), int(examples.targets[trees].sum()))
         grads.append(torch.cat([p.grad.flatten() for p in stage._parameters]))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
 
@@ -301,8 +301,8 @@ def test_a_step_asks_the_device_once(ring, monkeypatch, peft):
     """Each number that the host reads keeps it waiting for a GPU, and the GPU for it."""
     trainer, loaders = start(ring | {"peft": peft, "sdpo_tokens_per_batch": 100, "sdpo_gradient_accumulation": 2})
     stage = trainer._open("sdpo", loaders[0], False, False)
-    model, (step, *_) = trainer.model, stage.plan(0)
-    waiting = list(stage._loader([step]))
+    model, (step, *_) = trainer.model, stage.batches.plan(0)
+    waiting = list(stage.batches.loader([step], 0))
     assert len(waiting) == 2
     read = []
 
@@ -322,12 +322,12 @@ def test_epochs_shuffle_and_limits_hold(ring):
     model = trainer.model
     examples = model.examples(loaders[0]._dataset, None, 0)
     stage = Stage("sft", "sft", model.settings.sft, None, model, examples, trainer.accelerator, None)
-    plans = [np.concatenate([t for step in stage.plan(epoch) for t in step]) for epoch in (0, 1)]
+    plans = [np.concatenate([t for step in stage.batches.plan(epoch) for t in step]) for epoch in (0, 1)]
     assert all(sorted(plan.tolist()) == list(range(len(examples.targets))) for plan in plans)
     assert plans[0].tolist() != plans[1].tolist()
-    assert all(len(step) == 2 for step in stage.plan(0)[:-1])
-    stage.limit = 40
-    some = np.concatenate([t for step in stage.plan(0) for t in step])
+    assert all(len(step) == 2 for step in stage.batches.plan(0)[:-1])
+    stage.batches.limit = 40
+    some = np.concatenate([t for step in stage.batches.plan(0) for t in step])
     assert 40 <= examples.targets[some].sum() < 40 + examples.targets.max()
 
 
@@ -338,12 +338,12 @@ def test_a_step_takes_as_many_targets_as_asked_for(ring, style):
     model = trainer.model
     examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 0)
     stage = Stage("sft", "sft", model.settings.sft, None, model, examples, trainer.accelerator, None)
-    plan = stage.plan(0)
+    plan = stage.batches.plan(0)
     assert [sum(examples.targets[trees].sum() for trees in step) for step in plan] == [16] * 4 + [8]  # a target to a user, of 72
     assert any(len(step) > 1 for step in plan)
-    assert all(len(trees) == 1 or stage._sizes[trees].max() * len(trees) <= 90 for step in plan for trees in step)
+    assert all(len(trees) == 1 or stage.batches.sizes[trees].max() * len(trees) <= 90 for step in plan for trees in step)
     assert sorted(np.concatenate([trees for step in plan for trees in step])) == list(range(72))
-    assert set(np.concatenate(stage.plan(1)[0])) != set(np.concatenate(plan[0]))
+    assert set(np.concatenate(stage.batches.plan(1)[0])) != set(np.concatenate(plan[0]))
     stage.run_epoch(False)
     assert stage.step == 5 and stage.targets == 72
 
@@ -358,9 +358,9 @@ def test_the_size_of_batches_changes_no_step(ring, style):
     for tokens in (90, 5000):
         settings = replace(model.settings.sdpo, tokens_per_batch=tokens)
         stage = Stage("sdpo", "sdpo", settings, None, model, examples, trainer.accelerator, None)
-        plans.append(stage.plan(0))
+        plans.append(stage.batches.plan(0))
         stage.optimizer.step = lambda: None
-        stage._step(list(stage._loader(plans[-1][:1])), stage._targets(plans[-1][:1]))
+        stage._step(list(stage.batches.loader(plans[-1][:1], 0)), stage.batches.targets(plans[-1][:1]))
         grads.append(torch.cat([p.grad.flatten() for p in stage._parameters]))
     small, large = ([sorted(np.concatenate(step)) for step in plan] for plan in plans)
     assert small == large and len(plans[0][0]) > len(plans[1][0]) == 1
@@ -420,8 +420,8 @@ def test_dynamic_negatives_are_the_hardest_of_their_draws(ring):
     trainer.prepare(*loaders)
     stage = trainer._open("sdpo", loaders[0], False, False)
     assert stage.model.negatives == 2
-    plan = [(trees, 0, 0) for trees in stage.plan(0)[0]]
-    wide = next(iter(stage._loader([[trees] for trees, _, _ in plan])))
+    plan = [(trees, 0, 0) for trees in stage.batches.plan(0)[0]]
+    wide = next(iter(stage.batches.loader([[trees] for trees, _, _ in plan], 0)))
     batch = stage._hardest(wide)
     assert batch.width == 3 and batch.forest.size < wide.forest.size
     stage.model.eval()

@@ -1,4 +1,4 @@
-"""Weights for more than one candidate set: trained once, chosen for each by its own validation."""
+"""The best weights for each candidate set: trained once, chosen for each by its own validation."""
 
 from __future__ import annotations
 
@@ -24,27 +24,36 @@ from recbole_sdpo.files import whole_file
 
 FOLDER = "selection"
 
+Metrics = dict[str, float]
 
-class Selection:
-    """Keeps, while ``trainer`` trains, the weights that validate best on each of some further candidate sets.
+
+class BestWeights:
+    """Keeps, while ``trainer`` trains, the weights that validate best on each candidate set.
 
     Args:
-        trainer: of RecBole; its ``fit`` calls this object after each of its own validations (``callback_fn``).
+        trainer: of RecBole; its ``fit`` calls this object after each of its own validations
+            (``callback_fn``).
         loaders: for each evaluation mode its validation loader.
-        folder: where the best weights lie meanwhile, so that a resumed run has them; None keeps them in memory.
+        folder: where the best weights lie meanwhile, so that a resumed run has them; None keeps
+            them in memory.
+
+    Attributes:
+        valid: for each mode the metrics of its best weights.
     """
 
-    def __init__(self, trainer: Trainer, loaders: dict[str, AbstractDataLoader], folder: Path | None) -> None:
+    def __init__(
+        self, trainer: Trainer, loaders: dict[str, AbstractDataLoader], folder: Path | None
+    ) -> None:
         self.trainer, self.loaders, self.folder = trainer, loaders, folder
-        self.valid: dict[str, dict[str, float]] = {}
+        self.valid: dict[str, Metrics] = {}
         self._weights: dict[str, dict[str, Tensor]] = {}
         self._rest: dict[str, dict[str, Any]] = {}
 
     def begin(self, stage: str, validated: bool) -> None:
-        """Forget what was kept; go on with what an interrupted run of the stage had kept, if that had validated in it.
+        """Forget all; go on with what an interrupted run of the stage left, if it had validated.
 
         Raises:
-            UserError: what it had kept is missing or damaged.
+            UserError: what it left is missing or damaged.
         """
         self.valid, self._weights, self._rest, self._stage = {}, {}, {}, stage
         for mode in self.loaders if validated and self.folder else ():
@@ -52,43 +61,57 @@ class Selection:
 
     def __call__(self, epoch: int | None = None, score: float | None = None) -> None:
         """Validate on each candidate set, and keep the weights where that is better than before."""
-        metric, bigger = self.trainer.valid_metric, self.trainer.valid_metric_bigger
         for mode, loader in self.loaders.items():
-            result = dict(self.trainer.evaluate(loader, load_best_model=False))
-            getLogger().info(f"valid {mode}: {dict2str(result)}")
-            new, old = (calculate_valid_score(found, metric) if found else None for found in (result, self.valid.get(mode)))
-            if old is None or (new > old if bigger else new < old):
-                self.valid[mode], self._weights[mode] = result, snapshot(self.trainer.model)
-                self._rest[mode] = copy.deepcopy(self.trainer.model.other_parameter())
-                if self.folder and PartialState().is_main_process:
-                    self._write(mode)
+            metrics = dict(self.trainer.evaluate(loader, load_best_model=False))
+            getLogger().info(f"valid {mode}: {dict2str(metrics)}")
+            if self._better(metrics, self.valid.get(mode)):
+                self._keep(mode, metrics)
 
     def restore(self, mode: str) -> None:
         """Put the weights that were best on ``mode`` into the model."""
         restore(self.trainer.model, self._weights[mode])
         self.trainer.model.load_other_parameter(self._rest.get(mode))
 
+    def _better(self, new: Metrics, old: Metrics | None) -> bool:
+        if not old:
+            return True
+        metric = self.trainer.valid_metric
+        now, before = calculate_valid_score(new, metric), calculate_valid_score(old, metric)
+        return now > before if self.trainer.valid_metric_bigger else now < before
+
+    def _keep(self, mode: str, metrics: Metrics) -> None:
+        model = self.trainer.model
+        self.valid[mode], self._weights[mode] = metrics, snapshot(model)
+        self._rest[mode] = copy.deepcopy(model.other_parameter())
+        if self.folder and PartialState().is_main_process:
+            self._write(mode)
+
     def _file(self, mode: str) -> Path:
         return self.folder / f"{self._stage}-{mode}.safetensors"
 
     def _write(self, mode: str) -> None:
-        """An epoch that is run again finds the same score and writes nothing new."""
+        """An epoch that is run again has the same score and writes nothing new."""
         self.folder.mkdir(parents=True, exist_ok=True)
         valid = json.dumps(self.valid[mode])
+        about = {"valid": valid, "sha256": _digest(valid, self._weights[mode])}
         with whole_file(self._file(mode)) as part:
-            save_file(self._weights[mode], part, {"valid": valid, "sha256": _digest(valid, self._weights[mode])})
+            save_file(self._weights[mode], part, about)
 
 
-def _read(file: Path) -> tuple[dict[str, float], dict[str, Tensor]]:
+def _read(file: Path) -> tuple[Metrics, dict[str, Tensor]]:
     """Metrics and weights that were best on a candidate set."""
     try:
         with safe_open(file, framework="pt") as stream:
-            about, weights = stream.metadata(), {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  it is no dictionary
+            about, names = stream.metadata(), stream.keys()
+            weights = {name: stream.get_tensor(name) for name in names}
         whole = about["sha256"] == _digest(about["valid"], weights)
     except (OSError, SafetensorError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise UserError(f"{file} is missing or damaged: it is not what the run wrote, which cannot be resumed; begin it in another folder.")
+        raise UserError(
+            f"{file} is missing or damaged: it is not what the run wrote, which cannot be resumed; "
+            "begin it in another folder."
+        )
     return json.loads(about["valid"]), weights
 
 
@@ -116,4 +139,8 @@ def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
 def _changing(model: nn.Module) -> dict[str, Tensor]:
     """By name, each once, whatever is tied to it."""
     everything = chain(model.named_parameters(), model.named_buffers())
-    return {name: value for name, value in everything if value.requires_grad or not isinstance(value, nn.Parameter)}
+    return {
+        name: value
+        for name, value in everything
+        if value.requires_grad or not isinstance(value, nn.Parameter)
+    }

@@ -6,19 +6,31 @@ import pytest
 import torch
 
 from recbole_sdpo import quick_start
-from recbole_sdpo.evaluator.selection import Selection, restore, snapshot
+from recbole_sdpo.trainer.best_weights import BestWeights, restore, snapshot
 from tests.conftest import write_dataset
 
 
 def alone(model, settings, mode):
-    return quick_start.run(model, "toy", config_dict=settings | {"eval_args": {"mode": mode}, "run_dir": f"alone-{mode}"})
+    return quick_start.run(
+        model,
+        "toy",
+        config_dict=settings | {"eval_args": {"mode": mode}, "run_dir": f"alone-{mode}"},
+    )
 
 
 @pytest.mark.parametrize("model", ["SDPO-LLM", "GRU4Rec"])
 def test_a_further_candidate_set_is_what_a_run_of_its_own_would_have(ring, model):
     """While no set stops the training early, one run gives what a run for each gives."""
-    settings = ring | {"stopping_step": 50, "epochs": 3, "sft_epochs": 3, "objective": "sft", "candidates_seed": 7}
-    both = quick_start.run(model, "toy", config_dict=settings | {"more_candidates": ["pop9"], "run_dir": "both"})
+    settings = ring | {
+        "stopping_step": 50,
+        "epochs": 3,
+        "sft_epochs": 3,
+        "objective": "sft",
+        "candidates_seed": 7,
+    }
+    both = quick_start.run(
+        model, "toy", config_dict=settings | {"more_candidates": ["pop9"], "run_dir": "both"}
+    )
     stage = both["stages"]["fit" if model == "GRU4Rec" else "sft"]
     ranks = pd.read_csv("both/ranks.csv")
     for mode in ("uni5", "pop9"):
@@ -33,14 +45,31 @@ def test_a_further_candidate_set_is_what_a_run_of_its_own_would_have(ring, model
 def test_a_baseline_that_keeps_no_file_is_tested_with_its_best_weights_too(ring, tmp_path):
     """On sequences without a rule, of which no epoch learns more than another."""
     drawn = np.random.default_rng(0)
-    write_dataset(tmp_path / "noise", [[int(item) for item in drawn.permutation(24)[:10] + 1] for _ in range(48)], None)
-    settings = ring | {"data_path": str(tmp_path / "noise"), "epochs": 8, "learning_rate": 0.03, "more_candidates": ["pop9"]}
-    kept, unkept = (quick_start.run("GRU4Rec", "toy", config_dict=settings, saved=saved) for saved in (True, False))
+    write_dataset(
+        tmp_path / "noise",
+        [[int(item) for item in drawn.permutation(24)[:10] + 1] for _ in range(48)],
+        None,
+    )
+    settings = ring | {
+        "data_path": str(tmp_path / "noise"),
+        "epochs": 8,
+        "learning_rate": 0.03,
+        "more_candidates": ["pop9"],
+    }
+    kept, unkept = (
+        quick_start.run("GRU4Rec", "toy", config_dict=settings, saved=saved)
+        for saved in (True, False)
+    )
     assert unkept["stages"]["fit"]["candidates"] == kept["stages"]["fit"]["candidates"]
 
 
 def test_a_resumed_run_tests_the_weights_that_the_uninterrupted_one_does(ring, monkeypatch):
-    settings = ring | {"more_candidates": ["pop9"], "sft_epochs": 4, "sdpo_epochs": 1, "sft_learning_rate": 0.02}
+    settings = ring | {
+        "more_candidates": ["pop9"],
+        "sft_epochs": 4,
+        "sdpo_epochs": 1,
+        "sft_learning_rate": 0.02,
+    }
     whole = quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"run_dir": "whole"})
 
     class Dead(Exception):
@@ -76,28 +105,34 @@ class Sometimes:
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_each_set_keeps_its_own_best(tmp_path, interrupted):
     trainer = Sometimes({"a": iter([0.1, 0.3, 0.2]), "b": iter([0.5, 0.4, 0.6])})
-    kept = Selection(trainer, {"pop1": "a", "pop2": "b"}, tmp_path)
-    kept.begin("sft", validated=False)
+    best = BestWeights(trainer, {"pop1": "a", "pop2": "b"}, tmp_path)
+    best.begin("sft", validated=False)
     weights = []
     for epoch in range(3):
         if epoch == 2 and interrupted:
-            kept = Selection(trainer, {"pop1": "a", "pop2": "b"}, tmp_path)
-            kept.begin("sft", validated=True)
+            best = BestWeights(trainer, {"pop1": "a", "pop2": "b"}, tmp_path)
+            best.begin("sft", validated=True)
         torch.nn.init.normal_(trainer.model.weight)
         weights.append(trainer.model.weight.detach().clone())
-        kept()
-    for mode, best in (("pop1", 1), ("pop2", 2)):
-        kept.restore(mode)
-        assert torch.equal(trainer.model.weight, weights[best])
-    kept.begin("sdpo", validated=False)
-    assert not kept.valid
+        best()
+    for mode, epoch in (("pop1", 1), ("pop2", 2)):
+        best.restore(mode)
+        assert torch.equal(trainer.model.weight, weights[epoch])
+    best.begin("sdpo", validated=False)
+    assert not best.valid
 
 
 def test_a_snapshot_has_what_training_changes():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     model[0].bias.requires_grad_(False)
     kept = snapshot(model)
-    assert set(kept) == {"0.weight", *(f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))}
+    assert set(kept) == {
+        "0.weight",
+        *(
+            f"1.{name}"
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        ),
+    }
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model(torch.randn(8, 2)).sum().backward()
     torch.optim.SGD(p for p in model.parameters() if p.requires_grad).step()
