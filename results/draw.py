@@ -57,7 +57,9 @@ def negatives() -> Figure:
         rows = []
         for name in dict.fromkeys(run["name"] for run in runs if setting in run["name"]):
             line, number = name.split(f", {setting} = ")
-            rows.append(row(runs, name, {metric: (candidates, metric) for metric in ("HR@1", "NDCG@5")}))
+            rows.append(
+                row(runs, name, {metric: (candidates, metric) for metric in ("HR@1", "NDCG@5")})
+            )
             rows[-1].axis = (line, setting, int(number))
         comparisons.append(Comparison(candidates, ["HR@1", "NDCG@5"], rows, {}))
     return figures.sweep(comparisons, setting)
@@ -65,9 +67,9 @@ def negatives() -> Figure:
 
 def read_results(file: Path) -> list[dict[str, Any]]:
     """The runs of a ``results.jsonl``, compressed or not."""
-    opened = gzip.open(file, "rt") if file.suffix == ".gz" else file.open()
-    with opened as lines:
-        return [json.loads(line) for line in lines]
+    content = file.read_bytes()
+    lines = gzip.decompress(content) if file.suffix == ".gz" else content
+    return [json.loads(line) for line in lines.splitlines()]
 
 
 def row(runs: list[dict[str, Any]], name: str, columns: dict[str, tuple[str, str]]) -> Row:
@@ -79,7 +81,9 @@ def row(runs: list[dict[str, Any]], name: str, columns: dict[str, tuple[str, str
     mine = [run for run in runs if run["name"] == name]
     last = [list(run["stages"].values())[-1]["candidates"] for run in mine]
     users = {
-        shown: np.array([[stage[candidates]["test"][metric.lower().replace("hr", "hit")]] for stage in last])
+        shown: np.array(
+            [[stage[candidates]["test"][metric.lower().replace("hr", "hit")]] for stage in last]
+        )
         for shown, (candidates, metric) in columns.items()
     }
     return Row(name, False, None, [run["seed"] for run in mine], users, pd.Index([0]), 0.0)

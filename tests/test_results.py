@@ -1,12 +1,12 @@
 """The pages under results/: their numbers are those of the tables, and what is kept is small."""
 
-import csv
 import gzip
 import json
 import re
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,8 @@ DIFFERENCE = re.compile(r"\| *\**(0\.\d{4})\**[*°]? *\| *\**(0\.\d{4})\**[*°]?
 
 def sections() -> dict[str, str]:
     """The text under each heading, but for what the page alone keeps."""
-    parts = re.split(r"^(##+ .*)$", re.sub(rf"{KEPT_HERE}.*?(?=^## )", "", PAGE, flags=re.M | re.S), flags=re.M)
+    text = re.sub(rf"{KEPT_HERE}.*?(?=^## )", "", PAGE, flags=re.M | re.S)
+    parts = re.split(r"^(##+ .*)$", text, flags=re.M)
     return dict(zip(parts[1::2], parts[2::2]))
 
 
@@ -35,10 +36,14 @@ def numbers(folder: Path) -> set[str]:
     return {f"{float(number):.4f}" for number in re.findall(r": (\d\.\d+)", text)}
 
 
-@pytest.mark.parametrize("heading", [name for name, text in sections().items() if FOUR_DIGITS.search(text)])
+WITH_NUMBERS = [name for name, text in sections().items() if FOUR_DIGITS.search(text)]
+
+
+@pytest.mark.parametrize("heading", WITH_NUMBERS)
 def test_the_numbers_of_a_section_are_in_the_tables_that_it_links_to(heading):
     text = sections()[heading]
-    folders = {(RESULTS / link).parent for link in re.findall(r"\]\(([\w/-]+/(?:table\.md|results\.jsonl))\)", text)}
+    links = re.findall(r"\]\(([\w/-]+)/(?:table\.md|results\.jsonl)\)", text)
+    folders = {RESULTS / link for link in links}
     assert folders, f"{heading} has numbers and links to no table"
     assert set(FOUR_DIGITS.findall(text)) <= set().union(*map(numbers, folders))
 
@@ -47,38 +52,44 @@ def test_a_difference_is_that_of_the_two_numbers_before_it():
     """The tables round to four digits, and a difference of the page is that of the rounded or of the exact ones."""
     found = DIFFERENCE.findall(PAGE)
     assert len(found) > 50
-    for ours, other, difference in found:
-        assert abs(float(ours) - float(other) - float(difference)) < 0.00065, (ours, other, difference)
+    for row in found:
+        ours, other, difference = map(float, row)
+        assert abs(ours - other - difference) < 0.00065, row
 
 
 def test_the_verdicts_are_of_three_kinds():
     claims = PAGE.split("## The claims of the paper, here")[1].split("###")[0]
-    verdicts = [line.split("|")[2].strip() for line in claims.splitlines() if line.startswith("|")][2:]
+    lines = [line for line in claims.splitlines() if line.startswith("|")][2:]
+    verdicts = [line.split("|")[2].strip() for line in lines]
     assert len(verdicts) >= 10 and set(verdicts) == {"holds", "not shown", "fails"}
 
 
 def test_a_further_test_is_of_rows_that_differ_by_so_much():
-    means, compared = {}, 0
-    for table in RESULTS.rglob("table.csv"):
-        for row in csv.DictReader(table.open()):
-            means[str(table.parent.relative_to(RESULTS)), row["candidates"], row["model"], row["metric"]] = float(row["mean"])
-    for row in csv.DictReader((RESULTS / "further-tests.csv").open()):
-        ours, other = (means.get((row["table"], row["candidates"], row[side], row["metric"])) for side in ("model", "against"))
-        if ours is not None and other is not None:
+    key, compared = ["table", "candidates", "metric", "model"], 0
+    tables = {str(file.parent.relative_to(RESULTS)): file for file in RESULTS.rglob("table.csv")}
+    rows = pd.concat([pd.read_csv(file).assign(table=name) for name, file in tables.items()])
+    means = rows.set_index(key)["mean"].to_dict()
+    for row in pd.read_csv(RESULTS / "further-tests.csv").to_dict("records"):
+        *place, model = (row[name] for name in key)
+        if {(*place, model), (*place, row["against"])} <= means.keys():
             compared += 1
-            assert abs(ours - other - float(row["difference"])) <= 0.00051, row
+            difference = means[(*place, model)] - means[(*place, row["against"])]
+            assert abs(difference - row["difference"]) < 0.00051, row
     assert compared > 40
 
 
 def test_every_line_of_results_is_a_run():
-    for file in [*RESULTS.rglob("results.jsonl"), *RESULTS.rglob("results.jsonl.gz")]:
-        text = gzip.decompress(file.read_bytes()).decode() if file.suffix == ".gz" else file.read_text()
-        assert all({"name", "stages", "settings", "versions"} <= json.loads(line).keys() for line in text.splitlines()), file
+    for file in RESULTS.rglob("results.jsonl*"):
+        content = file.read_bytes()
+        lines = gzip.decompress(content) if file.suffix == ".gz" else content
+        for line in lines.splitlines():
+            assert {"name", "stages", "settings", "versions"} <= json.loads(line).keys(), file
 
 
 def tracked() -> list[Path]:
     """Files that git has, or would take; outside of a repository, what is under results/."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     names = listed.stdout.splitlines() if listed.returncode == 0 else map(str, RESULTS.rglob("*"))
     return [ROOT / name for name in names if (ROOT / name).is_file()]
 
