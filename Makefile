@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: run test faults lint dist clean
+.PHONY: run test faults lint docs dist clean
 
 run: $(READY)
 	$(RUN) run_recbole_sdpo.py --model=SDPO-LLM --dataset=ml-100k $(ARGS)
@@ -19,6 +19,9 @@ faults: $(READY)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 dist: $(READY)
 	rm -rf dist

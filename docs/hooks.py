@@ -1,0 +1,54 @@
+"""What MkDocs asks for as it builds the pages: tables made from the settings' declarations, and names in docstrings."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from recbole_sdpo.settings import SUITED, table
+
+SETTINGS = re.compile(r"<!-- settings: ([\w ]+) -->")
+"""Stands for the table of these settings; one of the first stage, ``sft_…``, stands for that of the second, too."""
+
+SUITED_TO = "<!-- what suits a backbone -->"
+"""Stands for the table of what a stage takes where nothing is given."""
+
+ROLE = re.compile(r":(?:func|meth|class|data|mod):(?=<code>)")
+"""In a docstring, what a name in backticks is."""
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the tables in."""
+    return SETTINGS.sub(lambda found: settings_table(found[1].split()), markdown).replace(SUITED_TO, suited_table())
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Leave out what Sphinx alone would read."""
+    return ROLE.sub("", html)
+
+
+def settings_table(names: list[str]) -> str:
+    """Those rows of ``recbole-sdpo --settings``.
+
+    Raises:
+        KeyError: there is no such setting.
+    """
+    head, line, *rows = table().splitlines()
+    rows = {row.split("`")[1]: row for row in rows}
+    return "\n".join([head, line, *(_of_both_stages(rows[name]) for name in names)])
+
+
+def _of_both_stages(row: str) -> str:
+    return re.sub(r"`sft_(\w+)`", r"`sft_\1`, `sdpo_\1`", row, count=1)
+
+
+def suited_table() -> str:
+    """The defaults that follow from the backbone."""
+    lines = ["| setting | `scratch` | a pretrained backbone |", "|---|---|---|"]
+    for stage in ("sft", "sdpo"):
+        for name in dict.fromkeys([key for kind in SUITED.values() for key in kind[stage]]):
+            values = (SUITED[kind][stage].get(name) for kind in ("scratch", "pretrained"))
+            otherwise = "by the device" if name == "tokens_per_batch" else "those of one batch"
+            cells = (otherwise if value is None else f"`{value}`" for value in values)
+            lines.append(f"| `{stage}_{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
