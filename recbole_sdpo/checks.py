@@ -24,7 +24,6 @@ from recbole.utils import EvaluatorType, InputType, ModelType
 from recbole_sdpo.compat import TEACHERS
 from recbole_sdpo.data.columns import check_columns
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.rules import ANY, FLAG, Parts, Rule, dict_of, list_of, number, one_of, text, whole
 from recbole_sdpo.settings import (
@@ -430,8 +429,8 @@ def check_settings(config: Config) -> Settings:
     settings = Settings.from_mapping({key: value for key, value in config.final_config_dict.items() if key not in theirs})
     _check_more_candidates(config, settings)
     _check_answers(config, settings)
-    ranks = config["eval_type"] == EvaluatorType.RANKING and not all(metric.lower() in OF_ANSWERS for metric in config["metrics"])
-    if settings.popularity_discount and not ranks:
+    ranks = config["eval_type"] == EvaluatorType.RANKING
+    if settings.popularity_discount and (not ranks or all(map(_is_of_answers, config["metrics"]))):
         raise UserError(
             f"popularity_discount={settings.popularity_discount} is for metrics of a ranking, and {config['metrics']} are none."
         )
@@ -532,7 +531,8 @@ def _check_valid_metric(config: Config) -> None:
     ranked = config["eval_type"] == EvaluatorType.RANKING
     computed = []
     for metric in metrics:
-        alone = not ranked or metric in OF_ANSWERS or "rec.meanrank" in metrics_dict[metric].metric_need
+        needed = metrics_dict[metric].metric_need
+        alone = not ranked or _is_of_answers(metric) or "rec.meanrank" in needed
         computed += [metric] if alone else [f"{metric}@{k}" for k in config["topk"]]
     if config["valid_metric"].lower() not in computed:
         raise UserError(
@@ -550,8 +550,13 @@ def _check_more_candidates(config: Config, settings: Settings) -> None:
         )
 
 
+def _is_of_answers(metric: str) -> bool:
+    """Does the model have to write for it?"""
+    return any(need.startswith("answers.") for need in metrics_dict[metric.lower()].metric_need)
+
+
 def _check_answers(config: Config, settings: Settings) -> None:
-    asked = [metric for metric in config["metrics"] if metric.lower() in OF_ANSWERS]
+    asked = [metric for metric in config["metrics"] if _is_of_answers(metric)]
     if asked and config["model"] != MODEL:
         raise UserError(
             f"metrics={config['metrics']}: {asked[0]} needs an answer in words, and {config['model']} writes none; leave it out."
