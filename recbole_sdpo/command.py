@@ -11,7 +11,7 @@ from typing import Any
 
 from recbole_sdpo import compat
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.experiment import run_experiment
+from recbole_sdpo.experiment.run import run_experiment
 from recbole_sdpo.files import config_file
 from recbole_sdpo.interrupt import endings
 from recbole_sdpo.quick_start import run

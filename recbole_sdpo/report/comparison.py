@@ -20,14 +20,15 @@ LEVEL = 0.05
 
 
 @dataclass
-class Finished:
+class FinishedRun:
     """A run that has a result.
 
     Attributes:
         name: of its row.
         axis: of a row of a sweep: the sweep's name, the setting, the value.
         result: ``result.json``.
-        ranks: of its last stage, ``ranks.csv``: user, item, rank, candidates, and maybe answer and named.
+        ranks: of its last stage, ``ranks.csv``: user, item, rank, candidates, and maybe answer and
+            named.
         steps: ``steps.csv``, or None for models without.
         wall_s: seconds of training and validation, those of the SFT that it began from included.
     """
@@ -41,7 +42,14 @@ class Finished:
     wall_s: float
 
     @classmethod
-    def read(cls, folder: Path, start: Path | None, name: str, axis: tuple[str, str, Any] | None, seed: int) -> Finished:
+    def read(
+        cls,
+        folder: Path,
+        start: Path | None,
+        name: str,
+        axis: tuple[str, str, Any] | None,
+        seed: int,
+    ) -> FinishedRun:
         """What a run left in its folder, and what the run that it began from left in ``start``.
 
         Raises:
@@ -52,8 +60,12 @@ class Finished:
         ranks = pd.read_csv(folder / "ranks.csv", dtype=text, keep_default_na=False)
         steps = folder / "steps.csv"
         ranks = ranks[ranks["stage"] == list(result["stages"])[-1]]
-        wall_s = sum(stage["wall_s"] for part in (result, *before) for stage in part["stages"].values())
-        return cls(name, axis, seed, result, ranks, pd.read_csv(steps) if steps.is_file() else None, wall_s)
+        wall_s = sum(
+            stage["wall_s"] for part in (result, *before) for stage in part["stages"].values()
+        )
+        return cls(
+            name, axis, seed, result, ranks, pd.read_csv(steps) if steps.is_file() else None, wall_s
+        )
 
 
 @dataclass
@@ -61,12 +73,15 @@ class Row:
     """A row of the table on one set of candidates.
 
     Attributes:
-        users: each metric of each user, float64 ``[seeds, users]``; without those of answers for a model that writes none.
+        users: each metric of each user, float64 ``[seeds, users]``; without those of answers for a
+            model that writes none.
         user: who they are, ``[users]``, sorted: those whom every seed has.
-        differences: for each metric the difference to the best baseline; none for that baseline itself.
+        differences: for each metric the difference to the best baseline; none for that baseline
+            itself.
         p: their p-values, Holm-corrected over the table.
         wall_s: mean seconds of training.
-        improvement: of the first metric over the best baseline, as a share; not a number for that one itself.
+        improvement: of the first metric over the best baseline, as a share; not a number for that
+            one itself.
     """
 
     name: str
@@ -110,75 +125,132 @@ class Comparison:
 
     def place(self, row: Row, metric: str) -> int:
         """How many of the means are better than the row's; rows that are alike share a place."""
-        return sum(other > row.mean(metric) for other in {other.mean(metric) for other in self.rows if metric in other.users})
+        means = {other.mean(metric) for other in self.rows if metric in other.users}
+        return sum(mean > row.mean(metric) for mean in means)
 
 
-def compare(runs: Sequence[Finished], candidates: str, metrics: Sequence[str], baselines: Sequence[str]) -> Comparison:
-    """The table of ``runs`` on ``candidates``, with every row tested against the best baseline of each metric.
+def compare(
+    runs: Sequence[FinishedRun], candidates: str, metrics: Sequence[str], baselines: Sequence[str]
+) -> Comparison:
+    """The table of ``runs`` on ``candidates``, rows tested against each metric's best baseline.
 
-    Tests are over the users whom both rows have. Where no baseline has a result, or none has the metric, the first row that has
-    stands in for them. A metric that no row has, as where all runs that write answers failed, is left out.
+    Tests are over the users whom both rows have. Where no baseline has a result, or none has the
+    metric, the first row that has stands in for them. A metric that no row has, as where all runs
+    that write answers failed, is left out.
 
     Raises:
         UserError: no run has any metric.
     """
+    rows = _rows(runs, candidates, metrics, baselines)
+    best = _best_baselines(rows, metrics)
+    first = next(iter(best))
+    for row in rows:
+        row.improvement = _improvement(row, best[first], first)
+        row.differences = _differences(row, best)
+    tested = [(row, metric) for row in rows for metric in row.differences]
+    corrected = holm([row.differences[metric].p for row, metric in tested])
+    for (row, metric), p in zip(tested, corrected, strict=True):
+        row.p[metric] = float(p)
+    names = {metric: row.name for metric, row in best.items()}
+    return Comparison(candidates, list(best), rows, names)
+
+
+def _rows(
+    runs: Sequence[FinishedRun], candidates: str, metrics: Sequence[str], baselines: Sequence[str]
+) -> list[Row]:
+    """A row for each name, one of them a baseline at least."""
+    by_name: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        by_name.setdefault(run.name, []).append(run)
     rows = []
-    for name in dict.fromkeys(run.name for run in runs):
-        mine = [run for run in runs if run.name == name]
-        user = pd.concat([_by_user(run, candidates, metrics) for run in mine], axis=1, join="inner", keys=range(len(mine))).sort_index()
-        users = {metric: user.xs(metric, axis=1, level=1).to_numpy().T for metric in metrics if (len(mine) - 1, metric) in user}
-        wall = float(np.mean([run.wall_s for run in mine]))
-        rows.append(Row(name, name in baselines, mine[0].axis, [run.seed for run in mine], users, user.index, wall))
+    for name, seeds in by_name.items():
+        tables = [_by_user(run, candidates, metrics) for run in seeds]
+        table = pd.concat(tables, axis=1, join="inner", keys=range(len(seeds))).sort_index()
+        everywhere = [metric for metric in metrics if (len(seeds) - 1, metric) in table]
+        users = {metric: table.xs(metric, axis=1, level=1).to_numpy().T for metric in everywhere}
+        rows.append(
+            Row(
+                name=name,
+                baseline=name in baselines,
+                axis=seeds[0].axis,
+                seeds=[run.seed for run in seeds],
+                users=users,
+                user=table.index,
+                wall_s=float(np.mean([run.wall_s for run in seeds])),
+            )
+        )
     if not any(row.baseline for row in rows):
         rows[0].baseline = True
-    having = {metric: [row for row in rows if metric in row.users] for metric in metrics}
-    if not any(having.values()):
-        raise UserError(f"metrics {', '.join(metrics)}: no run has one of them; ValidRatio and GenHit need a run of SDPO-LLM.")
-    metrics, best = [metric for metric in metrics if having[metric]], {}
-    for metric in metrics:
-        best[metric] = max([row for row in having[metric] if row.baseline] or having[metric][:1], key=lambda row: row.mean(metric))
-    for row in rows:
-        if row is not best[metrics[0]] and metrics[0] in row.users and best[metrics[0]].mean(metrics[0]):
-            row.improvement = row.mean(metrics[0]) / best[metrics[0]].mean(metrics[0]) - 1
-        for metric in metrics:
-            common = row.user.intersection(best[metric].user)
-            if row is not best[metric] and metric in row.users and len(common) > 1:
-                mine, theirs = (r.users[metric][:, r.user.get_indexer(common)] for r in (row, best[metric]))
-                row.differences[metric] = paired_difference(mine, theirs)
-    tested = [(row, metric) for row in rows for metric in row.differences]
-    for (row, metric), p in zip(tested, holm([row.differences[metric].p for row, metric in tested])):
-        row.p[metric] = float(p)
-    return Comparison(candidates, list(metrics), rows, {metric: row.name for metric, row in best.items()})
+    return rows
 
 
-def _by_user(run: Finished, candidates: str, metrics: Sequence[str]) -> pd.DataFrame:
+def _by_user(run: FinishedRun, candidates: str, metrics: Sequence[str]) -> pd.DataFrame:
     """A column for each metric that the run has."""
     targets = run.ranks[run.ranks["candidates"] == candidates].set_index("user")
-    found = {metric: metric_of_targets(metric, targets) for metric in metrics}
-    return pd.DataFrame({metric: values for metric, values in found.items() if values is not None}, index=targets.index)
+    columns = {metric: metric_of_targets(metric, targets) for metric in metrics}
+    columns = {metric: values for metric, values in columns.items() if values is not None}
+    return pd.DataFrame(columns, index=targets.index)
 
 
-def unfair(runs: Sequence[Finished], candidates: Sequence[str]) -> list[str]:
-    """A sentence for each way in which the runs are not alike in what they were trained or judged on."""
-    found = []
+def _best_baselines(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Row]:
+    """The best baseline of each metric that a row has."""
+    best = {}
+    for metric in metrics:
+        having = [row for row in rows if metric in row.users]
+        if having:
+            among = [row for row in having if row.baseline] or having[:1]
+            best[metric] = max(among, key=lambda row: row.mean(metric))
+    if not best:
+        raise UserError(
+            f"metrics {', '.join(metrics)}: no run has one of them; "
+            "ValidRatio and GenHit need a run of SDPO-LLM."
+        )
+    return best
+
+
+def _improvement(row: Row, best: Row, metric: str) -> float:
+    if row is best or metric not in row.users or not best.mean(metric):
+        return float("nan")
+    return row.mean(metric) / best.mean(metric) - 1
+
+
+def _differences(row: Row, best: dict[str, Row]) -> dict[str, Difference]:
+    differences = {}
+    for metric, other in best.items():
+        common = row.user.intersection(other.user)
+        if row is not other and metric in row.users and len(common) > 1:
+            mine, theirs = (
+                side.users[metric][:, side.user.get_indexer(common)] for side in (row, other)
+            )
+            differences[metric] = paired_difference(mine, theirs)
+    return differences
+
+
+def unfair(runs: Sequence[FinishedRun], candidates: Sequence[str]) -> list[str]:
+    """A sentence for each way in which the runs were not trained or judged on the same."""
+    sentences = []
     for mode in candidates:
-        found += _differ(runs, f"candidates {mode}", lambda run, mode=mode: run.result["candidates_sha256"][mode][:12])
-        found += _differ(runs, f"test users ({mode})", lambda run, mode=mode: _users(run, mode))
-    found += _differ(runs, "training targets an epoch", lambda run: f"{run.result['training_targets']:,}")
-    return found
+        digests = [run.result["candidates_sha256"][mode][:12] for run in runs]
+        sentences += _differ(runs, f"candidates {mode}", digests)
+        sentences += _differ(runs, f"test users ({mode})", [_users(run, mode) for run in runs])
+    targets = [f"{run.result['training_targets']:,}" for run in runs]
+    return sentences + _differ(runs, "training targets an epoch", targets)
 
 
-def _users(run: Finished, mode: str) -> str:
+def _users(run: FinishedRun, mode: str) -> str:
     users = run.ranks.loc[run.ranks["candidates"] == mode, "user"]
-    return f"{len(users)} (checksum {int(pd.util.hash_pandas_object(users.sort_values(), index=False).sum()) % 10**6:06d})"
+    checksum = int(pd.util.hash_pandas_object(users.sort_values(), index=False).sum()) % 10**6
+    return f"{len(users)} (checksum {checksum:06d})"
 
 
-def _differ(runs: Sequence[Finished], what: str, of: Any) -> list[str]:
+def _differ(runs: Sequence[FinishedRun], what: str, values: Sequence[str]) -> list[str]:
+    """A sentence, if the runs have more than one value."""
     groups: dict[str, list[str]] = {}
-    for run in runs:
-        names = groups.setdefault(of(run), [])
+    for run, value in zip(runs, values, strict=True):
+        names = groups.setdefault(value, [])
         if run.name not in names:
             names.append(run.name)
     if len(groups) < 2:
         return []
-    return [f"not the same {what}: " + "; ".join(f"{value} for {', '.join(names)}" for value, names in groups.items())]
+    parts = (f"{value} for {', '.join(names)}" for value, names in groups.items())
+    return [f"not the same {what}: " + "; ".join(parts)]

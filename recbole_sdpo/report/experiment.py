@@ -1,4 +1,4 @@
-"""All that an experiment leaves for a paper, in one folder: tables, figures, and a page that holds them."""
+"""What an experiment leaves for a paper: tables, figures, and a page that holds them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from recbole_sdpo.files import whole_file
 from recbole_sdpo.report import figures
-from recbole_sdpo.report.comparison import Comparison, Finished
+from recbole_sdpo.report.comparison import Comparison, FinishedRun
 from recbole_sdpo.report.table import (
     NOTE,
     comparison_frame,
@@ -29,7 +29,18 @@ from recbole_sdpo.report.table import (
     markdown_text,
 )
 
-KEPT = ("model", "dataset", "seed", "stages", "candidates_sha256", "training_targets", "peak_memory_gib", "machine", "versions", "settings")
+RESULT_KEYS = (
+    "model",
+    "dataset",
+    "seed",
+    "stages",
+    "candidates_sha256",
+    "training_targets",
+    "peak_memory_gib",
+    "machine",
+    "versions",
+    "settings",
+)
 """Of each run's ``result.json``, what ``results.jsonl`` has."""
 
 ENDS = {"png": {"format": "png", "dpi": 150}, "svg": {"format": "svg", "metadata": {"Date": None}}}
@@ -41,67 +52,93 @@ PAGE_PNG = {"format": "png", "dpi": 96}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.5 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse }} td, th {{ padding: .2em .8em; border-bottom: 1px solid #ccc; text-align: right }}
-td:first-child, th:first-child {{ text-align: left }} img {{ max-width: 100% }} pre {{ overflow: auto; background: #f5f5f5; padding: 1em }}
+table {{ border-collapse: collapse }}
+td, th {{ padding: .2em .8em; border-bottom: 1px solid #ccc; text-align: right }}
+td:first-child, th:first-child {{ text-align: left }} img {{ max-width: 100% }}
+pre {{ overflow: auto; background: #f5f5f5; padding: 1em }}
 .warning {{ color: #a00 }}
 </style></head><body><h1>{title}</h1>
 {body}
 </body></html>
 """
 
+Picture = dict[str, bytes]
+"""A figure by the kinds of its files: those of :data:`ENDS`, and ``page``."""
+
 
 def write_report(
-    folder: Path, title: str, comparisons: Sequence[Comparison], runs: Sequence[Finished], warnings: Sequence[str], made: str
+    folder: Path,
+    title: str,
+    comparisons: Sequence[Comparison],
+    runs: Sequence[FinishedRun],
+    warnings: Sequence[str],
+    origin: str,
 ) -> list[str]:
-    """Write ``table.md``, ``.csv`` and ``.tex``, ``results.jsonl``, figures as PNG and SVG, and ``report.html``.
+    """Write ``table.md``, ``.csv`` and ``.tex``, ``results.jsonl``, figures and ``report.html``.
 
-    All are written beside their places first, and then take them together, so that they are of one report.
+    All are written beside their places first, and then take them together, so that they are of one
+    report. Title, names, warnings and ``origin`` are text of users, in every format.
 
     Args:
         folder: made if it is not there; what it holds under these names is replaced.
         comparisons: one for each candidate set.
         warnings: sentences about what is not alike, and about what failed.
-        made: how: the command, versions, machine.
+        origin: how the results came about: the command, versions, machine.
 
     Returns:
-        ``warnings``, and a sentence for each figure that could not be drawn, or not as it should be.
+        ``warnings``, and a sentence for each figure that could not be drawn as it should be.
     """
     warnings = list(warnings)
-    drawn = {name: _draw(name, draw, warnings) for name, draw in _figures(comparisons, runs).items()}
-    pictures = {name: files for name, files in drawn.items() if files}
-    notes = [f"{NOTE}; {_sizes(comparisons[0])}. Minutes are of training, SFT included."]
-    told = [f"Warning: {text}" for text in warnings]
-    body = [comparison_html(comparison) for comparison in comparisons]
-    body += [f"<p class='note'>{html.escape(text)}</p>" for text in notes]
-    body += [f"<p class='warning'>{html.escape(text)}</p>" for text in told]
-    body += [f"<h2>{name.replace('-', ' ')}</h2>\n<img alt='{name}' src='{_embedded(files['page'])}'>" for name, files in pictures.items()]
-    page = PAGE.format(title=html.escape(title), body="\n".join([*body, f"<pre>{html.escape(made)}</pre>"]))
+    drawings = _figures(comparisons, runs)
+    pictures = {name: _draw(name, draw, warnings) for name, draw in drawings.items()}
+    pictures = {name: picture for name, picture in pictures.items() if picture}
+    note = f"{NOTE}; {_sizes(comparisons[0])}. Minutes are of training, SFT included."
     frame = pd.concat([comparison_frame(comparison) for comparison in comparisons])
     texts = {
-        "report.html": page,
-        "table.md": "\n\n".join(
-            [
-                f"# {markdown_text(title)}",
-                *(comparison_markdown(comparison) for comparison in comparisons),
-                *notes,
-                *map(markdown_text, told),
-                _fenced(made),
-            ]
-        ),
+        "report.html": _page(title, comparisons, note, warnings, pictures, origin),
+        "table.md": _markdown(title, comparisons, note, warnings, origin),
         "table.tex": "\n\n".join(comparison_latex(comparison) for comparison in comparisons),
         "results.jsonl": "\n".join(json.dumps(_line(run)) for run in runs),
         "table.csv": frame.to_csv(index=False, float_format="%.6g").removesuffix("\n"),
     }
     files = {name: (text + "\n").encode() for name, text in texts.items()}
-    files |= {f"{name}.{end}": picture[end] for name, picture in pictures.items() for end in ENDS}
+    for name, picture in pictures.items():
+        files |= {f"{name}.{end}": picture[end] for end in ENDS}
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as places:
         for name, content in files.items():
             places.enter_context(whole_file(folder / name)).write_bytes(content)
-    for name in drawn.keys() - pictures.keys():  # those of another report
+    for name in drawings.keys() - pictures.keys():  # those of another report
         for end in ENDS:
             (folder / f"{name}.{end}").unlink(missing_ok=True)
     return warnings
+
+
+def _page(
+    title: str,
+    comparisons: Sequence[Comparison],
+    note: str,
+    warnings: Sequence[str],
+    pictures: dict[str, Picture],
+    origin: str,
+) -> str:
+    body = [comparison_html(comparison) for comparison in comparisons]
+    body.append(f"<p class='note'>{html.escape(note)}</p>")
+    body += [f"<p class='warning'>Warning: {html.escape(text)}</p>" for text in warnings]
+    for name, picture in pictures.items():
+        source = "data:image/png;base64," + base64.b64encode(picture["page"]).decode()
+        heading, name = html.escape(name.replace("-", " ")), html.escape(name)
+        body.append(f"<h2>{heading}</h2>\n<img alt='{name}' src='{source}'>")
+    body.append(f"<pre>{html.escape(origin)}</pre>")
+    return PAGE.format(title=html.escape(title), body="\n".join(body))
+
+
+def _markdown(
+    title: str, comparisons: Sequence[Comparison], note: str, warnings: Sequence[str], origin: str
+) -> str:
+    tables = [comparison_markdown(comparison) for comparison in comparisons]
+    lines = [markdown_text(f"Warning: {text}") for text in warnings]
+    return "\n\n".join([f"# {markdown_text(title)}", *tables, note, *lines, _fenced(origin)])
 
 
 def _sizes(comparison: Comparison) -> str:
@@ -110,44 +147,56 @@ def _sizes(comparison: Comparison) -> str:
     return f"{len(row.user)} users, {seeds} seed{'s' * (seeds > 1)}"
 
 
-def _figures(comparisons: Sequence[Comparison], runs: Sequence[Finished]) -> dict[str, Callable[[], Figure]]:
+def _figures(
+    comparisons: Sequence[Comparison], runs: Sequence[FinishedRun]
+) -> dict[str, Callable[[], Figure]]:
     """How each figure is drawn, by its name."""
-    ways = {f"bars-{comparison.candidates}": partial(figures.bars, comparison) for comparison in comparisons}
+    ways = {f"bars-{table.candidates}": partial(figures.bars, table) for table in comparisons}
     for setting in dict.fromkeys(row.axis[1] for row in comparisons[0].rows if row.axis):
-        ways[f"by-{setting.split('.')[-1]}"] = partial(figures.sweep, comparisons, setting)
-    first = {run.name: run for run in reversed(runs) if run.steps is not None and len(figures.alignment_steps(run))}
-    aligned = [run for run in reversed(first.values())]
-    if aligned:
-        ways |= {"curves": partial(figures.curves, aligned), "hardest-negative": partial(figures.hardest_weight, aligned)}
+        name = re.sub(r"[^\w-]+", "_", setting.split(".")[-1])  # of a file
+        ways[f"by-{name}"] = partial(figures.sweep, comparisons, setting)
+    with_steps = [
+        run for run in runs if run.steps is not None and len(figures.alignment_steps(run))
+    ]
+    first_seeds: dict[str, FinishedRun] = {}
+    for run in with_steps:
+        first_seeds.setdefault(run.name, run)
+    if aligned := list(first_seeds.values()):
+        ways["curves"] = partial(figures.curves, aligned)
+        ways["hardest-negative"] = partial(figures.hardest_weight, aligned)
     return ways
 
 
-def _draw(name: str, draw: Callable[[], Figure], warnings: list[str]) -> dict[str, bytes]:
-    """The figure as PNG and SVG, and as PNG for the page; nothing if it cannot be drawn, which costs no more than that figure."""
+def _draw(name: str, draw: Callable[[], Figure], warnings: list[str]) -> Picture:
+    """The figure; nothing if it cannot be drawn, which costs no more than that figure."""
     files = {}
+    # Names are text, not formulas; and a drawing made again has the same names within.
+    style = {"text.parse_math": False, "svg.hashsalt": ""}
     try:
-        # Names are text, not formulas; and a drawing made again has the same names within.
-        with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": ""}), catch_warnings(record=True) as heard:
+        with matplotlib.rc_context(style), catch_warnings(record=True) as heard:
             simplefilter("always")
             figure = draw()
             for kind, options in (*ENDS.items(), ("page", PAGE_PNG)):
                 buffer = io.BytesIO()
                 figure.savefig(buffer, **options)
                 files[kind] = buffer.getvalue()
-    except Exception as error:  # matplotlib's, of whatever kind: the runs behind the tables took hours
-        warnings.append(f"the figure {name} could not be drawn: {type(error).__name__}: {' '.join(str(error).split())}")
+    except (
+        Exception
+    ) as error:  # matplotlib's, of whatever kind: the runs behind the tables took hours
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        warnings.append(f"the figure {name} could not be drawn: {what}")
         return {}
     if any("missing from" in str(warning.message) for warning in heard):
-        warnings.append(f"the figure {name} has boxes for letters that matplotlib's font lacks; set font.family in a matplotlibrc.")
+        warnings.append(
+            f"the figure {name} has boxes for letters that matplotlib's font lacks; "
+            "set font.family in a matplotlibrc."
+        )
     return files
 
 
-def _line(run: Finished) -> dict:
-    return {"name": run.name, "train_s": run.wall_s, **{key: run.result[key] for key in KEPT}}
-
-
-def _embedded(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _line(run: FinishedRun) -> dict:
+    result = {key: run.result[key] for key in RESULT_KEYS}
+    return {"name": run.name, "train_s": run.wall_s, **result}
 
 
 def _fenced(text: str) -> str:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from recbole_sdpo.report.comparison import Comparison, Finished, Row
+from recbole_sdpo.report.comparison import Comparison, FinishedRun, Row
 
 SMOOTHED = 0.05
 """Share of a stage's steps over which its curves are averaged: single batches are noisy."""
@@ -36,35 +36,57 @@ CURVES = {
 
 
 def bars(comparison: Comparison) -> Figure:
-    """A panel for each metric and a bar for each row; whiskers are the standard deviation over seeds."""
+    """A panel for each metric, a bar for each row; whiskers: the standard deviation over seeds."""
     metrics, rows = comparison.metrics, comparison.rows
-    figure = Figure(figsize=(3.6 * len(metrics) + 1.6, 1.2 + 0.32 * len(rows)), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics):
+    figure = Figure(
+        figsize=(3.6 * len(metrics) + 1.6, 1.2 + 0.32 * len(rows)), layout="constrained"
+    )
+    for axes, metric in zip(
+        figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics
+    ):
         spread = [row.std(metric) for row in rows]
         colours = ["tab:gray" if row.baseline else "tab:blue" for row in rows]
-        axes.barh(range(len(rows)), [row.mean(metric) for row in rows], xerr=None if np.isnan(spread).all() else spread, color=colours)
+        axes.barh(
+            range(len(rows)),
+            [row.mean(metric) for row in rows],
+            xerr=None if np.isnan(spread).all() else spread,
+            color=colours,
+        )
         for place, row in enumerate(rows):
             if metric in row.users:
-                axes.text(0, place, f" {row.mean(metric):.3f}", va="center", color="white", fontsize=8)
+                axes.text(
+                    0, place, f" {row.mean(metric):.3f}", va="center", color="white", fontsize=8
+                )
         axes.set_yticks(range(len(rows)), [_short(row.name) for row in rows])
         axes.set_xlabel(metric)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
-    figure.suptitle(f"candidates {comparison.candidates}; grey: the baselines that the others are compared with", fontsize=9)
+    figure.suptitle(
+        f"candidates {comparison.candidates}; "
+        "grey: the baselines that the others are compared with",
+        fontsize=9,
+    )
     return figure
 
 
 def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
-    """Each metric against the values of ``setting``, a panel for each metric and candidate set, a line for each swept entry."""
+    """Each metric against the values of ``setting``: a line for each swept entry, and a panel for
+    each metric and candidate set."""
     metrics = comparisons[0].metrics
     size = (3.6 * len(metrics), 2.8 * len(comparisons))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(comparisons), len(metrics), squeeze=False)
-    names = list(dict.fromkeys(row.axis[0] for row in comparisons[0].rows if row.axis and row.axis[1] == setting))
+    names = list(
+        dict.fromkeys(
+            row.axis[0] for row in comparisons[0].rows if row.axis and row.axis[1] == setting
+        )
+    )
     for comparison, line in zip(comparisons, panels):
         swept = [row for row in comparison.rows if row.axis and row.axis[1] == setting]
         for axes, metric in zip(line, metrics):
-            values = list(dict.fromkeys(str(row.axis[2]) for row in swept))  # in the order of the file, at equal distances
+            values = list(
+                dict.fromkeys(str(row.axis[2]) for row in swept)
+            )  # in the order of the file, at equal distances
             for name in names:
                 _line(axes, [row for row in swept if row.axis[0] == name], metric, values)
             axes.set_xticks(range(len(values)), map(_short, values))
@@ -77,11 +99,21 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
 def _line(axes, rows: list[Row], metric: str, values: list[str]) -> None:
     spread, means = [row.std(metric) for row in rows], [row.mean(metric) for row in rows]
     places = [values.index(str(row.axis[2])) for row in rows]
-    axes.errorbar(places, means, yerr=None if np.isnan(spread).all() else spread, marker="o", capsize=3, label="row")
+    axes.errorbar(
+        places,
+        means,
+        yerr=None if np.isnan(spread).all() else spread,
+        marker="o",
+        capsize=3,
+        label="row",
+    )
 
 
 def _legend(owner: Figure | Axes, axes: Axes, names: Sequence[str], **place: Any) -> None:
-    """A legend of what is drawn in ``axes``. The names come last: matplotlib leaves out a label that begins with an underscore."""
+    """A legend of what is drawn in ``axes``.
+
+    The names come last: matplotlib leaves out a label that begins with an underscore.
+    """
     handles, labels = axes.get_legend_handles_labels()
     legend = owner.legend(handles, labels, fontsize=8, **place)
     for text, name in zip(legend.get_texts(), names, strict=True):
@@ -93,8 +125,8 @@ def _short(name: str) -> str:
     return name if len(name) <= LONGEST else f"{name[: LONGEST // 2]} … {name[-LONGEST // 2 :]}"
 
 
-def curves(runs: Sequence[Finished]) -> Figure:
-    """What happens while aligning: rewards, margin and log-probability of the positive, for each of ``runs``."""
+def curves(runs: Sequence[FinishedRun]) -> Figure:
+    """What happens while aligning: rewards, margin and log-probability of the positive, by run."""
     figure = Figure(figsize=(9, 6.4 + LEGEND_LINE * len(runs)), layout="constrained")
     for axes, (column, label) in zip(figure.subplots(2, 2).flat, CURVES.items()):
         _curve(axes, runs, column, label)
@@ -102,30 +134,42 @@ def curves(runs: Sequence[Finished]) -> Figure:
     return figure
 
 
-def hardest_weight(runs: Sequence[Finished]) -> Figure:
-    """The weight of the hardest negative in the gradient over training, against 1/K of equal weights."""
+def hardest_weight(runs: Sequence[FinishedRun]) -> Figure:
+    """The hardest negative's weight in the gradient over training, against 1/K of equal weights."""
     figure = Figure(figsize=(5.4, 3.6 + LEGEND_LINE * len(runs)), layout="constrained")
     axes = figure.subplots()
     _curve(axes, runs, "hardest_negative_weight", "weight of the hardest negative")
-    for number in sorted({run.result["settings"]["train_neg_sample_args"]["sample_num"] for run in runs}):
+    for number in sorted(
+        {run.result["settings"]["train_neg_sample_args"]["sample_num"] for run in runs}
+    ):
         axes.axhline(1 / number, color="gray", linestyle=":", linewidth=1)
-        axes.annotate(f"1/{number}", (1, 1 / number), xycoords=("axes fraction", "data"), fontsize=8, color="gray")
+        axes.annotate(
+            f"1/{number}",
+            (1, 1 / number),
+            xycoords=("axes fraction", "data"),
+            fontsize=8,
+            color="gray",
+        )
     _legend(figure, axes, [run.name for run in runs], loc="outside lower center", ncols=2)
     return figure
 
 
-def _curve(axes, runs: Sequence[Finished], column: str, label: str) -> None:
-    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])  # there are ten colours
+def _curve(axes, runs: Sequence[FinishedRun], column: str, label: str) -> None:
+    axes.set_prop_cycle(
+        cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"]
+    )  # there are ten colours
     for run in runs:
         steps = alignment_steps(run)
         smooth = steps[column].rolling(max(1, int(SMOOTHED * len(steps))), min_periods=1).mean()
         shown = slice(None, None, max(1, len(steps) // POINTS))
         axes.plot(steps["targets"][shown], smooth[shown], label="row", linewidth=1.2)
     axes.set(xlabel="targets seen in the second stage", ylabel=label)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k; all digits would run into each other
+    axes.xaxis.set_major_formatter(
+        EngFormatter(sep="")
+    )  # 200k; all digits would run into each other
     axes.grid(alpha=0.3)
 
 
-def alignment_steps(run: Finished) -> pd.DataFrame:
+def alignment_steps(run: FinishedRun) -> pd.DataFrame:
     """The optimizer steps of a run's second stage."""
     return run.steps[run.steps["stage"] == "sdpo"]

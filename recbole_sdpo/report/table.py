@@ -1,4 +1,4 @@
-"""Tables for logs, pages and papers: Markdown, HTML, CSV and LaTeX. Names are text in each of them."""
+"""Tables for logs, pages and papers: Markdown, HTML, CSV and LaTeX. Names are text in each."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from recbole_sdpo.report.comparison import Comparison, Row
 
 NOTE = (
-    "Best in bold, second best underlined; * differs from the best baseline (p < 0.05 after Holm's correction over the table; "
-    "for metrics that are 0 or 1 McNemar's test, by sign flips with several seeds, else a paired t-test; "
+    "Best in bold, second best underlined; * differs from the best baseline (p < 0.05 after Holm's "
+    "correction over the table; for metrics that are 0 or 1 McNemar's test, by sign flips with "
+    "several seeds, else a paired t-test; "
     "over users, of these seeds' means, so that what other seeds would give is not in it)"
 )
 
 
 def markdown_text(text: str) -> str:
-    """``text`` as Markdown shows it; underscores within words and an ``&`` alone mean nothing there."""
+    """``text`` as Markdown shows it; underscores in words and an ``&`` alone mean nothing there."""
     special = r"[\\`*<\[~$|]|_(?!\w)|(?<![^\W_])_|&(?=#?\w+;)"
-    return re.sub(special, lambda found: "\\" + found[0], text)
+    return re.sub(special, lambda match: "\\" + match[0], text)
 
 
 LATEX_TEXT = {c: "\\" + c for c in "&%$#_{}"} | {
@@ -62,10 +63,17 @@ LATEX = Marks(r"$\pm$", r"$^{*}$", r"\textbf{{{}}}", r"\underline{{{}}}", r"\%",
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table whose columns line up in a terminal; numbers get four decimals."""
-    cells = [list(head)] + [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    cells = [list(head)] + [
+        [f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows
+    ]
     width = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(size) for cell, size in zip(row, width)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (size + 2) for size in width) + "|", *lines[1:]])
+    lines = [
+        "| " + " | ".join(cell.ljust(size) for cell, size in zip(row, width)) + " |"
+        for row in cells
+    ]
+    return "\n".join(
+        [lines[0], "|" + "|".join("-" * (size + 2) for size in width) + "|", *lines[1:]]
+    )
 
 
 def comparison_markdown(comparison: Comparison) -> str:
@@ -87,17 +95,25 @@ def comparison_latex(comparison: Comparison) -> str:
     """The table of a comparison for LaTeX with the package booktabs."""
     head, *rows = (" & ".join(cells) + r" \\" for cells in _cells(comparison, LATEX))
     columns = "l" + "r" * (len(comparison.metrics) + 2)
-    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
+    body = [
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        head,
+        r"\midrule",
+        *rows,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
     return "\n".join(body)
 
 
 def comparison_frame(comparison: Comparison) -> pd.DataFrame:
     """All numbers of a comparison, a row for each model and metric."""
-    found = []
+    lines = []
     for row in comparison.rows:
         for metric in row.users:
             difference = row.differences.get(metric)
-            found.append(
+            lines.append(
                 {
                     "candidates": comparison.candidates,
                     "model": row.name,
@@ -116,16 +132,23 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
                     "train_s": row.wall_s,
                 }
             )
-    return pd.DataFrame(found)
+    return pd.DataFrame(lines)
 
 
 def _cells(comparison: Comparison, marks: Marks) -> list[list[str]]:
     """The head and a line for each row, as the format of ``marks`` writes them."""
     first, metrics = comparison.metrics[0], comparison.metrics
-    head = [comparison.candidates, *metrics, f"{first} vs {comparison.best_baseline[first]}", "minutes"]
+    head = [
+        comparison.candidates,
+        *metrics,
+        f"{first} vs {comparison.best_baseline[first]}",
+        "minutes",
+    ]
     lines = [[marks.escape(cell) for cell in head]]
     for row in comparison.rows:
-        better = "" if math.isnan(row.improvement) else f"{100 * row.improvement:+.1f} {marks.percent}"
+        better = (
+            "" if math.isnan(row.improvement) else f"{100 * row.improvement:+.1f} {marks.percent}"
+        )
         numbers = (_cell(comparison, row, metric, marks) for metric in metrics)
         lines.append([marks.escape(row.name), *numbers, better, f"{row.wall_s / 60:.1f}"])
     return lines
@@ -135,6 +158,12 @@ def _cell(comparison: Comparison, row: Row, metric: str, marks: Marks) -> str:
     if metric not in row.users:
         return ""
     std = row.std(metric)
-    text = f"{row.mean(metric):.4f}" + ("" if math.isnan(std) else f" {marks.between} {std:.4f}") + marks.star * row.significant(metric)
+    text = (
+        f"{row.mean(metric):.4f}"
+        + ("" if math.isnan(std) else f" {marks.between} {std:.4f}")
+        + marks.star * row.significant(metric)
+    )
     place = comparison.place(row, metric)
-    return marks.best.format(text) if place == 0 else marks.second.format(text) if place == 1 else text
+    return (
+        marks.best.format(text) if place == 0 else marks.second.format(text) if place == 1 else text
+    )

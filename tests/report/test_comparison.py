@@ -16,7 +16,7 @@ import pytest
 
 from recbole_sdpo.evaluator.significance import holm, paired_difference
 from recbole_sdpo.report import figures
-from recbole_sdpo.report.comparison import Finished, compare, unfair
+from recbole_sdpo.report.comparison import FinishedRun, compare, unfair
 from recbole_sdpo.report.experiment import write_report
 from recbole_sdpo.report.table import (
     comparison_frame,
@@ -36,22 +36,50 @@ def finished(name, seed, strength, axis=None, users=USERS, targets=100, sha="a" 
     rng = np.random.default_rng([seed, int(100 * strength)])
     rank = 1 + np.minimum(rng.geometric(strength, users) - 1, 19)
     order = rng.permutation(users)  # files need not be in the same order
-    ranks = pd.DataFrame({"user": [f"u{u}" for u in order], "item": "i", "rank": rank[order], "candidates": "uni19"})
-    step = {"stage": "sdpo", "step": range(40), "targets": range(0, 400, 10), "reward_positive": 0.1, "reward_negative": 0.0}
-    rows = pd.DataFrame({**step, "margin": np.linspace(0, 1, 40), "logp_positive": -3.0, "hardest_negative_weight": 0.5})
+    ranks = pd.DataFrame(
+        {"user": [f"u{u}" for u in order], "item": "i", "rank": rank[order], "candidates": "uni19"}
+    )
+    step = {
+        "stage": "sdpo",
+        "step": range(40),
+        "targets": range(0, 400, 10),
+        "reward_positive": 0.1,
+        "reward_negative": 0.0,
+    }
+    rows = pd.DataFrame(
+        {
+            **step,
+            "margin": np.linspace(0, 1, 40),
+            "logp_positive": -3.0,
+            "hardest_negative_weight": 0.5,
+        }
+    )
     result = {
-        **{key: None for key in ("model", "dataset", "seed", "stages", "peak_memory_gib", "machine", "versions")},
+        **{
+            key: None
+            for key in (
+                "model",
+                "dataset",
+                "seed",
+                "stages",
+                "peak_memory_gib",
+                "machine",
+                "versions",
+            )
+        },
         "candidates_sha256": {"uni19": sha},
         "training_targets": targets,
         "settings": {"train_neg_sample_args": {"sample_num": 3}},
     }
-    return Finished(name, axis, seed, result, ranks, rows if steps else None, 60.0)
+    return FinishedRun(name, axis, seed, result, ranks, rows if steps else None, 60.0)
 
 
 @pytest.fixture
 def runs():
     strengths = {"weak": 0.2, "rival": 0.3, "ours": 0.6, "same": 0.29}
-    return [finished(name, seed, strength) for seed in (1, 2) for name, strength in strengths.items()]
+    return [
+        finished(name, seed, strength) for seed in (1, 2) for name, strength in strengths.items()
+    ]
 
 
 def per_user(runs, name, metric):
@@ -59,7 +87,9 @@ def per_user(runs, name, metric):
     for run in runs:
         if run.name == name:
             rank = run.ranks.set_index("user")["rank"].sort_index().to_numpy()
-            rows.append(rank == 1 if metric == "HR@1" else np.where(rank <= 5, 1 / np.log2(1 + rank), 0))
+            rows.append(
+                rank == 1 if metric == "HR@1" else np.where(rank <= 5, 1 / np.log2(1 + rank), 0)
+            )
     return np.array(rows, float)
 
 
@@ -70,7 +100,9 @@ def test_means_deviations_and_tests_are_over_the_right_things(runs):
     for row in found.rows:
         for metric in METRICS:
             users = per_user(runs, row.name, metric)
-            assert row.mean(metric) == pytest.approx(users.mean()) and row.std(metric) == pytest.approx(users.mean(1).std(ddof=1))
+            assert row.mean(metric) == pytest.approx(users.mean()) and row.std(
+                metric
+            ) == pytest.approx(users.mean(1).std(ddof=1))
             if row.name != "rival":
                 difference = paired_difference(users, per_user(runs, "rival", metric))
                 assert row.differences[metric] == difference
@@ -79,14 +111,20 @@ def test_means_deviations_and_tests_are_over_the_right_things(runs):
         assert row.p[metric] == pytest.approx(corrected)
     by_name = {row.name: row for row in found.rows}
     assert by_name["ours"].significant("HR@1") and not by_name["same"].significant("HR@1")
-    assert by_name["ours"].improvement == pytest.approx(per_user(runs, "ours", "HR@1").mean() / per_user(runs, "rival", "HR@1").mean() - 1)
+    assert by_name["ours"].improvement == pytest.approx(
+        per_user(runs, "ours", "HR@1").mean() / per_user(runs, "rival", "HR@1").mean() - 1
+    )
     assert by_name["rival"].differences == {} and math.isnan(by_name["rival"].improvement)
 
 
 def test_rows_that_are_alike_share_their_mark(runs):
     twins = [dataclasses.replace(run, name="twin") for run in runs if run.name == "ours"]
-    lines = comparison_markdown(compare([*runs, *twins], "uni19", ["HR@1"], ["weak", "rival"])).splitlines()
-    marked = {line.split("|")[1].strip(): ("**" in line, "<u>" in line) for line in lines if "±" in line}
+    lines = comparison_markdown(
+        compare([*runs, *twins], "uni19", ["HR@1"], ["weak", "rival"])
+    ).splitlines()
+    marked = {
+        line.split("|")[1].strip(): ("**" in line, "<u>" in line) for line in lines if "±" in line
+    }
     assert marked["ours"] == marked["twin"] == (True, False) and marked["rival"] == (False, True)
 
 
@@ -99,15 +137,26 @@ def test_tables_mark_the_best_the_second_and_the_significant(runs):
     assert f"<u>{rows[second].mean('HR@1'):.4f}" in lines[second] and "<u>" not in lines["weak"]
     assert f"{100 * rows['ours'].improvement:+.1f} %" in lines["ours"] and "%" not in lines["rival"]
     latex = comparison_latex(found)
-    assert latex.count(r"\textbf{") == 2 and latex.count(r"\underline{") == 2 and r"$^{*}$" in latex and "\\%" in latex
+    assert (
+        latex.count(r"\textbf{") == 2
+        and latex.count(r"\underline{") == 2
+        and r"$^{*}$" in latex
+        and "\\%" in latex
+    )
     frame = comparison_frame(found)
-    assert len(frame) == 8 and frame[frame.model == "rival"].p.isna().all() and (frame.users == USERS).all()
+    assert (
+        len(frame) == 8
+        and frame[frame.model == "rival"].p.isna().all()
+        and (frame.users == USERS).all()
+    )
 
 
 def test_one_seed_has_no_deviation(runs):
     found = compare([run for run in runs if run.seed == 1], "uni19", METRICS, ["rival"])
     assert math.isnan(found.rows[0].std("HR@1")) and "±" not in comparison_markdown(found)
-    assert {row.differences["HR@1"].test for row in found.rows if row.differences} == {"McNemar, exact"}
+    assert {row.differences["HR@1"].test for row in found.rows if row.differences} == {
+        "McNemar, exact"
+    }
 
 
 def test_names_are_text_in_every_format(runs):
@@ -120,11 +169,13 @@ def test_names_are_text_in_every_format(runs):
 
 def test_what_is_not_alike_is_said(runs):
     assert unfair(runs, ["uni19"]) == []
-    assert "not the same candidates uni19: aaaaaaaaaaaa for weak, rival, ours, same; bbbb for odd" in unfair(
-        [*runs, finished("odd", 1, 0.2, sha="bbbb")], ["uni19"]
+    assert (
+        "not the same candidates uni19: aaaaaaaaaaaa for weak, rival, ours, same; bbbb for odd"
+        in unfair([*runs, finished("odd", 1, 0.2, sha="bbbb")], ["uni19"])
     )
-    assert "not the same training targets an epoch: 100 for weak, rival, ours, same; 7 for odd" in unfair(
-        [*runs, finished("odd", 1, 0.2, targets=7)], ["uni19"]
+    assert (
+        "not the same training targets an epoch: 100 for weak, rival, ours, same; 7 for odd"
+        in unfair([*runs, finished("odd", 1, 0.2, targets=7)], ["uni19"])
     )
     (users,) = unfair([*runs, finished("odd", 1, 0.2, users=50)], ["uni19"])
     assert users.startswith("not the same test users (uni19): 200 ") and "for odd" in users
@@ -134,9 +185,13 @@ def test_rows_of_other_users_are_compared_on_those_in_common(runs):
     some = [finished("some", seed, 0.6, users=USERS // 2) for seed in (1, 2)]
     row = compare([*runs, *some], "uni19", METRICS, ["rival"]).rows[-1]
     common = sorted(set(some[0].ranks.user))
-    theirs = [run.ranks.set_index("user").loc[common, "rank"] == 1 for run in runs if run.name == "rival"]
+    theirs = [
+        run.ranks.set_index("user").loc[common, "rank"] == 1 for run in runs if run.name == "rival"
+    ]
     mine = [run.ranks.set_index("user").loc[common, "rank"] == 1 for run in some]
-    assert row.differences["HR@1"] == paired_difference(np.array(mine, float), np.array(theirs, float))
+    assert row.differences["HR@1"] == paired_difference(
+        np.array(mine, float), np.array(theirs, float)
+    )
     none = finished("none", 1, 0.6)
     none.ranks["user"] = "other " + none.ranks["user"]
     assert compare([*runs, none], "uni19", METRICS, ["rival"]).rows[-1].differences == {}
@@ -151,28 +206,55 @@ def test_a_baseline_without_a_hit_gives_no_improvement(runs):
     for run in runs:
         run.ranks["rank"] = 20
     found = compare(runs, "uni19", METRICS, ["rival"])
-    assert all(math.isnan(row.improvement) for row in found.rows) and "nan" not in comparison_markdown(found)
+    assert all(
+        math.isnan(row.improvement) for row in found.rows
+    ) and "nan" not in comparison_markdown(found)
 
 
 def test_figures_show_the_numbers(tmp_path, runs):
-    swept = [finished(f"K = {k}", 1, 0.2 + k / 20, ("S-DPO", "train_neg_sample_args.sample_num", k), steps=True) for k in (8, 1, 3)]
+    swept = [
+        finished(
+            f"K = {k}",
+            1,
+            0.2 + k / 20,
+            ("S-DPO", "train_neg_sample_args.sample_num", k),
+            steps=True,
+        )
+        for k in (8, 1, 3)
+    ]
     found = compare([*runs, *swept], "uni19", METRICS, ["rival"])
     bars = figures.bars(found)
     widths = [patch.get_width() for patch in bars.axes[1].patches]
     assert widths == pytest.approx([row.mean("NDCG@5") for row in found.rows])
     line = figures.sweep([found], "train_neg_sample_args.sample_num").axes[0].lines[0]
     means = {row.name: row.mean("HR@1") for row in found.rows}
-    assert line.get_xdata().tolist() == [0, 1, 2] and line.get_ydata().tolist() == pytest.approx([means[f"K = {k}"] for k in (8, 1, 3)])
+    assert line.get_xdata().tolist() == [0, 1, 2] and line.get_ydata().tolist() == pytest.approx(
+        [means[f"K = {k}"] for k in (8, 1, 3)]
+    )
     margin = figures.curves(swept[:1]).axes[2].lines[0]
     smooth = swept[0].steps["margin"].rolling(2, min_periods=1).mean()
-    assert margin.get_ydata().tolist() == pytest.approx(smooth.tolist()) and margin.get_xdata()[-1] == 390
+    assert (
+        margin.get_ydata().tolist() == pytest.approx(smooth.tolist())
+        and margin.get_xdata()[-1] == 390
+    )
     write_report(tmp_path / "out", "A & B", [found], [*runs, *swept], ["not alike"], "made by hand")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<title>A &amp; B</title>" in page and "Warning: not alike" in page and page.count("<img") == 4
-    write_report(tmp_path / "again", "A & B", [found], [*runs, *swept], ["not alike"], "made by hand")
+    assert (
+        "<title>A &amp; B</title>" in page
+        and "Warning: not alike" in page
+        and page.count("<img") == 4
+    )
+    write_report(
+        tmp_path / "again", "A & B", [found], [*runs, *swept], ["not alike"], "made by hand"
+    )
     files = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert "by-sample_num.svg" in files and files == sorted(file.name for file in (tmp_path / "again").iterdir())
-    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+    assert "by-sample_num.svg" in files and files == sorted(
+        file.name for file in (tmp_path / "again").iterdir()
+    )
+    assert all(
+        (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+        for name in files
+    )
 
 
 def test_markdown_tables_line_up():
@@ -181,32 +263,49 @@ def test_markdown_tables_line_up():
 
 
 def test_answers_are_compared_where_there_are_any(runs, tmp_path):
-    """The row of a model that writes nothing has empty cells; the first row that writes stands in for a baseline."""
+    """A model that writes nothing has empty cells; the first row that writes is the baseline."""
     for run in runs:
         if run.name in ("ours", "same"):
             draw = np.random.default_rng(run.seed).random(USERS)
             run.ranks["item"], run.ranks["answer"] = "i", "some text"
-            run.ranks["named"] = np.where(draw < (0.6 if run.name == "ours" else 0.2), "i", np.where(draw < 0.8, "j", ""))
+            run.ranks["named"] = np.where(
+                draw < (0.6 if run.name == "ours" else 0.2), "i", np.where(draw < 0.8, "j", "")
+            )
     metrics = ["HR@1", "GenHit", "ValidRatio"]
     found = compare(runs, "uni19", metrics, ["weak", "rival"])
     assert found.best_baseline == {"HR@1": "rival", "GenHit": "ours", "ValidRatio": "ours"}
     rows = {row.name: row for row in found.rows}
     for name in ("ours", "same"):
         mine = [run.ranks for run in runs if run.name == name]
-        assert rows[name].mean("GenHit") == pytest.approx(np.mean([(ranks["named"] == "i").mean() for ranks in mine]))
-        assert rows[name].mean("ValidRatio") == pytest.approx(np.mean([(ranks["named"] != "").mean() for ranks in mine]))
-    assert rows["same"].significant("GenHit") and "GenHit" not in rows["ours"].differences and "GenHit" not in rows["weak"].p
+        assert rows[name].mean("GenHit") == pytest.approx(
+            np.mean([(ranks["named"] == "i").mean() for ranks in mine])
+        )
+        assert rows[name].mean("ValidRatio") == pytest.approx(
+            np.mean([(ranks["named"] != "").mean() for ranks in mine])
+        )
+    assert (
+        rows["same"].significant("GenHit")
+        and "GenHit" not in rows["ours"].differences
+        and "GenHit" not in rows["weak"].p
+    )
     assert [found.place(rows[name], "GenHit") for name in ("ours", "same")] == [0, 1]
     cells = {
-        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in comparison_markdown(found).splitlines()
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]]
+        for line in comparison_markdown(found).splitlines()
     }
-    assert cells["weak"][1:] == ["", ""] and cells["ours"][1].startswith("**0.") and cells["same"][1].startswith("<u>0.")
+    assert (
+        cells["weak"][1:] == ["", ""]
+        and cells["ours"][1].startswith("**0.")
+        and cells["same"][1].startswith("<u>0.")
+    )
     frame = comparison_frame(found)
     assert set(frame[frame.metric == "GenHit"].model) == {"ours", "same"}
     write_report(tmp_path / "report", "answers", [found], runs, [], "made")
     assert (tmp_path / "report" / "bars-uni19.png").is_file()
     weak = [run for run in runs if run.name == "weak"]
-    assert compare(weak, "uni19", metrics, ["weak"]).metrics == ["HR@1"], "all that write answers failed"
+    assert compare(weak, "uni19", metrics, ["weak"]).metrics == ["HR@1"], (
+        "all that write answers failed"
+    )
     with pytest.raises(ValueError, match="metrics GenHit: no run has one of them"):
         compare(weak, "uni19", ["GenHit"], ["weak"])
 
@@ -230,7 +329,13 @@ NAMES = [
 def named():
     """Runs of hostile names, of a sweep and of alignments."""
     return [
-        finished(name, seed, 0.2 + place / 20, (name, "train_neg_sample_args.sample_num", value), steps=True)
+        finished(
+            name,
+            seed,
+            0.2 + place / 20,
+            (name, "train_neg_sample_args.sample_num", value),
+            steps=True,
+        )
         for seed in (1, 2)
         for place, name in enumerate(NAMES)
         for value in ["$1$"]
@@ -244,26 +349,44 @@ def test_names_are_never_read_as_anything_else(named, tmp_path):
         sweep = figures.sweep([found], "train_neg_sample_args.sample_num")
     shown = [figures._short(name) for name in NAMES]
     assert [text.get_text() for text in curves.legends[0].get_texts()] == shown
-    assert [text.get_text() for text in sweep.axes[0].get_legend().get_texts()] == shown and len(set(shown)) == len(shown)
+    assert [text.get_text() for text in sweep.axes[0].get_legend().get_texts()] == shown and len(
+        set(shown)
+    ) == len(shown)
     assert [text.get_text() for text in bars.axes[0].get_yticklabels()] == shown
     warnings = write_report(tmp_path, "$title_ *", [found], named, [], "made ``` by hand")
-    assert all("boxes for letters that matplotlib's font lacks" in warning for warning in warnings), warnings
+    assert all(
+        "boxes for letters that matplotlib's font lacks" in warning for warning in warnings
+    ), warnings
     assert len(list(tmp_path.glob("*.png"))) == 4
     page = (tmp_path / "report.html").read_text()
     for name in NAMES:
         assert f"<td>{html.escape(name)}</td>" in page
-    assert "<script>" not in page
+    assert "<script>" not in page and "<td>a|b *c* `d` [e](f) ~g~</td>" in page
     lines = (tmp_path / "table.md").read_text().splitlines()
     rows = [re.split(r"(?<!\\)\|", line) for line in lines if line.startswith("| ")]
     assert {len(row) for row in rows} == {len(METRICS) + 5}
-    unescaped = [re.sub(rf"\\([{re.escape(string.punctuation)}])", r"\1", row[1].strip()) for row in rows[1:]]
+    unescaped = [
+        re.sub(rf"\\([{re.escape(string.punctuation)}])", r"\1", row[1].strip()) for row in rows[1:]
+    ]
     assert unescaped == [name.strip() for name in NAMES]
     assert "# \\$title\\_ \\*" in lines and lines[-1] == "````"
 
 
+def test_all_text_of_users_is_escaped_in_the_page(tmp_path):
+    evil = "<img src=x onerror=alert(1)> ' \" & | done"
+    swept = [finished(f"{evil} {k}", 1, 0.2 + k / 20, (evil, f"a.{evil}", evil)) for k in (1, 2)]
+    write_report(tmp_path, evil, [compare(swept, "uni19", METRICS, [])], swept, [evil], evil)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(html.escape(evil)) == 7  # two titles and rows, a head, warning, origin
+    assert "<img src" not in page and page.count("<h2>") == 2
+    assert len(re.findall(r"<img alt='[\w-]+' src='data:image/png;base64,[^']*'>", page)) == 2
+
+
 def test_markdown_shows_names_as_they_are():
     for name in [*NAMES, "snake_case_name", "A & B, beta = 0.5", "_x_", "5 < 6"]:
-        shown = markdown_it.MarkdownIt("commonmark").enable("table").renderInline(markdown_text(name))
+        shown = (
+            markdown_it.MarkdownIt("commonmark").enable("table").renderInline(markdown_text(name))
+        )
         assert html.unescape(shown) == name.strip()
     assert markdown_text("A & B_50%, beta = 0.5 (LoRA)") == "A & B_50%, beta = 0.5 (LoRA)"
 
@@ -271,9 +394,15 @@ def test_markdown_shows_names_as_they_are():
 def test_latex_has_no_command_but_ours(named):
     latex = comparison_latex(compare(named, "uni19", METRICS, NAMES[:1]))
     plain = re.sub(r"\\[&%$#_{}]", "", latex)
-    assert plain.count("{") == plain.count("}") and not re.search(r"\\\\\n[\[*]", plain) and "<" not in plain
+    assert (
+        plain.count("{") == plain.count("}")
+        and not re.search(r"\\\\\n[\[*]", plain)
+        and "<" not in plain
+    )
     ours = {"begin", "end", "toprule", "midrule", "bottomrule", "pm", "textbf", "underline"}
-    assert set(re.findall(r"\\([a-z]+)", plain)) == ours | {"text" + end for end in ("backslash", "asciitilde", "less", "greater", "bar")}
+    assert set(re.findall(r"\\([a-z]+)", plain)) == ours | {
+        "text" + end for end in ("backslash", "asciitilde", "less", "greater", "bar")
+    }
 
 
 def test_a_figure_that_fails_costs_that_figure_alone(runs, tmp_path, monkeypatch):
@@ -290,7 +419,11 @@ def test_a_figure_that_fails_costs_that_figure_alone(runs, tmp_path, monkeypatch
     assert warning == "the figure curves could not be drawn: RuntimeError: no room"
     assert not (tmp_path / "curves.png").exists(), "nor is that of another report left"
     page = (tmp_path / "report.html").read_text()
-    assert warning in page and page.count("<img") == 2 and warning in (tmp_path / "table.md").read_text()
+    assert (
+        warning in page
+        and page.count("<img") == 2
+        and warning in (tmp_path / "table.md").read_text()
+    )
 
 
 def test_a_report_that_cannot_be_written_leaves_the_one_before(runs, tmp_path, monkeypatch):
@@ -306,5 +439,10 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(runs, tmp_path, m
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError):
-        write_report(tmp_path, "second", [compare(runs, "uni19", METRICS, ["weak"])], runs, [], "made")
-    assert len(written) == 4 and {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+        write_report(
+            tmp_path, "second", [compare(runs, "uni19", METRICS, ["weak"])], runs, [], "made"
+        )
+    assert (
+        len(written) == 4
+        and {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    )
