@@ -78,6 +78,21 @@ def test_a_further_test_is_of_rows_that_differ_by_so_much():
     assert compared > 40
 
 
+def test_the_numbers_of_the_gpu_page_are_those_of_its_files():
+    page = (RESULTS / "gpu" / "README.md").read_text(encoding="utf-8")
+    text = (RESULTS / "gpu" / "smollm2.jsonl").read_text() + (ROOT / "README.md").read_text()
+    ranked = set(FOUR_DIGITS.findall(page))
+    assert len(ranked) > 10 and all(number.rstrip("0") in text for number in ranked)
+    lines = (RESULTS / "gpu" / "speed-h200.jsonl").read_text().splitlines()
+    steps = [row for row in map(json.loads, lines) if "targets/s" in row and "tokens" in row]
+    assert len(steps) == 9
+    for row in steps:
+        measured = (row["tokens"], row["ms"], row["tokens/s"], row["targets/s"])
+        share = f"{row['share of matrix rate']:.1%}".replace("%", " %")
+        cells = [*(f"{number:,.0f}" for number in measured), share, f"{row['MiB'] / 1024:.1f}"]
+        assert f"| {' | '.join(cells)} |" in page, row["row"]
+
+
 def test_every_line_of_results_is_a_run():
     for file in RESULTS.rglob("results.jsonl*"):
         content = file.read_bytes()
