@@ -72,7 +72,8 @@ def run(
     Args:
         model: a model of RecBole, or ``SDPO-LLM``.
         dataset: its name; the files are in ``data_path``, but ml-100k comes with RecBole.
-        config_file_list, config_dict: settings, as in RecBole; the command line overrides both.
+        config_file_list: YAML files of settings, as in RecBole; a later one overrides an earlier one.
+        config_dict: settings, over those of the files; the command line overrides both.
         saved: keep checkpoints.
 
     Raises:

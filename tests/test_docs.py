@@ -49,8 +49,8 @@ def commands() -> list[list[str]]:
     """The words after ``run_recbole_sdpo.py``, or its like, of every command in the pages."""
     texts = [line for page in PAGES for block in blocks(page) for line in block.splitlines()]
     texts += [code for page in PAGES.values() for code in re.findall(r"`([^`\n]+)`", page)]
-    called = r"^\s*(?:python |torchrun \S+ )?(?:run_recbole_sdpo\.py|-m recbole_sdpo|recbole-sdpo) (.*)"
-    return [shlex.split(found[1]) for text in texts if (found := re.search(called, text))]
+    called = r"^\s*(?:python |torchrun \S+ )?(?:run_recbole_sdpo\.py|-m recbole_sdpo|recbole-sdpo) (--.*)"
+    return [shlex.split(found[1], comments=True) for text in texts if (found := re.search(called, text))]
 
 
 def source_texts() -> list[str]:
