@@ -580,8 +580,10 @@ def _declared(
 SETTINGS = {setting.key: setting for setting in _declared(Settings)}
 """Every setting of ours, by its name in a configuration."""
 
-GROUPS = {f.name: f.default_factory for f in fields(Settings) if "prefix" in f.metadata}
-"""What makes each attribute of :class:`Settings` that is a group of settings."""
+GROUPS = {
+    f.name: type(getattr(Settings(), f.name)) for f in fields(Settings) if "prefix" in f.metadata
+}
+"""The class of each attribute of :class:`Settings` that is a group of settings."""
 
 RECBOLE_ROLES = {
     "MAX_ITEM_LIST_LENGTH": Role.FIXED,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -77,12 +78,15 @@ def test_alignments_may_differ_in_all_that_counts_in_the_second_stage_alone(ring
 
 
 def test_no_number_depends_on_what_is_idle_or_free(ring):
-    given = ring | {"fixed_negatives": True, "max_train_targets": 80, "eval_args": {"mode": "full"}}
+    small = {"fixed_negatives": True, "max_train_targets": 80, "sdpo_tokens_per_batch": 200}
+    given = ring | small | {"eval_args": {"mode": "full"}}
     changed = given | others(Role.IDLE, given) | others(Role.FREE, given)
     assert changed.pop("resume") and changed.pop("sft_checkpoint")  # count by what is in them
     results = [run("SDPO-LLM", "toy", config_dict=each) for each in (given, changed)]
-    losses = [pd.read_csv(Path(each["run_dir"], "steps.csv")).loss for each in results]
-    assert losses[0].tolist() == pytest.approx(losses[1].tolist(), abs=1e-6)
+    one, other = (pd.read_csv(Path(each["run_dir"], "steps.csv")) for each in results)
+    assert one.stage.value_counts()["sdpo"] > 2  # the first knows no beta
+    columns = ["loss", "gradient_norm", "margin"]
+    np.testing.assert_allclose(one[columns], other[columns], rtol=1e-4, atol=1e-5)
     assert results[0]["test_result"] == pytest.approx(results[1]["test_result"])
 
 

@@ -208,8 +208,9 @@ class Checkpoint:
 
     def chosen(self, trust_remote_code: bool) -> BackboneSettings:
         """What to load, on the word of the caller."""
-        told = {"name": self.backbone, "trust_remote_code": trust_remote_code}
-        return replace(self.settings.backbone, **told)
+        return replace(
+            self.settings.backbone, name=self.backbone, trust_remote_code=trust_remote_code
+        )
 
 
 def _policy_folder(folder: Path) -> Path:
