@@ -35,7 +35,7 @@ from recbole_sdpo.trainer.folder import STAGES, run_folder
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.stage import Stage
 from recbole_sdpo.trainer.state import holds_state, load_state, read_state, save_state
-from recbole_sdpo.trainer.steps import StepFile
+from recbole_sdpo.trainer.step_file import StepFile
 
 # What makes a run what it is, beside our own settings; and what of those a resumed run may change.
 RECBOLE_IDENTITY = (
