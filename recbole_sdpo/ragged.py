@@ -77,7 +77,7 @@ class Ragged:
         )
 
     def padded(self, fill: int, width: int | None = None) -> np.ndarray:
-        """int64 ``[rows, width]``, each row followed by ``fill``; as wide as the longest, or more."""
+        """int64 ``[rows, width]``, each row followed by ``fill``. By default all fit exactly."""
         width = int(self.lengths.max(initial=0)) if width is None else width
         matrix = np.full((len(self), width), fill, dtype=np.int64)
         matrix[np.arange(width) < self.lengths[:, None]] = self.values
