@@ -47,7 +47,8 @@ class Templates:
         path = template_file(name)
         domains = sorted(file.stem for file in TEMPLATE_FOLDER.glob("*.yaml"))
         if not path.is_file():
-            raise UserError(f"prompt_templates={name!r} must be one of {', '.join(domains)}, or a .yaml file.")
+            known = ", ".join(domains)
+            raise UserError(f"prompt_templates={name!r} must be one of {known}, or a .yaml file.")
         content = read_yaml(path)
         templates = content.get("candidates") if isinstance(content, dict) else None
         texts = [content.get("header"), *templates] if isinstance(templates, list) and templates else [None]
