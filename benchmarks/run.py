@@ -139,8 +139,9 @@ class Bench:
         with torch.no_grad():
             expected = plain.sdpo_loss(self.recommender, part, items[few])
             torch.testing.assert_close(self.loss(part, items[few]), expected, rtol=3e-2 if loose else 1e-4, atol=1e-5)
-        found, expected = (torch.cat([grad.flatten() for grad in side()]) for side in (ours_of_few, plainly))
-        difference = float((found - expected).norm() / expected.norm())
+        sides = ours_of_few, plainly
+        gradient, expected = (torch.cat([g.flatten() for g in side()]) for side in sides)
+        difference = float((gradient - expected).norm() / expected.norm())
         if not difference < (5e-2 if loose else 1e-3):
             raise AssertionError(f"the gradients differ by {difference:.1e} of their norm")
         peaks = [measure.peak_mib(side, self.device) for side in (ours_of_few, plainly)]

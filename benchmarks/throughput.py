@@ -127,7 +127,8 @@ class Workload:
         part = Prompts(prompts.trunks, prompts.tree[few], prompts.before[few], prompts.target[few], prompts.user[few])
         with torch.no_grad(), self.lm.arithmetic():
             ours_of_few = self.recommender.logps(self.recommender.encoder.forest(part, items[few]), items.shape[1], True)
-            losses = float(sdpo(ours_of_few, 1.0).mean()), float(plain.sdpo_loss(self.recommender, part, items[few]))
+            theirs_of_few = plain.sdpo_loss(self.recommender, part, items[few])
+            losses = float(sdpo(ours_of_few, 1.0).mean()), float(theirs_of_few)
         if not abs(losses[0] - losses[1]) <= 0.05 * abs(losses[1]):  # bfloat16's rounding in both
             raise AssertionError(f"the losses are {losses}")
         run, _ = self.step(prompts, items)

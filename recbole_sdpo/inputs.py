@@ -69,7 +69,7 @@ OF_SDPO_LLM = frozenset(
         "batches.py",
         "reference.py",
         "state.py",
-        "steps.py",
+        "step_file.py",
         "objectives.py",
         "prompts.py",
         "prompts",

@@ -43,7 +43,7 @@ from recbole_sdpo.settings import MODEL, Role, having, kind_of_negatives
 from recbole_sdpo.trainer.best_weights import FOLDER, BestWeights, restore, snapshot
 from recbole_sdpo.trainer.folder import LOG_FILE, alone_in, run_folder, tidy
 from recbole_sdpo.trainer.state import holds_state
-from recbole_sdpo.trainer.steps import FILE as STEPS_FILE
+from recbole_sdpo.trainer.step_file import FILE as STEPS_FILE
 
 RANKS_FILE = "ranks.csv"
 
@@ -262,9 +262,9 @@ def _test(trainer: Trainer, loaders: Loaders, selection: BestWeights, stage: str
             selection.restore(mode)
         tokens = test_data._dataset.field2id_token
         collected = (tokens[test_data._dataset.uid_field], tokens[test_data._dataset.iid_field])
-        trainer.eval_collector.take(*collected)  # those of the validations
+        trainer.eval_collector.pop_ranks(*collected)  # those of the validations
         test = trainer.evaluate(test_data, load_best_model=False, show_progress=trainer.config["show_progress"])
-        ranks.append(trainer.eval_collector.take(*collected).assign(stage=stage, candidates=mode))
+        ranks.append(trainer.eval_collector.pop_ranks(*collected).assign(stage=stage, candidates=mode))
         getLogger().info(set_color(f"{stage} test {mode}", "yellow") + f": {dict2str(test)}")
         found[mode] = {"valid": _plain(selection.valid.get(mode)), "test": _plain(test)}
     restore(trainer.model, kept)

@@ -50,10 +50,12 @@ class Ragged:
 
     def cut(self, rows: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> Ragged:
         """From each of the given rows, ``lengths`` entries from place ``first`` on."""
-        return Ragged(self.values[np.repeat(self.starts[rows] + first, lengths) + steps(lengths)], lengths)
+        return Ragged(
+            self.values[np.repeat(self.starts[rows] + first, lengths) + places(lengths)], lengths
+        )
 
     def join(self, counts: np.ndarray) -> Ragged:
-        """Concatenate the first ``counts[0]`` rows into one, the next ``counts[1]`` into another, and so on."""
+        """The first ``counts[0]`` rows as one, the next ``counts[1]`` as another, and so on."""
         return Ragged(self.values, segment_sums(self.lengths, counts))
 
     def beside(self, *others: Ragged) -> Ragged:
@@ -63,16 +65,19 @@ class Ragged:
         starts = exclusive_cumsum(lengths.ravel()).reshape(lengths.shape)
         values = np.empty(lengths.sum(), np.int64)
         for part, start in zip(parts, starts.T, strict=True):
-            values[np.repeat(start, part.lengths) + steps(part.lengths)] = part.values
+            values[np.repeat(start, part.lengths) + places(part.lengths)] = part.values
         return Ragged(values, lengths.sum(1))
 
     @classmethod
     def stack(cls, parts: Sequence[Ragged]) -> Ragged:
         """The rows of each of ``parts``, one part after another."""
-        return cls(np.concatenate([part.values for part in parts]), np.concatenate([part.lengths for part in parts]))
+        return cls(
+            np.concatenate([part.values for part in parts]),
+            np.concatenate([part.lengths for part in parts]),
+        )
 
     def padded(self, fill: int, width: int | None = None) -> np.ndarray:
-        """int64 ``[rows, width]``, each row followed by ``fill``; ``width`` defaults to the longest row."""
+        """int64 ``[rows, width]``, each row followed by ``fill``. By default all fit exactly."""
         width = int(self.lengths.max(initial=0)) if width is None else width
         matrix = np.full((len(self), width), fill, dtype=np.int64)
         matrix[np.arange(width) < self.lengths[:, None]] = self.values
@@ -84,13 +89,13 @@ def exclusive_cumsum(counts: np.ndarray) -> np.ndarray:
     return np.cumsum(counts) - counts
 
 
-def steps(counts: np.ndarray) -> np.ndarray:
+def places(counts: np.ndarray) -> np.ndarray:
     """``0 … c0 - 1, 0 … c1 - 1, …``: the place of each entry in its segment."""
     return np.arange(counts.sum()) - np.repeat(exclusive_cumsum(counts), counts)
 
 
 def segment_sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums of the consecutive segments of ``values`` whose lengths are ``counts`` (0 for an empty one)."""
+    """Sums of consecutive segments of ``values``, ``counts`` long; 0 for an empty one."""
     total = np.concatenate([[0], np.cumsum(values)])
     ends = np.cumsum(counts)
     return total[ends] - total[ends - counts]

@@ -19,7 +19,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.result import read_result
 from recbole_sdpo.trainer import checkpoint, folder, sdpo_trainer, state
 from recbole_sdpo.trainer.stage import Stage
-from recbole_sdpo.trainer.steps import StepFile
+from recbole_sdpo.trainer.step_file import StepFile
 
 SMALL = {"sft_epochs": 2, "sdpo_epochs": 1, "max_train_targets": 60, "save_minutes": 0.0, "more_candidates": ["pop5"], "stopping_step": 9}
 

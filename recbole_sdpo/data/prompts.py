@@ -12,7 +12,7 @@ import numpy as np
 from recbole_sdpo.data.sequences import Sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import config_file
-from recbole_sdpo.ragged import Ragged, steps
+from recbole_sdpo.ragged import Ragged, places
 from recbole_sdpo.values import read_yaml
 
 TEMPLATE_FOLDER = Path(__file__).parents[1] / "properties" / "prompts"
@@ -47,7 +47,8 @@ class Templates:
         path = template_file(name)
         domains = sorted(file.stem for file in TEMPLATE_FOLDER.glob("*.yaml"))
         if not path.is_file():
-            raise UserError(f"prompt_templates={name!r} is not here; valid are {', '.join(domains)} or a .yaml file.")
+            known = ", ".join(domains)
+            raise UserError(f"prompt_templates={name!r} must be one of {known}, or a .yaml file.")
         content = read_yaml(path)
         templates = content.get("candidates") if isinstance(content, dict) else None
         texts = [content.get("header"), *templates] if isinstance(templates, list) and templates else [None]
@@ -139,14 +140,14 @@ def history_windows(sequences: Sequences, window: int, header: int) -> Prompts:
     # The first window of a sequence ends here, with at least one target; each further one ends a step later.
     first_stop = np.minimum(np.maximum(window, opening + 1), length)
     windows = 1 - (first_stop - length) // step
-    owner, number = np.repeat(np.arange(len(length)), windows), steps(windows)
+    owner, number = np.repeat(np.arange(len(length)), windows), places(windows)
     stop = np.minimum(first_stop[owner] + number * step, length[owner])
     first_target = np.where(number == 0, opening[owner], first_stop[owner] + (number - 1) * step)
     start = np.maximum(np.where(number == 0, stop - window, first_target - (window - step)), 0)
     shown = sequences.items.cut(owner, start, stop - start)
     asked = stop - first_target
     tree = np.repeat(np.arange(len(owner)), asked)
-    place = steps(asked) + (first_target - start)[tree]
+    place = places(asked) + (first_target - start)[tree]
     return Prompts(_with_header(shown, header), tree, place + 1, shown.values[shown.starts[tree] + place], sequences.user[owner][tree])
 
 

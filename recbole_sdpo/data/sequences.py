@@ -9,7 +9,7 @@ from recbole.config import Config
 from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 
-from recbole_sdpo.ragged import Ragged, steps
+from recbole_sdpo.ragged import Ragged, places
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def training_sequences(dataset: Dataset) -> Sequences:
     opening = past.take(heads)
     lengths = opening.lengths + targets_of
     items = np.empty(lengths.sum(), np.int64)
-    in_opening = steps(lengths) < np.repeat(opening.lengths, lengths)
+    in_opening = places(lengths) < np.repeat(opening.lengths, lengths)
     items[in_opening], items[~in_opening] = opening.values, target
     return Sequences(Ragged(items, lengths), user[heads], opening.lengths)
 

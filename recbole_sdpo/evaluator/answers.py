@@ -1,4 +1,4 @@
-"""Which candidate an answer names, and the metrics ``ValidRatio`` and ``GenHit`` that follow from it."""
+"""Which candidate an answer names, and the metrics ``ValidRatio`` and ``GenHit`` of that."""
 
 from __future__ import annotations
 
@@ -13,24 +13,30 @@ from recbole.utils import EvaluatorType
 from recbole_sdpo.data.catalogue import folded
 
 VALID, HIT = "answers.valid", "answers.hit"
-"""Under which RecBole's collector keeps, for each target, whether the answer is valid and whether it is a hit."""
+"""Under which RecBole's collector keeps of each target: is the answer valid, and is it a hit?"""
 
 
 def named(answer: str, titles: Sequence[str]) -> int | None:
-    """Which of ``titles`` an answer names: its place among them, or None if it names none or more than one.
+    """Which of ``titles`` an answer names: its place among them, or None if not exactly one.
 
-    Titles and answer are compared :func:`folded`: case, blanks and compatible forms of characters do not matter. A title is named where
-    it stands in the answer as whole words, but not where it stands inside a longer title that is named there: "Star Trek: First
-    Contact" names no film called "Star Trek". Two candidates whose titles differ in nothing that matters are both named, so
-    that such an answer names more than one.
+    Titles and answer are compared :func:`folded`: case, blanks and compatible forms of characters
+    do not matter. A title is named where it stands in the answer as whole words, but not where it
+    stands inside a longer title that is named there: "Star Trek: First Contact" names no film
+    called "Star Trek". Two candidates whose titles differ in nothing that matters are both named,
+    so that such an answer names more than one.
     """
     answer, titles = folded(answer), [folded(title) for title in titles]
-    found = [(*match.span(), title) for title in {*titles} - {""} for match in re.finditer(rf"(?<!\w){re.escape(title)}(?!\w)", answer)]
-    whole = {
-        title
-        for start, stop, title in found
-        if not any(first <= start and stop <= last and last - first > stop - start for first, last, _ in found)
-    }
+    spans = [
+        (*match.span(), title)
+        for title in {*titles} - {""}
+        for match in re.finditer(rf"(?<!\w){re.escape(title)}(?!\w)", answer)
+    ]
+
+    def inside_a_longer(start: int, stop: int) -> bool:
+        around = ((first, last) for first, last, _ in spans if first <= start and stop <= last)
+        return any(last - first > stop - start for first, last in around)
+
+    whole = {title for start, stop, title in spans if not inside_a_longer(start, stop)}
     places = [place for place, title in enumerate(titles) if title in whole]
     return places[0] if len(places) == 1 else None
 
@@ -52,7 +58,7 @@ class ValidRatio(_ShareOfAnswers):
 
 
 class GenHit(_ShareOfAnswers):
-    """The share of answers that name exactly one candidate, the target: the paper's HitRatio@1 of generated text."""
+    """The share of answers that name one candidate, the target: the paper's HitRatio@1 of text."""
 
     metric_need = (HIT,)
 
@@ -64,5 +70,7 @@ OF_ANSWERS = {kind.__name__.lower(): kind for kind in (ValidRatio, GenHit)}
 def register_metrics() -> None:
     """Put the metrics where RecBole looks metrics up."""
     register.metrics_dict.update(OF_ANSWERS)
-    register.metric_information.update({name: kind.metric_need for name, kind in OF_ANSWERS.items()})
+    register.metric_information.update(
+        {name: kind.metric_need for name, kind in OF_ANSWERS.items()}
+    )
     register.metric_types.update({name: kind.metric_type for name, kind in OF_ANSWERS.items()})

@@ -24,12 +24,16 @@ def popularity(dataset: Dataset) -> Tensor:
 
 
 def popularity_result(
-    config: Config, train_data: AbstractDataLoader, eval_data: AbstractDataLoader, catalogue: Catalogue
+    config: Config,
+    train_data: AbstractDataLoader,
+    eval_data: AbstractDataLoader,
+    catalogue: Catalogue,
 ) -> dict[str, float]:
     """Metrics on ``eval_data`` of ranking by popularity in training."""
     dataset, config = train_data._dataset, copy.copy(config)
-    kept = [metric for metric in config["metrics"] if metric.lower() not in OF_ANSWERS]  # it writes none
-    config.final_config_dict = config.final_config_dict | {"metrics": kept}
+    # It writes no answers.
+    metrics = [metric for metric in config["metrics"] if metric.lower() not in OF_ANSWERS]
+    config.final_config_dict = config.final_config_dict | {"metrics": metrics}
     pop = Pop(config, dataset)
     pop.item_cnt = popularity(dataset)[:, None].to(pop.device)
     pop.max_cnt = pop.item_cnt.max(dim=0)[0]

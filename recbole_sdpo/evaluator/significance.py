@@ -1,4 +1,4 @@
-"""Is one model better than another on the same users? Paired tests on the users' metrics, by SciPy."""
+"""Is one model better than another on the same users? Paired tests of users' metrics, by SciPy."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ class Difference(NamedTuple):
 def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Difference:
     """Compare two models by a metric of the same users in the same order.
 
-    A metric that is 0 or 1 is tested by McNemar's exact test. With several seeds a user's mean is neither, and the same
-    hypothesis, that a user's difference is as likely to have the other sign, is tested by random sign flips. Any other metric
-    takes a paired t-test. Seeds are averaged within each user first: users are what was sampled.
+    A metric that is 0 or 1 is tested by McNemar's exact test. With several seeds a user's mean is
+    neither, and the same hypothesis, that a user's difference is as likely to have the other sign,
+    is tested by random sign flips. Any other metric takes a paired t-test. Seeds are averaged
+    within each user first: users are what was sampled.
 
     Args:
         first, second: float64 ``[seeds, users]``; the numbers of seeds may differ.
@@ -46,17 +47,27 @@ def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> D
         UserError: the users differ in number.
     """
     if first.shape[1] != second.shape[1]:
-        raise UserError(f"{first.shape[1]} users cannot be paired with {second.shape[1]}; compare runs on the same candidates.")
+        raise UserError(
+            f"{first.shape[1]} users cannot be paired with {second.shape[1]}; "
+            "compare runs on the same candidates."
+        )
     difference = first.mean(0) - second.mean(0)
     rng = np.random.default_rng(seed)
     interval = stats.bootstrap(
-        (difference,), np.mean, n_resamples=RESAMPLES, batch=500, method="percentile", random_state=rng
+        (difference,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=500,
+        method="percentile",
+        random_state=rng,
     ).confidence_interval
     test, p = _test(first, second, difference, rng)
     return Difference(float(difference.mean()), float(interval.low), float(interval.high), p, test)
 
 
-def _test(first: np.ndarray, second: np.ndarray, difference: np.ndarray, rng: np.random.Generator) -> tuple[str, float]:
+def _test(
+    first: np.ndarray, second: np.ndarray, difference: np.ndarray, rng: np.random.Generator
+) -> tuple[str, float]:
     if not difference.any():
         return "none", 1.0
     if not np.isin(np.concatenate([first, second]), (0, 1)).all():
@@ -67,13 +78,19 @@ def _test(first: np.ndarray, second: np.ndarray, difference: np.ndarray, rng: np
     if won + lost == 1:
         return "sign flips", 1.0  # of two sign patterns both are as far out; SciPy wants more users
     flipped = stats.permutation_test(
-        (difference[difference != 0],), np.mean, permutation_type="samples", n_resamples=RESAMPLES, batch=500, random_state=rng
+        (difference[difference != 0],),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        batch=500,
+        random_state=rng,
     )
     return "sign flips", float(flipped.pvalue)
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's correction (1979): adjusted p-values, float64, which bound the chance of any false rejection among all of them."""
+    """Holm's correction (1979): adjusted p-values, float64, which bound the chance of any false
+    rejection among all of them."""
     p = np.asarray(p, float)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)

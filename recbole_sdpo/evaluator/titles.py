@@ -1,4 +1,4 @@
-"""A title that several items carry is one answer: of a ranking of the whole catalogue, the others go where one is the target."""
+"""Items of one title are one answer: where one is the target, a ranking leaves out the others."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ from recbole_sdpo.data.catalogue import Catalogue
 class TitleCollector(Collector):
     """RecBole's, to which items that carry a target's title do not count against it.
 
-    A model that reads titles gives them one score, and which comes first would be chance; a user who gets one has got the other.
-    Sampled candidates hold none of them.
+    A model that reads titles gives them one score, and which comes first would be chance; a user
+    who gets one has got the other. Sampled candidates hold none of them.
     """
 
     def __init__(self, config: Any, catalogue: Catalogue) -> None:
         super().__init__(config)
         self._group = torch.from_numpy(catalogue.group) if catalogue.shared else None
 
-    def eval_batch_collect(self, scores_tensor: Tensor, interaction: Interaction, positive_u: Tensor, positive_i: Tensor) -> Tensor:
+    def eval_batch_collect(
+        self,
+        scores_tensor: Tensor,
+        interaction: Interaction,
+        positive_u: Tensor,
+        positive_i: Tensor,
+    ) -> Tensor:
         """As RecBole's; returns the scores by which it has ranked."""
         if self._group is not None and positive_u is not None:
             scores_tensor = without_twins(scores_tensor, positive_u, positive_i, self._group)
@@ -32,7 +38,9 @@ class TitleCollector(Collector):
 
 
 def without_twins(scores: Tensor, row: Tensor, target: Tensor, group: Tensor) -> Tensor:
-    """``scores [rows, items]`` in which items of a target's title are out of the ranking of the target's row, unless they are targets.
+    """``scores [rows, items]``, where in each target's row other items of its title are out.
+
+    Those that are targets themselves stay.
 
     Args:
         row, target: int64 ``[targets]``.

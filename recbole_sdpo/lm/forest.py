@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.ragged import Ragged, exclusive_cumsum, steps
+from recbole_sdpo.ragged import Ragged, exclusive_cumsum, places
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def _lay_out(trunks: Ragged, branches: _Branches, multiple: int) -> _Layout:
 
     # Before a trunk's token are the trunk's earlier ones, and the nodes of its site and earlier.
     trunk_tree = np.repeat(np.arange(len(trunks)), trunks.lengths)
-    depth = steps(trunks.lengths)
+    depth = places(trunks.lengths)
     span = length + 1  # one key for each tree and site, in order
     key, node_key = trunk_tree * span + depth, node_tree * span + node_site
     before = np.searchsorted(node_key, key, side="right") - first_node[trunk_tree]
@@ -310,7 +310,7 @@ def _ask(
     Each token of a response is predicted by the token before it, on the trunk or on a branch.
     """
     response = np.repeat(np.arange(len(responses)), responses.lengths)
-    step = steps(responses.lengths)
+    step = places(responses.lengths)
     column = np.empty(len(response), np.int64)
     on_trunk = step <= follows[response]
     r, s = response[on_trunk], step[on_trunk]

@@ -13,7 +13,7 @@ from recbole_sdpo.data.examples import Examples
 from recbole_sdpo.data.prompts import Prompts, batches
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.model.encoder import Encoder
-from recbole_sdpo.ragged import exclusive_cumsum, steps
+from recbole_sdpo.ragged import exclusive_cumsum, places
 from recbole_sdpo.random import generator
 from recbole_sdpo.settings import StageSettings
 
@@ -106,7 +106,7 @@ class StageBatches:
     def cut(self, trees: np.ndarray) -> list[np.ndarray]:
         """``trees``, sorted by size, in batches of the stage's size."""
         cut = batches(self.sizes[trees], self.settings.tokens_per_batch)
-        return [trees[places] for places in cut]
+        return [trees[rows] for rows in cut]
 
     def targets(self, plan: Plan) -> int:
         """Targets in a plan."""
@@ -118,8 +118,8 @@ class StageBatches:
         Of each batch this process has its part, or None where there are fewer trees than processes
         and none is left for it.
         """
-        steps_of_plan = enumerate(plan, first_step)
-        draws = [draw for number, step in steps_of_plan for draw in self._draws(step, number)]
+        numbered = enumerate(plan, first_step)
+        draws = [draw for number, step in numbered for draw in self._draws(step, number)]
         return DataLoader(
             _Batches(draws, self.examples, self.encoder, self.stage, self.seed, self.process),
             batch_size=None,
@@ -136,8 +136,8 @@ class StageBatches:
         # One draw for the step, so that what is drawn does not depend on how it is cut.
         together = np.concatenate(step)
         ends = np.cumsum([len(trees) for trees in step])[:-1]
-        places = np.split(np.arange(len(together)), ends)
-        return [_Draw(together, own, number, 0) for own in places]
+        owns = np.split(np.arange(len(together)), ends)
+        return [_Draw(together, own, number, 0) for own in owns]
 
 
 class _Draw(NamedTuple):
@@ -181,7 +181,7 @@ class _Batches(Dataset):
             return None
         prompts, items = prompts.select(mine), items[prompts.target_index(mine)]
         each = self.examples.targets[trees[mine]]
-        targets = np.repeat(self.first_target[trees[mine]], each) + steps(each)
+        targets = np.repeat(self.first_target[trees[mine]], each) + places(each)
         return Batch(self.encoder.forest(prompts, items), prompts, items, targets)
 
 

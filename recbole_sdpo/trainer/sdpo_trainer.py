@@ -36,7 +36,7 @@ from recbole_sdpo.trainer.state import (
     resume_identity,
     save_state,
 )
-from recbole_sdpo.trainer.steps import StepFile
+from recbole_sdpo.trainer.step_file import StepFile
 
 
 @dataclass

@@ -25,7 +25,7 @@ from recbole_sdpo.random import derive_seed
 from recbole_sdpo.settings import StageSettings
 from recbole_sdpo.trainer.batches import Batch, StageBatches
 from recbole_sdpo.trainer.reference import ReferenceCache
-from recbole_sdpo.trainer.steps import StepFile
+from recbole_sdpo.trainer.step_file import StepFile
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 

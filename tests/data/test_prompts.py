@@ -47,5 +47,5 @@ def test_broken_templates_are_refused(tmp_path, content, message):
 
 
 def test_an_unknown_domain_names_the_known():
-    with pytest.raises(ValueError, match="prompt_templates='flims' is not here; valid are .*movies"):
+    with pytest.raises(ValueError, match="prompt_templates='flims' must be one of .*movies"):
         Templates.load("flims")

@@ -44,5 +44,5 @@ def test_ties_count_as_recbole_counts_them():
 
 @pytest.mark.parametrize("metric", ["precision@1", "hit", "hit@0", "hit@x", ""])
 def test_what_is_no_metric_of_a_rank_is_refused(metric):
-    with pytest.raises(ValueError, match=r"valid are HR@k, NDCG@k, MRR@k"):
+    with pytest.raises(ValueError, match=r"must be one of HR@k, NDCG@k, MRR@k"):
         metric_of_ranks(metric, np.array([1]))
