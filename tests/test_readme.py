@@ -1,0 +1,115 @@
+"""What README prints is done: every command, with small budgets."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+SMALL = (
+    "--backbone=scratch --scratch_hidden_size=32 --scratch_heads=2 --show_progress=False"
+    " --MAX_ITEM_LIST_LENGTH=8 --sft_epochs=1 --sdpo_epochs=1"
+    " --max_train_targets=24 --max_eval_targets=24"
+)
+IN_THE_CHECKOUT = {"cwd": ROOT, "capture_output": True, "text": True}
+OFFLINE = "--dry-run --no-index --no-deps --no-build-isolation --quiet"
+APPENDED = {
+    "make run": f'ARGS="{SMALL}"',
+    "make test": "ARGS=--version",
+    ". .venv/bin/activate": "",
+    "python run_recbole_sdpo.py --model=BPR": (
+        "--epochs=1 --train_batch_size=8192 --max_eval_targets=24"
+    ),
+    "python -m recbole_sdpo.recommend": "",
+    "pip install": OFFLINE,
+}
+"""What a command gets besides, by its beginning."""
+
+
+def commands() -> list[str]:
+    """The lines of README's blocks that have no language, and what its text tells to make."""
+    blocks = re.findall(r"^```\n((?:(?!```).*\n)*)```$", README, flags=re.M)
+    named = re.findall(r"`(make [a-z]+)`", README)
+    return list(dict.fromkeys([*"".join(blocks).splitlines(), *named]))
+
+
+def steps(command: str) -> str:
+    """What ``make`` would do last, or the command itself."""
+    if not command.startswith("make"):
+        return command
+    told = subprocess.run(["bash", "-c", command.replace("make", "make -n", 1)], **IN_THE_CHECKOUT)
+    assert ".venv/bin/python" in told.stdout, told.stderr
+    return told.stdout.splitlines()[-1].replace(".venv/bin/python", "python")
+
+
+def call(command: str, monkeypatch) -> None:
+    """Do ``command``: in this process where it is a program of ours, which spares the imports."""
+    _, *arguments = words = [
+        path for word in shlex.split(command) for path in (sorted(glob(word)) or [word])
+    ]
+    if words[0] != "python":
+        shell = command.replace("python", sys.executable).replace("pip", f"{sys.executable} -m pip")
+        ended = subprocess.run(["bash", "-c", shell], **IN_THE_CHECKOUT)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    elif arguments[0] == "-m":
+        monkeypatch.setattr("sys.argv", arguments[1:])
+        runpy.run_module(arguments[1], run_name="__main__")
+    else:
+        monkeypatch.setattr("sys.argv", arguments)
+        runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+
+
+def test_every_command_does_what_it_says(monkeypatch, tmp_path, capfd, caplog):
+    caplog.set_level("INFO")  # pytest has taken the log, which the program would print
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    done = commands()
+    for command in done:
+        (more,) = (APPENDED[start] for start in APPENDED if command.startswith(start))
+        if not command.startswith("."):
+            call(steps(f"{command} {more}"), monkeypatch)
+    printed = "".join([*capfd.readouterr(), caplog.text])
+    rows = r"^\| *((?:SDPO-LLM after|popularity|BPR)[^|,]*?) *\|"
+    shown = set(re.findall(rows, README, flags=re.M))
+    assert len(done) >= 6 and len(shown) == 4
+    assert {name for name in shown if f"| {name} " not in printed} == set()
+    assert "| item " in printed
+
+
+def test_its_numbers_are_in_the_pages_that_it_links_to():
+    bullets = README.split("## What it is good for")[1].split("##")[0].split("\n* ")[1:]
+    assert len(bullets) == 5
+    for bullet in bullets:
+        (link,) = re.findall(r"\]\(([\w/.]+)", bullet)
+        page = (ROOT / link).read_text(encoding="utf-8")
+        numbers = re.findall(r"\d+[.,]\d+(?:e-\d)?|\d{2,}", bullet.split("](")[0])
+        assert numbers and all(re.search(rf"(?<![\d.]){number}(?!\d)", page) for number in numbers)
+    table = (ROOT / "results/ml-100k/compare/table.md").read_text(encoding="utf-8")
+    rows = re.findall(r"0\.\d{4}", README.split("## Results")[1].split("##")[0])
+    assert len(rows) > 20 and all(number in table for number in rows)
+
+
+def test_it_is_short_and_its_links_lead_somewhere():
+    words = [word for word in README.split() if re.search(r"\w", word)]
+    assert len(README.splitlines()) <= 200 and len(words) <= 1000
+    missing = []
+    for file in (ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("results/*/README.md")):
+        text = file.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            target, _, anchor = link.partition("#")
+            place = (file.parent / target) if target else file
+            if "://" in target:
+                continue
+            if not place.exists() or (anchor and anchor not in anchors(place)):
+                missing.append(f"{file.relative_to(ROOT)}: {link}")
+    assert not missing
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
