@@ -1,4 +1,4 @@
-"""What MkDocs asks for as it builds the pages: tables made from the settings' declarations, and names in docstrings."""
+"""For MkDocs, as it builds: tables of the settings' declarations, and names in docstrings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from recbole_sdpo.settings import SUITED, table
 
 SETTINGS = re.compile(r"<!-- settings: ([\w ]+) -->")
-"""Stands for the table of these settings; one of the first stage, ``sft_…``, stands for that of the second, too."""
+"""Stands for the table of these settings; ``sft_…`` stands for that of the second stage, too."""
 
 SUITED_TO = "<!-- what suits a backbone -->"
 """Stands for the table of what a stage takes where nothing is given."""
@@ -19,12 +19,14 @@ ROLE = re.compile(r":(?:func|meth|class|data|mod):(?=<code>)")
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables in."""
-    return SETTINGS.sub(lambda found: settings_table(found[1].split()), markdown).replace(SUITED_TO, suited_table())
+    return SETTINGS.sub(lambda found: settings_table(found[1].split()), markdown).replace(
+        SUITED_TO, suited_table()
+    )
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Leave out what Sphinx alone would read."""
-    return ROLE.sub("", html)
+    """Leave out what Sphinx alone reads: roles, and the second colon before a block of code."""
+    return ROLE.sub("", html).replace("::</p>", ":</p>")
 
 
 def settings_table(names: list[str]) -> str:

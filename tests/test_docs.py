@@ -1,4 +1,4 @@
-"""The documentation says what is so: its commands, files, links, messages, drawings and code are looked at, and it builds."""
+"""The documentation says what is so: commands, files, links, messages, drawings and code."""
 
 import ast
 import importlib.util
@@ -30,9 +30,21 @@ from recbole_sdpo.values import read_arguments
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "recbole_sdpo"
-PAGES = {str(page.relative_to(ROOT / "docs")): page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md")}
+PAGES = {
+    str(page.relative_to(ROOT / "docs")): page.read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md")
+}
 
-OF_THE_COMMAND = {"model", "dataset", "config_files", "experiment", "output", "jobs", "tune", "settings"}
+OF_THE_COMMAND = {
+    "model",
+    "dataset",
+    "config_files",
+    "experiment",
+    "output",
+    "jobs",
+    "tune",
+    "settings",
+}
 OF_OTHERS = {"no", "nproc_per_node", "num_processes", "cpu", "logdir", "check", "same"}
 """Options of pip, torchrun, accelerate and the like, to the first hyphen."""
 
@@ -49,8 +61,11 @@ def commands() -> list[list[str]]:
     """The words after ``run_recbole_sdpo.py``, or its like, of every command in the pages."""
     texts = [line for page in PAGES for block in blocks(page) for line in block.splitlines()]
     texts += [code for page in PAGES.values() for code in re.findall(r"`([^`\n]+)`", page)]
-    called = r"^\s*(?:python |torchrun \S+ )?(?:run_recbole_sdpo\.py|-m recbole_sdpo|recbole-sdpo) (--.*)"
-    return [shlex.split(found[1], comments=True) for text in texts if (found := re.search(called, text))]
+    program = r"(?:run_recbole_sdpo\.py|-m recbole_sdpo|recbole-sdpo)"
+    called = rf"^\s*(?:python |torchrun \S+ )?{program} (--.*)"
+    return [
+        shlex.split(found[1], comments=True) for text in texts if (found := re.search(called, text))
+    ]
 
 
 def source_texts() -> list[str]:
@@ -59,16 +74,28 @@ def source_texts() -> list[str]:
     def text(node: ast.expr) -> str:
         return node.value if isinstance(node, ast.Constant) else "…"
 
-    nodes = [node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    nodes = [
+        node
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    ]
     joined = ["".join(map(text, node.values)) for node in nodes if isinstance(node, ast.JoinedStr)]
-    return joined + [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return joined + [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
 
 
 def test_every_page_is_in_the_navigation_once():
     def pages(part):
         if isinstance(part, str):
             return [part]
-        return [page for value in (part.values() if isinstance(part, dict) else part) for page in pages(value)]
+        return [
+            page
+            for value in (part.values() if isinstance(part, dict) else part)
+            for page in pages(value)
+        ]
 
     assert sorted(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])) == sorted(PAGES)
 
@@ -82,22 +109,35 @@ def test_links_lead_somewhere(page):
         file = (ROOT / "docs" / page).parent / path if path else ROOT / "docs" / page
         assert file.is_file(), target
         if anchor:
-            headings = re.findall(r"(?m)^#+ (.*)", re.sub(r"(?ms)^ *```.*?^ *```$", "", file.read_text(encoding="utf-8")))
-            assert anchor in {slugify(heading.replace("`", ""), "-") for heading in headings}, target
+            headings = re.findall(
+                r"(?m)^#+ (.*)",
+                re.sub(r"(?ms)^ *```.*?^ *```$", "", file.read_text(encoding="utf-8")),
+            )
+            assert anchor in {slugify(heading.replace("`", ""), "-") for heading in headings}, (
+                target
+            )
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_are_there(page):
     text = re.sub(r"https?://\S+", "", PAGES[page])
-    for name in re.findall(r"(?<![\w/<.])((?:configs|recbole_sdpo|tests|results|benchmarks|docs)/[\w./-]*[\w/])", text):
+    for name in re.findall(
+        r"(?<![\w/<.])((?:configs|recbole_sdpo|tests|results|benchmarks|docs)/[\w./-]*[\w/])", text
+    ):
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"`((?:data|lm|model|trainer|evaluator|report)/\w+\.py|\w+\.py|report/)`", text):
+    for name in re.findall(
+        r"`((?:data|lm|model|trainer|evaluator|report)/\w+\.py|\w+\.py|report/)`", text
+    ):
         assert (PACKAGE / name).exists() or (ROOT / name).exists(), name
 
 
 def test_options_are_known():
     sources = [*PACKAGE.rglob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")]
-    declared = {option for file in sources for option in re.findall(r'add_argument\(\s*"--(\w+)', file.read_text(encoding="utf-8"))}
+    declared = {
+        option
+        for file in sources
+        for option in re.findall(r'add_argument\(\s*"--(\w+)', file.read_text(encoding="utf-8"))
+    }
     known = {*names(), *RECBOLE, *properties()[0]} | declared | OF_OTHERS
     for page, text in PAGES.items():
         for option in re.findall(r"(?<![\w-])--([A-Za-z_]\w*)", text):
@@ -107,12 +147,18 @@ def test_options_are_known():
 def test_commands_have_settings_of_the_right_kind():
     assert len(commands()) > 30
     for words in commands():
-        given = [word for word in words if word.startswith("--") and re.match(r"--(\w+)", word)[1] not in OF_THE_COMMAND]
+        given = [
+            word
+            for word in words
+            if word.startswith("--") and re.match(r"--(\w+)", word)[1] not in OF_THE_COMMAND
+        ]
         assert [word for word in words if not word.startswith("--")] == [], words
         settings, others = read_arguments(given)
         assert not others, words
         check_given(settings)
-        Settings.from_mapping({key: value for key, value in settings.items() if (key, value) != OF_THE_READER})
+        Settings.from_mapping(
+            {key: value for key, value in settings.items() if (key, value) != OF_THE_READER}
+        )
 
 
 @pytest.mark.parametrize(("page", "number"), [("experiments.md", 0), ("your-own-data.md", 0)])
@@ -122,7 +168,11 @@ def test_experiments_that_are_shown_are_read(page, number, tmp_path):
 
 
 def test_every_setting_is_on_its_page_once():
-    shown = [name for found in re.findall(r"<!-- settings: (.*?) -->", PAGES["settings.md"]) for name in found.split()]
+    shown = [
+        name
+        for found in re.findall(r"<!-- settings: (.*?) -->", PAGES["settings.md"])
+        for name in found.split()
+    ]
     second = {f"sdpo_{f.name}" for f in fields(StageSettings)}
     assert sorted(shown) == sorted(set(names()) - second)
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
@@ -135,7 +185,20 @@ def test_every_setting_is_on_its_page_once():
 @pytest.fixture(scope="module")
 def forest():
     """The one that speed.md draws, and the words of its tokens."""
-    words = ["", "Seen:", "Alien", "⏎", "Star", "Wars", "Heat", "Trek", "Jaws", "Toy", "Soldiers", "Story"]
+    words = [
+        "",
+        "Seen:",
+        "Alien",
+        "⏎",
+        "Star",
+        "Wars",
+        "Heat",
+        "Trek",
+        "Jaws",
+        "Toy",
+        "Soldiers",
+        "Story",
+    ]
     trunk, *rows = (
         [words.index(word) for word in text.split()]
         for text in (
@@ -146,22 +209,35 @@ def forest():
     )
     start = np.array([3, 3, 3, 6, 6, 6])
     sequences = sum(int(first) + len(row) for first, row in zip(start, rows, strict=True))
-    return plant(Ragged.from_rows([trunk]), np.zeros(6, int), start, Ragged.from_rows(rows)), words, sequences
+    return (
+        plant(Ragged.from_rows([trunk]), np.zeros(6, int), start, Ragged.from_rows(rows)),
+        words,
+        sequences,
+    )
 
 
 def test_the_forest_in_numbers_is_planted_so(forest):
     planted, words, sequences = forest
-    rows = re.findall(r"(?m)^\| (\d+) \| (\S+) \| (\d+) \| (\d+) \| ([\d ]+) \|(.*)\|$", PAGES["speed.md"])
+    rows = re.findall(
+        r"(?m)^\| (\d+) \| (\S+) \| (\d+) \| (\d+) \| ([\d ]+) \|(.*)\|$", PAGES["speed.md"]
+    )
     column, token, depth, end, seen, predicted = zip(*rows, strict=True)
     assert list(map(int, column)) == list(range(planted.size))
     assert list(token) == [words[number] for number in planted.tokens[0]]
-    assert [list(map(int, part)) for part in (depth, end)] == [planted.positions[0].tolist(), planted.end[0].tolist()]
-    assert [list(map(int, row.split())) for row in seen] == [row.nonzero().flatten().tolist() for row in planted.attention()[0]]
+    assert [list(map(int, part)) for part in (depth, end)] == [
+        planted.positions[0].tolist(),
+        planted.end[0].tolist(),
+    ]
+    assert [list(map(int, row.split())) for row in seen] == [
+        row.nonzero().flatten().tolist() for row in planted.attention()[0]
+    ]
     edges = [[] for _ in column]
     for state, number in zip(planted.edge_state, planted.edge_token, strict=True):
         edges[planted.states[state]].append(words[number])
     assert [sorted(row.split()) for row in predicted] == [sorted(row) for row in edges]
-    assert f"six sequences of {sequences} tokens. The forest has {planted.size}:" in PAGES["speed.md"]
+    assert (
+        f"six sequences of {sequences} tokens. The forest has {planted.size}:" in PAGES["speed.md"]
+    )
     assert f"{len(planted.states)} states and {len(planted.edge_state)} edges" in PAGES["speed.md"]
 
 
@@ -170,16 +246,23 @@ def test_the_drawing_is_of_that_forest(forest):
     svg = "{http://www.w3.org/2000/svg}"
     drawing = ElementTree.parse(ROOT / "docs" / "assets" / "forest.svg").getroot()
     parts = {part.get("id"): part for part in drawing.iter() if part.get("id")}
-    told = {name: [text.text for text in parts[name].iter(f"{svg}text")] for name in ("column", "token", "depth", "end")}
+    told = {
+        name: [text.text for text in parts[name].iter(f"{svg}text")]
+        for name in ("column", "token", "depth", "end")
+    }
     assert told["token"] == [words[number] for number in planted.tokens[0]]
-    assert told["depth"] == list(map(str, planted.positions[0].tolist())) and told["end"] == list(map(str, planted.end[0].tolist()))
+    assert told["depth"] == list(map(str, planted.positions[0].tolist())) and told["end"] == list(
+        map(str, planted.end[0].tolist())
+    )
     mask = torch.zeros(planted.size, planted.size, dtype=torch.bool)
     for column, row, width in re.findall(r"M(\d+) (\d+)h(\d+)", parts["mask"].get("d")):
         mask[int(row), int(column) : int(column) + int(width)] = True
     assert mask.equal(planted.attention()[0])
     # The boxes of the tree stand at their depths, each with its word and its column.
     place = {}
-    for box, word, column in zip(parts["tree"].iter(f"{svg}rect"), *[iter(parts["tree"].iter(f"{svg}text"))] * 2, strict=True):
+    for box, word, column in zip(
+        parts["tree"].iter(f"{svg}rect"), *[iter(parts["tree"].iter(f"{svg}text"))] * 2, strict=True
+    ):
         place[int(column.text)] = (float(box.get("x")), word.text)
     lefts = sorted({x for x, _ in place.values()})
     assert [(lefts.index(place[n][0]), place[n][1]) for n in range(planted.size)] == [
@@ -188,14 +271,24 @@ def test_the_drawing_is_of_that_forest(forest):
 
 
 def test_rooms_import_from_below_alone():
-    rows = re.findall(r"(?m)^\| (\d+) \| (`[^|]+`) \|", PAGES["architecture.md"])
-    level = {room: int(number) for number, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
-    files = [file for file in PACKAGE.rglob("*.py") if file.name not in ("__init__.py", "__main__.py") or file.parent != PACKAGE]
+    level = {
+        room: int(number)
+        for number, room in re.findall(r"(?m)^\| (\d+) \| `(\w+)` \|", PAGES["architecture.md"])
+    }
+    files = [
+        file
+        for file in PACKAGE.rglob("*.py")
+        if file.name not in ("__init__.py", "__main__.py") or file.parent != PACKAGE
+    ]
     assert set(level) == {file.relative_to(PACKAGE).with_suffix("").parts[0] for file in files}
     for file in files:
         room = file.relative_to(PACKAGE).with_suffix("").parts[0]
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            module = (getattr(node, "module", None) or "").split(".") if isinstance(node, ast.ImportFrom) else []
+            module = (
+                (getattr(node, "module", None) or "").split(".")
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             if module[:1] == ["recbole_sdpo"]:
                 for other in module[1:2] or [alias.name for alias in node.names]:
                     assert other == room or level[other] < level[room], f"{file}: {other}"
@@ -203,7 +296,11 @@ def test_rooms_import_from_below_alone():
 
 def test_messages_are_those_of_the_code():
     said = source_texts()
-    rows = [row for page in ("troubleshooting.md", "add-a-backbone.md") for row in re.findall(r"(?m)^\| `([^`]+)` \|", PAGES[page])]
+    rows = [
+        row
+        for page in ("troubleshooting.md", "add-a-backbone.md")
+        for row in re.findall(r"(?m)^\| `([^`]+)` \|", PAGES[page])
+    ]
     for message in rows:
         parts = [part.strip() for part in message.split("…") if part.strip()]
         ordered = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
@@ -214,12 +311,18 @@ def test_the_objective_that_is_shown_is_one(monkeypatch):
     monkeypatch.setattr(objectives, "OBJECTIVES", dict(objectives.OBJECTIVES))
     for block in blocks("add-an-objective.md", "python"):
         exec(block, vars(objectives))
-    pos, neg = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([[-3.0, -0.5], [-2.0, -9.0]])
+    pos, neg = (
+        torch.tensor([-1.0, -2.0], requires_grad=True),
+        torch.tensor([[-3.0, -0.5], [-2.0, -9.0]]),
+    )
     ref_pos, ref_neg = torch.tensor([-1.5, -1.5]), torch.tensor([[-2.0, -2.0], [-1.0, -1.0]])
     kind = objectives.OBJECTIVES["hinge"]
     loss = kind.loss(pos, neg, ref_pos, ref_neg, 0.5)
     rows = zip(*(part.tolist() for part in (pos, neg, ref_pos, ref_neg)), strict=True)
-    each = [[max(0.0, 1 + 0.5 * ((n - rn) - (p - rp))) for n, rn in zip(ns, rns, strict=True)] for p, ns, rp, rns in rows]
+    each = [
+        [max(0.0, 1 + 0.5 * ((n - rn) - (p - rp))) for n, rn in zip(ns, rns, strict=True)]
+        for p, ns, rp, rns in rows
+    ]
     assert loss.tolist() == pytest.approx([sum(row) / 2 for row in each])
     loss.sum().backward()
     assert pos.grad.isfinite().all()
@@ -248,11 +351,28 @@ def test_it_builds_strictly(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
     pytest.importorskip("material")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    built = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
+    built = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     page = unescape((tmp_path / "site" / "settings" / "index.html").read_text(encoding="utf-8"))
     assert all(f"<code>{name}</code>" in page for name in names())
     for html in (tmp_path / "site" / "api").rglob("*.html"):
-        assert not re.search(":(func|class|meth|data|mod):<code>", html.read_text(encoding="utf-8")), html
+        assert not re.search(
+            ":(func|class|meth|data|mod):<code>", html.read_text(encoding="utf-8")
+        ), html
     assert not (tmp_path / "site" / "hooks.py").exists()
