@@ -1,4 +1,5 @@
-"""Train and evaluate SDPO-LLM or any model of RecBole: python run_recbole_sdpo.py --model=SDPO-LLM --dataset=ml-100k"""
+"""Train and evaluate SDPO-LLM or any model of RecBole: python run_recbole_sdpo.py
+--model=SDPO-LLM --dataset=ml-100k"""
 
 from recbole_sdpo.command import main
 

@@ -15,7 +15,9 @@ from torch.utils.flop_counter import flop_registry
 MULTIPLICATIONS = {"aten::mm", "aten::addmm", "aten::bmm"}
 
 
-def median_seconds(sides: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+def median_seconds(
+    sides: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, float]:
     """Median seconds of each side, run in turns after one turn that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
@@ -39,7 +41,9 @@ def peak_mib(side: Callable[[], object], device: torch.device) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         side()
     held = most = 0
-    for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+    for event in sorted(
+        record.profiler.kineto_results.events(), key=lambda event: event.start_ns()
+    ):
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
@@ -55,12 +59,21 @@ class _Multiplications(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function._schema.name in MULTIPLICATIONS:
-            self.calls.append((function, [(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in args]))
+            self.calls.append(
+                (
+                    function,
+                    [
+                        (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a
+                        for a in args
+                    ],
+                )
+            )
         return function(*args, **(kwargs or {}))
 
 
 def multiplications_alone(side: Callable[[], object]) -> Callable[[], None]:
-    """The matrix multiplications of ``side`` on operands of the same shapes and strides, and nothing else of it."""
+    """The matrix multiplications of ``side`` on operands of the same shapes and strides, and
+    nothing else of it."""
     with _Multiplications() as noted:
         side()
     stock: dict[tuple, Tensor] = {}
@@ -93,12 +106,15 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function._schema.name in MULTIPLICATIONS:
-            self.total += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
+            self.total += flop_registry[function._overloadpacket](
+                *args, **(kwargs or {}), out_val=result
+            )
         return result
 
 
 def operations(side: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products of ``side``; those inside attention are not among them."""
+    """Floating-point operations of the matrix products of ``side``; those inside attention are
+    not among them."""
     with _Operations() as counter:
         side()
     return counter.total
@@ -108,10 +124,16 @@ def shares(side: Callable[[], object], vocabulary: int) -> dict[str, float]:
     """Of the time that torch's own operations take in ``side`` on a CPU, the share of each kind."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
         side()
-    kinds = dict.fromkeys(("linear layers", "vocabulary projection", "attention", "optimizer", "the rest"), 0.0)
+    kinds = dict.fromkeys(
+        ("linear layers", "vocabulary projection", "attention", "optimizer", "the rest"), 0.0
+    )
     for event in record.key_averages(group_by_input_shape=True):
         if event.key in MULTIPLICATIONS:
-            kind = "vocabulary projection" if any(vocabulary in shape for shape in event.input_shapes) else "linear layers"
+            kind = (
+                "vocabulary projection"
+                if any(vocabulary in shape for shape in event.input_shapes)
+                else "linear layers"
+            )
         elif "scaled_dot_product" in event.key:
             kind = "attention"
         else:

@@ -1,7 +1,8 @@
-"""The plain way: for each response one full right-padded sequence, policy and reference, all logits.
+"""The plain way: for each response one full right-padded sequence, policy and reference, all
+logits.
 
-This is what the usual preference trainer does for a pair, generalised to K negatives. It shares nothing with the forest but the
-model, the tokens of prompts and titles, and the loss.
+This is what the usual preference trainer does for a pair, generalised to K negatives. It shares
+nothing with the forest but the model, the tokens of prompts and titles, and the loss.
 """
 
 from __future__ import annotations
@@ -16,15 +17,23 @@ from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import Logps, sdpo
 
 
-def sequences(recommender: SDPOLLM, prompts: Prompts, items: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The tokens of each target's prompt, and of the titles of ``items [T, C]``, T times C of them."""
+def sequences(
+    recommender: SDPOLLM, prompts: Prompts, items: np.ndarray
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The tokens of each target's prompt, and of the titles of ``items [T, C]``, T times C of
+    them."""
     tokens = recommender.encoder.tokens
     asked = zip(prompts.tree, prompts.before, strict=True)
-    texts = [np.concatenate([tokens[unit] for unit in prompts.trunks[tree][:before]]) for tree, before in asked]
+    texts = [
+        np.concatenate([tokens[unit] for unit in prompts.trunks[tree][:before]])
+        for tree, before in asked
+    ]
     return texts, [tokens[item] for item in items.ravel()]
 
 
-def sequence_logps(model: PreTrainedModel, prompts: list[np.ndarray], titles: list[np.ndarray]) -> Tensor:
+def sequence_logps(
+    model: PreTrainedModel, prompts: list[np.ndarray], titles: list[np.ndarray]
+) -> Tensor:
     """log pi of each title after its prompt, ``[len(titles)]``, in one batch."""
     rows = [np.concatenate([prompt, title]) for prompt, title in zip(prompts, titles, strict=True)]
     width, device = max(map(len, rows)), model.device
@@ -32,17 +41,30 @@ def sequence_logps(model: PreTrainedModel, prompts: list[np.ndarray], titles: li
     length, start = (torch.tensor([len(row) for row in of]).to(device) for of in (rows, prompts))
     place = torch.arange(width, device=device)
     mask = (place < length[:, None]).long()
-    logps = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    logps = (
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        .logits[:, :-1]
+        .float()
+        .log_softmax(-1)
+    )
     picked = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)
     return (picked * ((place[1:] >= start[:, None]) & mask[:, 1:].bool())).sum(-1)
 
 
-def score(model: PreTrainedModel, recommender: SDPOLLM, prompts: Prompts, items: np.ndarray, at_once: int = 64) -> Tensor:
+def score(
+    model: PreTrainedModel,
+    recommender: SDPOLLM,
+    prompts: Prompts,
+    items: np.ndarray,
+    at_once: int = 64,
+) -> Tensor:
     """log pi of ``items [T, C]``, ``[T, C]``, so many sequences in a batch."""
     texts, titles = sequences(recommender, prompts, items)
     texts = [text for text in texts for _ in range(items.shape[1])]
     cuts = range(0, len(titles), at_once)
-    return torch.cat([sequence_logps(model, texts[i : i + at_once], titles[i : i + at_once]) for i in cuts]).view(items.shape)
+    return torch.cat(
+        [sequence_logps(model, texts[i : i + at_once], titles[i : i + at_once]) for i in cuts]
+    ).view(items.shape)
 
 
 def sdpo_loss(recommender: SDPOLLM, prompts: Prompts, items: np.ndarray) -> Tensor:
@@ -58,4 +80,6 @@ def sdpo_loss(recommender: SDPOLLM, prompts: Prompts, items: np.ndarray) -> Tens
 def sequence_tokens(recommender: SDPOLLM, prompts: Prompts, items: np.ndarray) -> int:
     """Tokens in the padded batch of all sequences."""
     texts, titles = sequences(recommender, prompts, items)
-    return len(titles) * max(len(texts[i // items.shape[1]]) + len(title) for i, title in enumerate(titles))
+    return len(titles) * max(
+        len(texts[i // items.shape[1]]) + len(title) for i, title in enumerate(titles)
+    )

@@ -1,7 +1,8 @@
-"""The prefix forest against the plain way, in one process, interleaved: python benchmarks/run.py [--json FILE]
+"""The prefix forest against the plain way, in one process, interleaved: python benchmarks/run.py
+[--json FILE]
 
-Each row first checks that both sides compute the same numbers, gradients included, and stops where they do not.
-README.md beside this file says what each row means.
+Each row first checks that both sides compute the same numbers, gradients included, and stops where
+they do not. README.md beside this file says what each row means.
 """
 
 from __future__ import annotations
@@ -37,16 +38,34 @@ from recbole_sdpo.objectives import sdpo
 from recbole_sdpo.ragged import exclusive_cumsum
 from recbole_sdpo.report.table import markdown_table
 
-SCRATCH = {"scratch_vocab_size": 2048, "scratch_hidden_size": 256, "scratch_layers": 4, "scratch_heads": 4, "scratch_dropout": 0.0}
-"""The scratch backbone as it is measured: titles of several tokens, as under a pretrained model's tokenizer, and four layers; by
-default titles would have one token, and the model two narrow layers."""
+SCRATCH = {
+    "scratch_vocab_size": 2048,
+    "scratch_hidden_size": 256,
+    "scratch_layers": 4,
+    "scratch_heads": 4,
+    "scratch_dropout": 0.0,
+}
+"""The scratch backbone as it is measured: titles of several tokens, as under a pretrained model's
+tokenizer, and four layers; by default titles would have one token, and the model two narrow
+layers."""
 
 TOKENS = 2048
 """Tokens in our batch."""
 
 PARTS = ("steps", "sft", "packing", "ranking")
 
-COLUMNS = ("row", "K", "ours", "plain", "unit", "ratio", "tokens ours", "tokens plain", "MiB ours", "MiB plain")
+COLUMNS = (
+    "row",
+    "K",
+    "ours",
+    "plain",
+    "unit",
+    "ratio",
+    "tokens ours",
+    "tokens plain",
+    "MiB ours",
+    "MiB plain",
+)
 
 
 @dataclass
@@ -68,7 +87,11 @@ class Bench:
     @classmethod
     def build(cls, style: str, args: argparse.Namespace) -> Bench:
         """A policy that has moved away from its reference, as in the middle of training."""
-        given = {"prompt_style": style, "MAX_ITEM_LIST_LENGTH": 10 if style == "candidates" else 50, "backbone": args.backbone}
+        given = {
+            "prompt_style": style,
+            "MAX_ITEM_LIST_LENGTH": 10 if style == "candidates" else 50,
+            "backbone": args.backbone,
+        }
         given |= SCRATCH | {"show_progress": False}
         config = RunConfig("SDPO-LLM", "ml-100k", config_dict=given)
         loaders = data_preparation(config, create_dataset(config))
@@ -85,7 +108,9 @@ class Bench:
         return self.recommender.lm.device
 
     def examples(self, negatives: int) -> Examples:
-        return self.recommender.examples(self.loaders[0]._dataset, self.loaders[0]._sampler, negatives)
+        return self.recommender.examples(
+            self.loaders[0]._dataset, self.loaders[0]._sampler, negatives
+        )
 
     def batch(self, examples: Examples) -> np.ndarray:
         """The trees of a batch of middling size, cut as the trainer cuts them."""
@@ -106,13 +131,16 @@ class Bench:
         return [p.grad for p in self.recommender.lm.trainable().values()]
 
     def learn(self, steps: int) -> None:
-        """Some SFT: a search that leaves out the improbable needs a model that finds something improbable."""
+        """Some SFT: a search that leaves out the improbable needs a model that finds something
+        improbable."""
         examples, lm = self.examples(0), self.recommender.lm
         sizes = examples.sizes(self.recommender.encoder.tokens.lengths)
         optimizer = torch.optim.AdamW(lm.trainable().values(), lr=1e-3, fused=True)
         cut = batches(sizes, TOKENS // 2, np.random.default_rng(4).permutation(len(sizes)))
         for number in range(steps):
-            forest = self.recommender.encoder.forest(*examples.batch(cut[number % len(cut)], 0, number))
+            forest = self.recommender.encoder.forest(
+                *examples.batch(cut[number % len(cut)], 0, number)
+            )
             self.gradient(lambda forest=forest: -lm(forest).mean())
             optimizer.step()
 
@@ -124,7 +152,13 @@ class Bench:
         examples = self.examples(negatives)
         prompts, items = examples.batch(self.batch(examples), 0, "benchmark")
         few = np.random.default_rng(1).permutation(len(items))[: self.plain_targets]
-        part = Prompts(prompts.trunks, prompts.tree[few], prompts.before[few], prompts.target[few], prompts.user[few])
+        part = Prompts(
+            prompts.trunks,
+            prompts.tree[few],
+            prompts.before[few],
+            prompts.target[few],
+            prompts.user[few],
+        )
 
         def ours() -> list[Tensor]:
             return self.gradient(lambda: self.loss(prompts, items))
@@ -138,7 +172,9 @@ class Bench:
         loose = self.recommender.lm.causal_lm.dtype == torch.bfloat16
         with torch.no_grad():
             expected = plain.sdpo_loss(self.recommender, part, items[few])
-            torch.testing.assert_close(self.loss(part, items[few]), expected, rtol=3e-2 if loose else 1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                self.loss(part, items[few]), expected, rtol=3e-2 if loose else 1e-4, atol=1e-5
+            )
         sides = ours_of_few, plainly
         gradient, expected = (torch.cat([g.flatten() for g in side()]) for side in sides)
         difference = float((gradient - expected).norm() / expected.norm())
@@ -149,23 +185,38 @@ class Bench:
         tokens = self.recommender.encoder.forest(prompts, items).size / len(items)
         every = plain.sequence_tokens(self.recommender, part, items[few]) / len(few)
         rates = len(items) / took["ours"], len(few) / took["plain"]
-        return _row(f"S-DPO step, {self.style}", negatives, *rates, "targets/s", tokens, every, *peaks)
+        return _row(
+            f"S-DPO step, {self.style}", negatives, *rates, "targets/s", tokens, every, *peaks
+        )
 
     def sdpo_over_sft(self, negatives: int) -> list[dict[str, object]]:
-        """Row 3: times of the same targets' steps, and how many times an SFT step an S-DPO step takes."""
+        """Row 3: times of the same targets' steps, and how many times an SFT step an S-DPO step
+        takes."""
         examples = self.examples(negatives)
         prompts, items = examples.batch(self.batch(examples), 0, "benchmark")
         with torch.no_grad():
-            known = self.recommender.lm.reference_logps(self.recommender.encoder.forest(prompts, items)).view(items.shape)
+            known = self.recommender.lm.reference_logps(
+                self.recommender.encoder.forest(prompts, items)
+            ).view(items.shape)
         sides = {
-            "sft": lambda: self.gradient(lambda: -self.recommender.lm(self.recommender.encoder.forest(prompts, items[:, :1])).mean()),
+            "sft": lambda: self.gradient(
+                lambda: (
+                    -self.recommender.lm(
+                        self.recommender.encoder.forest(prompts, items[:, :1])
+                    ).mean()
+                )
+            ),
             "computed": lambda: self.gradient(lambda: self.loss(prompts, items)),
             "cached": lambda: self.gradient(lambda: self.loss(prompts, items, known)),
         }
         torch.testing.assert_close(sides["cached"](), sides["computed"](), rtol=1e-3, atol=1e-5)
         took = self.seconds(**sides)
         return [
-            {"row": f"S-DPO step over SFT step, {self.style}, reference {way}", "K": negatives, "times": took[way] / took["sft"]}
+            {
+                "row": f"S-DPO step over SFT step, {self.style}, reference {way}",
+                "K": negatives,
+                "times": took[way] / took["sft"],
+            }
             | {"SFT ms": 1e3 * took["sft"], "S-DPO ms": 1e3 * took[way]}
             for way in ("computed", "cached")
         ]
@@ -174,7 +225,10 @@ class Bench:
     def rank_candidates(self, users: int = 32) -> dict[str, object]:
         """Row 4: the target and 19 sampled items."""
         prompts, items = self._asked(users)
-        items = np.concatenate([items, np.random.default_rng(2).integers(1, self.recommender.n_items, (users, 19))], axis=1)
+        items = np.concatenate(
+            [items, np.random.default_rng(2).integers(1, self.recommender.n_items, (users, 19))],
+            axis=1,
+        )
         few = np.arange(min(users, max(1, self.plain_targets // 2)))
         part = prompts.select(few)
         model = self.recommender.lm.causal_lm
@@ -186,36 +240,83 @@ class Bench:
             return self.recommender._score(prompts, items)
 
         torch.testing.assert_close(ours()[: len(few)], plainly(), rtol=1e-3, atol=1e-3)
-        peaks = [measure.peak_mib(side, self.device) for side in (lambda: self.recommender._score(part, items[few]), plainly)]
+        peaks = [
+            measure.peak_mib(side, self.device)
+            for side in (lambda: self.recommender._score(part, items[few]), plainly)
+        ]
         took = self.seconds(ours=ours, plain=plainly)
-        return _row("ranking 20 candidates", None, users / took["ours"], len(few) / took["plain"], "users/s", None, None, *peaks)
+        return _row(
+            "ranking 20 candidates",
+            None,
+            users / took["ours"],
+            len(few) / took["plain"],
+            "users/s",
+            None,
+            None,
+            *peaks,
+        )
 
     @torch.no_grad()
     def rank_catalogue(self, users: int = 16) -> list[dict[str, object]]:
         """Row 4, all titles: exactly, and exactly for the ten best alone."""
         prompts, _ = self._asked(users)
-        lm, tree, texts = self.recommender.lm, self.recommender.title_tree, self.recommender.encoder.trunks(prompts)
+        lm, tree, texts = (
+            self.recommender.lm,
+            self.recommender.title_tree,
+            self.recommender.encoder.trunks(prompts),
+        )
         some = np.random.default_rng(3).permutation(len(tree))[: self.plain_titles or len(tree)]
         one = prompts.select(np.array([0]))
 
         def plainly() -> Tensor:
             return plain.score(lm.causal_lm, self.recommender, one, 1 + some[None])
 
-        exact, best, expected = score_all(lm, texts, tree), score_top(lm, texts, tree, 10), plainly()
+        exact, best, expected = (
+            score_all(lm, texts, tree),
+            score_top(lm, texts, tree, 10),
+            plainly(),
+        )
         torch.testing.assert_close(exact[:1, some], expected, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(best.topk(10).values, exact.topk(10).values, rtol=1e-3, atol=1e-3)
-        sides = {"exact": lambda: score_all(lm, texts, tree), "top": lambda: score_top(lm, texts, tree, 10), "plain": plainly}
+        torch.testing.assert_close(
+            best.topk(10).values, exact.topk(10).values, rtol=1e-3, atol=1e-3
+        )
+        sides = {
+            "exact": lambda: score_all(lm, texts, tree),
+            "top": lambda: score_top(lm, texts, tree, 10),
+            "plain": plainly,
+        }
         peaks = {name: measure.peak_mib(side, self.device) for name, side in sides.items()}
         took = self.seconds(**sides)
         slow = len(some) / len(tree) / took["plain"]
         name = f"ranking the catalogue ({len(tree):,} titles)"
         return [
-            _row(f"{name}, exact", None, users / took["exact"], slow, "users/s", None, None, peaks["exact"], peaks["plain"]),
-            _row(f"{name}, full_sort=topk, k=10", None, users / took["top"], slow, "users/s", None, None, peaks["top"], peaks["plain"]),
+            _row(
+                f"{name}, exact",
+                None,
+                users / took["exact"],
+                slow,
+                "users/s",
+                None,
+                None,
+                peaks["exact"],
+                peaks["plain"],
+            ),
+            _row(
+                f"{name}, full_sort=topk, k=10",
+                None,
+                users / took["top"],
+                slow,
+                "users/s",
+                None,
+                None,
+                peaks["top"],
+                peaks["plain"],
+            ),
         ]
 
     def packing(self, negatives: int) -> dict[str, object]:
-        """Row 5: drawing negatives and planting the forest, as a share of the whole step; and the layout of the trees."""
+        """Row 5: drawing negatives and planting the forest, as a share of the whole step; and
+        the layout of the trees."""
         examples = self.examples(negatives)
         trees = self.batch(examples)
         optimizer = torch.optim.AdamW(self.recommender.lm.trainable().values(), lr=0.0, fused=True)
@@ -234,20 +335,34 @@ class Bench:
         together = in_one_row(packed[0])
         with torch.no_grad():
             torch.testing.assert_close(lm(together), lm(packed[0]), rtol=1e-3, atol=1e-3)
-        sides = {"packing": pack, "step": lambda: step(*packed), "one row": lambda: step(together, packed[1])}
+        sides = {
+            "packing": pack,
+            "step": lambda: step(*packed),
+            "one row": lambda: step(together, packed[1]),
+        }
         alone = measure.multiplications_alone(sides["step"])
         took = self.seconds(multiplications=alone, **sides)
         whole = took["packing"] + took["step"]
-        row = {"row": f"packing as a share of the S-DPO step, {self.style}", "K": negatives, "share": took["packing"] / whole}
+        row = {
+            "row": f"packing as a share of the S-DPO step, {self.style}",
+            "K": negatives,
+            "share": took["packing"] / whole,
+        }
         row |= {"step ms": 1e3 * whole, "padding": 1 - packed[0].size / packed[0].tokens.numel()}
         row |= {"all trees in one row, times the step": took["one row"] / took["step"]}
-        row |= {"matrix multiplications alone, share of the step": took["multiplications"] / took["step"]}
+        row |= {
+            "matrix multiplications alone, share of the step": took["multiplications"]
+            / took["step"]
+        }
         if self.device.type == "cpu":
-            row["where the step goes"] = measure.shares(sides["step"], lm.causal_lm.config.get_text_config().vocab_size)
+            row["where the step goes"] = measure.shares(
+                sides["step"], lm.causal_lm.config.get_text_config().vocab_size
+            )
         return row
 
     def trl(self) -> dict[str, object] | None:
-        """TRL's DPOTrainer on the same pairs, K = 1; None where it is not installed, or for adapters, whose reference it loads itself."""
+        """TRL's DPOTrainer on the same pairs, K = 1; None where it is not installed, or for
+        adapters, whose reference it loads itself."""
         try:
             from with_trl import dpo_loss
         except ImportError as error:
@@ -259,13 +374,31 @@ class Bench:
         examples = self.examples(1)
         prompts, items = examples.batch(self.batch(examples), 0, "benchmark")
         few = np.random.default_rng(1).permutation(len(items))[: self.plain_targets]
-        part = Prompts(prompts.trunks, prompts.tree[few], prompts.before[few], prompts.target[few], prompts.user[few])
+        part = Prompts(
+            prompts.trunks,
+            prompts.tree[few],
+            prompts.before[few],
+            prompts.target[few],
+            prompts.user[few],
+        )
         theirs = dpo_loss(self.recommender, *plain.sequences(self.recommender, part, items[few]))
         with torch.no_grad():
             torch.testing.assert_close(theirs(), self.loss(part, items[few]), rtol=1e-4, atol=1e-5)
-        took = self.seconds(ours=lambda: self.gradient(lambda: self.loss(prompts, items)), trl=lambda: theirs().backward())
+        took = self.seconds(
+            ours=lambda: self.gradient(lambda: self.loss(prompts, items)),
+            trl=lambda: theirs().backward(),
+        )
         rates = len(items) / took["ours"], len(few) / took["trl"]
-        return _row(f"DPO step, {self.style}, plain is TRL {version('trl')}", 1, *rates, "targets/s", None, None, None, None)
+        return _row(
+            f"DPO step, {self.style}, plain is TRL {version('trl')}",
+            1,
+            *rates,
+            "targets/s",
+            None,
+            None,
+            None,
+            None,
+        )
 
     def _asked(self, users: int) -> tuple[Prompts, np.ndarray]:
         """History prompts of test users, with their targets ``[users, 1]``."""
@@ -277,7 +410,8 @@ class Bench:
 
 def in_one_row(forest: Forest) -> Forest:
     """The same trees one after another in a single row, without padding."""
-    real = torch.arange(forest.tokens.shape[1]) < forest.end[:, :1]  # a tree ends where its root's subtree ends
+    # a tree ends where its root's subtree ends
+    real = torch.arange(forest.tokens.shape[1]) < forest.end[:, :1]
     sizes = real.sum(1)
     before = torch.from_numpy(exclusive_cumsum(sizes.numpy()))
     where = torch.full(real.shape, -1)
@@ -292,8 +426,27 @@ def in_one_row(forest: Forest) -> Forest:
     )
 
 
-def _row(name, negatives, ours, plainly, unit, tokens, plain_tokens, mib, plain_mib) -> dict[str, object]:
-    return dict(zip(COLUMNS, (name, negatives, ours, plainly, unit, ours / plainly, tokens, plain_tokens, mib, plain_mib), strict=True))
+def _row(
+    name, negatives, ours, plainly, unit, tokens, plain_tokens, mib, plain_mib
+) -> dict[str, object]:
+    return dict(
+        zip(
+            COLUMNS,
+            (
+                name,
+                negatives,
+                ours,
+                plainly,
+                unit,
+                ours / plainly,
+                tokens,
+                plain_tokens,
+                mib,
+                plain_mib,
+            ),
+            strict=True,
+        )
+    )
 
 
 def _show(value: object) -> str:
@@ -309,19 +462,42 @@ def _device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     described = Path("/proc/cpuinfo")
     lines = described.read_text().splitlines() if described.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backbone", default="scratch", help="as the setting of that name")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--negatives", type=int, nargs="+", default=[1, 3, 7, 15], help="K of the rows that compare steps")
+    parser.add_argument(
+        "--negatives",
+        type=int,
+        nargs="+",
+        default=[1, 3, 7, 15],
+        help="K of the rows that compare steps",
+    )
     parser.add_argument("--plain-targets", type=int, default=16, help="targets in a plain step")
-    parser.add_argument("--plain-titles", type=int, help="titles that the plain way scores, the rest counted alike; default all")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which rows to measure; default all")
-    parser.add_argument("--sft-steps", type=int, default=300, help="of training before the rows that rank")
+    parser.add_argument(
+        "--plain-titles",
+        type=int,
+        help="titles that the plain way scores, the rest counted alike; default all",
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="which rows to measure; default all",
+    )
+    parser.add_argument(
+        "--sft-steps", type=int, default=300, help="of training before the rows that rank"
+    )
     args = parser.parse_args()
     sys.argv = sys.argv[:1]  # RecBole reads it, too
     logging.disable(logging.INFO)
@@ -359,10 +535,16 @@ def main() -> None:
     }
     print(markdown_table(COLUMNS, [[_show(row[column]) for column in COLUMNS] for row in compared]))
     for row in others:
-        print(f"\n{row['row']}, K = {row['K']}: " + ", ".join(f"{key} {_show(row[key])}" for key in list(row)[2:]))
+        print(
+            f"\n{row['row']}, K = {row['K']}: "
+            + ", ".join(f"{key} {_show(row[key])}" for key in list(row)[2:])
+        )
     print(f"\n{json.dumps(machine)}")
     if args.json:
-        Path(args.json).write_text(json.dumps({"rows": [*compared, *others], "machine": machine}, indent=2) + "\n", encoding="utf-8")
+        Path(args.json).write_text(
+            json.dumps({"rows": [*compared, *others], "machine": machine}, indent=2) + "\n",
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":

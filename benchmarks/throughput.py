@@ -1,6 +1,7 @@
 """How fast are steps and rankings on a device, for a pretrained backbone on ml-100k?
 
-Tokens and targets a second, peak memory, and the share of the device's measured rate of matrix products.
+Tokens and targets a second, peak memory, and the share of the device's measured rate of matrix
+products.
 """
 
 from __future__ import annotations
@@ -39,16 +40,23 @@ TRAINED = {
     "LoRA, compiled": {"peft": "lora", "compile": True},
     "full, compiled": {"peft": "none", "compile": True},
 }
-"""Ways to train; "cast to float32" is what peft does by itself: adapters compute in float32, under a backbone in bfloat16."""
+"""Ways to train; "cast to float32" is what peft does by itself: adapters compute in float32,
+under a backbone in bfloat16."""
 
 PLAIN_TARGETS = 32
 
 
 class Workload:
-    """A backbone with a policy that has moved away from its reference, as in the middle of training."""
+    """A backbone with a policy that has moved away from its reference, as in the middle of
+    training."""
 
     def __init__(self, trained: str, args: argparse.Namespace) -> None:
-        given = {"backbone": args.backbone, "MAX_ITEM_LIST_LENGTH": 20, "title_fields": ["movie_title"], "show_progress": False}
+        given = {
+            "backbone": args.backbone,
+            "MAX_ITEM_LIST_LENGTH": 20,
+            "title_fields": ["movie_title"],
+            "show_progress": False,
+        }
         with no_arguments():
             config = RunConfig("SDPO-LLM", "ml-100k", config_dict=given | TRAINED[trained])
             self.loaders = data_preparation(config, create_dataset(config))
@@ -70,13 +78,16 @@ class Workload:
 
     def batch(self, negatives: int, tokens: int) -> tuple[Prompts, np.ndarray]:
         """A batch of middling size, cut as the trainer cuts them."""
-        examples = self.recommender.examples(self.loaders[0]._dataset, self.loaders[0]._sampler, negatives)
+        examples = self.recommender.examples(
+            self.loaders[0]._dataset, self.loaders[0]._sampler, negatives
+        )
         sizes = examples.sizes(self.recommender.encoder.tokens.lengths)
         cut = batches(sizes, tokens, np.argsort(sizes, kind="stable"))
         return examples.batch(cut[len(cut) // 2], 0, "benchmark")
 
     def step(self, prompts: Prompts, items: np.ndarray) -> tuple[Callable[[], None], int]:
-        """An optimizer step on a planted batch, and the tokens of its forest; with negatives S-DPO's, else SFT's."""
+        """An optimizer step on a planted batch, and the tokens of its forest; with negatives
+        S-DPO's, else SFT's."""
         forest = self.recommender.encoder.forest(prompts, items).to(self.device)
 
         def loss() -> Tensor:
@@ -98,7 +109,12 @@ class Workload:
         prompts, items = self.batch(negatives, tokens)
         run, size = self.step(prompts, items)
         seconds = measure.median_seconds({"ours": run}, self.repeats, self.device)["ours"]
-        row = {"ms": 1e3 * seconds, "tokens": size, "tokens/s": size / seconds, "targets/s": len(items) / seconds}
+        row = {
+            "ms": 1e3 * seconds,
+            "tokens": size,
+            "tokens/s": size / seconds,
+            "targets/s": len(items) / seconds,
+        }
         row["share of matrix rate"] = measure.operations(run) / seconds / rate
         return row | {"MiB": measure.peak_mib(run, self.device)}
 
@@ -115,18 +131,35 @@ class Workload:
 
             return side
 
-        took = measure.median_seconds({name: attending(name) for name in ("sdpa", "flex_attention")}, self.repeats, self.device)
+        took = measure.median_seconds(
+            {name: attending(name) for name in ("sdpa", "flex_attention")},
+            self.repeats,
+            self.device,
+        )
         length = self.recommender.encoder.forest(prompts, items).tokens.shape
-        return {"rows": length[0], "columns": length[1], "tokens": size, **{f"{name}, ms": 1e3 * s for name, s in took.items()}}
+        return {
+            "rows": length[0],
+            "columns": length[1],
+            "tokens": size,
+            **{f"{name}, ms": 1e3 * s for name, s in took.items()},
+        }
 
     def against_plain(self, negatives: int, tokens: int) -> Row:
         """Targets a second, against full sequences for each title, through policy and reference."""
         self.lm.attention = "sdpa"
         prompts, items = self.batch(negatives, tokens)
         few = np.random.default_rng(1).permutation(len(items))[:PLAIN_TARGETS]
-        part = Prompts(prompts.trunks, prompts.tree[few], prompts.before[few], prompts.target[few], prompts.user[few])
+        part = Prompts(
+            prompts.trunks,
+            prompts.tree[few],
+            prompts.before[few],
+            prompts.target[few],
+            prompts.user[few],
+        )
         with torch.no_grad(), self.lm.arithmetic():
-            ours_of_few = self.recommender.logps(self.recommender.encoder.forest(part, items[few]), items.shape[1], True)
+            ours_of_few = self.recommender.logps(
+                self.recommender.encoder.forest(part, items[few]), items.shape[1], True
+            )
             theirs_of_few = plain.sdpo_loss(self.recommender, part, items[few])
             losses = float(sdpo(ours_of_few, 1.0).mean()), float(theirs_of_few)
         if not abs(losses[0] - losses[1]) <= 0.05 * abs(losses[1]):  # bfloat16's rounding in both
@@ -143,22 +176,44 @@ class Workload:
 
         took = measure.median_seconds({"ours": run, "plain": plainly}, self.repeats, self.device)
         ours, theirs = len(items) / took["ours"], len(few) / took["plain"]
-        return {"targets/s": ours, "plain targets/s": theirs, "ratio": ours / theirs, "losses": losses}
+        return {
+            "targets/s": ours,
+            "plain targets/s": theirs,
+            "ratio": ours / theirs,
+            "losses": losses,
+        }
 
     def profile(self, negatives: int, tokens: int) -> Row:
-        """The share of a step in which the GPU is busy, how many kernels it starts, and which take longest."""
+        """The share of a step in which the GPU is busy, how many kernels it starts, and which
+        take longest."""
         self.lm.attention = "sdpa"
         run, _ = self.step(*self.batch(negatives, tokens))
         seconds = measure.median_seconds({"ours": run}, self.repeats, self.device)["ours"]
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
             run()
             torch.cuda.synchronize()
-        kernels = [event for event in record.key_averages() if event.self_device_time_total and event.device_type.name == "CUDA"]
+        kernels = [
+            event
+            for event in record.key_averages()
+            if event.self_device_time_total and event.device_type.name == "CUDA"
+        ]
         busy = sum(event.self_device_time_total for event in kernels) / 1e6
         longest = sorted(kernels, key=lambda event: -event.self_device_time_total)[:12]
-        waits = {event.key: event.count for event in record.key_averages() if "Synchronize" in event.key}
-        row = {"ms": 1e3 * seconds, "GPU busy": busy / seconds, "kernels": sum(event.count for event in kernels), "waits": waits}
-        return row | {"longest, ms": {event.key[:70]: [event.self_device_time_total / 1e3, event.count] for event in longest}}
+        waits = {
+            event.key: event.count for event in record.key_averages() if "Synchronize" in event.key
+        }
+        row = {
+            "ms": 1e3 * seconds,
+            "GPU busy": busy / seconds,
+            "kernels": sum(event.count for event in kernels),
+            "waits": waits,
+        }
+        return row | {
+            "longest, ms": {
+                event.key[:70]: [event.self_device_time_total / 1e3, event.count]
+                for event in longest
+            }
+        }
 
     @torch.no_grad()
     def ranking(self, users: int) -> Row:
@@ -166,7 +221,9 @@ class Workload:
         self.lm.attention = "auto"
         rows = self.loaders[2]._dataset.inter_feat[:users]
         user, target = rows["user_id"].numpy(), rows["item_id"].numpy()
-        prompts = history_prompts(histories(rows, self.config), target, user, self.recommender.units.header)
+        prompts = history_prompts(
+            histories(rows, self.config), target, user, self.recommender.units.header
+        )
         others = np.random.default_rng(2).integers(1, self.recommender.n_items, (users, 19))
         items, tree = np.concatenate([target[:, None], others], axis=1), self.recommender.title_tree
         texts = self.recommender.encoder.trunks(prompts)
@@ -178,19 +235,29 @@ class Workload:
         }
         took = measure.median_seconds(sides, 2, self.device)
         number = {name: users if name == "20 candidates" else len(few) for name in sides}
-        return {f"{name}, users/s": number[name] / seconds for name, seconds in took.items()} | {"titles": len(tree)}
+        return {f"{name}, users/s": number[name] / seconds for name, seconds in took.items()} | {
+            "titles": len(tree)
+        }
 
 
 def matrix_rate(device: torch.device, size: int) -> Row:
     """FLOP/s of a bfloat16 matrix product, and bytes a second of a copy, read and written."""
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in "ab")
     large = torch.empty(size * size * 16, device=device, dtype=torch.uint8)
-    took = measure.median_seconds({"product": lambda: left @ right, "copy": lambda: large.clone()}, 10, device)
-    return {"FLOP/s": 2 * size**3 / took["product"], "copy, bytes/s": 2 * large.numel() / took["copy"]}
+    took = measure.median_seconds(
+        {"product": lambda: left @ right, "copy": lambda: large.clone()}, 10, device
+    )
+    return {
+        "FLOP/s": 2 * size**3 / took["product"],
+        "copy, bytes/s": 2 * large.numel() / took["copy"],
+    }
 
 
-def cases(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """All measurements by name, in the order of their worth; those of one way to train stand together."""
+def cases(
+    args: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """All measurements by name, in the order of their worth; those of one way to train stand
+    together."""
     small, middle, large = args.tokens
     current: dict[str, Workload] = {}
 
@@ -206,7 +273,9 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str,
             current[trained] = Workload(trained, args)
         return current[trained]
 
-    def steps(trained: str, negatives: int, tokens: int, attention: str = "sdpa") -> tuple[str, Callable[[], Row]]:
+    def steps(
+        trained: str, negatives: int, tokens: int, attention: str = "sdpa"
+    ) -> tuple[str, Callable[[], Row]]:
         kind = f"S-DPO, K = {negatives}" if negatives else "SFT"
         name = f"{trained}, {kind}, {tokens} tokens, {attention}"
         return name, lambda: workload(trained).steps(negatives, tokens, attention, rate()["FLOP/s"])
@@ -219,10 +288,16 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str,
         if gpu:
             yield f"{trained}, profile, K = 3", lambda t=trained: workload(t).profile(3, middle)
         for negatives in (3, 15):
-            yield f"{trained}, against full sequences, K = {negatives}", lambda t=trained, k=negatives: workload(t).against_plain(k, middle)
+            yield (
+                f"{trained}, against full sequences, K = {negatives}",
+                lambda t=trained, k=negatives: workload(t).against_plain(k, middle),
+            )
     if gpu:
         for window in (20, 50, 100, 200):
-            yield f"full, S-DPO, K = 15, {window} titles", lambda w=window: workload("full").long_rows(w, middle)
+            yield (
+                f"full, S-DPO, K = 15, {window} titles",
+                lambda w=window: workload("full").long_rows(w, middle),
+            )
     for tokens, negatives in product((large, small), (0, 3, 15)):
         yield steps("full", negatives, tokens)
     yield "full, ranking", lambda: workload("full").ranking(args.users)

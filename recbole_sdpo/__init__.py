@@ -1,4 +1,5 @@
-"""A language model as a recommender in RecBole: SFT, then S-DPO. Importing this registers ``SDPO-LLM`` with RecBole."""
+"""A language model as a recommender in RecBole: SFT, then S-DPO. Importing this registers
+``SDPO-LLM`` with RecBole."""
 
 # ruff: noqa: E402  what follows imports PyTorch
 from recbole_sdpo.libraries import check_libraries

@@ -1,4 +1,5 @@
-"""What must be worked round in RecBole 1.2.1 and its neighbours. tests/test_compat.py tells when an entry is no longer needed."""
+"""What must be worked round in RecBole 1.2.1 and its neighbours. tests/test_compat.py tells when
+an entry is no longer needed."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import config_file, naming, whole_file
 from recbole_sdpo.values import Loader, check_values, read_arguments, read_yaml, value
 
-# Of kernels that bitsandbytes would like to have, and that a run here does without, it speaks as it is imported.
+# Of kernels that bitsandbytes would like to have, and that a run here does without, it speaks as it
+# is imported.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 TEACHERS = ("CrossNet", "CIN")
@@ -52,18 +54,23 @@ TEACHERS = ("CrossNet", "CIN")
 
 
 NUMPY_1 = {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_, "bool8": np.bool_}
-"""Names that NumPy 2 dropped: what RecBole's ``Config`` takes (https://github.com/RUCAIBox/RecBole/pull/2203), and last ray 2.6.3."""
+"""Names that NumPy 2 dropped: what RecBole's ``Config`` takes
+(https://github.com/RUCAIBox/RecBole/pull/2203), and last ray 2.6.3."""
 
 
 def meet_newer_libraries() -> None:
-    """Give RecBole back what it knew of NumPy 1, pandas 2, SciPy 1.12 and ray, where the installed ones no longer have it.
+    """Give RecBole back what it knew of NumPy 1, pandas 2, SciPy 1.12 and ray, where the installed
+    ones no longer have it.
 
     * NumPy: :data:`NUMPY_1`.
-    * SciPy 1.13 dropped a method that fills the matrices of LightGCN and its kin (https://github.com/RUCAIBox/RecBole/issues/2034).
-    * pandas 3: ``column.agg(len)`` is the height of the column, and no longer the length of each entry, which RecBole means
-      (https://github.com/pandas-dev/pandas/pull/57332). That ``fillna`` in place no longer fills is mended with the other methods of
-      ``Dataset``, in :mod:`recbole_sdpo.data.dataset`. Neither is reported to RecBole, as far as we found.
-    * ray: RecBole wants 2.6.3 or older, which has no wheel from Python 3.12 on (https://github.com/RUCAIBox/RecBole/issues/1820).
+    * SciPy 1.13 dropped a method that fills the matrices of LightGCN and its kin
+      (https://github.com/RUCAIBox/RecBole/issues/2034).
+    * pandas 3: ``column.agg(len)`` is the height of the column, and no longer the length of each
+      entry, which RecBole means (https://github.com/pandas-dev/pandas/pull/57332). That ``fillna``
+      in place no longer fills is mended with the other methods of ``Dataset``, in
+      :mod:`recbole_sdpo.data.dataset`. Neither is reported to RecBole, as far as we found.
+    * ray: RecBole wants 2.6.3 or older, which has no wheel from Python 3.12 on
+      (https://github.com/RUCAIBox/RecBole/issues/1820).
     """
     for name, kind in NUMPY_1.items():
         if not hasattr(np, name):
@@ -83,7 +90,8 @@ def _len(sized: Any) -> int | pd.Series:
 
 
 def _import_quick_start() -> None:
-    """Import ``recbole.quick_start`` without ray, of whose Tune it uses one function, in a search for settings."""
+    """Import ``recbole.quick_start`` without ray, of whose Tune it uses one function, in a
+    search for settings."""
     ray = ModuleType("ray")
     vars(ray)["tune"] = SimpleNamespace(report=_refuse_search)
     sys.modules["ray"] = ray
@@ -94,15 +102,19 @@ def _import_quick_start() -> None:
 
 
 def _refuse_search(**result: float) -> NoReturn:
-    raise UserError("RecBole's search by ray's Tune needs ray, which is not installed; install it, or use --experiment with --tune.")
+    raise UserError(
+        "RecBole's search by ray's Tune needs ray, which is not installed; install it, or use "
+        "--experiment with --tune."
+    )
 
 
 def trainer_class(config: Config) -> type[Trainer]:
-    """RecBole's trainer for a model of RecBole, but that of its weights it keeps the best alone, in one file that is whole.
+    """RecBole's trainer for a model of RecBole, but that of its weights it keeps the best alone, in
+    one file that is whole.
 
-    RecBole's own checkpoint also pickles its ``Config`` and the optimizer: three times the bytes, and torch >= 2.6 refuses to load it
-    (https://github.com/RUCAIBox/RecBole/issues/2142). Its name ends with the second, which two runs may share; reported nowhere that we
-    found.
+    RecBole's own checkpoint also pickles its ``Config`` and the optimizer: three times the bytes,
+    and torch >= 2.6 refuses to load it (https://github.com/RUCAIBox/RecBole/issues/2142). Its name
+    ends with the second, which two runs may share; reported nowhere that we found.
     """
 
     base: Any = get_trainer(config["MODEL_TYPE"], config["model"])
@@ -117,7 +129,10 @@ def trainer_class(config: Config) -> type[Trainer]:
             self.saved_model_file = saved_model_file
 
         def _save_weights(self, file: Path) -> None:
-            weights = {"state_dict": self.model.state_dict(), "other_parameter": self.model.other_parameter()}
+            weights = {
+                "state_dict": self.model.state_dict(),
+                "other_parameter": self.model.other_parameter(),
+            }
             content = io.BytesIO()  # to a full disk torch.save says "unexpected pos"
             torch.save(weights, content)
             with whole_file(file) as part:
@@ -127,15 +142,19 @@ def trainer_class(config: Config) -> type[Trainer]:
 
 
 def load_best(trainer: Trainer) -> None:
-    """Load the weights that ``trainer``, of :func:`trainer_class`, has just written, this process's own; without any, keep the last."""
+    """Load the weights that ``trainer``, of :func:`trainer_class`, has just written, this
+    process's own; without any, keep the last."""
     if Path(trainer.saved_model_file).is_file():
-        weights = torch.load(trainer.saved_model_file, map_location=trainer.device, weights_only=False)
+        weights = torch.load(
+            trainer.saved_model_file, map_location=trainer.device, weights_only=False
+        )
         trainer.model.load_state_dict(weights["state_dict"])
         trainer.model.load_other_parameter(weights["other_parameter"])
 
 
 class _LogFile(logging.FileHandler):
-    """Ends the run where nothing can be written, such as on a full disk; ``logging`` would print a traceback at each message."""
+    """Ends the run where nothing can be written, such as on a full disk; ``logging`` would print
+    a traceback at each message."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         with naming(Path(self.baseFilename)):
@@ -144,16 +163,22 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def records_in(folder: Path, log: str, config: Config) -> Iterator[None]:
-    """Let RecBole log into the file ``log`` in ``folder`` and draw curves into ``tensorboard`` there; on the screen as ever.
+    """Let RecBole log into the file ``log`` in ``folder`` and draw curves into ``tensorboard``
+    there; on the screen as ever.
 
-    RecBole names both by the second, in the working directory, and the first run of a process keeps its log file for all that come
-    after. Reported nowhere that we found; recbole/utils/logger.py, ``init_logger``, and utils.py, ``get_tensorboard``.
+    RecBole names both by the second, in the working directory, and the first run of a process keeps
+    its log file for all that come after. Reported nowhere that we found; recbole/utils/logger.py,
+    ``init_logger``, and utils.py, ``get_tensorboard``.
     """
     colorama.init(autoreset=True)
     level = getattr(logging, str(config["state"] or "info").upper(), logging.INFO)
     screen, file = logging.StreamHandler(), _LogFile(folder / log, encoding="utf-8")
     line = "%(asctime)-15s %(levelname)s  %(message)s"
-    screen.setFormatter(colorlog.ColoredFormatter(f"%(log_color)s{line}", "%d %b %H:%M", log_colors=log_colors_config))
+    screen.setFormatter(
+        colorlog.ColoredFormatter(
+            f"%(log_color)s{line}", "%d %b %H:%M", log_colors=log_colors_config
+        )
+    )
     file.setFormatter(logging.Formatter(line, "%a %d %b %Y %H:%M:%S"))
     file.addFilter(RemoveColorFilter())
     logging.basicConfig(level=level, handlers=[screen])
@@ -163,11 +188,14 @@ def records_in(folder: Path, log: str, config: Config) -> Iterator[None]:
     theirs, hook = recbole.trainer.trainer.get_tensorboard, threading.excepthook
 
     def of_threads(args: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread hands what went wrong, such as a full disk, to the main thread, and need not print it, too."""
+        """TensorBoard's thread hands what went wrong, such as a full disk, to the main thread,
+        and need not print it, too."""
         if type(args.thread).__name__ != "_AsyncWriterThread":
             hook(args)
 
-    recbole.trainer.trainer.get_tensorboard = lambda logger: SummaryWriter(str(folder / "tensorboard"))
+    recbole.trainer.trainer.get_tensorboard = lambda logger: SummaryWriter(
+        str(folder / "tensorboard")
+    )
     threading.excepthook = of_threads
     try:
         yield
@@ -178,10 +206,11 @@ def records_in(folder: Path, log: str, config: Config) -> Iterator[None]:
 
 
 def take_values_as_data() -> None:
-    """Have RecBole's ``Config`` read values, which it evaluates as Python: ``__import__('os').system(…)`` runs, ``self`` is its ``self``.
+    """Have RecBole's ``Config`` read values, which it evaluates as Python:
+    ``__import__('os').system(…)`` runs, ``self`` is its ``self``.
 
-    Its YAML loader also builds Python's objects, and changes the loader of the whole process. Reported nowhere that we found;
-    recbole/config/configurator.py, lines 97 to 140.
+    Its YAML loader also builds Python's objects, and changes the loader of the whole process.
+    Reported nowhere that we found; recbole/config/configurator.py, lines 97 to 140.
     """
     Config._build_yaml_loader = lambda self: Loader
     Config._convert_config_dict = _convert_config_dict
@@ -193,7 +222,9 @@ def take_values_as_data() -> None:
 
 def _convert_config_dict(self: Config, config_dict: dict[str, Any]) -> dict[str, Any]:
     values = check_values(config_dict)
-    return check_values({key: value(item) if isinstance(item, str) else item for key, item in values.items()})
+    return check_values(
+        {key: value(item) if isinstance(item, str) else item for key, item in values.items()}
+    )
 
 
 def _load_config_files(self: Config, files: list[str] | None) -> dict[str, Any]:
@@ -201,7 +232,10 @@ def _load_config_files(self: Config, files: list[str] | None) -> dict[str, Any]:
     for file in files or ():
         settings |= read_yaml(config_file(file))
         if settings.get("trust_remote_code"):
-            raise UserError(f"{file} must not set trust_remote_code; give it on the command line, or from Python.")
+            raise UserError(
+                f"{file} must not set trust_remote_code; give it on the command line, or from "
+                "Python."
+            )
     return settings
 
 
@@ -213,10 +247,12 @@ def _load_cmd_line(self: Config) -> dict[str, Any]:
 
 
 def never_unpickle() -> None:
-    """Have RecBole's data functions load no pickle, which they do unasked wherever one lies in ``checkpoint_dir``.
+    """Have RecBole's data functions load no pickle, which they do unasked wherever one lies in
+    ``checkpoint_dir``.
 
-    That runs code, and later runs ignore what the data's files hold (https://github.com/RUCAIBox/RecBole/issues/1602). Its
-    ``load_split_dataloaders`` finds none, and its ``create_dataset``, which ours does not call, refuses.
+    That runs code, and later runs ignore what the data's files hold
+    (https://github.com/RUCAIBox/RecBole/issues/1602). Its ``load_split_dataloaders`` finds none,
+    and its ``create_dataset``, which ours does not call, refuses.
     """
     data_utils.load_split_dataloaders = lambda config: None
     data_utils.pickle = SimpleNamespace(load=_refuse, dump=pickle.dump)
@@ -224,15 +260,17 @@ def never_unpickle() -> None:
 
 def _refuse(stream: IO[bytes]) -> NoReturn:
     raise UserError(
-        f"{stream.name} is a pickle, which runs code as it is loaded and does not follow the data's files; delete it, and they are read."
+        f"{stream.name} is a pickle, which runs code as it is loaded and does not follow the "
+        "data's files; delete it, and they are read."
     )
 
 
 def import_models() -> None:
     """Import RecBole's sequential models and leave autograd's anomaly detection as it was.
 
-    The module of SINE turns it on as it is imported, for every model of the process: each backward pass then looks for NaN
-    and records stack traces. Reported nowhere that we found; recbole/model/sequential_recommender/sine.py, line 25.
+    The module of SINE turns it on as it is imported, for every model of the process: each backward
+    pass then looks for NaN and records stack traces. Reported nowhere that we found;
+    recbole/model/sequential_recommender/sine.py, line 25.
     """
     before = torch.is_anomaly_enabled()
     importlib.import_module("recbole.model.sequential_recommender")
@@ -240,10 +278,11 @@ def import_models() -> None:
 
 
 class Pop(pop.Pop):
-    """RecBole's, which counts an item once a batch, however often it is there (https://github.com/RUCAIBox/RecBole/issues/2198).
+    """RecBole's, which counts an item once a batch, however often it is there
+    (https://github.com/RUCAIBox/RecBole/issues/2198).
 
-    And it counts the negatives that RecBole's loader puts among the items of a model that learns from labels; reported nowhere that we
-    found.
+    And it counts the negatives that RecBole's loader puts among the items of a model that learns
+    from labels; reported nowhere that we found.
     """
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
@@ -259,10 +298,14 @@ class Pop(pop.Pop):
 
 
 class GAUC(metrics.GAUC):
-    """RecBole's, which returns a number of NumPy's with 32 bits, neither rounded nor fit for JSON. Reported nowhere that we found."""
+    """RecBole's, which returns a number of NumPy's with 32 bits, neither rounded nor fit for
+    JSON. Reported nowhere that we found."""
 
     def calculate_metric(self, dataobject: DataStruct) -> dict[str, float]:
-        return {name: round(float(result), self.decimal_place) for name, result in super().calculate_metric(dataobject).items()}
+        return {
+            name: round(float(result), self.decimal_place)
+            for name, result in super().calculate_metric(dataobject).items()
+        }
 
 
 def model_class(name: str) -> type[nn.Module]:
@@ -272,7 +315,8 @@ def model_class(name: str) -> type[nn.Module]:
 
 @contextmanager
 def no_arguments() -> Iterator[None]:
-    """Hide the arguments of the program, which RecBole takes for its settings wherever a ``Config`` is made."""
+    """Hide the arguments of the program, which RecBole takes for its settings wherever a
+    ``Config`` is made."""
     given, sys.argv = sys.argv, sys.argv[:1]
     try:
         yield
@@ -282,7 +326,8 @@ def no_arguments() -> Iterator[None]:
 
 @contextmanager
 def same_gpus() -> Iterator[None]:
-    """Leave the visible GPUs as they are: RecBole sets them by ``gpu_id``, for the whole process, wherever a ``Config`` is made."""
+    """Leave the visible GPUs as they are: RecBole sets them by ``gpu_id``, for the whole
+    process, wherever a ``Config`` is made."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         yield
@@ -296,20 +341,27 @@ def same_gpus() -> Iterator[None]:
 def check_launcher() -> None:
     """Refuse ``accelerate launch --cpu --num_processes 2``, which starts a single process.
 
-    It leaves a master address without a world size (https://github.com/huggingface/accelerate/issues/2741).
+    It leaves a master address without a world size
+    (https://github.com/huggingface/accelerate/issues/2741).
 
     Raises:
         UserError: naming the command that does start several.
     """
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+    if (
+        os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        and "MASTER_ADDR" in os.environ
+        and "WORLD_SIZE" not in os.environ
+    ):
         raise UserError(
-            "accelerate launch --cpu starts one process whatever --num_processes says; use torchrun --nproc_per_node=2 "
+            "accelerate launch --cpu starts one process whatever --num_processes says; use "
+            "torchrun --nproc_per_node=2 "
             "run_recbole_sdpo.py …, which accelerate joins."
         )
 
 
 def quiet_warnings() -> None:
-    """Hide warnings that a user can do nothing about: of RecBole's own code, and of what peft 0.21 reads of transformers 5.23."""
+    """Hide warnings that a user can do nothing about: of RecBole's own code, and of what peft
+    0.21 reads of transformers 5.23."""
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"recbole\.")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"recbole\.")

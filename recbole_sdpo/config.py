@@ -1,4 +1,5 @@
-"""The configuration of one run: RecBole's, with our evaluation defaults under what the user gave."""
+"""The configuration of one run: RecBole's, with our evaluation defaults under what the user
+gave."""
 
 from __future__ import annotations
 
@@ -29,11 +30,17 @@ class RunConfig(Config):
         if model == MODEL:
             return
         add_defaults(self, default_settings(dataset))
-        loss = self.external_config_dict.get("loss_type", self.internal_config_dict.get("loss_type"))
+        loss = self.external_config_dict.get(
+            "loss_type", self.internal_config_dict.get("loss_type")
+        )
         if loss == "CE" and model_class.type == ModelType.SEQUENTIAL:
-            # RecBole refuses such a model while its own default asks for negatives, which cross-entropy has no use for.
+            # RecBole refuses such a model while its own default asks for negatives, which
+            # cross-entropy has no use for.
             if self.external_config_dict.pop("train_neg_sample_args", None):
-                getLogger().warning(f"train_neg_sample_args has no use for {model}, whose loss is cross-entropy over all items.")
+                getLogger().warning(
+                    f"train_neg_sample_args has no use for {model}, whose loss is cross-entropy "
+                    "over all items."
+                )
             self.internal_config_dict["train_neg_sample_args"] = None
 
     def _get_model_and_dataset(self, model: str | None, dataset: str | None) -> tuple:
@@ -46,11 +53,21 @@ class RunConfig(Config):
         try:
             return super()._get_model_and_dataset(model, dataset)
         except (ValueError, AttributeError, ModuleNotFoundError) as error:
-            # RecBole looks for an unknown name among models whose libraries are not installed, and stumbles over those.
-            names = [MODEL, *(file.stem for file in Path(recbole.__path__[0]).glob("properties/model/*.yaml"))]
+            # RecBole looks for an unknown name among models whose libraries are not installed, and
+            # stumbles over those.
+            names = [
+                MODEL,
+                *(file.stem for file in Path(recbole.__path__[0]).glob("properties/model/*.yaml")),
+            ]
             folded = {name.lower(): name for name in names}
-            near = [folded[name] for name in difflib.get_close_matches(str(model).lower(), folded, 1)]
-            hint = f"did you mean {near[0]!r}?" if near else f"it must be {MODEL} or a model of RecBole, such as GRU4Rec."
+            near = [
+                folded[name] for name in difflib.get_close_matches(str(model).lower(), folded, 1)
+            ]
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"it must be {MODEL} or a model of RecBole, such as GRU4Rec."
+            )
             if near == [model]:
                 hint = f"RecBole has it, but: {error}."
             raise UserError(f"model={model!r} cannot be found; {hint}") from error

@@ -20,28 +20,38 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def check_device(config: Config) -> None:
-    """Refuse GPUs that are not there, which RecBole replaces by the CPU, and those that fail in the middle of a run.
+    """Refuse GPUs that are not there, which RecBole replaces by the CPU, and those that fail in the
+    middle of a run.
 
     Raises:
-        UserError: ``gpu_id`` names a GPU that is not there, or that this build of torch has no kernels for; there are more
-            processes than GPUs; or ``dtype`` is one that a GPU has not.
+        UserError: ``gpu_id`` names a GPU that is not there, or that this build of torch has no
+            kernels for; there are more processes than GPUs; or ``dtype`` is one that a GPU has not.
     """
     given = config.external_config_dict
     asked = [part.strip() for part in config["gpu_id"].split(",")]
     asked = asked[: asked.index("-1")] if "-1" in asked else [part for part in asked if part]
     count = torch.cuda.device_count() if config["device"].type == "cuda" else 0
     if given.get("use_gpu") is False and count:
-        raise UserError("use_gpu=False has no effect in RecBole; give gpu_id='' for a run on the CPU.")
+        raise UserError(
+            "use_gpu=False has no effect in RecBole; give gpu_id='' for a run on the CPU."
+        )
     if asked and "gpu_id" in given and count < len(asked):
         raise UserError(
-            f"gpu_id={config['gpu_id']!r} asks for {len(asked)} of this machine's GPUs and torch {torch.__version__} finds {count}: "
+            f"gpu_id={config['gpu_id']!r} asks for {len(asked)} of this machine's GPUs and torch "
+            f"{torch.__version__} finds {count}: "
             f"{_remedy()}, or set gpu_id='' for the CPU."
         )
     if asked and not count and DRIVER.is_dir():
-        getLogger().warning(f"This run is on the CPU, as torch {torch.__version__} cannot use the GPU that is here: {_remedy()}.")
+        getLogger().warning(
+            f"This run is on the CPU, as torch {torch.__version__} cannot use the GPU that is "
+            f"here: {_remedy()}."
+        )
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if count and processes > count:
-        raise UserError(f"A launch of {processes} processes needs as many GPUs, and there are {count}; start {count}, or set gpu_id=''.")
+        raise UserError(
+            f"A launch of {processes} processes needs as many GPUs, and there are {count}; start "
+            f"{count}, or set gpu_id=''."
+        )
     for number in range(count):
         _check_gpu(config, number)
 
@@ -52,27 +62,35 @@ def _check_gpu(config: Config, number: int) -> None:
     built_for = torch.cuda.get_arch_list()
     if torch.version.cuda and not is_served((gpu.major, gpu.minor), built_for):
         raise UserError(
-            f"{what} is none that torch {torch.__version__} is built for ({', '.join(built_for)}); install a build that has it "
+            f"{what} is none that torch {torch.__version__} is built for "
+            f"({', '.join(built_for)}); install a build that has it "
             f"({BUILDS}/previous-versions), or set gpu_id='' for the CPU."
         )
     halves = torch.version.hip or gpu.major >= 8  # others torch emulates, many times slower
     if config["model"] == MODEL and config.settings.backbone.dtype == "bfloat16" and not halves:
-        raise UserError(f"dtype='bfloat16' needs a GPU of compute capability 8.0 or later, and {what} is older; set dtype=float32.")
+        raise UserError(
+            f"dtype='bfloat16' needs a GPU of compute capability 8.0 or later, and {what} is "
+            "older; set dtype=float32."
+        )
 
 
 def is_served(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
     """Has a build of torch kernels that a GPU runs?
 
-    A kernel runs on its own generation of GPUs (``sm_86`` on 8.9), from its own on, and code that is compiled on the way
-    (``compute_80``) on all later ones.
+    A kernel runs on its own generation of GPUs (``sm_86`` on 8.9), from its own on, and code that
+    is compiled on the way (``compute_80``) on all later ones.
 
     Args:
         capability: of the GPU, such as (8, 6).
         built_for: as torch lists them, such as sm_80, sm_90a and compute_90.
     """
-    for kind, major, minor, only in re.findall(r"\b(sm|compute)_(\d+)(\d)([a-z]?)", " ".join(built_for)):
+    for kind, major, minor, only in re.findall(
+        r"\b(sm|compute)_(\d+)(\d)([a-z]?)", " ".join(built_for)
+    ):
         built = int(major), int(minor)
-        if built == capability or (not only and built < capability and (kind == "compute" or built[0] == capability[0])):
+        if built == capability or (
+            not only and built < capability and (kind == "compute" or built[0] == capability[0])
+        ):
             return True
     return False
 
@@ -81,4 +99,7 @@ def _remedy() -> str:
     """What brings a GPU within torch's reach, as far as can be told."""
     if not (torch.version.cuda or torch.version.hip):
         return f"it is built without CUDA; install a build that has it ({BUILDS}/locally)"
-    return f"see in nvidia-smi which are there, and that the driver is new enough for CUDA {torch.version.cuda}"
+    return (
+        "see in nvidia-smi which are there, and that the driver is new enough for CUDA "
+        f"{torch.version.cuda}"
+    )

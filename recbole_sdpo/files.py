@@ -1,4 +1,5 @@
-"""Files and folders that are there whole or not at all, whenever a process or the power dies, and how to tell that they still are."""
+"""Files and folders that are there whole or not at all, whenever a process or the power dies,
+and how to tell that they still are."""
 
 from __future__ import annotations
 
@@ -18,24 +19,32 @@ SUMS = "SHA256SUMS"
 """The digests of a folder's files, as ``sha256sum --check`` reads them."""
 
 PART, OLD = ".part", ".old"
-"""Names of what is being written, and of what it is about to replace, end so; a run that begins or goes on removes them."""
+"""Names of what is being written, and of what it is about to replace, end so; a run that begins
+or goes on removes them."""
 
 
 def user_path(text: str | Path) -> Path:
-    """``text`` as a path, with ``~`` for the user's home; one of a user whom this machine does not know stays as it is."""
+    """``text`` as a path, with ``~`` for the user's home; one of a user whom this machine does
+    not know stays as it is."""
     return Path(os.path.expanduser(text))
 
 
 def config_file(name: str | Path) -> Path:
-    """``name`` as a path; where no such file is, and it begins with ``configs/``, the one that comes with this package."""
+    """``name`` as a path; where no such file is, and it begins with ``configs/``, the one that
+    comes with this package."""
     path = user_path(name)
     brought = Path(__file__).parent / path
-    return brought if path.parts[:1] == ("configs",) and not os.path.lexists(path) and brought.exists() else path
+    return (
+        brought
+        if path.parts[:1] == ("configs",) and not os.path.lexists(path) and brought.exists()
+        else path
+    )
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write a file to, which takes the place of ``path`` at the end, or is gone if that fails.
+    """A path beside ``path`` to write a file to, which takes the place of ``path`` at the end, or
+    is gone if that fails.
 
     Whatever writes it, its permissions are those that the umask leaves.
 
@@ -64,7 +73,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Write ``record`` as JSON, whole or not at all, with its own digest as ``sha256``; returns what the file holds."""
+    """Write ``record`` as JSON, whole or not at all, with its own digest as ``sha256``; returns
+    what the file holds."""
     record = json.loads(json.dumps(record))  # as it will be read
     record["sha256"] = _digest(record)
     write_text(path, json.dumps(record, indent=2))
@@ -75,7 +85,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """What :func:`write_record` wrote, or None if the file is not as it was written."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        whole = record["sha256"] == _digest({key: value for key, value in record.items() if key != "sha256"})
+        whole = record["sha256"] == _digest(
+            {key: value for key, value in record.items() if key != "sha256"}
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if whole else None
@@ -96,18 +108,23 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; the folder must be one that a run wrote.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); it must be JSON, as a run wrote it.") from error
+        raise UserError(
+            f"{path} is damaged ({error}); it must be JSON, as a run wrote it."
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; it must be a dictionary, as a run wrote it.")
+        raise UserError(
+            f"{path} holds a {type(content).__name__}; it must be a dictionary, as a run wrote it."
+        )
     return content
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder`` to write into, which takes its place at the end; permissions as the umask leaves them.
+    """A new folder beside ``folder`` to write into, which takes its place at the end; permissions
+    as the umask leaves them.
 
-    A folder cannot be renamed over another one: the old one steps aside first. A process that dies in between leaves it there, and
-    :func:`settle` puts it back.
+    A folder cannot be renamed over another one: the old one steps aside first. A process that dies
+    in between leaves it there, and :func:`settle` puts it back.
 
     Raises:
         OSError: the disk is full, the folder is read-only, …; it names the folder.
@@ -143,7 +160,8 @@ def settle(folder: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove from ``folder`` what processes that died were writing there; what they were replacing goes back to its place."""
+    """Remove from ``folder`` what processes that died were writing there; what they were
+    replacing goes back to its place."""
     for old in folder.glob(f"*{OLD}"):
         settle(old.with_name(old.name.removesuffix(OLD)))
     for part in folder.glob(f"*{PART}"):
@@ -174,13 +192,26 @@ def check_seal(folder: Path) -> None:
     """
     sums = folder / SUMS
     if not sums.is_file():
-        raise UserError(f"{sums} is missing: the folder is not whole, or not one that a run wrote; give another one.")
-    lines = (line.partition("  ") for line in sums.read_text(encoding="utf-8", errors="replace").splitlines())
+        raise UserError(
+            f"{sums} is missing: the folder is not whole, or not one that a run wrote; give "
+            "another one."
+        )
+    lines = (
+        line.partition("  ")
+        for line in sums.read_text(encoding="utf-8", errors="replace").splitlines()
+    )
     digests = {folder / name: digest for digest, _, name in lines}
-    for file in sorted({*digests, *(file for file in folder.rglob("*") if file.is_file() and file != sums)}):
+    for file in sorted(
+        {*digests, *(file for file in folder.rglob("*") if file.is_file() and file != sums)}
+    ):
         if not file.is_file() or sha256(file) != digests.get(file):
-            state = "not listed" if file not in digests else "damaged" if file.is_file() else "missing"
-            raise UserError(f"{file} is {state}: it is not what the run wrote ({SUMS} beside it); give another checkpoint.")
+            state = (
+                "not listed" if file not in digests else "damaged" if file.is_file() else "missing"
+            )
+            raise UserError(
+                f"{file} is {state}: it is not what the run wrote ({SUMS} beside it); give "
+                "another checkpoint."
+            )
 
 
 def _flush(path: Path) -> None:
@@ -202,7 +233,8 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the operating system name ``path``; those of safetensors and tokenizers, which have no class in common, become such."""
+    """Errors of the operating system name ``path``; those of safetensors and tokenizers, which
+    have no class in common, become such."""
     try:
         yield
     except OSError as error:

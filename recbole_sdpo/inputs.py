@@ -1,4 +1,5 @@
-"""What a run reads, as digests: its files, and the sources and versions of the packages, so that nobody changes them unseen."""
+"""What a run reads, as digests: its files, and the sources and versions of the packages, so that
+nobody changes them unseen."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ VERSIONS = (
     "pandas",
 )
 
-# Parts of the package that only look at results, or decide what to run, or whose outcome is in the settings already.
+# Parts of the package that only look at results, or decide what to run, or whose outcome is in the
+# settings already.
 ONLOOKERS = frozenset(
     {
         "configs",
@@ -91,8 +93,8 @@ class Inputs:
     Attributes:
         config: of the run.
         files: by what each is to the run, wherever it lies.
-        digests: sha256 of each of them, of the package's ``sources``, and the ``versions`` of packages. A model of the hub is not
-            among them: its name stands for it.
+        digests: sha256 of each of them, of the package's ``sources``, and the ``versions`` of
+            packages. A model of the hub is not among them: its name stands for it.
     """
 
     config: RunConfig
@@ -117,7 +119,8 @@ class Inputs:
         )
 
     def changed(self, digests: Mapping[str, str | None], but_for: str = "") -> str | None:
-        """The first file, or package, that ``digests`` has otherwise; files of the kind ``but_for`` may differ."""
+        """The first file, or package, that ``digests`` has otherwise; files of the kind
+        ``but_for`` may differ."""
         for name in self.digests | digests:
             if self.digests.get(name) != digests.get(name) and name.partition("/")[0] != but_for:
                 return self._named(name)
@@ -142,7 +145,8 @@ class Inputs:
             raise UserError(f"{name} changed while this run was reading it; start it again.")
 
     def keep(self, run_dir: Path, write: bool) -> None:
-        """Write the digests of the files into the folder of a run that begins; one that has a state goes on with no other files.
+        """Write the digests of the files into the folder of a run that begins; one that has a state
+        goes on with no other files.
 
         Args:
             write: this process is the one that writes.
@@ -161,7 +165,8 @@ class Inputs:
             name = self.changed_since(run_dir)
             if name:
                 raise UserError(
-                    f"{name} changed since the run in {run_dir} began; put it back, or begin the run anew in another folder."
+                    f"{name} changed since the run in {run_dir} began; put it back, or begin the "
+                    "run anew in another folder."
                 )
         elif write:
             read = {name: self.digests[name] for name in self.files}
@@ -227,7 +232,8 @@ def _data_files(config: RunConfig) -> dict[str, Path]:
 
 
 def _in_place(role: str, place: Path) -> dict[str, Path]:
-    """A file, or those in a folder, where models are saved side by side; none where there is none, as for a name of the hub.
+    """A file, or those in a folder, where models are saved side by side; none where there is none,
+    as for a name of the hub.
 
     Of a run's folder its SFT checkpoint is meant.
     """
@@ -243,9 +249,11 @@ def _in_place(role: str, place: Path) -> dict[str, Path]:
 
 
 def sources(without: frozenset[str] = frozenset()) -> str:
-    """sha256 of what this package's sources say, but for some files and folders, as they are on the disk now.
+    """sha256 of what this package's sources say, but for some files and folders, as they are on the
+    disk now.
 
-    Comments, docstrings and layout do not count. What does is Python's syntax tree, so another Python may give another digest.
+    Comments, docstrings and layout do not count. What does is Python's syntax tree, so another
+    Python may give another digest.
     """
     root = Path(recbole_sdpo.__path__[0])
     files = sorted(file for file in root.rglob("*") if file.suffix in {".py", ".yaml"})
@@ -282,7 +290,8 @@ _digests: dict[tuple[Path, Callable], tuple[tuple[int, ...], str]] = {}
 def _known(file: Path, of: Callable[[Path], str]) -> str:
     """``of(file)``, again only if the file is not as it was then.
 
-    A file that has just been written may be written again without bearing another time, so that of such a one nothing is kept.
+    A file that has just been written may be written again without bearing another time, so that of
+    such a one nothing is kept.
     """
     try:
         stamp, now = _stamp(file), time.time()

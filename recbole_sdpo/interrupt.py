@@ -1,7 +1,8 @@
-"""How the command ends when it is told to, or when the machine lets it down: one sentence, and the line that goes on.
+"""How the command ends when it is told to, or when the machine lets it down: one sentence, and the
+line that goes on.
 
-Ctrl-C, SIGTERM, which schedulers send, and SIGHUP, which a closed terminal sends, end a run at once. Where training has a step to
-finish first, its state is kept. A second Ctrl-C does not wait.
+Ctrl-C, SIGTERM, which schedulers send, and SIGHUP, which a closed terminal sends, end a run at
+once. Where training has a step to finish first, its state is kept. A second Ctrl-C does not wait.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ REMEDIES = {
 """Errors of the operating system that a user can mend, and how."""
 
 LAUNCHERS_REPEAT_S = 1.0
-"""A launcher passes a terminal's Ctrl-C on to processes that have had it already; so soon, it is not a second one."""
+"""A launcher passes a terminal's Ctrl-C on to processes that have had it already; so soon, it is
+not a second one."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -60,7 +62,8 @@ def asked_to_stop() -> int:
 
 @contextmanager
 def finishing_steps() -> Iterator[None]:
-    """Here a signal waits for whoever calls :func:`asked_to_stop`; one that nobody has looked at takes effect at the end.
+    """Here a signal waits for whoever calls :func:`asked_to_stop`; one that nobody has looked at
+    takes effect at the end.
 
     Raises:
         Stopped: at the end, or at a second Ctrl-C.
@@ -77,8 +80,9 @@ def finishing_steps() -> Iterator[None]:
 
 @contextmanager
 def endings() -> Iterator[None]:
-    """For the command's main function: signals end it with a sentence and the exit code that shells expect, 128 and their number;
-    so does, with exit code 1, an error of the operating system that a user can mend."""
+    """For the command's main function: signals end it with a sentence and the exit code that shells
+    expect, 128 and their number; so does, with exit code 1, an error of the operating system that a
+    user can mend."""
     try:
         with _handlers():
             yield
@@ -91,12 +95,16 @@ def endings() -> Iterator[None]:
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        _say(f"error: cannot use {error.filename or 'a file'}: {error.strerror}; {REMEDIES[error.errno]}{_then(', then ', error)}")
+        _say(
+            f"error: cannot use {error.filename or 'a file'}: {error.strerror}; "
+            f"{REMEDIES[error.errno]}{_then(', then ', error)}"
+        )
         sys.exit(1)
 
 
 def say_how_to_go_on(error: BaseException, folder: Path | None) -> None:
-    """Add to ``error`` a note: how the run in ``folder`` goes on, or with None, that it is to begin again."""
+    """Add to ``error`` a note: how the run in ``folder`` goes on, or with None, that it is to
+    begin again."""
     if folder is None:
         note = "begin the run again: there was no state to go on from"
     elif _process:
@@ -121,7 +129,11 @@ def _command(folder: Path) -> str:
         start.append(program)
     else:
         start = [Path(program).name]
-    given = [argument for argument in sys.argv[1:] if not argument.startswith(("--resume=", "--run_dir="))]
+    given = [
+        argument
+        for argument in sys.argv[1:]
+        if not argument.startswith(("--resume=", "--run_dir="))
+    ]
     return shlex.join([*start, *given, f"--resume={folder}"])
 
 
@@ -147,7 +159,8 @@ def _handlers() -> Iterator[None]:
     before, hook = {signum: signal.signal(signum, _handle) for signum in heard}, sys.unraisablehook
 
     def again(lost: UnraisableHookArgs) -> None:
-        """A finalizer was at work when the signal came, and Python has nobody to hand its exception to: it comes once more."""
+        """A finalizer was at work when the signal came, and Python has nobody to hand its
+        exception to: it comes once more."""
         global _asked
         if isinstance(lost.exc_value, Stopped):
             _asked = 0
@@ -167,7 +180,8 @@ def _handlers() -> Iterator[None]:
 
 def _handle(signum: int, frame: FrameType | None) -> None:
     global _asked, _asked_at
-    if os.getpid() != _process:  # a process that prepares batches: it ends with its parent, or when the parent ends it
+    # a process that prepares batches: it ends with its parent, or when the parent ends it
+    if os.getpid() != _process:
         if signum == signal.SIGTERM:
             os._exit(128 + signum)
         return
@@ -178,4 +192,8 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     if not (first and _waits):
         raise Stopped(signum)
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"\nThe state is saved after this step, then the run ends; Ctrl-C once more ends it now.\n")
+        os.write(
+            2,
+            b"\nThe state is saved after this step, then the run ends; Ctrl-C once more ends it "
+            b"now.\n",
+        )

@@ -7,17 +7,36 @@ import re
 import sys
 from types import TracebackType
 
-OLDEST = {"numpy": "1.26", "torch": "2.6", "transformers": "5.0", "peft": "0.21", "accelerate": "1.15"}
-"""As setup.cfg has them, for whom pip did not ask: a checkout that was not installed, or a library that was replaced since."""
+OLDEST = {
+    "numpy": "1.26",
+    "torch": "2.6",
+    "transformers": "5.0",
+    "peft": "0.21",
+    "accelerate": "1.15",
+}
+"""As setup.cfg has them, for whom pip did not ask: a checkout that was not installed, or a
+library that was replaced since."""
 
 
 RECBOLE = "1.2.1"
 """The one that :mod:`recbole_sdpo.compat` knows."""
 
 IMPORTED = (
-    "pandas", "scipy", "matplotlib", "PyYAML", "colorama", "colorlog", "psutil", "scikit-learn", "tensorboard", "texttable", "thop", "tqdm",
+    "pandas",
+    "scipy",
+    "matplotlib",
+    "PyYAML",
+    "colorama",
+    "colorlog",
+    "psutil",
+    "scikit-learn",
+    "tensorboard",
+    "texttable",
+    "thop",
+    "tqdm",
 )
-"""What RecBole and we import beside, of any age. From Python 3.12 on RecBole is installed without what it asks for."""
+"""What RecBole and we import beside, of any age. From Python 3.12 on RecBole is installed
+without what it asks for."""
 
 
 class Unfit(ImportError):
@@ -28,17 +47,28 @@ def check_libraries() -> None:
     """Look at what is installed, before anything of it is imported and stumbles.
 
     Raises:
-        Unfit: a library is missing or too old. Where nobody catches it, Python prints the sentence without a traceback.
+        Unfit: a library is missing or too old. Where nobody catches it, Python prints the sentence
+            without a traceback.
     """
     if sys.version_info < (3, 10):  # noqa: UP036  a checkout runs without pip's word
-        refuse(f"recbole-sdpo needs Python 3.10 or later, and this is {sys.version.split()[0]}: start it with another one")
+        refuse(
+            f"recbole-sdpo needs Python 3.10 or later, and this is {sys.version.split()[0]}: "
+            "start it with another one"
+        )
     found = {name: _version(name) for name in ("recbole", *OLDEST, *IMPORTED)}
     if found["recbole"] != RECBOLE:
-        # With what it asks for, RecBole cannot be installed from Python 3.12 on: see docs/versions.md.
-        refuse(f"recbole-sdpo needs recbole {RECBOLE}, {_is(found['recbole'])}: pip install --no-deps recbole=={RECBOLE}")
+        # With what it asks for, RecBole cannot be installed from Python 3.12 on: see
+        # docs/versions.md.
+        refuse(
+            f"recbole-sdpo needs recbole {RECBOLE}, {_is(found['recbole'])}: pip install "
+            f"--no-deps recbole=={RECBOLE}"
+        )
     for name, oldest in OLDEST.items():
         if _numbers(found[name] or "0") < _numbers(oldest):
-            refuse(f"recbole-sdpo needs {name} {oldest} or later, {_is(found[name])}: pip install '{name}>={oldest}'")
+            refuse(
+                f"recbole-sdpo needs {name} {oldest} or later, {_is(found[name])}: pip install "
+                f"'{name}>={oldest}'"
+            )
     if missing := " ".join(name for name in IMPORTED if found[name] is None):
         refuse(f"recbole-sdpo needs {missing}, {_is(None)}: pip install {missing}")
 

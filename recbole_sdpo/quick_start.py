@@ -1,4 +1,5 @@
-"""Run one experiment: any model of RecBole, or ``SDPO-LLM``, on one split and one set of candidates."""
+"""Run one experiment: any model of RecBole, or ``SDPO-LLM``, on one split and one set of
+candidates."""
 
 from __future__ import annotations
 
@@ -55,24 +56,27 @@ def run(
     config_dict: dict[str, Any] | None = None,
     saved: bool = True,
 ) -> dict[str, Any]:
-    """Train and evaluate one model and write ``result.json`` into its run folder; returns what the file holds.
+    """Train and evaluate one model and write ``result.json`` into its run folder; returns what the
+    file holds.
 
-    The folder, which no other run may use meanwhile, holds all that a run writes, but for what it keeps in ``cache_dir``. A run that has
-    ended leaves there
+    The folder, which no other run may use meanwhile, holds all that a run writes, but for what it
+    keeps in ``cache_dir``. A run that has ended leaves there
 
     * ``result.json``, the last of its files, with the digests of the next two;
     * ``ranks.csv``, and of SDPO-LLM ``steps.csv``, a row for each optimizer step;
-    * ``sft`` and ``sdpo``, checkpoints with their digests in ``SHA256SUMS``, or of another model RecBole's ``.pth`` with its best weights
-      (neither unless ``saved``);
+    * ``sft`` and ``sdpo``, checkpoints with their digests in ``SHA256SUMS``, or of another model
+      RecBole's ``.pth`` with its best weights (neither unless ``saved``);
     * ``run.log``, and ``tensorboard`` with the curves (``tensorboard --logdir saved``).
 
-    While it goes on, SDPO-LLM also has ``state`` there, from which ``resume`` goes on, and ``selection``, the best weights so far on
-    each of ``more_candidates``. A folder holds a run from its first state on.
+    While it goes on, SDPO-LLM also has ``state`` there, from which ``resume`` goes on, and
+    ``selection``, the best weights so far on each of ``more_candidates``. A folder holds a run from
+    its first state on.
 
     Args:
         model: a model of RecBole, or ``SDPO-LLM``.
         dataset: its name; the files are in ``data_path``, but ml-100k comes with RecBole.
-        config_file_list: YAML files of settings, as in RecBole; a later one overrides an earlier one.
+        config_file_list: YAML files of settings, as in RecBole; a later one overrides an earlier
+            one.
         config_dict: settings, over those of the files; the command line overrides both.
         saved: keep checkpoints.
 
@@ -84,14 +88,20 @@ def run(
     transformers.utils.logging.disable_progress_bar()
     compat.check_launcher()
     # RecBole sets the visible GPUs by gpu_id, which must come before anything looks at them.
-    config = RunConfig(model, dataset, list(config_file_list or []), {**(config_dict or {}), **_process_settings()})
+    config = RunConfig(
+        model, dataset, list(config_file_list or []), {**(config_dict or {}), **_process_settings()}
+    )
     check_device(config)
     state = PartialState(cpu=config["device"].type == "cpu")
     if state.num_processes > 1 and config["model"] != MODEL:
-        raise UserError(f"A launch of {state.num_processes} processes serves {MODEL} only; start {config['model']} with plain python.")
+        raise UserError(
+            f"A launch of {state.num_processes} processes serves {MODEL} only; start "
+            f"{config['model']} with plain python."
+        )
     check_folders(config)
     run_dir = run_folder(config)
-    config["run_dir"] = config["checkpoint_dir"] = str(run_dir)  # RecBole names its files by the second; here they are alone
+    # RecBole names its files by the second; here they are alone
+    config["run_dir"] = config["checkpoint_dir"] = str(run_dir)
     with ExitStack() as stack:
         if state.is_main_process:
             stack.enter_context(alone_in(run_dir))
@@ -110,7 +120,9 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     """:func:`run`, in its folder."""
     logger = getLogger()
     if config["resume"] and not holds_state(run_dir):
-        logger.info(f"The run in {run_dir} ended before there was a state to go on from; it begins anew.")
+        logger.info(
+            f"The run in {run_dir} ended before there was a state to go on from; it begins anew."
+        )
     init_seed(config["seed"], config["reproducibility"])
     inputs = Inputs.of(config)
     inputs.keep(run_dir, write=state.is_main_process)
@@ -124,27 +136,47 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     _, test_data = next(iter(loaders.values()))
     _warn_of_users_ranked_once(test_data)
     if config["train_stage"] not in (None, "finetune"):
-        logger.warning(f"train_stage={config['train_stage']!r} ends before {config['model']} has learned its task; see RecBole on it.")
+        logger.warning(
+            f"train_stage={config['train_stage']!r} ends before {config['model']} has learned its "
+            "task; see RecBole on it."
+        )
     sha256 = {mode: fingerprint(*pair) for mode, pair in loaders.items()}
 
     init_seed(config["seed"], config["reproducibility"])
-    recommender = compat.model_class(config["model"])(config, train_data._dataset).to(config["device"])
+    recommender = compat.model_class(config["model"])(config, train_data._dataset).to(
+        config["device"]
+    )
     ours = config["model"] == MODEL
-    trainer = (get_trainer(config["MODEL_TYPE"], MODEL) if ours else compat.trainer_class(config))(config, recommender)
+    trainer = (get_trainer(config["MODEL_TYPE"], MODEL) if ours else compat.trainer_class(config))(
+        config, recommender
+    )
     if not ours:  # our trainer has one
-        trainer.eval_collector = RankCollector(config, catalogue, popularity_discount=config.settings.popularity_discount)
-        trainer.eval_collector.data_collect(train_data)  # RecBole's trainers that only pretrain do not
+        trainer.eval_collector = RankCollector(
+            config, catalogue, popularity_discount=config.settings.popularity_discount
+        )
+        # RecBole's trainers that only pretrain do not
+        trainer.eval_collector.data_collect(train_data)
     inputs.check()
-    targets = recommender.targets_per_epoch(train_data._dataset) if ours else len(train_data._dataset)
+    targets = (
+        recommender.targets_per_epoch(train_data._dataset) if ours else len(train_data._dataset)
+    )
     _log_head(config, recommender, targets, test_data, sha256)
     logger.info(described)
 
     # A trainer of RecBole's has its best weights on the first candidates in a file, or not at all.
     selected = config.settings.more_candidates if ours or saved else loaders
-    selection = BestWeights(trainer, {mode: loaders[mode][0] for mode in selected}, run_dir / FOLDER if ours and saved else None)
+    selection = BestWeights(
+        trainer,
+        {mode: loaders[mode][0] for mode in selected},
+        run_dir / FOLDER if ours and saved else None,
+    )
     stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
     settings = recommender.settings if ours else config.settings  # the model's are complete
-    own = {key: value for key, value in settings.to_flat().items() if ours or key in having(Role.EVERY_MODEL)}
+    own = {
+        key: value
+        for key, value in settings.to_flat().items()
+        if ours or key in having(Role.EVERY_MODEL)
+    }
     result = {
         "model": config["model"],
         "dataset": config["dataset"],
@@ -158,21 +190,29 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
         "machine": _machine(trainer.device, state),
         "versions": package_versions(),
         "inputs": inputs.digests,
-        "settings": {key: _plain(value) for key, value in sorted(config.final_config_dict.items())} | own,
+        "settings": {key: _plain(value) for key, value in sorted(config.final_config_dict.items())}
+        | own,
         "command": sys.argv,
         "run_dir": str(run_dir),
     }
     if state.is_main_process:
         with whole_file(run_dir / RANKS_FILE) as part:
             pd.concat(ranks).to_csv(part, index=False)
-        result = write_result(run_dir, result, [file for file in (RANKS_FILE, STEPS_FILE) if (run_dir / file).is_file()])
+        result = write_result(
+            run_dir,
+            result,
+            [file for file in (RANKS_FILE, STEPS_FILE) if (run_dir / file).is_file()],
+        )
         tidy(run_dir)
-        logger.info(f"{set_color('result', 'yellow')}: {run_dir / RESULT_FILE}\n\n{_table(result)}\n")
+        logger.info(
+            f"{set_color('result', 'yellow')}: {run_dir / RESULT_FILE}\n\n{_table(result)}\n"
+        )
     return result
 
 
 def _process_settings() -> dict[str, Any]:
-    """RecBole stays single-process; the other processes of a launch are quiet, and each sees all GPUs."""
+    """RecBole stays single-process; the other processes of a launch are quiet, and each sees all
+    GPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return {}
     quiet = {"state": "error", "show_progress": False} if os.environ.get("RANK", "0") != "0" else {}
@@ -183,38 +223,63 @@ def _process_settings() -> dict[str, Any]:
 def _catalogue(config: RunConfig, dataset: Any) -> Catalogue:
     settings = config.settings
     try:
-        catalogue = Catalogue.from_dataset(dataset, settings.title_fields, settings.title_article_first)
+        catalogue = Catalogue.from_dataset(
+            dataset, settings.title_fields, settings.title_article_first
+        )
     except NoTitles as error:
         if config["model"] == MODEL:
             raise
-        getLogger().warning(f"{error} {config['model']} needs no titles, but items of one title may meet in a candidate set.")
+        getLogger().warning(
+            f"{error} {config['model']} needs no titles, but items of one title may meet in a "
+            "candidate set."
+        )
         return Catalogue.without_titles(dataset)
     mostly_untitled = 2 * len(catalogue.untitled) > len(catalogue.titles)
-    getLogger().log(WARNING if mostly_untitled else INFO, set_color("catalogue", "blue") + f": {catalogue.describe()}")
+    getLogger().log(
+        WARNING if mostly_untitled else INFO,
+        set_color("catalogue", "blue") + f": {catalogue.describe()}",
+    )
     return catalogue
 
 
 Loaders = dict[str, tuple[AbstractDataLoader, AbstractDataLoader]]
-"""For each evaluation mode, the one that ``eval_args`` names first, the loaders for validation and test."""
+"""For each evaluation mode, the one that ``eval_args`` names first, the loaders for validation
+and test."""
 
 
 def _evaluation_loaders(
-    config: RunConfig, train_data: AbstractDataLoader, rest: list[AbstractDataLoader], catalogue: Catalogue
+    config: RunConfig,
+    train_data: AbstractDataLoader,
+    rest: list[AbstractDataLoader],
+    catalogue: Catalogue,
 ) -> Loaders:
-    """Of RecBole's loaders for validation and test, ``rest``, one of each for every evaluation mode, their candidates frozen."""
+    """Of RecBole's loaders for validation and test, ``rest``, one of each for every evaluation
+    mode, their candidates frozen."""
     settings, parts = config.settings, [loader._dataset for loader in (train_data, *rest)]
     seed = config["seed"] if settings.candidates_seed is None else settings.candidates_seed
     phases = zip(rest, ("valid", "test"), strict=True)
-    valid_data, test_data = (evaluation_loader(loader, phase, settings.max_eval_targets, seed) for loader, phase in phases)
+    valid_data, test_data = (
+        evaluation_loader(loader, phase, settings.max_eval_targets, seed)
+        for loader, phase in phases
+    )
     loaders = {config["eval_args"]["mode"]["test"]: (valid_data, test_data)}
-    loaders |= {mode: (with_mode(valid_data, mode), with_mode(test_data, mode)) for mode in settings.more_candidates}
+    loaders |= {
+        mode: (with_mode(valid_data, mode), with_mode(test_data, mode))
+        for mode in settings.more_candidates
+    }
     for pair in loaders.values():
         for number, loader in enumerate(pair, 2):
             freeze(loader, parts[:number], catalogue, seed, settings.candidates_exclude_history)
     return loaders
 
 
-def _run_stages(trainer: Any, train_data: AbstractDataLoader, loaders: Loaders, selection: BestWeights, saved: bool) -> tuple[dict, list]:
+def _run_stages(
+    trainer: Any,
+    train_data: AbstractDataLoader,
+    loaders: Loaders,
+    selection: BestWeights,
+    saved: bool,
+) -> tuple[dict, list]:
     show = trainer.config["show_progress"]
     trainer.prepare(train_data, *(loader for pair in loaders.values() for loader in pair))
     valid_data, _ = next(iter(loaders.values()))
@@ -224,36 +289,69 @@ def _run_stages(trainer: Any, train_data: AbstractDataLoader, loaders: Loaders, 
         trainer.rank_for(name)
         if name == "sdpo" and trainer.config["eval_step"] > 0:
             selection()  # no epoch may be better than its start
-        report = trainer.fit_stage(name, train_data, valid_data, saved=saved, show_progress=show, callback_fn=selection)
+        report = trainer.fit_stage(
+            name, train_data, valid_data, saved=saved, show_progress=show, callback_fn=selection
+        )
         tests = _test(trainer, loaders, selection, name, ranks)
-        stages[name] = {**vars(report), **_of_main(tests, _plain(report.valid)), "candidates": tests}
+        stages[name] = {
+            **vars(report),
+            **_of_main(tests, _plain(report.valid)),
+            "candidates": tests,
+        }
     return stages, ranks
 
 
-def _fit(trainer: Trainer, train_data: AbstractDataLoader, loaders: Loaders, selection: BestWeights, saved: bool) -> tuple[dict, list]:
+def _fit(
+    trainer: Trainer,
+    train_data: AbstractDataLoader,
+    loaders: Loaders,
+    selection: BestWeights,
+    saved: bool,
+) -> tuple[dict, list]:
     valid_data, _ = next(iter(loaders.values()))
     selection.begin("fit", validated=False)
     began, ranks = time.time(), []
-    Path(trainer.saved_model_file).unlink(missing_ok=True)  # what is there afterwards this process has written
-    _, valid = trainer.fit(train_data, valid_data, saved=saved, show_progress=trainer.config["show_progress"], callback_fn=selection)
+    # what is there afterwards this process has written
+    Path(trainer.saved_model_file).unlink(missing_ok=True)
+    _, valid = trainer.fit(
+        train_data,
+        valid_data,
+        saved=saved,
+        show_progress=trainer.config["show_progress"],
+        callback_fn=selection,
+    )
     wall = time.time() - began
     if saved:
         compat.load_best(trainer)
     tests = _test(trainer, loaders, selection, "fit", ranks)
     targets = len(train_data._dataset) * len(trainer.train_loss_dict)
-    fit = {**_of_main(tests, _plain(valid)), "wall_s": wall, "targets": targets, "tokens": 0, "candidates": tests}
+    fit = {
+        **_of_main(tests, _plain(valid)),
+        "wall_s": wall,
+        "targets": targets,
+        "tokens": 0,
+        "candidates": tests,
+    }
     return {"fit": fit}, ranks
 
 
 def _of_main(tests: dict[str, dict], valid: Any) -> dict[str, Any]:
-    """Metrics on the candidates that ``eval_args`` names; ``valid`` are those that the trainer found."""
+    """Metrics on the candidates that ``eval_args`` names; ``valid`` are those that the trainer
+    found."""
     main = next(iter(tests.values()))
     main["valid"] = valid
     return dict(main)
 
 
-def _test(trainer: Trainer, loaders: Loaders, selection: BestWeights, stage: str, ranks: list[pd.DataFrame]) -> dict[str, dict]:
-    """Metrics for each candidate set, of the weights that are best on it; the ranks behind them are added to ``ranks``."""
+def _test(
+    trainer: Trainer,
+    loaders: Loaders,
+    selection: BestWeights,
+    stage: str,
+    ranks: list[pd.DataFrame],
+) -> dict[str, dict]:
+    """Metrics for each candidate set, of the weights that are best on it; the ranks behind them
+    are added to ``ranks``."""
     if trainer.config["eval_step"] > 0 and not selection.valid:
         selection()  # nothing was trained: the weights are the best there are
     kept, found = snapshot(trainer.model) if selection.loaders else {}, {}
@@ -263,8 +361,12 @@ def _test(trainer: Trainer, loaders: Loaders, selection: BestWeights, stage: str
         tokens = test_data._dataset.field2id_token
         collected = (tokens[test_data._dataset.uid_field], tokens[test_data._dataset.iid_field])
         trainer.eval_collector.pop_ranks(*collected)  # those of the validations
-        test = trainer.evaluate(test_data, load_best_model=False, show_progress=trainer.config["show_progress"])
-        ranks.append(trainer.eval_collector.pop_ranks(*collected).assign(stage=stage, candidates=mode))
+        test = trainer.evaluate(
+            test_data, load_best_model=False, show_progress=trainer.config["show_progress"]
+        )
+        ranks.append(
+            trainer.eval_collector.pop_ranks(*collected).assign(stage=stage, candidates=mode)
+        )
         getLogger().info(set_color(f"{stage} test {mode}", "yellow") + f": {dict2str(test)}")
         found[mode] = {"valid": _plain(selection.valid.get(mode)), "test": _plain(test)}
     restore(trainer.model, kept)
@@ -272,7 +374,11 @@ def _test(trainer: Trainer, loaders: Loaders, selection: BestWeights, stage: str
 
 
 def _log_head(
-    config: RunConfig, model: torch.nn.Module, targets: int, test_data: AbstractDataLoader, sha256: dict[str, str]
+    config: RunConfig,
+    model: torch.nn.Module,
+    targets: int,
+    test_data: AbstractDataLoader,
+    sha256: dict[str, str],
 ) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = {
@@ -283,47 +389,89 @@ def _log_head(
     if config["model"] == MODEL:
         total = sum(p.numel() for p in model.parameters())
         backbone = model.backbone
-        why = f" (backbone=auto on {config['device']}; choose with --backbone=…)" if model.settings.backbone.name == "auto" else ""
-        lines["backbone"] = f"{backbone.name}{why}, {total:,} parameters in {backbone.dtype}, peft {backbone.peft}"
+        why = (
+            f" (backbone=auto on {config['device']}; choose with --backbone=…)"
+            if model.settings.backbone.name == "auto"
+            else ""
+        )
+        lines["backbone"] = (
+            f"{backbone.name}{why}, {total:,} parameters in {backbone.dtype}, peft {backbone.peft}"
+        )
         if model.negatives:
             kind = kind_of_negatives(config["train_neg_sample_args"])
-            lines["negatives"] = f"{model.negatives} to a target, {kind}, never of the user's training items"
+            lines["negatives"] = (
+                f"{model.negatives} to a target, {kind}, never of the user's training items"
+            )
     if config.settings.popularity_discount:
-        lines["ranked by"] = f"score less {config.settings.popularity_discount:g} times log popularity"
+        lines["ranked by"] = (
+            f"score less {config.settings.popularity_discount:g} times log popularity"
+        )
     lines["device"] = str(config["device"])
     for mode, digest in sha256.items():
-        lines[f"candidates {mode}"] = f"{len(test_data._dataset):,} test targets, sha256 {digest[:16]}…"
-    getLogger().info("\n".join(f"{set_color(key, 'blue')}: {value}" for key, value in lines.items()))
+        lines[f"candidates {mode}"] = (
+            f"{len(test_data._dataset):,} test targets, sha256 {digest[:16]}…"
+        )
+    getLogger().info(
+        "\n".join(f"{set_color(key, 'blue')}: {value}" for key, value in lines.items())
+    )
 
 
 def _warn_of_users_ranked_once(loader: AbstractDataLoader) -> None:
     users = loader._dataset.inter_feat[loader._dataset.uid_field]
-    if isinstance(loader, FullSortEvalDataLoader) and not loader.is_sequential and len(users.unique()) < len(users):
+    if (
+        isinstance(loader, FullSortEvalDataLoader)
+        and not loader.is_sequential
+        and len(users.unique()) < len(users)
+    ):
         getLogger().warning(
-            "Some users have several test targets, and on the whole catalogue RecBole looks for any of them in one ranking for models "
-            "that know no sequence, but ranks each on its own for sequential ones; their metrics are not alike."
+            "Some users have several test targets, and on the whole catalogue RecBole looks for "
+            "any of them in one ranking for models "
+            "that know no sequence, but ranks each on its own for sequential ones; their metrics "
+            "are not alike."
         )
 
 
 def _table(result: dict[str, Any]) -> str:
     tested = result["test_result"]
-    metrics = [name for name in ("hit@1", "ndcg@5", "mrr@10", *OF_ANSWERS) if name in tested] or list(tested)[:3]
+    metrics = [
+        name for name in ("hit@1", "ndcg@5", "mrr@10", *OF_ANSWERS) if name in tested
+    ] or list(tested)[:3]
     after = {"sft": "SFT", "sdpo": OBJECTIVES[result["settings"].get("objective", "sdpo")].title}
     rows = [("popularity", result["popularity"])]
     for stage, found in result["stages"].items():
-        rows.append((f"{result['model']} after {after[stage]}" if stage in after else result["model"], found["test"]))
+        rows.append(
+            (
+                f"{result['model']} after {after[stage]}" if stage in after else result["model"],
+                found["test"],
+            )
+        )
     if discount := result["settings"]["popularity_discount"]:
         rows[-1] = (f"{rows[-1][0]}, less {discount:g} x log popularity", rows[-1][1])
-    head = ["test", *(OF_ANSWERS[name].__name__ if name in OF_ANSWERS else name.upper().replace("HIT", "HR") for name in metrics)]
-    return markdown_table(head, [[label, *(found.get(name, "") for name in metrics)] for label, found in rows])
+    head = [
+        "test",
+        *(
+            OF_ANSWERS[name].__name__ if name in OF_ANSWERS else name.upper().replace("HIT", "HR")
+            for name in metrics
+        ),
+    ]
+    return markdown_table(
+        head, [[label, *(found.get(name, "") for name in metrics)] for label, found in rows]
+    )
 
 
 def _machine(device: torch.device, state: PartialState) -> dict[str, Any]:
-    return {"python": platform.python_version(), "cpus": os.cpu_count(), "device": str(device), "processes": state.num_processes}
+    return {
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "device": str(device),
+        "processes": state.num_processes,
+    }
 
 
 def _peak_memory_gib() -> float:
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
     return round(used / 2**30, 3)
 

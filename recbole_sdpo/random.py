@@ -22,7 +22,8 @@ def generator(seed: int, *purpose: str | int) -> np.random.Generator:
 
 @contextmanager
 def recbole_draws(seed: int, *purpose: str | int) -> Iterator[None]:
-    """Give RecBole's samplers, which draw from NumPy's global state, a state for ``purpose``; restore it after."""
+    """Give RecBole's samplers, which draw from NumPy's global state, a state for ``purpose``;
+    restore it after."""
     state = np.random.get_state()
     np.random.seed(derive_seed(seed, *purpose))
     try:

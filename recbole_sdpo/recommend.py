@@ -47,7 +47,8 @@ class Recommender:
         item_tokens: the items' ids in the data, by RecBole's internal id.
         users: for each user's id in the data, the items met, oldest first.
         window: how many of the last items a prompt shows.
-        left_out: for each user of whom a filter leaves no event, that filter; under "", that which leaves items out.
+        left_out: for each user of whom a filter leaves no event, that filter; under "", that which
+            leaves items out.
     """
 
     def __init__(
@@ -61,7 +62,12 @@ class Recommender:
         left_out: Mapping[str, str] | None = None,
     ) -> None:
         self.lm, self.catalogue, self.units = lm.eval(), catalogue, units
-        self.item_tokens, self.users, self.window, self.left_out = item_tokens, users, window, left_out or {}
+        self.item_tokens, self.users, self.window, self.left_out = (
+            item_tokens,
+            users,
+            window,
+            left_out or {},
+        )
         self._encoder = Encoder(catalogue, units, lm.tokenizer)
         # Of the items of one title the first stands for all.
         _, first = np.unique(catalogue.group[1:], return_index=True)
@@ -77,30 +83,36 @@ class Recommender:
         device: str | None = None,
         trust_remote_code: bool = False,
     ) -> Recommender:
-        """Load a checkpoint, and the data that it was trained on as they are now: later events and new titles count.
+        """Load a checkpoint, and the data that it was trained on as they are now: later events and
+        new titles count.
 
-        A title in the ``.item`` file needs no event, and a user not so many as training asked for. Nothing in the folder runs, whoever
-        wrote it.
+        A title in the ``.item`` file needs no event, and a user not so many as training asked for.
+        Nothing in the folder runs, whoever wrote it.
 
         Args:
-            checkpoint: a folder ``sft`` or ``sdpo``, or that of the whole run, whose last stage is taken.
+            checkpoint: a folder ``sft`` or ``sdpo``, or that of the whole run, whose last stage is
+                taken.
             data_path: where the data are now, if they have moved.
             device: such as ``cpu`` or ``cuda``; a GPU is taken if there is one.
             trust_remote_code: run code that comes with the backbone's files.
 
         Raises:
-            UserError: it is no checkpoint or a damaged one, its data are not there, or its prompts need candidates.
+            UserError: it is no checkpoint or a damaged one, its data are not there, or its prompts
+                need candidates.
         """
         where = _device(device)
         made = Checkpoint.read(Path(os.path.expanduser(checkpoint)))
         if made.settings.prompt_style != "history":
             raise UserError(
-                f"checkpoint {str(made.folder)!r} was trained with prompt_style={made.settings.prompt_style!r}, whose prompts hold "
+                f"checkpoint {str(made.folder)!r} was trained with "
+                f"prompt_style={made.settings.prompt_style!r}, whose prompts hold "
                 "candidates and cannot rank the whole catalogue; train with prompt_style=history."
             )
         dataset = _load_data(made, data_path)
         dataset.add_items(read_items(dataset, made.settings.title_fields).index)
-        catalogue = Catalogue.from_dataset(dataset, made.settings.title_fields, made.settings.title_article_first)
+        catalogue = Catalogue.from_dataset(
+            dataset, made.settings.title_fields, made.settings.title_article_first
+        )
         lm = load_backbone(
             resolved(made.chosen(trust_remote_code), where),
             where,
@@ -108,7 +120,9 @@ class Recommender:
             lambda purpose: derive_seed(made.seed, purpose),
         )
         restore_policy(lm, made.folder)
-        left_out = dataset.users_left_out | ({"": "item_inter_num_interval"} if dataset.items_left_out else {})
+        left_out = dataset.users_left_out | (
+            {"": "item_inter_num_interval"} if dataset.items_left_out else {}
+        )
         return cls(
             lm,
             catalogue,
@@ -120,7 +134,11 @@ class Recommender:
         )
 
     def recommend(
-        self, user: str | None = None, history: Sequence[str] | None = None, k: int = 10, exclude_history: bool = False
+        self,
+        user: str | None = None,
+        history: Sequence[str] | None = None,
+        k: int = 10,
+        exclude_history: bool = False,
     ) -> pd.DataFrame:
         """The ``k`` titles that the policy finds most likely to come next, best first.
 
@@ -130,14 +148,20 @@ class Recommender:
             exclude_history: recommend nothing that stands in the history.
 
         Returns:
-            Columns ``item`` (the id in the data), ``title`` and ``score``, the title's log-probability.
+            Columns ``item`` (the id in the data), ``title`` and ``score``, the title's
+            log-probability.
 
         Raises:
-            UserError: the user or a title is unknown, the history is empty, or ``k`` is out of range.
+            UserError: the user or a title is unknown, the history is empty, or ``k`` is out of
+                range.
         """
         if (user is None) == (history is None) or isinstance(history, str):
             raise UserError("Give either a user, or a history as a list of titles.")
-        met = self._met(str(user)) if history is None else np.array([self._item(title) for title in history], np.int64)
+        met = (
+            self._met(str(user))
+            if history is None
+            else np.array([self._item(title) for title in history], np.int64)
+        )
         if not len(met):
             raise UserError("The history is empty; give one title or more.")
         allowed = self._first  # of each title
@@ -145,19 +169,33 @@ class Recommender:
             allowed = allowed[~np.isin(self.catalogue.group[allowed], self.catalogue.group[met])]
         k = _whole(k)
         if not 1 <= k <= len(allowed):
-            raise UserError(f"k={k} is out of range; it must be from 1 to {len(allowed)}, the titles that there are to recommend.")
+            raise UserError(
+                f"k={k} is out of range; it must be from 1 to {len(allowed)}, the titles that "
+                "there are to recommend."
+            )
         shown = Ragged.from_rows([met[-self.window :]])
         tree = TitleTree(self._encoder.tokens.take(allowed)) if exclude_history else self._tree
-        prompt = self._encoder.trunks(history_prompts(shown, np.zeros(1, int), np.zeros(1, int), self.units.header))
+        prompt = self._encoder.trunks(
+            history_prompts(shown, np.zeros(1, int), np.zeros(1, int), self.units.header)
+        )
         with torch.no_grad():
             score, place = score_top(self.lm, prompt, tree, k)[0].topk(k)
         items = allowed[place.cpu().numpy()]
         titles = [self.catalogue.titles[item] for item in items]
-        return pd.DataFrame({"item": self.item_tokens[items], "title": titles, "score": score.double().cpu().numpy()})
+        return pd.DataFrame(
+            {
+                "item": self.item_tokens[items],
+                "title": titles,
+                "score": score.double().cpu().numpy(),
+            }
+        )
 
     def _met(self, user: str) -> np.ndarray:
         if user in self.left_out:
-            raise UserError(f"user {str(user)!r} has events in the data, but {self.left_out[user]} of the training leaves none of them.")
+            raise UserError(
+                f"user {str(user)!r} has events in the data, but {self.left_out[user]} of the "
+                "training leaves none of them."
+            )
         if user not in self.users:
             raise UserError(f"user {str(user)!r} is not in the data{_nearest(user, self.users)}")
         return self.users[user]
@@ -169,8 +207,14 @@ class Recommender:
     def _item(self, title: str) -> int:
         if title not in self:
             titles = {text: self.catalogue.titles[item] for text, item in self._item_of.items()}
-            without = f" (without the items that {self.left_out['']} leaves out)" if "" in self.left_out else ""
-            raise UserError(f"title {title!r} is not in the catalogue{without}{_nearest(folded(title), titles)}")
+            without = (
+                f" (without the items that {self.left_out['']} leaves out)"
+                if "" in self.left_out
+                else ""
+            )
+            raise UserError(
+                f"title {title!r} is not in the catalogue{without}{_nearest(folded(title), titles)}"
+            )
         return self._item_of[folded(title)]
 
 
@@ -197,13 +241,18 @@ def _device(name: str | None) -> torch.device:
         torch.zeros(1, device=where).tolist()
     except (RuntimeError, AssertionError, TypeError) as error:
         line = str(error).split("\n")[0]
-        raise UserError(f"device={device!r} cannot be used ({line}); it must be cpu, cuda, cuda:1 or the like, and be there.") from error
+        raise UserError(
+            f"device={device!r} cannot be used ({line}); it must be cpu, cuda, cuda:1 or the "
+            "like, and be there."
+        ) from error
     return where
 
 
 def _load_data(made: Checkpoint, data_path: str | Path | None) -> ServedDataset:
     if data_path is not None and not str(data_path).strip():
-        raise UserError(f"data_path={str(data_path)!r} is blank; it must be a folder, or be left out.")
+        raise UserError(
+            f"data_path={str(data_path)!r} is blank; it must be a folder, or be left out."
+        )
     moved = {} if data_path is None else {"data_path": os.path.expanduser(data_path)}
     try:
         with compat.no_arguments(), compat.same_gpus():
@@ -211,19 +260,27 @@ def _load_data(made: Checkpoint, data_path: str | Path | None) -> ServedDataset:
         return ServedDataset(config)
     except (UserError, OSError) as error:
         raise UserError(
-            f"the data of checkpoint {str(made.folder)!r} cannot be loaded: {str(error).rstrip('.')}. If they have moved, give data_path."
+            f"the data of checkpoint {str(made.folder)!r} cannot be loaded: "
+            f"{str(error).rstrip('.')}. If they have moved, give data_path."
         ) from error
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """That of a ``scratch`` backbone, by the class that wrote it, not one that a file names."""
     try:
-        options = {"local_files_only": True, "trust_remote_code": False, "model_max_length": sys.maxsize}  # the model's, not a file's
+        # the model's, not a file's
+        options = {
+            "local_files_only": True,
+            "trust_remote_code": False,
+            "model_max_length": sys.maxsize,
+        }
         return PreTrainedTokenizerFast.from_pretrained(folder, **options)
-    except Exception as error:  # the tokenizers' own have no other class, and all that is read here is the folder's
+    # the tokenizers' own have no other class, and all that is read here is the folder's
+    except Exception as error:
         line = str(error).split("\n")[0]
         raise UserError(
-            f"checkpoint {str(folder)!r}: the tokenizer cannot be read ({type(error).__name__}: {line}); give another one."
+            f"checkpoint {str(folder)!r}: the tokenizer cannot be read ({type(error).__name__}: "
+            f"{line}); give another one."
         ) from error
 
 
@@ -231,33 +288,57 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def main() -> None:
     """Parse the command line, and print a table or JSON."""
     parser = argparse.ArgumentParser(
-        description="The items that a trained policy recommends to a user, or after a history.", allow_abbrev=False
+        description="The items that a trained policy recommends to a user, or after a history.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", required=True, help="folder of a run, or 'sft' or 'sdpo' in it")
+    parser.add_argument(
+        "--checkpoint", required=True, help="folder of a run, or 'sft' or 'sdpo' in it"
+    )
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", help="a user's id in the data")
-    who.add_argument("--history", action="append", help="titles, oldest first, separated by ';'; or the option once for each title")
+    who.add_argument(
+        "--history",
+        action="append",
+        help="titles, oldest first, separated by ';'; or the option once for each title",
+    )
     parser.add_argument("-k", type=int, default=10, help="how many (default: 10)")
-    parser.add_argument("--exclude_history", action="store_true", help="recommend nothing that stands in the history")
+    parser.add_argument(
+        "--exclude_history",
+        action="store_true",
+        help="recommend nothing that stands in the history",
+    )
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--data_path", help="where the data are now, if they have moved")
     parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the backbone's files")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run code that comes with the backbone's files",
+    )
     args = parser.parse_args()
     compat.quiet_warnings()
     transformers.utils.logging.disable_progress_bar()
     history = args.history
     try:
-        recommender = Recommender.load(args.checkpoint, args.data_path, args.device, args.trust_remote_code)
+        recommender = Recommender.load(
+            args.checkpoint, args.data_path, args.device, args.trust_remote_code
+        )
         if history and len(history) == 1 and history[0] not in recommender:
             history = [title for title in history[0].split(";") if title.strip()]
         best = recommender.recommend(args.user, history, args.k, args.exclude_history)
     except UserError as error:
         sys.exit(f"error: {error}")
     if args.format == "json":
-        _print(json.dumps(best.to_dict("records"), indent=2, ensure_ascii=not _is_utf8(), allow_nan=False))
+        _print(
+            json.dumps(
+                best.to_dict("records"), indent=2, ensure_ascii=not _is_utf8(), allow_nan=False
+            )
+        )
     else:
-        rows = [[rank, _cell(item), _cell(title), score] for rank, (item, title, score) in enumerate(best.itertuples(index=False), 1)]
+        rows = [
+            [rank, _cell(item), _cell(title), score]
+            for rank, (item, title, score) in enumerate(best.itertuples(index=False), 1)
+        ]
         _print(markdown_table(["", *best.columns], rows))
 
 
@@ -272,13 +353,15 @@ def _is_utf8() -> bool:
 
 
 def _print(text: str) -> None:
-    """Print, also where there is no character for a letter, and where nobody reads on (``| head``)."""
+    """Print, also where there is no character for a letter, and where nobody reads on (``|
+    head``)."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        # Python flushes once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 

@@ -29,7 +29,8 @@ RECBOLE_LOADS = {"inter": ["user_id", "item_id"]}
 
 
 def register() -> None:
-    """Make RecBole find the model, its trainer and its default settings under the name ``SDPO-LLM``."""
+    """Make RecBole find the model, its trainer and its default settings under the name
+    ``SDPO-LLM``."""
     compat.meet_newer_libraries()
     compat.import_models()
     name = f"recbole.model.sequential_recommender.{MODEL.lower()}"
@@ -50,7 +51,8 @@ _recbole_load = Config._load_internal_config_dict
 
 
 def _load_internal_config_dict(self: Config, model: str, model_class: type, dataset: str) -> None:
-    """RecBole's defaults, and for our model ours: RecBole reads a model's defaults from its own folder only.
+    """RecBole's defaults, and for our model ours: RecBole reads a model's defaults from its own
+    folder only.
 
     Raises:
         UserError: the dataset's name leads elsewhere, or a setting is wrong.
@@ -67,11 +69,15 @@ def default_settings(dataset: str) -> dict[str, Any]:
 
 
 def add_defaults(config: Config, defaults: dict[str, Any]) -> None:
-    """Put ``defaults`` under what the user gave, key by key in the settings that are dictionaries."""
+    """Put ``defaults`` under what the user gave, key by key in the settings that are
+    dictionaries."""
     internal, given = config.internal_config_dict, config.external_config_dict
     internal |= defaults
     if internal["load_col"] == RECBOLE_LOADS:
-        fields = [given.get(key, internal[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
+        fields = [
+            given.get(key, internal[key])
+            for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")
+        ]
         internal["load_col"] = {"inter": fields}
     if given.get("field_separator") == "\\t":  # as a shell hands it on
         given["field_separator"] = "\t"
@@ -82,7 +88,8 @@ def add_defaults(config: Config, defaults: dict[str, Any]) -> None:
     given |= merged_parts(internal, given)
     mode = given.get("eval_args", internal["eval_args"])["mode"]
     if internal["train_neg_sample_args"] is None and "labeled" not in str(mode):
-        # RecBole's context-aware models learn from labels in their data; ranked among samples, they learn from samples.
+        # RecBole's context-aware models learn from labels in their data; ranked among samples, they
+        # learn from samples.
         internal["train_neg_sample_args"] = {"distribution": "uniform", "sample_num": 1}
 
 

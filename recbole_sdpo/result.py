@@ -1,4 +1,5 @@
-"""``result.json``: what a run found, and the digests by which damage to it and to the files beside it is seen."""
+"""``result.json``: what a run found, and the digests by which damage to it and to the files
+beside it is seen."""
 
 from __future__ import annotations
 
@@ -18,19 +19,23 @@ def write_result(folder: Path, result: dict[str, Any], files: Iterable[str]) -> 
     Args:
         folder: of the run.
         result: what JSON can hold.
-        files: names in ``folder`` whose digests it keeps, such as ``ranks.csv``; all are on the disk already.
+        files: names in ``folder`` whose digests it keeps, such as ``ranks.csv``; all are on the
+            disk already.
 
     Returns:
         what the file holds: ``result`` with ``files``, and ``sha256`` of all the rest.
     """
-    return write_record(folder / RESULT_FILE, {**result, "files": {name: sha256(folder / name) for name in files}})
+    return write_record(
+        folder / RESULT_FILE, {**result, "files": {name: sha256(folder / name) for name in files}}
+    )
 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """What :func:`write_result` wrote.
 
     Raises:
-        UserError: it is not there, or it or a file beside it is not as it was written; the message names the file.
+        UserError: it is not there, or it or a file beside it is not as it was written; the message
+            names the file.
     """
     file = folder / RESULT_FILE
     if not file.is_file():
@@ -41,5 +46,8 @@ def read_result(folder: Path) -> dict[str, Any]:
     for name, digest in result["files"].items():
         beside = folder / name
         if not beside.is_file() or sha256(beside) != digest:
-            raise UserError(f"{beside} is {'damaged' if beside.is_file() else 'missing'}: it is not what the run wrote; run it again.")
+            raise UserError(
+                f"{beside} is {'damaged' if beside.is_file() else 'missing'}: it is not what the "
+                "run wrote; run it again."
+            )
     return result

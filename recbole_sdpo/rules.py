@@ -37,7 +37,11 @@ class Rule:
 
     def or_null(self) -> Rule:
         """The same, or null."""
-        return Rule(f"{self.must_be}, or null", lambda value: value is None or self.holds(value), (None, *self.examples))
+        return Rule(
+            f"{self.must_be}, or null",
+            lambda value: value is None or self.holds(value),
+            (None, *self.examples),
+        )
 
     def or_else(self, other: Rule) -> Rule:
         """What this or ``other`` allows."""
@@ -53,15 +57,29 @@ def whole(least: int, most: int = 10**9) -> Rule:
     """A whole number."""
     examples = tuple(dict.fromkeys(min(max(least, number), most) for number in (least, 1, 2, 8)))
     words = f"a whole number from {least:,} to {most:,}"
-    return Rule(words, lambda value: _is_number(value) and isinstance(value, int) and least <= value <= most, examples)
+    return Rule(
+        words,
+        lambda value: _is_number(value) and isinstance(value, int) and least <= value <= most,
+        examples,
+    )
 
 
 def number(least: float = -1e9, most: float = 1e9, above: bool = False) -> Rule:
     """A number from ``least``, or above it, to ``most``."""
     ends = [f"{end:,.0f}" if end == int(end) else f"{end:g}" for end in (least, most)]
     words = f"a number {'above' if above else 'from'} {ends[0]} to {ends[1]}"
-    examples = tuple(item for item in dict.fromkeys((least, min(0.1, most), most / 2)) if abs(item) < 1e6 and (item > least or not above))
-    return Rule(words, lambda value: _is_number(value) and (least < value if above else least <= value) and value <= most, examples)
+    examples = tuple(
+        item
+        for item in dict.fromkeys((least, min(0.1, most), most / 2))
+        if abs(item) < 1e6 and (item > least or not above)
+    )
+    return Rule(
+        words,
+        lambda value: (
+            _is_number(value) and (least < value if above else least <= value) and value <= most
+        ),
+        examples,
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -70,14 +88,22 @@ def _is_number(value: Any) -> bool:
 
 def text(words: str = "text, and not blank", pattern: str = r"(?s).*\S.*", *examples: str) -> Rule:
     """Text that ``pattern`` matches as a whole."""
-    return Rule(words, lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None, examples)
+    return Rule(
+        words,
+        lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None,
+        examples,
+    )
 
 
 def one_of(*choices: str, any_case: bool = False) -> Rule:
     """One of these words."""
     words = {word.lower() for word in choices} if any_case else set(choices)
     words_of = "one of " + ", ".join(choices)
-    return Rule(words_of, lambda value: isinstance(value, str) and (value.lower() if any_case else value) in words, choices)
+    return Rule(
+        words_of,
+        lambda value: isinstance(value, str) and (value.lower() if any_case else value) in words,
+        choices,
+    )
 
 
 def list_of(rule: Rule, words: str, least: int = 0, most: int = 10_000) -> Rule:
@@ -85,7 +111,9 @@ def list_of(rule: Rule, words: str, least: int = 0, most: int = 10_000) -> Rule:
     examples = [[item] * max(least, 1) for item in rule.examples[:2]] + ([[]] if least == 0 else [])
 
     def holds(value: Any) -> bool:
-        return isinstance(value, list) and least <= len(value) <= most and all(map(rule.holds, value))
+        return (
+            isinstance(value, list) and least <= len(value) <= most and all(map(rule.holds, value))
+        )
 
     return Rule(words, holds, tuple(examples))
 
@@ -116,7 +144,9 @@ class Parts:
     @property
     def examples(self) -> tuple[Any, ...]:
         base = {key: self.parts[key].examples[0] for key in self.needed}
-        return tuple(base | {key: example} for key, rule in self.parts.items() for example in rule.examples)
+        return tuple(
+            base | {key: example} for key, rule in self.parts.items() for example in rule.examples
+        )
 
     def holds(self, value: Any) -> bool:
         try:
@@ -137,7 +167,10 @@ class Parts:
             raise UserError(f"{key}={shown(value)} must be {self.must_be}.")
         for part, item in value.items():
             if part not in self.parts:
-                raise UserError(f"{key} has no part {part!r}; it must be one of {', '.join(sorted(self.parts))}.")
+                raise UserError(
+                    f"{key} has no part {part!r}; it must be one of "
+                    f"{', '.join(sorted(self.parts))}."
+                )
             self.parts[part].check(f"{key}.{part}", item)
         for part in sorted(self.needed - set(value)):
             raise UserError(f"{key}={shown(value)} must have {part}.")

@@ -1,4 +1,5 @@
-"""Values of settings are data: what a user, a file or a checkpoint says is read, and never evaluated."""
+"""Values of settings are data: what a user, a file or a checkpoint says is read, and never
+evaluated."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def shown(value: Any) -> str:
 
 
 def check_values(settings: Any, origin: str = "") -> dict[str, Any]:
-    """A copy of ``settings``, of which each is text, a number, true, false, null, or a list or dictionary of these.
+    """A copy of ``settings``, of which each is text, a number, true, false, null, or a list or
+    dictionary of these.
 
     Args:
         settings: a dictionary.
@@ -55,7 +57,10 @@ def check_values(settings: Any, origin: str = "") -> dict[str, Any]:
         UserError: it is no dictionary, or one of them is something else.
     """
     if not isinstance(settings, dict):
-        raise UserError(f"{origin}settings must be a dictionary of names and values, not {type(settings).__name__}.")
+        raise UserError(
+            f"{origin}settings must be a dictionary of names and values, not "
+            f"{type(settings).__name__}."
+        )
     values = {}
     for key, item in settings.items():
         if not isinstance(key, str):
@@ -90,12 +95,16 @@ def _fault(value: Any) -> str:
             if not math.isfinite(item):
                 return f"must be a finite number, not {item}"
         elif item is not None:
-            return f"must be text, a number, true, false, null, or a list or dictionary of these, not {type(item).__name__}"
+            return (
+                "must be text, a number, true, false, null, or a list or dictionary of these, "
+                f"not {type(item).__name__}"
+            )
     return ""
 
 
 def read_arguments(arguments: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """Settings of a command line, ``--name=value``, of which the value may hold ``=``; and the arguments that are none.
+    """Settings of a command line, ``--name=value``, of which the value may hold ``=``; and the
+    arguments that are none.
 
     Raises:
         UserError: one is given twice, with different values, or is not data.
@@ -107,7 +116,10 @@ def read_arguments(arguments: Iterable[str]) -> tuple[dict[str, Any], list[str]]
         if not argument.startswith("--") or not name or not equals:
             rest.append(argument)
         elif texts.setdefault(name, text) != text:
-            raise UserError(f"--{name} is given twice, as {shown(texts[name])} and as {shown(text)}; give it once.")
+            raise UserError(
+                f"--{name} is given twice, as {shown(texts[name])} and as {shown(text)}; give it "
+                "once."
+            )
     return check_values({name: value(text) for name, text in texts.items()}), rest
 
 
@@ -142,16 +154,26 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     try:
         text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} must be text in UTF-8: {error.reason} at byte {error.start}.") from error
+        raise UserError(
+            f"{file} must be text in UTF-8: {error.reason} at byte {error.start}."
+        ) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"the file {str(file)!r} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        raise UserError(
+            f"the file {str(file)!r} cannot be read: {getattr(error, 'strerror', None) or error}."
+        ) from error
     try:
         settings = yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or getattr(error, "reason", "")
-        raise UserError(f"{file} is not YAML{f', line {mark.line + 1}' if mark else ''}: {problem}.") from error
+        mark, problem = (
+            getattr(error, "problem_mark", None),
+            getattr(error, "problem", None) or getattr(error, "reason", ""),
+        )
+        raise UserError(
+            f"{file} is not YAML{f', line {mark.line + 1}' if mark else ''}: {problem}."
+        ) from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        # What PyYAML raises for a value that does not go with its tag, such as the date 2020-13-01, and for lists too deep.
+        # What PyYAML raises for a value that does not go with its tag, such as the date 2020-13-01,
+        # and for lists too deep.
         raise UserError(f"{file} is not YAML: {type(error).__name__}: {error}.") from error
     if settings is None:
         raise UserError(f"{file} holds no settings; give some, or leave it out.")

@@ -1,4 +1,5 @@
-"""Draw the figures of README.md beside this file from the tables' own results: python results/draw.py"""
+"""Draw the figures of README.md beside this file from the tables' own results: python
+results/draw.py"""
 
 from __future__ import annotations
 

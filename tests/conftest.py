@@ -37,15 +37,25 @@ TINY = {
 }
 
 
-def write_dataset(folder: Path, sequences: list[list[int]], titles: dict[int, str] | None, name: str = "toy") -> Path:
+def write_dataset(
+    folder: Path, sequences: list[list[int]], titles: dict[int, str] | None, name: str = "toy"
+) -> Path:
     """Atomic files of the given item sequences; returns the data path for RecBole."""
     target = folder / name
     target.mkdir(parents=True)
-    rows = [f"u{u}\ti{item}\t{step}" for u, items in enumerate(sequences) for step, item in enumerate(items)]
-    (target / f"{name}.inter").write_text("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows]) + "\n")
+    rows = [
+        f"u{u}\ti{item}\t{step}"
+        for u, items in enumerate(sequences)
+        for step, item in enumerate(items)
+    ]
+    (target / f"{name}.inter").write_text(
+        "\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows]) + "\n"
+    )
     if titles is not None:
         lines = [f"i{item}\t{title}" for item, title in titles.items()]
-        (target / f"{name}.item").write_text("\n".join(["item_id:token\ttitle:token_seq", *lines]) + "\n", encoding="utf-8")
+        (target / f"{name}.item").write_text(
+            "\n".join(["item_id:token\ttitle:token_seq", *lines]) + "\n", encoding="utf-8"
+        )
     return folder
 
 
@@ -62,7 +72,11 @@ def _quiet(monkeypatch, tmp_path):
 def ring(tmp_path) -> dict:
     """A dataset with a rule, item n is followed by n + 1, and the settings to train on it."""
     items, length = 24, 12
-    sequences = [[1 + (start + step) % items for step in range(length)] for start in range(items) for _ in range(3)]
+    sequences = [
+        [1 + (start + step) % items for step in range(length)]
+        for start in range(items)
+        for _ in range(3)
+    ]
     words = ["red", "green", "blue", "black", "white", "grey"]
     shapes = ["cube", "ball", "cone", "ring"]
     titles = {i + 1: f"{words[i % 6]} {shapes[i // 6]}" for i in range(items)}
@@ -78,5 +92,8 @@ def rated(ring) -> dict:
     folder = Path(ring["data_path"]) / "toy"
     for name, column in (("toy.inter", "rating:float"), ("toy.item", "class:token")):
         head, *rows = (folder / name).read_text().splitlines()
-        (folder / name).write_text("\n".join([f"{head}\t{column}", *(f"{row}\t{1 + n % 5}" for n, row in enumerate(rows))]) + "\n")
+        (folder / name).write_text(
+            "\n".join([f"{head}\t{column}", *(f"{row}\t{1 + n % 5}" for n, row in enumerate(rows))])
+            + "\n"
+        )
     return ring

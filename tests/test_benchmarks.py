@@ -42,7 +42,9 @@ def test_the_plain_way_is_one_sequence_at_a_time(benchmarks):
     trunks, tree, start, responses = sample(np.random.default_rng(1))
     prompts = [trunks[t][:s] for t, s in zip(tree, start, strict=True)]
     found = benchmarks[1].sequence_logps(model, prompts, responses)
-    torch.testing.assert_close(found.double(), one_by_one(model, trunks, tree, start, responses), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        found.double(), one_by_one(model, trunks, tree, start, responses), rtol=0, atol=1e-4
+    )
 
 
 def test_trees_in_one_row_are_the_same_trees(benchmarks):
@@ -66,7 +68,13 @@ def test_peak_memory_is_what_is_held_at_a_time(benchmarks):
 
 def test_multiplications_alone_are_those_of_the_side(benchmarks):
     model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=50)
+        transformers.LlamaConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=50,
+        )
     )
 
     def side():
@@ -75,10 +83,15 @@ def test_multiplications_alone_are_those_of_the_side(benchmarks):
     noted = benchmarks[0]._Multiplications()
     with noted:
         benchmarks[0].multiplications_alone(side)()
-    # Seven linear layers to a layer and the output layer; forward, and in backward one for the weight and one for the input.
+    # Seven linear layers to a layer and the output layer; forward, and in backward one for the
+    # weight and one for the input.
     assert len(noted.calls) == 2 * 3 * (7 * 2 + 1)
     shares = benchmarks[0].shares(side, 50)
-    assert sum(shares.values()) == pytest.approx(1) and shares["vocabulary projection"] > 0 and shares["attention"] > 0
+    assert (
+        sum(shares.values()) == pytest.approx(1)
+        and shares["vocabulary projection"] > 0
+        and shares["attention"] > 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +114,8 @@ def test_exactness_notices_a_wrong_mask(benchmarks, monkeypatch):
 
     def blind(*args):
         forest = whole(*args)
-        return replace(forest, end=torch.full_like(forest.end, forest.tokens.shape[1]))  # every token sees all before it
+        # every token sees all before it
+        return replace(forest, end=torch.full_like(forest.end, forest.tokens.shape[1]))
 
     monkeypatch.setattr(benchmarks[3], "plant", blind)
     with pytest.raises(AssertionError, match="the forest is off by"):
@@ -114,7 +128,9 @@ def test_operations_are_counted(benchmarks):
 
 
 def test_what_is_measured_on_a_gpu_is_measured_here(benchmarks):
-    args = argparse.Namespace(backbone="scratch", tokens=[64, 128, 256], matrix=64, users=3, repeats=1)
+    args = argparse.Namespace(
+        backbone="scratch", tokens=[64, 128, 256], matrix=64, users=3, repeats=1
+    )
     rows = dict(benchmarks[4].cases(args, CPU))
     for name in ("full, SFT, 128 tokens, sdpa", "LoRA, S-DPO, K = 3, 128 tokens, sdpa"):
         assert 0 < rows[name]()["tokens"] <= 128
@@ -122,7 +138,9 @@ def test_what_is_measured_on_a_gpu_is_measured_here(benchmarks):
     assert rows["LoRA, ranking"]()["ten best, users/s"] > 0
 
 
-def test_a_row_that_fails_costs_itself_and_what_is_measured_stays(benchmarks, tmp_path, monkeypatch, capsys):
+def test_a_row_that_fails_costs_itself_and_what_is_measured_stays(
+    benchmarks, tmp_path, monkeypatch, capsys
+):
     gpu, measured = benchmarks[5], []
 
     def rows(stage, args, device):
@@ -142,7 +160,14 @@ def test_a_row_that_fails_costs_itself_and_what_is_measured_stays(benchmarks, tm
 
 def test_the_gpu_program_runs_as_a_command(tmp_path):
     program = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-    command = [sys.executable, str(program), f"--output={tmp_path}", "--stages", "exact", "--only=Qwen3, sdpa, float32"]
+    command = [
+        sys.executable,
+        str(program),
+        f"--output={tmp_path}",
+        "--stages",
+        "exact",
+        "--only=Qwen3, sdpa, float32",
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     (row,) = map(json.loads, (tmp_path / "exact.jsonl").read_text().splitlines())
@@ -152,11 +177,23 @@ def test_the_gpu_program_runs_as_a_command(tmp_path):
 def test_the_last_stage_trains_and_goes_on(benchmarks, tmp_path, ring, monkeypatch):
     gpu = benchmarks[5]
     file = tmp_path / "toy.yaml"
-    given = {key: value for key, value in ring.items() if key not in ("backbone", "eval_args", "checkpoint_dir")}
+    given = {
+        key: value
+        for key, value in ring.items()
+        if key not in ("backbone", "eval_args", "checkpoint_dir")
+    }
     runs = [{"name": "SFT", "settings": {"objective": "sft"}}]
-    file.write_text(yaml.safe_dump({"dataset": "toy", "candidates": ["uni5"], "runs": runs, "settings": given}))
-    monkeypatch.setattr(sys, "argv", ["gpu.py", f"--output={tmp_path / 'out'}", "--stages", "train", f"--experiment={file}"])
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--backbone=scratch", "--jobs=1", "--setting=--sft_epochs=1"])
+    file.write_text(
+        yaml.safe_dump({"dataset": "toy", "candidates": ["uni5"], "runs": runs, "settings": given})
+    )
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["gpu.py", f"--output={tmp_path / 'out'}", "--stages", "train", f"--experiment={file}"],
+    )
+    monkeypatch.setattr(
+        sys, "argv", [*sys.argv, "--backbone=scratch", "--jobs=1", "--setting=--sft_epochs=1"]
+    )
     assert gpu.main() == 0
     assert "SFT" in (tmp_path / "out" / "train" / "table.md").read_text()
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--minutes=0"])

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recbole_sdpo import checks, quick_start
-from recbole_sdpo.checks import DATASET, PROPERTIES, RECBOLE, check_folders, check_given, check_memory, model_rule, properties
+from recbole_sdpo.checks import (
+    DATASET,
+    PROPERTIES,
+    RECBOLE,
+    check_folders,
+    check_given,
+    check_memory,
+    model_rule,
+    properties,
+)
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.settings import Role, having
@@ -147,24 +156,43 @@ def test_what_does_not_go_together_is_said(rated, monkeypatch, model, change, me
 @pytest.mark.parametrize("metrics", [["GAUC"], ["GAUC", "NDCG"]])
 def test_gauc_is_named_without_a_k(ring, metrics):
     given = ring | {"epochs": 1, "metrics": metrics}
-    result = quick_start.run("BPR", "toy", config_dict=given | {"valid_metric": "GAUC"}, saved=False)
+    result = quick_start.run(
+        "BPR", "toy", config_dict=given | {"valid_metric": "GAUC"}, saved=False
+    )
     assert 0 < result["test_result"]["gauc"] < 1
-    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"metrics": metrics, "valid_metric": "GAUC", "objective": "sft", "sft_epochs": 1})
-    with pytest.raises(UserError, match="valid_metric='GAUC@5' is not computed; .* it must be one of gauc"):
+    quick_start.run(
+        "SDPO-LLM",
+        "toy",
+        config_dict=ring
+        | {"metrics": metrics, "valid_metric": "GAUC", "objective": "sft", "sft_epochs": 1},
+    )
+    with pytest.raises(
+        UserError, match="valid_metric='GAUC@5' is not computed; .* it must be one of gauc"
+    ):
         RunConfig("BPR", "toy", config_dict=given | {"valid_metric": "GAUC@5"})
 
 
 def test_labels_are_made_of_a_column_that_is_loaded(rated):
     rated.pop("train_neg_sample_args")
     given = rated | LOADED | LABELED | {"threshold": {"rating": 3}, "epochs": 1}
-    assert 0 < quick_start.run("FM", "toy", config_dict=given, saved=False)["test_result"]["auc"] < 1
+    assert (
+        0 < quick_start.run("FM", "toy", config_dict=given, saved=False)["test_result"]["auc"] < 1
+    )
 
 
-@pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "../toy", "/etc", "a\\b", "a\nb", "a" * 101, 3, None, ["toy"]])
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", ".", "..", "a/b", "../toy", "/etc", "a\\b", "a\nb", "a" * 101, 3, None, ["toy"]],
+)
 def test_a_name_that_is_a_path_makes_no_folder(ring, tmp_path, name):
     from recbole.config import Config
 
-    for kind, model in ((RunConfig, "BPR"), (RunConfig, "SDPO-LLM"), (Config, "SDPO-LLM"), (Config, "BPR")):
+    for kind, model in (
+        (RunConfig, "BPR"),
+        (RunConfig, "SDPO-LLM"),
+        (Config, "SDPO-LLM"),
+        (Config, "BPR"),
+    ):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises((UserError, KeyError), match="dataset"):
             kind(model, name, config_dict=dict(ring))
@@ -176,7 +204,11 @@ def test_folders_that_cannot_be_written_are_named(ring, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for key, folder, message in (
         ("checkpoint_dir", "file", "checkpoint_dir='file' must be a folder, and is a file"),
-        ("run_dir", "file/run", "run_dir='file/run' must be a folder, and '.*file' above it is a file"),
+        (
+            "run_dir",
+            "file/run",
+            "run_dir='file/run' must be a folder, and '.*file' above it is a file",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             quick_start.run("SDPO-LLM", "toy", config_dict=ring | {key: folder})
@@ -189,9 +221,15 @@ def test_folders_that_cannot_be_written_are_named(ring, tmp_path, monkeypatch):
 
 def test_sequences_that_no_memory_holds_are_refused(ring, monkeypatch):
     monkeypatch.setattr(checks, "_memory", lambda: 8 * 8 * 1000)
-    config = RunConfig("SASRec", "toy", config_dict={key: item for key, item in ring.items() if key != "train_neg_sample_args"})
+    config = RunConfig(
+        "SASRec",
+        "toy",
+        config_dict={key: item for key, item in ring.items() if key != "train_neg_sample_args"},
+    )
     check_memory(config, 1000)
-    with pytest.raises(UserError, match="MAX_ITEM_LIST_LENGTH=8 must be smaller: with 1,001 events"):
+    with pytest.raises(
+        UserError, match="MAX_ITEM_LIST_LENGTH=8 must be smaller: with 1,001 events"
+    ):
         check_memory(config, 1001)
 
 

@@ -29,7 +29,10 @@ def test_an_argument_that_nobody_reads_is_an_error(monkeypatch, argument):
         ("--experiment=", "--experiment= is blank"),
         ("--model=", "model='' must be a name of letters"),
         ("--seed=self", "seed='self' must be a whole number"),
-        ("--config_files=none.yaml", "the file 'none.yaml' cannot be read: No such file or directory"),
+        (
+            "--config_files=none.yaml",
+            "the file 'none.yaml' cannot be read: No such file or directory",
+        ),
         ("--dataset=../x", "dataset='../x' must be a name without '/'"),
     ],
 )
@@ -39,7 +42,9 @@ def test_a_value_that_is_none_is_an_error_that_names_the_key(monkeypatch, argume
 
 
 def test_one_setting_with_two_values_is_an_error(monkeypatch):
-    with pytest.raises(SystemExit, match="error: --seed is given twice, as '1' and as '2'; give it once"):
+    with pytest.raises(
+        SystemExit, match="error: --seed is given twice, as '1' and as '2'; give it once"
+    ):
         call(monkeypatch, "--seed=1", "--seed=2")
 
 
@@ -62,18 +67,28 @@ def test_a_wrong_setting_ends_in_one_line(monkeypatch):
         call(monkeypatch, "--dataset=ml-100k", "--betta=0.3")
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("GRU5Rec", "GRU4Rec"), ("gru4rec", "GRU4Rec"), ("SDPO-LM", "SDPO-LLM")])
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("GRU5Rec", "GRU4Rec"), ("gru4rec", "GRU4Rec"), ("SDPO-LM", "SDPO-LLM")]
+)
 def test_an_unknown_model_ends_in_one_line(monkeypatch, wrong, right):
-    with pytest.raises(SystemExit, match=f"error: model='{wrong}' cannot be found; did you mean '{right}'"):
+    with pytest.raises(
+        SystemExit, match=f"error: model='{wrong}' cannot be found; did you mean '{right}'"
+    ):
         call(monkeypatch, f"--model={wrong}")
 
 
 @pytest.mark.parametrize(
-    ("file", "folder"), [("configs/ml-100k/gpu/compare.yaml", "saved/ml-100k/gpu/compare"), ("/some/where/mine.yaml", "saved/mine")]
+    ("file", "folder"),
+    [
+        ("configs/ml-100k/gpu/compare.yaml", "saved/ml-100k/gpu/compare"),
+        ("/some/where/mine.yaml", "saved/mine"),
+    ],
 )
 def test_reports_of_files_of_one_name_lie_apart(monkeypatch, file, folder):
     seen = []
-    monkeypatch.setattr(command, "run_experiment", lambda file, output, *_: seen.append(output) or [])
+    monkeypatch.setattr(
+        command, "run_experiment", lambda file, output, *_: seen.append(output) or []
+    )
     with pytest.raises(SystemExit):
         call(monkeypatch, f"--experiment={file}")
     assert seen == [Path(folder)]
@@ -82,12 +97,23 @@ def test_reports_of_files_of_one_name_lie_apart(monkeypatch, file, folder):
 def test_files_and_arguments_reach_the_configuration(monkeypatch, tmp_path, ring):
     import yaml
 
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump(ring | {"beta": 0.1, "objective": "sft", "sft_epochs": 0}))
+    (tmp_path / "a.yaml").write_text(
+        yaml.safe_dump(ring | {"beta": 0.1, "objective": "sft", "sft_epochs": 0})
+    )
     (tmp_path / "b.yaml").write_text("beta: 0.2\n")
     seen = {}
     monkeypatch.setattr(command, "run", lambda *args: seen.update(config=args))
-    call(monkeypatch, "--dataset=toy", f"--config_files={tmp_path / 'a.yaml'} {tmp_path / 'b.yaml'}", "--sft_epochs=0")
-    assert seen["config"] == ("SDPO-LLM", "toy", [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])
+    call(
+        monkeypatch,
+        "--dataset=toy",
+        f"--config_files={tmp_path / 'a.yaml'} {tmp_path / 'b.yaml'}",
+        "--sft_epochs=0",
+    )
+    assert seen["config"] == (
+        "SDPO-LLM",
+        "toy",
+        [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")],
+    )
     from recbole_sdpo.config import RunConfig
 
     config = RunConfig(*seen["config"])

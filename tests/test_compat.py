@@ -48,13 +48,20 @@ def test_recbole_still_cannot_load_its_own_checkpoints(ring):
 def test_recboles_pop_still_counts_an_item_once_a_batch_and_negatives_too(ring):
     config = RunConfig("Pop", "toy", config_dict=ring)
     data = create_dataset(config)
-    batch = {data.iid_field: torch.tensor([3, 5, 3, 7]), config["LABEL_FIELD"]: torch.tensor([1.0, 1.0, 1.0, 0.0])}
+    batch = {
+        data.iid_field: torch.tensor([3, 5, 3, 7]),
+        config["LABEL_FIELD"]: torch.tensor([1.0, 1.0, 1.0, 0.0]),
+    }
     theirs, ours = (kind(config, data) for kind in (pop.Pop, compat.Pop))
     for _ in range(2):
         theirs.calculate_loss(batch)
         ours.calculate_loss(batch).backward()
     assert theirs.item_cnt[[3, 5, 7], 0].tolist() == [2, 2, 2]
-    assert ours.item_cnt[[3, 5, 7], 0].tolist() == [4, 2, 0] and ours.max_cnt.tolist() == [4] and ours.item_cnt.sum() == 6
+    assert (
+        ours.item_cnt[[3, 5, 7], 0].tolist() == [4, 2, 0]
+        and ours.max_cnt.tolist() == [4]
+        and ours.item_cnt.sum() == 6
+    )
 
 
 CODE = "__import__('pathlib').Path('pwned').touch()"
@@ -71,15 +78,36 @@ def test_and_here_reads_it_on_every_route(kind, tmp_path, monkeypatch):
     """The route of ``run_recbole`` after ``import recbole_sdpo``, and ours."""
     (tmp_path / "a.yaml").write_text(f"wandb_project: {CODE}\nseed: 1e0\nlearning_rate: 1e-2\n")
     given = {"checkpoint_dir": CODE, "LABEL_FIELD": "self"}
-    monkeypatch.setattr(sys, "argv", ["run.py", f"--data_path={CODE}", "--TIME_FIELD=param", "--show_progress=false", "--worker=0"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "run.py",
+            f"--data_path={CODE}",
+            "--TIME_FIELD=param",
+            "--show_progress=false",
+            "--worker=0",
+        ],
+    )
     (tmp_path / CODE / "x").mkdir(parents=True)  # RunConfig looks at the data
-    (tmp_path / CODE / "x" / "x.inter").write_text("user_id:token\titem_id:token\tparam:float\n1\t1\t1\n")
+    (tmp_path / CODE / "x" / "x.inter").write_text(
+        "user_id:token\titem_id:token\tparam:float\n1\t1\t1\n"
+    )
     config = kind("BPR", "x", [str(tmp_path / "a.yaml")] if kind is Config else None, dict(given))
-    assert config["checkpoint_dir"] == CODE and config["data_path"].startswith(CODE) and config["show_progress"] is False
-    assert config["LABEL_FIELD"] == "self" and config["TIME_FIELD"] == "param" and given["checkpoint_dir"] == CODE
+    assert (
+        config["checkpoint_dir"] == CODE
+        and config["data_path"].startswith(CODE)
+        and config["show_progress"] is False
+    )
+    assert (
+        config["LABEL_FIELD"] == "self"
+        and config["TIME_FIELD"] == "param"
+        and given["checkpoint_dir"] == CODE
+    )
     assert kind is RunConfig or (config["wandb_project"], config["learning_rate"]) == (CODE, 0.01)
     assert not (tmp_path / "pwned").exists()
-    assert yaml.load("1e0", yaml.FullLoader) == "1e0"  # RecBole changes the loader of the whole process
+    # RecBole changes the loader of the whole process
+    assert yaml.load("1e0", yaml.FullLoader) == "1e0"
 
 
 def test_recboles_kd_dagfm_still_evaluates_its_teacher_and_here_only_names_are():
@@ -95,11 +123,20 @@ def test_recboles_kd_dagfm_still_evaluates_its_teacher_and_here_only_names_are()
 def test_a_file_of_settings_trusts_nobodys_code(tmp_path):
     (tmp_path / "a.yaml").write_text("trust_remote_code: true\n")
     for kind in (Config, RunConfig):
-        with pytest.raises(UserError, match="a.yaml must not set trust_remote_code; give it on the command line"):
+        with pytest.raises(
+            UserError, match="a.yaml must not set trust_remote_code; give it on the command line"
+        ):
             kind("BPR", "ml-100k", [str(tmp_path / "a.yaml")])
 
 
-@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch pwned']", "!!python/name:os.system", "!!python/module:os"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:os.system ['touch pwned']",
+        "!!python/name:os.system",
+        "!!python/module:os",
+    ],
+)
 def test_and_builds_no_objects_of_python(tag, tmp_path):
     (tmp_path / "a.yaml").write_text(f"seed: {tag}\n")
     with pytest.raises(UserError, match="a.yaml is not YAML, line 1"):
@@ -108,10 +145,13 @@ def test_and_builds_no_objects_of_python(tag, tmp_path):
 
 
 def test_recbole_still_takes_times_of_a_minute_for_one(tmp_path, monkeypatch):
-    """And it sorts in no stable way for rm_dup_inter, and reads files as quoted CSV: why its Dataset's methods are replaced."""
+    """And it sorts in no stable way for rm_dup_inter, and reads files as quoted CSV: why its
+    Dataset's methods are replaced."""
     path = write_dataset(tmp_path / "d", [list(range(1, 9))] * 3, None)
     lines = [f"u\ti{item}\t{1_700_000_000 - item}" for item in range(8)]
-    (path / "toy" / "toy.inter").write_text("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *lines]) + "\n")
+    (path / "toy" / "toy.inter").write_text(
+        "\n".join(["user_id:token\titem_id:token\ttimestamp:float", *lines]) + "\n"
+    )
 
     def order():
         made = create_dataset(RunConfig("BPR", "toy", config_dict=TINY | {"data_path": str(path)}))
@@ -128,13 +168,18 @@ def test_recbole_still_takes_times_of_a_minute_for_one(tmp_path, monkeypatch):
 
 def test_recbole_still_unpickles_what_lies_in_checkpoint_dir():
     for function in (utils.create_dataset, utils.data_preparation):
-        assert "pickle.load" in inspect.getsource(function) or "load_split_dataloaders(config)" in inspect.getsource(function)
+        assert "pickle.load" in inspect.getsource(
+            function
+        ) or "load_split_dataloaders(config)" in inspect.getsource(function)
 
 
 def test_recboles_gauc_is_still_a_number_of_numpys():
     data = DataStruct()
     data.set("rec.meanrank", torch.tensor([[1.0, 4.0, 1.0], [2.0, 4.0, 1.0], [2.0, 4.0, 1.0]]))
-    theirs, ours = (kind({"metric_decimal_place": 4}).calculate_metric(data)["gauc"] for kind in (metrics.GAUC, compat.GAUC))
+    theirs, ours = (
+        kind({"metric_decimal_place": 4}).calculate_metric(data)["gauc"]
+        for kind in (metrics.GAUC, compat.GAUC)
+    )
     assert isinstance(theirs, np.float32) and type(ours) is float and ours == 0.7778
 
 
@@ -147,8 +192,20 @@ def test_recbole_still_takes_a_programs_arguments_for_its_settings(ring, monkeyp
 
 
 def test_accelerate_launch_still_starts_one_process_on_cpus(tmp_path):
-    (tmp_path / "who.py").write_text("import os; print('world', os.environ.get('WORLD_SIZE'), 'master', 'MASTER_ADDR' in os.environ)")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    (tmp_path / "who.py").write_text(
+        "import os; print('world', os.environ.get('WORLD_SIZE'), 'master', 'MASTER_ADDR' in "
+        "os.environ)"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "who.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["world None master True"]
@@ -166,8 +223,16 @@ def test_such_a_launch_is_refused(monkeypatch):
 
 def test_importing_recboles_models_still_turns_anomaly_detection_on_and_ours_does_not():
     ask = "import torch, {}; print(torch.is_anomaly_enabled())"
-    for module, expected in (("recbole.model.sequential_recommender", "True"), ("recbole_sdpo", "False")):
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", ask.format(module)], capture_output=True, text=True, timeout=120)
+    for module, expected in (
+        ("recbole.model.sequential_recommender", "True"),
+        ("recbole_sdpo", "False"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", ask.format(module)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.stdout.split()[-1] == expected, done.stderr
 
 
@@ -182,7 +247,9 @@ def test_recbole_still_takes_names_that_numpy_2_dropped():
         assert getattr(np, name) is kind
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="ray 2.6.3 has no wheel from Python 3.12 on")
+@pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="ray 2.6.3 has no wheel from Python 3.12 on"
+)
 def test_ray_2_6_still_takes_one():
     """And pkg_resources, for which setup.cfg has setuptools<81."""
     import ray
@@ -195,7 +262,8 @@ def test_ray_2_6_still_takes_one():
 
 
 def test_run_recbole_without_ray(ring):
-    """RecBole still imports ray with its quick_start; ours leaves no trace of a ray that is not there."""
+    """RecBole still imports ray with its quick_start; ours leaves no trace of a ray that is not
+    there."""
     assert "from ray import tune" in source("quick_start.quick_start")
     code = f"""
 import sys
@@ -209,12 +277,21 @@ try:
 except ValueError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
-    assert "ndcg@10" in done.stdout and "search by ray's Tune needs ray, which is not installed" in done.stdout, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert (
+        "ndcg@10" in done.stdout
+        and "search by ray's Tune needs ray, which is not installed" in done.stdout
+    ), done.stderr
 
 
 def test_recbole_still_fills_matrices_by_a_method_that_scipy_1_13_dropped():
-    for module in ("general_recommender.lightgcn", "general_recommender.ngcf", "general_recommender.gcmc"):
+    for module in (
+        "general_recommender.lightgcn",
+        "general_recommender.ngcf",
+        "general_recommender.gcmc",
+    ):
         assert "A._update(" in source(f"model.{module}")
     matrix = scipy.sparse.dok_matrix((2, 3))
     matrix._update({(0, 1): 5.0, (1, 2): 7.0})
@@ -228,7 +305,11 @@ def test_recbole_still_asks_a_column_for_the_lengths_of_its_entries():
     for module in ("dataset", "kg_dataset", "sequential_dataset"):
         assert ".agg(len)" in source(f"data.dataset.{module}")
         asked = vars(importlib.import_module(f"recbole.data.dataset.{module}")).get("len", len)
-        assert column.agg(asked).tolist() == [2, 0, 1] and asked([1, 2]) == 2 and asked(column.to_frame()) == 3
+        assert (
+            column.agg(asked).tolist() == [2, 0, 1]
+            and asked([1, 2]) == 2
+            and asked(column.to_frame()) == 3
+        )
 
 
 def test_recbole_still_fills_in_place_and_ours_fills_what_is_missing(tmp_path):
@@ -238,14 +319,28 @@ def test_recbole_still_fills_in_place_and_ours_fills_what_is_missing(tmp_path):
     head = "item_id:token\tprice:float\tbrand:token\tgenres:token_seq\tshape:float_seq"
     rows = ["i1\t1\ta\td e\t1 2", "i2\t\t\t\t", "i3\t4\tb\te\t3", "i4\t\ta\t\t", "i5\t\t\t\t"]
     (path / "toy" / "toy.item").write_text("\n".join([head, *rows]) + "\n")
-    made = create_dataset(RunConfig("FM", "toy", config_dict=TINY | {"data_path": str(path), "load_col": None}))
+    made = create_dataset(
+        RunConfig("FM", "toy", config_dict=TINY | {"data_path": str(path), "load_col": None})
+    )
     made._change_feat_format()
     items = made.item_feat
     assert made.field2id_token["item_id"].tolist() == ["[PAD]", "i1", "i2", "i3", "i4", "i5"]
     assert items["price"].tolist() == [2.5, 1, 2.5, 4, 2.5, 2.5]  # the first is the padding's
-    assert made.field2id_token["brand"][items["brand"]].tolist() == ["[PAD]", "a", "[PAD]", "b", "a", "[PAD]"]
+    assert made.field2id_token["brand"][items["brand"]].tolist() == [
+        "[PAD]",
+        "a",
+        "[PAD]",
+        "b",
+        "a",
+        "[PAD]",
+    ]
     assert made.field2id_token["genres"][items["genres"]].tolist() == [
-        ["[PAD]"] * 2, ["d", "e"], ["[PAD]"] * 2, ["e", "[PAD]"], ["[PAD]"] * 2, ["[PAD]"] * 2
+        ["[PAD]"] * 2,
+        ["d", "e"],
+        ["[PAD]"] * 2,
+        ["e", "[PAD]"],
+        ["[PAD]"] * 2,
+        ["[PAD]"] * 2,
     ]
     assert items["shape"].tolist() == [[0, 0], [1, 2], [0, 0], [3, 0], [0, 0], [0, 0]]
 

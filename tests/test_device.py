@@ -1,4 +1,5 @@
-"""A GPU that cannot serve is refused in one sentence, before data are read. The GPUs are made up: what torch says of them counts."""
+"""A GPU that cannot serve is refused in one sentence, before data are read. The GPUs are made
+up: what torch says of them counts."""
 
 from types import SimpleNamespace
 
@@ -17,11 +18,15 @@ def gpus(monkeypatch):
     """Has torch find GPUs of these compute capabilities, or none."""
 
     def found(*capabilities):
-        made = [SimpleNamespace(name="Test", major=major, minor=minor) for major, minor in capabilities]
+        made = [
+            SimpleNamespace(name="Test", major=major, minor=minor) for major, minor in capabilities
+        ]
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(made))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(made))
         monkeypatch.setattr(torch.cuda, "get_device_properties", made.__getitem__)
-        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"])
+        monkeypatch.setattr(
+            torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"]
+        )
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.version, "hip", None)
 
@@ -35,7 +40,10 @@ def check(ring, **given):
 
 @pytest.mark.parametrize("asked", [0, "0", "5", "0,1", (0, 1)])
 def test_a_gpu_that_is_not_there_is_refused(ring, gpus, asked):
-    with pytest.raises(UserError, match=r"gpu_id='[\d,]+' asks for . of this .* torch .* finds 0: see in nvidia-smi .*13.0"):
+    with pytest.raises(
+        UserError,
+        match=r"gpu_id='[\d,]+' asks for . of this .* torch .* finds 0: see in nvidia-smi .*13.0",
+    ):
         check(ring, gpu_id=asked)
 
 
@@ -47,11 +55,15 @@ def test_a_build_without_cuda_is_named(ring, gpus, monkeypatch):
 
 def test_one_of_two_is_missing(ring, gpus):
     gpus((9, 0))
-    with pytest.raises(UserError, match="gpu_id='0,7' asks for 2 of this machine's GPUs and torch .* finds 1"):
+    with pytest.raises(
+        UserError, match="gpu_id='0,7' asks for 2 of this machine's GPUs and torch .* finds 1"
+    ):
         check(ring, gpu_id="0,7")
 
 
-@pytest.mark.parametrize("given", [{}, {"gpu_id": ""}, {"gpu_id": -1}, {"gpu_id": "-1"}, {"use_gpu": False}])
+@pytest.mark.parametrize(
+    "given", [{}, {"gpu_id": ""}, {"gpu_id": -1}, {"gpu_id": "-1"}, {"use_gpu": False}]
+)
 def test_a_cpu_serves_who_asks_for_no_gpu(ring, gpus, given):
     check(ring, **given)
 
@@ -77,21 +89,30 @@ def test_use_gpu_has_no_effect_on_a_gpu(ring, gpus):
 
 def test_a_gpu_that_the_build_has_no_kernels_for(ring, gpus):
     gpus((6, 1))
-    with pytest.raises(UserError, match=r"GPU 0 \(Test, of compute capability 6.1\) is none that torch .* is built for \(sm_75, sm_80"):
+    with pytest.raises(
+        UserError,
+        match=r"GPU 0 \(Test, of compute capability 6.1\) is none that torch .* is built for "
+        r"\(sm_75, sm_80",
+    ):
         check(ring)
 
 
 def test_bfloat16_where_it_would_be_emulated(ring, gpus):
     gpus((7, 5))
     check(ring)
-    with pytest.raises(UserError, match=r"dtype='bfloat16' needs a GPU of compute capability 8.0 or later, and GPU 0 \(Test"):
+    with pytest.raises(
+        UserError,
+        match=r"dtype='bfloat16' needs a GPU of compute capability 8.0 or later, and GPU 0 \(Test",
+    ):
         check(ring, dtype="bfloat16")
 
 
 def test_more_processes_than_gpus(ring, gpus, monkeypatch):
     gpus((9, 0))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="A launch of 2 processes needs as many GPUs, and there are 1"):
+    with pytest.raises(
+        UserError, match="A launch of 2 processes needs as many GPUs, and there are 1"
+    ):
         check(ring)
 
 

@@ -48,10 +48,15 @@ def test_whenever_a_process_dies_the_old_or_the_new_is_there(tmp_path):
         (folder / "many").mkdir(parents=True)
         (folder / "text").write_text("old")
         (folder / "many" / "a").write_text("old a")
-        code = subprocess.run([sys.executable, "-S", "-c", _without_package(), str(moment), str(folder)], check=False).returncode
+        code = subprocess.run(
+            [sys.executable, "-S", "-c", _without_package(), str(moment), str(folder)], check=False
+        ).returncode
         files.settle(folder / "many")
         files.remove_parts(folder)
-        text, many = (folder / "text").read_text(), {file.name: file.read_text() for file in (folder / "many").iterdir()}
+        text, many = (
+            (folder / "text").read_text(),
+            {file.name: file.read_text() for file in (folder / "many").iterdir()},
+        )
         many.pop(files.SUMS, None)
         assert text in ("old", "new") and many in ({"a": "old a"}, {"a": "new a", "b": "new b"})
         assert sorted(file.name for file in folder.iterdir()) == ["many", "text"]
@@ -65,7 +70,11 @@ def test_whenever_a_process_dies_the_old_or_the_new_is_there(tmp_path):
 def _without_package():
     """The program, without the seconds that importing the package takes."""
     source = "import sys, types\nsys.path[:0] = " + repr([path for path in sys.path if path])
-    source += "\npackage = types.ModuleType('recbole_sdpo'); package.__path__ = [" + repr(os.path.dirname(files.__file__)) + "]"
+    source += (
+        "\npackage = types.ModuleType('recbole_sdpo'); package.__path__ = ["
+        + repr(os.path.dirname(files.__file__))
+        + "]"
+    )
     return source + "\nsys.modules['recbole_sdpo'] = package\n" + DIES
 
 
@@ -78,11 +87,16 @@ def test_permissions_are_those_of_the_umask_whatever_writes(tmp_path):
             save_file({"a": torch.zeros(2)}, part / "inside")
     finally:
         os.umask(before)
-    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("one", "many", "many/inside")]
+    modes = [
+        stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("one", "many", "many/inside")
+    ]
     assert modes == [0o640, 0o750, 0o640]
 
 
-@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(28, "No space")])
+@pytest.mark.parametrize(
+    "error",
+    [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(28, "No space")],
+)
 def test_an_error_of_the_disk_names_the_file_and_leaves_the_old_one(tmp_path, error):
     (tmp_path / "it").write_text("old")
     with pytest.raises(OSError) as raised, files.whole_file(tmp_path / "it") as part:
@@ -129,14 +143,21 @@ def test_what_was_being_replaced_goes_back_to_its_place(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text(name)
     files.remove_parts(tmp_path)
-    assert {folder.name: (folder / "weights").read_text() for folder in tmp_path.iterdir()} == {"sft": "sft.old", "sdpo": "sdpo"}
+    assert {folder.name: (folder / "weights").read_text() for folder in tmp_path.iterdir()} == {
+        "sft": "sft.old",
+        "sdpo": "sdpo",
+    }
 
 
 def test_a_config_that_is_not_here_is_the_one_of_the_package(tmp_path):
     name = "configs/ml-100k/compare.yaml"
     brought = config_file(name)
     assert brought.is_file() and brought.samefile(Path(__file__).parents[1] / name)
-    assert config_file("configs/none.yaml") == Path("configs/none.yaml") and config_file("ml-100k/compare.yaml").parts[0] == "ml-100k"
+    assert (
+        config_file("configs/none.yaml") == Path("configs/none.yaml")
+        and config_file("ml-100k/compare.yaml").parts[0] == "ml-100k"
+    )
     (tmp_path / name).parent.mkdir(parents=True)
-    (tmp_path / name).write_text("a: 1\n")  # the working directory, of which it is taken if it is there
+    # the working directory, of which it is taken if it is there
+    (tmp_path / name).write_text("a: 1\n")
     assert config_file(name) == Path(name) and config_file(tmp_path / name) == tmp_path / name

@@ -16,7 +16,10 @@ from recbole_sdpo.quick_start import run
 from recbole_sdpo.ragged import Ragged
 from tests.lm.test_architectures import build, sample
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 GPU = torch.device("cuda")
 
 
@@ -32,12 +35,17 @@ def exactness(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
 @pytest.mark.parametrize("name", ["Llama", "Gemma3Text"])
-def test_a_forest_is_as_near_to_the_truth_as_one_sequence_at_a_time(exactness, name, attention, dtype):
+def test_a_forest_is_as_near_to_the_truth_as_one_sequence_at_a_time(
+    exactness, name, attention, dtype
+):
     exactness.compare(name, dtype, attention, name == "Llama", GPU)
 
 
 def test_auto_takes_flex_attention_for_long_rows_and_gives_the_same_numbers(exactness, monkeypatch):
-    work, model = exactness.Work.draw(), exactness.build("Llama", lora=False).to(GPU, torch.bfloat16)
+    work, model = (
+        exactness.Work.draw(),
+        exactness.build("Llama", lora=False).to(GPU, torch.bfloat16),
+    )
     expected = LanguageModel(model, None, "sdpa")(work.forest())
     monkeypatch.setattr("recbole_sdpo.lm.attention.FLEX_FROM", 128)
     lm = LanguageModel(model, None, "auto")
@@ -61,7 +69,12 @@ def test_nothing_waits_for_the_device_between_forward_and_backward():
     lm.freeze_reference()
     trunks, tree, start, responses = sample(np.random.default_rng(0))
     width = 4
-    forest = plant(Ragged.from_rows(trunks), tree[: 8 * width], start[: 8 * width], Ragged.from_rows(responses[: 8 * width])).to(GPU)
+    forest = plant(
+        Ragged.from_rows(trunks),
+        tree[: 8 * width],
+        start[: 8 * width],
+        Ragged.from_rows(responses[: 8 * width]),
+    ).to(GPU)
 
     def step() -> None:
         policy, reference = (part.view(-1, width) for part in lm.policy_and_reference(forest))
@@ -76,9 +89,19 @@ def test_nothing_waits_for_the_device_between_forward_and_backward():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("peft", "dtype"), [("none", "float32"), ("none", "mixed"), ("lora", "float32"), ("lora", "bfloat16")])
+@pytest.mark.parametrize(
+    ("peft", "dtype"),
+    [("none", "float32"), ("none", "mixed"), ("lora", "float32"), ("lora", "bfloat16")],
+)
 def test_a_whole_run_on_the_gpu_learns_the_rule(ring, peft, dtype):
-    given = {"objective": "sdpo", "peft": peft, "dtype": dtype, "sft_epochs": 12, "sdpo_epochs": 2, "sft_learning_rate": 1e-2}
+    given = {
+        "objective": "sdpo",
+        "peft": peft,
+        "dtype": dtype,
+        "sft_epochs": 12,
+        "sdpo_epochs": 2,
+        "sft_learning_rate": 1e-2,
+    }
     result = run("SDPO-LLM", "toy", config_dict=ring | given | {"scratch_vocab_size": 400})
     assert result["machine"]["device"].startswith("cuda")
     assert result["test_result"]["hit@1"] > 0.8

@@ -161,13 +161,17 @@ def test_a_run_whose_data_change_as_it_reads_them_fails(ring, tmp_path, monkeypa
 def test_a_result_has_what_was_read_and_a_run_is_resumed_with_that_alone(ring, tmp_path):
     run_dir = tmp_path / "run"
     read = Inputs.of(config(ring, "Pop"))
-    result = quick_start.run("Pop", "toy", config_dict=ring | {"epochs": 1, "run_dir": str(run_dir)})
+    result = quick_start.run(
+        "Pop", "toy", config_dict=ring | {"epochs": 1, "run_dir": str(run_dir)}
+    )
     assert result["inputs"] == read_result(run_dir)["inputs"] == read.digests
     (run_dir / "state").mkdir(exist_ok=True)
     write_record(run_dir / "state" / "state.json", {"settings": {"dataset": "toy"}})
     read.keep(run_dir, write=True)
     write_record(run_dir / "state" / "state.json", {"settings": {"dataset": "shop"}})
-    with pytest.raises(UserError, match=r"that run had dataset='shop' \(now 'toy'\); give the options that it had"):
+    with pytest.raises(
+        UserError, match=r"that run had dataset='shop' \(now 'toy'\); give the options that it had"
+    ):
         read.keep(run_dir, write=True)
     write_record(run_dir / "state" / "state.json", {"settings": {"dataset": "toy"}})
     item = Path(ring["data_path"]) / "toy" / "toy.item"

@@ -8,18 +8,30 @@ import time
 import pytest
 
 from recbole_sdpo import interrupt
-from recbole_sdpo.interrupt import Stopped, asked_to_stop, endings, finishing_steps, say_how_to_go_on
+from recbole_sdpo.interrupt import (
+    Stopped,
+    asked_to_stop,
+    endings,
+    finishing_steps,
+    say_how_to_go_on,
+)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_the_command_with_a_sentence(capsys, signum, code):
     before = [signal.getsignal(number) for number in interrupt.SIGNALS]
     with pytest.raises(SystemExit) as ended, endings():
         os.kill(os.getpid(), signum)
         pytest.fail("went on")
-    said = f"stopped by {signal.Signals(signum).name}; nothing was begun, so give the command again.\n"
+    said = (
+        f"stopped by {signal.Signals(signum).name}; nothing was begun, so give the command again.\n"
+    )
     assert ended.value.code == code and capsys.readouterr().err == said
-    assert [signal.getsignal(number) for number in interrupt.SIGNALS] == before and not asked_to_stop()
+    assert [
+        signal.getsignal(number) for number in interrupt.SIGNALS
+    ] == before and not asked_to_stop()
 
 
 def test_a_signal_that_a_finalizer_swallows_comes_again(capsys):
@@ -83,14 +95,19 @@ def test_a_signal_that_no_step_saw_takes_effect_after_the_last():
         ("/bin/recbole-sdpo", "recbole-sdpo"),
     ],
 )
-def test_the_line_that_goes_on_is_the_command_as_it_was_given(monkeypatch, capsys, tmp_path, program, start):
+def test_the_line_that_goes_on_is_the_command_as_it_was_given(
+    monkeypatch, capsys, tmp_path, program, start
+):
     monkeypatch.setattr("sys.argv", [program, "--eval_args={'mode': 'full'}", "--resume=old"])
     with pytest.raises(SystemExit), endings():
         error = OSError(errno.ENOSPC, "No space left on device", "a/file")
         say_how_to_go_on(error, tmp_path)
         raise error
     line = f"{start} '--eval_args={{'\"'\"'mode'\"'\"': '\"'\"'full'\"'\"'}}' --resume={tmp_path}"
-    expected = f"error: cannot use a/file: No space left on device; free some space, then go on with: {line}\n"
+    expected = (
+        "error: cannot use a/file: No space left on device; free some space, then go on with: "
+        f"{line}\n"
+    )
     assert capsys.readouterr().err == expected
 
 

@@ -1,4 +1,5 @@
-"""A library that is missing or too old is named in one sentence, in every way in, before it is imported."""
+"""A library that is missing or too old is named in one sentence, in every way in, before it is
+imported."""
 
 import configparser
 import importlib.metadata
@@ -33,34 +34,50 @@ def installed(monkeypatch):
 @pytest.mark.parametrize("version", ["2.5.1+cu124", "1.13", "2.5.0a0+git1"])
 def test_a_library_that_is_too_old(installed, version):
     installed["torch"] = version
-    said = f"recbole-sdpo needs torch 2.6 or later, and {version} is installed: pip install 'torch>=2.6'"
+    said = (
+        f"recbole-sdpo needs torch 2.6 or later, and {version} is installed: pip install "
+        "'torch>=2.6'"
+    )
     with pytest.raises(Unfit, match=f"^{re.escape(said)}$"):
         check_libraries()
 
 
 def test_a_library_that_is_missing(installed):
     installed["peft"] = None
-    with pytest.raises(Unfit, match="needs peft 0.21 or later, which is not installed: pip install 'peft>=0.21'$"):
+    with pytest.raises(
+        Unfit, match="needs peft 0.21 or later, which is not installed: pip install 'peft>=0.21'$"
+    ):
         check_libraries()
 
 
-@pytest.mark.parametrize(("version", "found"), [(None, "which is not installed"), ("1.2.0", "and 1.2.0 is installed")])
+@pytest.mark.parametrize(
+    ("version", "found"), [(None, "which is not installed"), ("1.2.0", "and 1.2.0 is installed")]
+)
 def test_recbole_itself(installed, version, found):
     installed["recbole"] = version
-    with pytest.raises(Unfit, match=f"^recbole-sdpo needs recbole 1.2.1, {found}: pip install --no-deps recbole==1.2.1$"):
+    with pytest.raises(
+        Unfit,
+        match=f"^recbole-sdpo needs recbole 1.2.1, {found}: pip install --no-deps recbole==1.2.1$",
+    ):
         check_libraries()
 
 
 def test_what_recbole_imports(installed):
     installed |= {"thop": None, "tqdm": None, "pandas": "0.1"}
-    with pytest.raises(Unfit, match="needs thop tqdm, which is not installed: pip install thop tqdm$"):
+    with pytest.raises(
+        Unfit, match="needs thop tqdm, which is not installed: pip install thop tqdm$"
+    ):
         check_libraries()
 
 
 def test_a_python_that_is_too_old(installed, monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
     monkeypatch.setattr(sys, "version", "3.9.18 (main)")
-    with pytest.raises(Unfit, match="^recbole-sdpo needs Python 3.10 or later, and this is 3.9.18: start it with another one$"):
+    with pytest.raises(
+        Unfit,
+        match="^recbole-sdpo needs Python 3.10 or later, and this is 3.9.18: start it with "
+        "another one$",
+    ):
         check_libraries()
 
 
@@ -73,17 +90,29 @@ def test_what_serves(installed, version):
 def test_setup_asks_for_the_same():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    asked = dict(re.findall(r"(?m)^([\w-]+)(?:[>=]=([\d.]+))?(?:$|;.*<)", setup["options"]["install_requires"]))
+    asked = dict(
+        re.findall(
+            r"(?m)^([\w-]+)(?:[>=]=([\d.]+))?(?:$|;.*<)", setup["options"]["install_requires"]
+        )
+    )
     del asked["setuptools"]
-    assert asked == OLDEST | {"recbole": RECBOLE} | {"pyyaml" if name == "PyYAML" else name: "" for name in IMPORTED}
+    assert asked == OLDEST | {"recbole": RECBOLE} | {
+        "pyyaml" if name == "PyYAML" else name: "" for name in IMPORTED
+    }
 
 
-@pytest.mark.parametrize("start", [["-m", "recbole_sdpo"], [str(ROOT / "run_recbole_sdpo.py")], ["-m", "recbole_sdpo.recommend"]])
+@pytest.mark.parametrize(
+    "start",
+    [["-m", "recbole_sdpo"], [str(ROOT / "run_recbole_sdpo.py")], ["-m", "recbole_sdpo.recommend"]],
+)
 def test_a_program_ends_with_the_sentence(start, tmp_path):
     old = tmp_path / "transformers-4.57.0.dist-info"
     old.mkdir()
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.0\n")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     ended = subprocess.run([sys.executable, *start], env=env, capture_output=True, text=True)
-    said = "error: recbole-sdpo needs transformers 5.0 or later, and 4.57.0 is installed: pip install 'transformers>=5.0'\n"
+    said = (
+        "error: recbole-sdpo needs transformers 5.0 or later, and 4.57.0 is installed: pip "
+        "install 'transformers>=5.0'\n"
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", said)

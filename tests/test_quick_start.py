@@ -21,7 +21,14 @@ from recbole_sdpo.trainer import checkpoint, folder, sdpo_trainer, state
 from recbole_sdpo.trainer.stage import Stage
 from recbole_sdpo.trainer.step_file import StepFile
 
-SMALL = {"sft_epochs": 2, "sdpo_epochs": 1, "max_train_targets": 60, "save_minutes": 0.0, "more_candidates": ["pop5"], "stopping_step": 9}
+SMALL = {
+    "sft_epochs": 2,
+    "sdpo_epochs": 1,
+    "max_train_targets": 60,
+    "save_minutes": 0.0,
+    "more_candidates": ["pop5"],
+    "stopping_step": 9,
+}
 
 
 class Killed(Exception):
@@ -49,7 +56,9 @@ def killed(monkeypatch, settings, where, name, calls=0, **more):
 
 
 def weights(folder):
-    return {file.parent.name: file.read_bytes() for file in Path(folder).glob("s*/model.safetensors")}
+    return {
+        file.parent.name: file.read_bytes() for file in Path(folder).glob("s*/model.safetensors")
+    }
 
 
 def test_baselines_that_begin_in_one_second_test_their_own_weights(ring, monkeypatch):
@@ -66,7 +75,10 @@ def test_baselines_that_begin_in_one_second_test_their_own_weights(ring, monkeyp
         load(trainer)
 
     monkeypatch.setattr(compat, "load_best", meanwhile)
-    assert run(ring, "BPR", epochs=3)["stages"]["fit"]["candidates"] == alone["stages"]["fit"]["candidates"]
+    assert (
+        run(ring, "BPR", epochs=3)["stages"]["fit"]["candidates"]
+        == alone["stages"]["fit"]["candidates"]
+    )
     assert {folder.name for folder in Path("saved").iterdir()} == {"BPR-toy-now", "BPR-toy-now-2"}
     assert all(len(list(folder.glob("*.pth"))) == 1 for folder in Path("saved").iterdir())
 
@@ -81,14 +93,27 @@ def test_what_a_run_that_has_ended_leaves(ring, tmp_path, model):
     theirs = {file.name for file in Path("run").glob("*.pth")}
     assert len(theirs) == (model == "GRU4Rec")
     own = {"sft", "sdpo", "steps.csv"} if model == "SDPO-LLM" else theirs
-    assert {file.name for file in Path("run").iterdir()} == {"result.json", "ranks.csv", "run.log", "tensorboard", "inputs.json"} | own
-    assert {file.name for file in Path().iterdir()} - {"data", "run"} <= {".cache"}  # nothing lies beside it
-    assert read_result(Path("run")) == result and set(result["files"]) == {"ranks.csv"} | ({"steps.csv"} & own)
+    assert {file.name for file in Path("run").iterdir()} == {
+        "result.json",
+        "ranks.csv",
+        "run.log",
+        "tensorboard",
+        "inputs.json",
+    } | own
+    # nothing lies beside it
+    assert {file.name for file in Path().iterdir()} - {"data", "run"} <= {".cache"}
+    assert read_result(Path("run")) == result and set(result["files"]) == {"ranks.csv"} | (
+        {"steps.csv"} & own
+    )
     modes = {oct(file.stat().st_mode & 0o777) for file in Path("run").rglob("*")}
     assert modes == {"0o640", "0o750"}
     for file in theirs:
-        assert set(torch.load(f"run/{file}")) == {"state_dict", "other_parameter"}  # as data, without unpickling
-    for again in ({"run_dir": "run"}, {"resume": "run"} if model == "SDPO-LLM" else {"run_dir": "run"}):
+        # as data, without unpickling
+        assert set(torch.load(f"run/{file}")) == {"state_dict", "other_parameter"}
+    for again in (
+        {"run_dir": "run"},
+        {"resume": "run"} if model == "SDPO-LLM" else {"run_dir": "run"},
+    ):
         with pytest.raises(UserError, match="that has ended|that run has ended"):
             run(ring | SMALL if model == "SDPO-LLM" else ring, model, **again)
 
@@ -126,8 +151,13 @@ def test_what_is_not_a_runs_folder_is_not_begun_in(ring):
 def test_what_a_killed_run_had_begun_is_waited_for(tmp_path):
     """A process that prepares batches has inherited the lock, and ends a little later."""
     (tmp_path / "run.log").touch()
-    code = "import fcntl, sys, time; log = open(sys.argv[1]); fcntl.flock(log, 2); print(flush=True); time.sleep(1)"
-    orphan = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run.log"], stdout=subprocess.PIPE)
+    code = (
+        "import fcntl, sys, time; log = open(sys.argv[1]); fcntl.flock(log, 2); "
+        "print(flush=True); time.sleep(1)"
+    )
+    orphan = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "run.log"], stdout=subprocess.PIPE
+    )
     orphan.stdout.readline()
     with folder.alone_in(tmp_path):
         assert orphan.wait(0.5) == 0
@@ -149,8 +179,21 @@ def whole(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("whole")
     sequences = [[1 + (start + step) % 24 for step in range(10)] for start in range(24)]
-    data = write_dataset(folder / "data", sequences, {item: f"{'abcdef'[item % 6]}{'wxyz'[item // 7]} film" for item in range(1, 25)})
-    settings = TINY | SMALL | {"data_path": str(data), "scratch_dropout": 0.1, "sft_learning_rate": 0.01, "sft_tokens_per_batch": 300}
+    data = write_dataset(
+        folder / "data",
+        sequences,
+        {item: f"{'abcdef'[item % 6]}{'wxyz'[item // 7]} film" for item in range(1, 25)},
+    )
+    settings = (
+        TINY
+        | SMALL
+        | {
+            "data_path": str(data),
+            "scratch_dropout": 0.1,
+            "sft_learning_rate": 0.01,
+            "sft_tokens_per_batch": 300,
+        }
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["pytest"])
         patch.chdir(folder)
@@ -167,7 +210,9 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(("place", "peft"), [*((place, "none") for place in PLACES), ("at a step of sft", "lora")])
+@pytest.mark.parametrize(
+    ("place", "peft"), [*((place, "none") for place in PLACES), ("at a step of sft", "lora")]
+)
 def test_wherever_a_run_dies_it_goes_on_to_the_same_bits(whole, monkeypatch, place, peft):
     settings, result, folder = whole
     if peft == "lora":
@@ -189,7 +234,9 @@ def test_a_finished_alignment_with_more_candidates_goes_on(whole, monkeypatch, p
     assert run(settings, resume="cut")["stages"]["sdpo"]["candidates"]["pop5"]
 
 
-@pytest.mark.parametrize("file", ["state/state.json", "selection/sdpo-pop5.safetensors", "sft/model.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["state/state.json", "selection/sdpo-pop5.safetensors", "sft/model.safetensors"]
+)
 @pytest.mark.parametrize("damage", ["flipped", "cut", "lost"])
 def test_damage_is_seen_and_named(whole, monkeypatch, file, damage):
     killed(monkeypatch, whole[0], quick_start, "_test", 1, run_dir="cut")
@@ -199,8 +246,16 @@ def test_damage_is_seen_and_named(whole, monkeypatch, file, damage):
         path.unlink()
     else:
         middle = len(content) // 2
-        path.write_bytes(content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :] if damage == "flipped" else content[:-9])
-    lost_state = "holds no state/state.json" if file == "state/state.json" and damage == "lost" else path.name
+        path.write_bytes(
+            content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :]
+            if damage == "flipped"
+            else content[:-9]
+        )
+    lost_state = (
+        "holds no state/state.json"
+        if file == "state/state.json" and damage == "lost"
+        else path.name
+    )
     with pytest.raises(UserError, match=lost_state):
         run(whole[0], resume="cut")
 
@@ -210,7 +265,9 @@ def test_damaged_tensors_of_a_state_are_seen(whole, monkeypatch, damage):
     killed(monkeypatch, whole[0], Stage, "_step", 1, run_dir="cut")
     (path,) = Path("cut/state").glob("*.safetensors")
     content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if damage == "flipped" else content[:-9])
+    path.write_bytes(
+        content[:-1] + bytes([content[-1] ^ 1]) if damage == "flipped" else content[:-9]
+    )
     if damage == "lost":
         path.unlink()
     with pytest.raises(UserError, match=f"{path.name} is missing or damaged"):
@@ -226,7 +283,13 @@ def test_a_damaged_checkpoint_is_not_trained_from(whole, tmp_path):
         run(whole[0], sft_checkpoint="sft")
 
 
-@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(errno.ENOSPC, "full")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "full"),
+    ],
+)
 def test_a_full_disk_leaves_the_state_of_before_and_says_how_to_go_on(whole, monkeypatch, error):
     save, left = state.save_file, [2]
 
@@ -250,8 +313,16 @@ def test_a_full_disk_leaves_the_state_of_before_and_says_how_to_go_on(whole, mon
 def test_a_run_goes_on_with_its_best_weights_alone(ring, monkeypatch):
     """Its first epoch is the best one; without its checkpoint there is nothing to go on from."""
     scores = iter([0.9, *[0.1] * 99])
-    monkeypatch.setattr(sdpo_trainer.SDPOTrainer, "_valid_epoch", lambda *_: (next(scores), {"ndcg@5": 0.5}))
-    settings = ring | {"objective": "sft", "sft_epochs": 4, "max_train_targets": 60, "stopping_step": 9, "eval_args": {"mode": "uni5"}}
+    monkeypatch.setattr(
+        sdpo_trainer.SDPOTrainer, "_valid_epoch", lambda *_: (next(scores), {"ndcg@5": 0.5})
+    )
+    settings = ring | {
+        "objective": "sft",
+        "sft_epochs": 4,
+        "max_train_targets": 60,
+        "stopping_step": 9,
+        "eval_args": {"mode": "uni5"},
+    }
     killed(monkeypatch, settings, Stage, "run_epoch", calls=3, run_dir="run")
     os.rename("run/sft", "run/sft.old")  # as where it dies between the two renames
     shutil.copytree("run", "without")
@@ -268,7 +339,9 @@ def test_an_older_checkpoint_has_no_seal_and_is_warned_of(ring, caplog):
     run(settings, run_dir="old")
     Path("old/sft/SHA256SUMS").unlink()
     run(settings | {"sft_checkpoint": "old"}, run_dir="new")
-    assert "checkpoint 'old/sft' has no SHA256SUMS" in caplog.text and weights("new") == weights("old")
+    assert "checkpoint 'old/sft' has no SHA256SUMS" in caplog.text and weights("new") == weights(
+        "old"
+    )
 
 
 def test_rows_of_steps_stay_byte_for_byte(tmp_path, caplog):
@@ -282,7 +355,9 @@ def test_rows_of_steps_stay_byte_for_byte(tmp_path, caplog):
     assert path.read_bytes() == content and again.mark() == mark
     for damaged in (b"", content[:-1], content.replace(b"2.1", b"2.2"), content[1:]):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"steps.csv is damaged.*put it back, or delete it to go on"):
+        with pytest.raises(
+            UserError, match=r"steps.csv is damaged.*put it back, or delete it to go on"
+        ):
             StepFile(tmp_path, mark)
     path.unlink()
     again = StepFile(tmp_path, mark)
@@ -293,4 +368,7 @@ def test_rows_of_steps_stay_byte_for_byte(tmp_path, caplog):
 
 def test_the_curves_can_be_read(whole):
     steps = pd.read_csv(whole[2] / "steps.csv")
-    assert set(steps.stage) == {"sft", "sdpo"} and json.loads((whole[2] / "result.json").read_text())["files"]["steps.csv"]
+    assert (
+        set(steps.stage) == {"sft", "sdpo"}
+        and json.loads((whole[2] / "result.json").read_text())["files"]["steps.csv"]
+    )

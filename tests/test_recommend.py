@@ -27,7 +27,11 @@ from tests.faults.checkpoints import ADDED, evil_texts, replaced, sealed, tamper
 
 @pytest.fixture
 def trained(ring):
-    settings = ring | {"run_dir": "run", "sft_epochs": 4, "data_path": str(Path(ring["data_path"]).relative_to(Path.cwd()))}
+    settings = ring | {
+        "run_dir": "run",
+        "sft_epochs": 4,
+        "data_path": str(Path(ring["data_path"]).relative_to(Path.cwd())),
+    }
     quick_start.run("SDPO-LLM", "toy", config_dict=settings)
     return settings
 
@@ -38,7 +42,9 @@ def events(settings):
 
 @pytest.mark.parametrize("folder", ["run", "run/sdpo", "run/sft"])
 def test_the_best_titles_are_those_of_the_trained_model(trained, folder):
-    config = RunConfig("SDPO-LLM", "toy", config_dict=trained | {"run_dir": None, "eval_args": {"mode": "full"}})
+    config = RunConfig(
+        "SDPO-LLM", "toy", config_dict=trained | {"run_dir": None, "eval_args": {"mode": "full"}}
+    )
     train, _, test = data_preparation(config, create_dataset(config))
     model = SDPOLLM(config, train._dataset)
     restore_policy(model.lm, Path("run/sft" if folder == "run/sft" else "run/sdpo"))
@@ -48,7 +54,9 @@ def test_the_best_titles_are_those_of_the_trained_model(trained, folder):
     recommender = Recommender.load(folder)
     for row in range(5):
         past = rows["item_id_list"][row][: int(rows["item_length"][row])].tolist()
-        found = recommender.recommend(history=[model.catalogue.titles[item].upper() for item in past], k=4)
+        found = recommender.recommend(
+            history=[model.catalogue.titles[item].upper() for item in past], k=4
+        )
         best, items = scores[row].topk(4)
         np.testing.assert_allclose(found["score"], best, atol=1e-5)
         assert found["title"].tolist() == [model.catalogue.titles[item] for item in items]
@@ -57,7 +65,9 @@ def test_the_best_titles_are_those_of_the_trained_model(trained, folder):
 
 def test_a_users_history_is_all_that_the_data_hold_and_can_be_left_out(trained):
     recommender, seen = Recommender.load("run"), events(trained)
-    items = pd.read_csv(Path(trained["data_path"]) / "toy" / "toy.item", sep="\t", index_col=0).iloc[:, 0]
+    items = pd.read_csv(
+        Path(trained["data_path"]) / "toy" / "toy.item", sep="\t", index_col=0
+    ).iloc[:, 0]
     mine = seen[seen.iloc[:, 0] == "u5"].iloc[:, 1]
     by_user = recommender.recommend("u5", k=24)
     pd.testing.assert_frame_equal(by_user, recommender.recommend(history=list(items[mine]), k=24))
@@ -84,7 +94,8 @@ def test_items_without_events_are_ranked_and_may_be_named(trained):
         file.write("new\tpink cube\nother\tRED  cube\n")
     recommender = Recommender.load("run")
     ranked = recommender.recommend("u1", k=25)
-    assert ranked["item"].isin(["new"]).sum() == 1 and not ranked["item"].isin(["other"]).any()  # of one title, the item with events
+    # of one title, the item with events
+    assert ranked["item"].isin(["new"]).sum() == 1 and not ranked["item"].isin(["other"]).any()
     assert recommender.recommend(history=["Pink Cube"], k=25)["score"].is_monotonic_decreasing
     with pytest.raises(UserError, match="k=26 is out of range"):
         recommender.recommend("u1", k=26)
@@ -115,30 +126,52 @@ def test_users_with_few_events_are_served_and_other_filters_hold(filtered, inter
     recommender = Recommender.load("run")
     by_title = recommender.recommend(history=["black cube", "red ball"], k=24)  # i4, then i7
     pd.testing.assert_frame_equal(recommender.recommend("u1", k=24), by_title)
-    with pytest.raises(UserError, match=r"user 'u2' has events in the data, but val_interval=.*'\[3,inf\)'.* leaves none of them"):
+    with pytest.raises(
+        UserError,
+        match=r"user 'u2' has events in the data, but val_interval=.*'\[3,inf\)'.* leaves none of "
+        r"them",
+    ):
         recommender.recommend("u2")
     with pytest.raises(UserError, match="user 'u999' is not in the data; the nearest"):
         recommender.recommend("u999")
     if interval == "[0,inf)":
         assert recommender.recommend("u3", k=26)["item"].isin(["rare", "new"]).sum() == 2
     else:
-        with pytest.raises(UserError, match=r"user 'u3' has events in the data, but item_inter_num_interval='\[3,inf\)' of the training"):
+        with pytest.raises(
+            UserError,
+            match=r"user 'u3' has events in the data, but item_inter_num_interval='\[3,inf\)' of "
+            r"the training",
+        ):
             recommender.recommend("u3")
-        with pytest.raises(UserError, match=r"'rare cube' is not in the catalogue \(without the items that item_inter_num_interval="):
+        with pytest.raises(
+            UserError,
+            match=r"'rare cube' is not in the catalogue \(without the items that "
+            r"item_inter_num_interval=",
+        ):
             recommender.recommend(history=["rare cube"])
         with pytest.raises(UserError, match="k=25 is out of range"):
             recommender.recommend("u1", k=25)
 
 
 def test_histories_follow_the_time_as_written(ring):
-    """20 s apart in 2024, which RecBole's float32 takes for one instant, and written newest first."""
+    """20 s apart in 2024, which RecBole's float32 takes for one instant, and written newest
+    first."""
     path = Path(ring["data_path"]) / "toy" / "toy.inter"
     head, *rows = path.read_text().splitlines()
-    rows = [(user, item, 1_700_000_000 + 20 * int(time)) for user, item, time in (row.split("\t") for row in rows)]
-    rows += [("tie", "i9", 1_700_000_000), ("tie", "i2", 1_700_000_000), ("tie", "i5", 1_700_000_000)]
+    rows = [
+        (user, item, 1_700_000_000 + 20 * int(time))
+        for user, item, time in (row.split("\t") for row in rows)
+    ]
+    rows += [
+        ("tie", "i9", 1_700_000_000),
+        ("tie", "i2", 1_700_000_000),
+        ("tie", "i5", 1_700_000_000),
+    ]
     newest_first = sorted(rows, key=lambda row: -row[2])
     path.write_text("\n".join([head, *("\t".join(map(str, row)) for row in newest_first)]) + "\n")
-    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20})
+    quick_start.run(
+        "SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20}
+    )
     recommender = Recommender.load("run")
     tokens = recommender.item_tokens
     expected = {}
@@ -149,7 +182,10 @@ def test_histories_follow_the_time_as_written(ring):
 
 def test_data_that_are_split_already_show_a_users_last_row(ring):
     folder = Path(ring["data_path"]) / "toy"
-    sequences = {f"u{user}": [f"i{1 + (user + step) % 24}" for step in range(6 + user % 3)] for user in range(20)}
+    sequences = {
+        f"u{user}": [f"i{1 + (user + step) % 24}" for step in range(6 + user % 3)]
+        for user in range(20)
+    }
     head = "user_id:token\titem_id_list:token_seq\titem_id:token"
     for part, stops in {"train": (-3, -2), "valid": (-2, -1), "test": (-1, 0)}.items():
         rows = []
@@ -162,41 +198,61 @@ def test_data_that_are_split_already_show_a_users_last_row(ring):
         "load_col": {"inter": ["user_id", "item_id_list", "item_id"]},
         "alias_of_item_id": ["item_id_list"],
     }
-    quick_start.run("SDPO-LLM", "toy", config_dict=ring | split | {"run_dir": "run", "max_train_targets": 20})
+    quick_start.run(
+        "SDPO-LLM", "toy", config_dict=ring | split | {"run_dir": "run", "max_train_targets": 20}
+    )
     recommender = Recommender.load("run")
-    assert {user: recommender.item_tokens[items].tolist() for user, items in recommender.users.items()} == sequences
+    assert {
+        user: recommender.item_tokens[items].tolist() for user, items in recommender.users.items()
+    } == sequences
     assert len(recommender.recommend("u1", k=24)) == 24
 
 
 def test_items_of_one_title_are_recommended_once(ring):
     item_file = Path(ring["data_path"]) / "toy" / "toy.item"
     item_file.write_text(item_file.read_text().replace("green cube", "red cube"))
-    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20})
+    quick_start.run(
+        "SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20}
+    )
     found = Recommender.load("run").recommend("u5", k=23)
     assert found["title"].is_unique
-    with pytest.raises(ValueError, match="k=24 is out of range; it must be from 1 to 23, the titles that there are"):
+    with pytest.raises(
+        ValueError, match="k=24 is out of range; it must be from 1 to 23, the titles that there are"
+    ):
         Recommender.load("run").recommend("u5", k=24)
 
 
 @pytest.mark.parametrize("peft", ["lora", "none"])
 def test_a_checkpoint_stands_alone_with_its_data(ring, tmp_path, peft, monkeypatch):
     """From another folder, with the data elsewhere, and an adapter over random weights too."""
-    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "peft": peft, "max_train_targets": 50})
+    quick_start.run(
+        "SDPO-LLM",
+        "toy",
+        config_dict=ring | {"run_dir": "run", "peft": peft, "max_train_targets": 50},
+    )
     here = Recommender.load("run").recommend("u1", k=3)
     shutil.move(tmp_path / "data", tmp_path / "elsewhere")
     shutil.copytree("run/sdpo", tmp_path / "far" / "checkpoint")
     monkeypatch.chdir(tmp_path / "far")
     with pytest.raises(ValueError, match="toy"):
         Recommender.load("checkpoint")
-    pd.testing.assert_frame_equal(Recommender.load("checkpoint", data_path=tmp_path / "elsewhere").recommend("u1", k=3), here)
+    pd.testing.assert_frame_equal(
+        Recommender.load("checkpoint", data_path=tmp_path / "elsewhere").recommend("u1", k=3), here
+    )
 
 
 def test_what_cannot_be_recommended_is_an_error(trained):
     recommender = Recommender.load("run")
     for given, message in (
         ({"user": "u555"}, "user 'u555' is not in the data; the nearest are 'u55'"),
-        ({"history": ["red cubes"]}, "title 'red cubes' is not in the catalogue; the nearest are 'red cube'"),
-        ({"history": ["zzzzzzzz"]}, "title 'zzzzzzzz' is not in the catalogue, and nothing there is like it."),
+        (
+            {"history": ["red cubes"]},
+            "title 'red cubes' is not in the catalogue; the nearest are 'red cube'",
+        ),
+        (
+            {"history": ["zzzzzzzz"]},
+            "title 'zzzzzzzz' is not in the catalogue, and nothing there is like it.",
+        ),
         ({"history": "red cube"}, "Give either a user, or a history as a list of titles."),
         ({"user": "u1", "k": 2.0}, "k=2.0 must be a whole number"),
         ({"history": []}, "The history is empty; give one title or more."),
@@ -209,7 +265,9 @@ def test_what_cannot_be_recommended_is_an_error(trained):
         Recommender.load("nowhere")
     with pytest.raises(ValueError, match="device='tpu9' cannot be used .*; it must be cpu, cuda"):
         Recommender.load("run", device="tpu9")
-    with pytest.raises(UserError, match="cannot be loaded: .*nowhere/toy.* If they have moved, give data_path"):
+    with pytest.raises(
+        UserError, match="cannot be loaded: .*nowhere/toy.* If they have moved, give data_path"
+    ):
         Recommender.load("run", data_path="nowhere")
     with pytest.raises(UserError, match="data_path=' ' is blank"):
         Recommender.load("run", data_path=" ")
@@ -223,9 +281,15 @@ def test_what_cannot_be_recommended_is_an_error(trained):
 
 
 def test_options_of_the_program_around_it_are_not_ours(ring, monkeypatch):
-    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "peft": "lora", "max_train_targets": 50})
+    quick_start.run(
+        "SDPO-LLM",
+        "toy",
+        config_dict=ring | {"run_dir": "run", "peft": "lora", "max_train_targets": 50},
+    )
     here = Recommender.load("run").recommend("u1", k=3)
-    monkeypatch.setattr(sys, "argv", ["serve.py", "--seed=5", "--MAX_ITEM_LIST_LENGTH=2", "--port=80"])
+    monkeypatch.setattr(
+        sys, "argv", ["serve.py", "--seed=5", "--MAX_ITEM_LIST_LENGTH=2", "--port=80"]
+    )
     pd.testing.assert_frame_equal(Recommender.load("run").recommend("u1", k=3), here)
     assert sys.argv[1] == "--seed=5"
 
@@ -235,10 +299,16 @@ def test_what_a_run_named_by_a_relative_path_may_be_gone(ring, tmp_path, monkeyp
     Path("mine.yaml").write_text("header: Seen\ncandidates: ['Seen {history} of {candidates}']\n")
     data = {"data_path": str(Path(ring["data_path"]).relative_to(Path.cwd()))}
     quick_start.run(
-        "SDPO-LLM", "toy", config_dict=ring | data | {"run_dir": "run", "prompt_templates": "mine.yaml", "max_train_targets": 50}
+        "SDPO-LLM",
+        "toy",
+        config_dict=ring
+        | data
+        | {"run_dir": "run", "prompt_templates": "mine.yaml", "max_train_targets": 50},
     )
     here = Recommender.load("run").recommend("u1", k=3)
-    Path("mine.yaml").write_text("header: Something else\ncandidates: ['Seen {history} of {candidates}']\n")
+    Path("mine.yaml").write_text(
+        "header: Something else\ncandidates: ['Seen {history} of {candidates}']\n"
+    )
     (tmp_path / "far").mkdir()
     monkeypatch.chdir(tmp_path / "far")
     pd.testing.assert_frame_equal(Recommender.load(tmp_path / "run").recommend("u1", k=3), here)
@@ -247,18 +317,43 @@ def test_what_a_run_named_by_a_relative_path_may_be_gone(ring, tmp_path, monkeyp
 def test_a_title_may_hold_a_semicolon(ring, monkeypatch, capsys):
     item_file = Path(ring["data_path"]) / "toy" / "toy.item"
     item_file.write_text(item_file.read_text().replace("red cube", "red cube; again"))
-    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20})
-    monkeypatch.setattr(sys, "argv", ["recommend", "--checkpoint", "run", "--history", "Red cube; again", "-k", "2", "--format", "json"])
+    quick_start.run(
+        "SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20}
+    )
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "recommend",
+            "--checkpoint",
+            "run",
+            "--history",
+            "Red cube; again",
+            "-k",
+            "2",
+            "--format",
+            "json",
+        ],
+    )
     recommend.main()
     shown = [row["title"] for row in json.loads(capsys.readouterr().out)]
-    assert shown == Recommender.load("run").recommend(history=["red cube; again"], k=2)["title"].tolist()
+    assert (
+        shown
+        == Recommender.load("run").recommend(history=["red cube; again"], k=2)["title"].tolist()
+    )
 
 
 def test_prompts_that_need_candidates_are_refused(ring):
     quick_start.run(
         "SDPO-LLM",
         "toy",
-        config_dict=ring | {"run_dir": "run", "prompt_style": "candidates", "prompt_candidates": 5, "max_train_targets": 20},
+        config_dict=ring
+        | {
+            "run_dir": "run",
+            "prompt_style": "candidates",
+            "prompt_candidates": 5,
+            "max_train_targets": 20,
+        },
     )
     with pytest.raises(ValueError, match="was trained with prompt_style='candidates'"):
         Recommender.load("run")
@@ -275,7 +370,12 @@ def test_the_command_prints_a_table_or_json(trained, monkeypatch, capsys):
     shown = call("--history", "red cube; green cube", "-k", "2")
     assert shown == call("--history", "red cube", "--history", "green cube", "-k", "2")
     assert len(shown.splitlines()) == 4 and "title" in shown
-    for wrong in (["--users", "u7"], ["--hist", "red cube"], ["--user", "u7", "-k", "x"], ["--user", "u7", "--history", "red cube"]):
+    for wrong in (
+        ["--users", "u7"],
+        ["--hist", "red cube"],
+        ["--user", "u7", "-k", "x"],
+        ["--user", "u7", "--history", "red cube"],
+    ):
         with pytest.raises(SystemExit) as usage:
             call(*wrong)
         assert usage.value.code == 2 and "usage: " in capsys.readouterr().err
@@ -291,7 +391,11 @@ def test_nothing_is_drawn(trained):
 
 
 def files_of(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in Path(folder).rglob("*")
+        if file.is_file()
+    }
 
 
 def write(files, folder):
@@ -306,11 +410,19 @@ def checkpoint(tmp_path_factory):
     """The files of a checkpoint whose data stay where they are."""
     folder = tmp_path_factory.mktemp("checkpoint")
     titles = {item: f"title {item}" for item in range(1, 13)}
-    data = write_dataset(folder / "data", [[1 + (start + step) % 12 for step in range(6)] for start in range(12)], titles)
+    data = write_dataset(
+        folder / "data",
+        [[1 + (start + step) % 12 for step in range(6)] for start in range(12)],
+        titles,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["pytest"])
-        settings = deepcopy(TINY) | {"data_path": str(data), "run_dir": "run", "max_train_targets": 20}
+        settings = deepcopy(TINY) | {
+            "data_path": str(data),
+            "run_dir": "run",
+            "max_train_targets": 20,
+        }
         quick_start.run("SDPO-LLM", "toy", config_dict=settings)
     return files_of(folder / "run" / "sdpo")
 
@@ -328,13 +440,20 @@ def test_a_checkpoint_sets_nothing_but_what_is_listed(stranger, tmp_path, added,
     best, marker = Recommender.load(tmp_path / "near").recommend("u1", k=12), tmp_path / "marker"
     name, path, new = added
     for value in (new, *evil_texts(marker)):
-        write(stranger | {name: json.dumps(replaced(json.loads(stranger[name]), path, value)).encode()}, tmp_path / "far")
+        write(
+            stranger
+            | {name: json.dumps(replaced(json.loads(stranger[name]), path, value)).encode()},
+            tmp_path / "far",
+        )
         (tmp_path / "far" / "SHA256SUMS").unlink(missing_ok=True)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
         try:
-            pd.testing.assert_frame_equal(Recommender.load(tmp_path / "far").recommend("u1", k=12), best)
+            pd.testing.assert_frame_equal(
+                Recommender.load(tmp_path / "far").recommend("u1", k=12), best
+            )
         except UserError as error:
-            assert name in ("config.json", "tokenizer_config.json"), error  # what transformers reads may be refused
+            # what transformers reads may be refused
+            assert name in ("config.json", "tokenizer_config.json"), error
         assert not marker.exists() and os.environ["CUDA_VISIBLE_DEVICES"] == "7"
         assert not {file.name for file in tmp_path.rglob("*")} & {"elsewhere", "evil.pth"}
 
@@ -347,27 +466,49 @@ def test_a_checkpoint_sets_nothing_but_what_is_listed(stranger, tmp_path, added,
         ({"data.json": b"[" * 100_000}, "data.json is damaged"),
         ({"settings.json": b"[]"}, "settings.json holds a list; it must be a dictionary"),
         ({"data.json": b"{}"}, "data.json has no 'dataset'"),
-        ({"data.json": {"dataset": "../toy"}}, "data.json: dataset='../toy' must be a name, not a path"),
+        (
+            {"data.json": {"dataset": "../toy"}},
+            "data.json: dataset='../toy' must be a name, not a path",
+        ),
         ({"data.json": {"dataset": "/toy"}}, "data.json: dataset='/toy' must be a name"),
         ({"data.json": {"dataset": ["toy"]}}, r"data.json: dataset=\['toy'\] must be text"),
         ({"data.json": {"backbone": None}}, "data.json: backbone=None must be text"),
-        ({"data.json": {"settings": {"MAX_ITEM_LIST_LENGTH": True}}}, "MAX_ITEM_LIST_LENGTH=True must be a whole number"),
-        ({"data.json": {"settings": {"load_col": "inter"}}}, "load_col='inter' must be a dictionary or null"),
+        (
+            {"data.json": {"settings": {"MAX_ITEM_LIST_LENGTH": True}}},
+            "MAX_ITEM_LIST_LENGTH=True must be a whole number",
+        ),
+        (
+            {"data.json": {"settings": {"load_col": "inter"}}},
+            "load_col='inter' must be a dictionary or null",
+        ),
         ({"settings.json": {"header": 1}}, "settings.json: header=1 must be text"),
-        ({"settings.json": {"scratch_layers": "2"}}, "settings.json: scratch_layers='2' must be a whole number"),
+        (
+            {"settings.json": {"scratch_layers": "2"}},
+            "settings.json: scratch_layers='2' must be a whole number",
+        ),
         ({"settings.json": {"dtype": "float8"}}, "settings.json: dtype='float8'"),
     ],
 )
 def test_what_a_checkpoints_files_say_is_checked(stranger, tmp_path, changed, message):
     for name, new in changed.items():
-        content = json.dumps(json.loads(stranger[name]) | new).encode() if isinstance(new, dict) else new
-        write(sealed({file: data for file, data in stranger.items() if file != "SHA256SUMS"} | {name: content}), tmp_path / "far")
+        content = (
+            json.dumps(json.loads(stranger[name]) | new).encode() if isinstance(new, dict) else new
+        )
+        write(
+            sealed(
+                {file: data for file, data in stranger.items() if file != "SHA256SUMS"}
+                | {name: content}
+            ),
+            tmp_path / "far",
+        )
     with pytest.raises(UserError, match=message) as error:
         Recommender.load(tmp_path / "far")
     assert "\n" not in str(error.value)
 
 
-def test_a_sealed_checkpoint_that_was_changed_is_refused_and_one_without_a_seal_named(stranger, tmp_path, caplog):
+def test_a_sealed_checkpoint_that_was_changed_is_refused_and_one_without_a_seal_named(
+    stranger, tmp_path, caplog
+):
     without = {name: data for name, data in stranger.items() if name != "SHA256SUMS"}
     write(sealed(without) | {"settings.json": stranger["settings.json"] + b" "}, tmp_path / "far")
     with pytest.raises(UserError, match="settings.json is damaged"):
@@ -391,11 +532,21 @@ def test_no_tampering_runs_code_or_ends_in_a_traceback(stranger, tmp_path, seed)
 
 def test_any_title_is_one_row_of_the_table_and_valid_json(ring, monkeypatch, capsys):
     item_file = Path(ring["data_path"]) / "toy" / "toy.item"
-    item_file.write_text(item_file.read_text().replace("red cube", "red | cube \x1b[31m \x07 東京").replace("red ball", "NaN"))
-    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20})
+    item_file.write_text(
+        item_file.read_text()
+        .replace("red cube", "red | cube \x1b[31m \x07 東京")
+        .replace("red ball", "NaN")
+    )
+    quick_start.run(
+        "SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20}
+    )
     capsys.readouterr()
     for form in ("table", "json"):
-        monkeypatch.setattr(sys, "argv", ["recommend", "--checkpoint", "run", "--user", "u1", "-k", "24", "--format", form])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["recommend", "--checkpoint", "run", "--user", "u1", "-k", "24", "--format", form],
+        )
         recommend.main()
         shown = capsys.readouterr().out
         if form == "table":

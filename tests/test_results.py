@@ -49,7 +49,8 @@ def test_the_numbers_of_a_section_are_in_the_tables_that_it_links_to(heading):
 
 
 def test_a_difference_is_that_of_the_two_numbers_before_it():
-    """The tables round to four digits, and a difference of the page is that of the rounded or of the exact ones."""
+    """The tables round to four digits, and a difference of the page is that of the rounded or of
+    the exact ones."""
     found = DIFFERENCE.findall(PAGE)
     assert len(found) > 50
     for row in found:

@@ -36,7 +36,10 @@ def test_defaults_are_valid_and_round_trip():
         ({"popularity_discount": -1}, "popularity_discount=-1.0 must be 0 to 1000"),
         ({"popularity_discount": 1e4}, "popularity_discount=10000.0 must be 0 to 1000"),
         ({"lora_target_modules": 3}, "lora_target_modules=3 must be text or a list of text values"),
-        ({"scratch_hidden_size": 100, "scratch_heads": 3}, "must be a multiple of twice scratch_heads=3, such as 96"),
+        (
+            {"scratch_hidden_size": 100, "scratch_heads": 3},
+            "must be a multiple of twice scratch_heads=3, such as 96",
+        ),
     ],
 )
 def test_a_wrong_value_is_one_sentence_with_setting_value_and_remedy(given, message):
@@ -46,8 +49,15 @@ def test_a_wrong_value_is_one_sentence_with_setting_value_and_remedy(given, mess
 
 
 def test_whole_numbers_serve_as_numbers_and_null_as_null():
-    read = Settings.from_mapping({"beta": 2, "sft_clip_norm": None, "title_fields": "name", "lora_layers": (1, 2)})
-    assert (read.beta, read.sft.clip_norm, read.title_fields, read.backbone.lora_layers) == (2.0, None, ["name"], [1, 2])
+    read = Settings.from_mapping(
+        {"beta": 2, "sft_clip_norm": None, "title_fields": "name", "lora_layers": (1, 2)}
+    )
+    assert (read.beta, read.sft.clip_norm, read.title_fields, read.backbone.lora_layers) == (
+        2.0,
+        None,
+        ["name"],
+        [1, 2],
+    )
 
 
 @given(st.sampled_from(names()), st.data())
@@ -71,37 +81,91 @@ def test_every_setting_is_explained():
     [
         ({"betta": 1}, "Unknown setting 'betta'=1; did you mean 'beta'"),
         ({"topkk": 1}, "did you mean 'topk'"),
-        ({"backbone": "no/such-model"}, "backbone='no/such-model' cannot be loaded.*it must be scratch, smollm2-135m"),
+        (
+            {"backbone": "no/such-model"},
+            "backbone='no/such-model' cannot be loaded.*it must be scratch, smollm2-135m",
+        ),
         ({"backbone": "nowhere.gguf"}, "backbone='nowhere.gguf' is a file that does not exist"),
         ({"title_fields": ["name"]}, "has no column 'name'; it must be one of title"),
-        ({"prompt_templates": "flims"}, "prompt_templates='flims' is not here"),
-        ({"train_neg_sample_args": {"sample_num": 23}}, "train_neg_sample_args asks for 23 negatives.*ask for at most"),
-        ({"train_neg_sample_args": {"sample_num": 0}}, "needs 1 or more negatives; or set objective=sft"),
+        ({"prompt_templates": "flims"}, "prompt_templates='flims' must be one of"),
+        (
+            {"train_neg_sample_args": {"sample_num": 23}},
+            "train_neg_sample_args asks for 23 negatives.*ask for at most",
+        ),
+        (
+            {"train_neg_sample_args": {"sample_num": 0}},
+            "needs 1 or more negatives; or set objective=sft",
+        ),
         ({"train_neg_sample_args": None}, "needs 1 or more negatives; or set objective=sft"),
-        ({"train_neg_sample_args": {"dynamic": True}}, "candidate_num=0: with dynamic=True, give 2 or more"),
-        ({"train_neg_sample_args": {"dynamic": True, "candidate_num": 3}, "fixed_negatives": True}, "it needs fixed_negatives=False"),
-        ({"train_neg_sample_args": {"sample_num": 3, "dynamic": True, "candidate_num": 8}}, "train_neg_sample_args asks for 24 negatives"),
-        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": -1}}, "alpha=-1 must be a number from 0 to 20"),
-        ({"train_neg_sample_args": {"distribution": "popularity", "alpha": "2"}}, "alpha='2' must be a number from 0 to 20"),
-        ({"train_neg_sample_args": {"alpha": float("nan")}}, "train_neg_sample_args must be a finite number, not nan"),
+        (
+            {"train_neg_sample_args": {"dynamic": True}},
+            "candidate_num=0: with dynamic=True, give 2 or more",
+        ),
+        (
+            {
+                "train_neg_sample_args": {"dynamic": True, "candidate_num": 3},
+                "fixed_negatives": True,
+            },
+            "it needs fixed_negatives=False",
+        ),
+        (
+            {"train_neg_sample_args": {"sample_num": 3, "dynamic": True, "candidate_num": 8}},
+            "train_neg_sample_args asks for 24 negatives",
+        ),
+        (
+            {"train_neg_sample_args": {"distribution": "popularity", "alpha": -1}},
+            "alpha=-1 must be a number from 0 to 20",
+        ),
+        (
+            {"train_neg_sample_args": {"distribution": "popularity", "alpha": "2"}},
+            "alpha='2' must be a number from 0 to 20",
+        ),
+        (
+            {"train_neg_sample_args": {"alpha": float("nan")}},
+            "train_neg_sample_args must be a finite number, not nan",
+        ),
         ({"more_candidates": ["uni5"]}, r"more_candidates=\['uni5'\] must differ"),
         ({"more_candidates": ["best"]}, "must be a list of full, uniN and popN"),
         ({"prompt_style": "candidates", "prompt_candidates": 3}, "it must be 1 to 2"),
         ({"eval_args": {"mode": "uni23"}}, "mode='uni23' asks for 23 negatives"),
-        ({"peft": "lora", "lora_layers": [5]}, "lora_layers=.5. must be numbers of the backbone's layers, from 0 to 1"),
-        ({"peft": "lora", "lora_target_modules": ["nope"]}, "lora_target_modules=.*must be a module of the backbone, such as"),
-        ({"full_sort": "topk", "popularity_discount": 1, "more_candidates": ["full"]}, "popularity_discount=1.0 does not rank by"),
-        ({"prompt_style": "candidates", "eval_args": {"mode": "full"}}, "cannot rank the whole catalogue"),
+        (
+            {"peft": "lora", "lora_layers": [5]},
+            "lora_layers=.5. must be numbers of the backbone's layers, from 0 to 1",
+        ),
+        (
+            {"peft": "lora", "lora_target_modules": ["nope"]},
+            "lora_target_modules=.*must be a module of the backbone, such as",
+        ),
+        (
+            {"full_sort": "topk", "popularity_discount": 1, "more_candidates": ["full"]},
+            "popularity_discount=1.0 does not rank by",
+        ),
+        (
+            {"prompt_style": "candidates", "eval_args": {"mode": "full"}},
+            "cannot rank the whole catalogue",
+        ),
         ({"sft_checkpoint": "nowhere"}, "checkpoint 'nowhere' has no config.json"),
         ({"resume": "nowhere"}, "resume='nowhere' holds no state"),
-        ({"valid_metric": "NDCG@20"}, "valid_metric='NDCG@20' is not computed.*must be one of hit@1, hit@5"),
+        (
+            {"valid_metric": "NDCG@20"},
+            "valid_metric='NDCG@20' is not computed.*must be one of hit@1, hit@5",
+        ),
         ({"topk": [10]}, "valid_metric='NDCG@5' is not computed"),
         ({"valid_metric": None}, "valid_metric=None must be the name of a metric, such as NDCG@5"),
         ({"eval_args": {"mode": "uni"}}, "eval_args.mode='uni' must be full"),
         ({"eval_args": {"mode": "uni0"}}, "eval_args.mode='uni0'"),
-        ({"eval_args": {"mod": "full"}}, "eval_args has no part 'mod'; it must be one of group_by, mode, order, split"),
-        ({"train_neg_sample_args": {"sample_nums": 7}}, "train_neg_sample_args has no part 'sample_nums'"),
-        ({"MAX_ITEM_LIST_LENGTH": 0}, "MAX_ITEM_LIST_LENGTH=0 must be a whole number from 1 to 10,000"),
+        (
+            {"eval_args": {"mod": "full"}},
+            "eval_args has no part 'mod'; it must be one of group_by, mode, order, split",
+        ),
+        (
+            {"train_neg_sample_args": {"sample_nums": 7}},
+            "train_neg_sample_args has no part 'sample_nums'",
+        ),
+        (
+            {"MAX_ITEM_LIST_LENGTH": 0},
+            "MAX_ITEM_LIST_LENGTH=0 must be a whole number from 1 to 10,000",
+        ),
         ({"seed": "abc"}, "seed='abc' must be a whole number"),
     ],
 )
@@ -114,7 +178,9 @@ def test_errors_come_before_training(ring, change, message, monkeypatch):
 
 
 def test_a_power_of_popularity_is_named_and_without_popularity_warned_of(ring, caplog):
-    check_settings(RunConfig("SDPO-LLM", "toy", config_dict=ring | {"train_neg_sample_args": {"alpha": 2}}))
+    check_settings(
+        RunConfig("SDPO-LLM", "toy", config_dict=ring | {"train_neg_sample_args": {"alpha": 2}})
+    )
     assert "train_neg_sample_args.alpha=2 has no effect with distribution='uniform'" in caplog.text
     assert kind_of_negatives({"distribution": "uniform", "alpha": 2.0}) == "uniform"
     assert kind_of_negatives({"distribution": "popularity", "alpha": 2.0}) == "popularity^2"
@@ -122,8 +188,16 @@ def test_a_power_of_popularity_is_named_and_without_popularity_warned_of(ring, c
 
 
 def test_sft_alone_draws_no_negatives_among_the_candidates(ring):
-    few = {"prompt_style": "candidates", "prompt_candidates": 3, "train_neg_sample_args": {"sample_num": 15}}
-    run("SDPO-LLM", "toy", config_dict=ring | few | {"objective": "sft", "sft_epochs": 1, "max_train_targets": 8})
+    few = {
+        "prompt_style": "candidates",
+        "prompt_candidates": 3,
+        "train_neg_sample_args": {"sample_num": 15},
+    }
+    run(
+        "SDPO-LLM",
+        "toy",
+        config_dict=ring | few | {"objective": "sft", "sft_epochs": 1, "max_train_targets": 8},
+    )
 
 
 def test_recboles_own_entry_checks_the_same(ring):
@@ -132,14 +206,20 @@ def test_recboles_own_entry_checks_the_same(ring):
 
 
 def test_a_baseline_refuses_settings_that_nobody_reads(ring):
-    with pytest.raises(ValueError, match="Unknown setting 'title_field'=.* did you mean 'title_fields'"):
+    with pytest.raises(
+        ValueError, match="Unknown setting 'title_field'=.* did you mean 'title_fields'"
+    ):
         RunConfig("GRU4Rec", "toy", config_dict=ring | {"title_field": "name"})
-    with pytest.raises(ValueError, match="Unknown setting 'learning_rat'=.* did you mean 'learning_rate'"):
+    with pytest.raises(
+        ValueError, match="Unknown setting 'learning_rat'=.* did you mean 'learning_rate'"
+    ):
         RunConfig("GRU4Rec", "toy", config_dict=ring | {"learning_rat": 0.1})
     for key in ("lr", "batch_size", "num_layer", "its_own"):
         with pytest.raises(ValueError, match=f"Unknown setting '{key}'=1; "):
             RunConfig("SASRec", "toy", config_dict=ring | {key: 1})
-    with pytest.raises(ValueError, match="Unknown setting 'dropout'=1; recbole-sdpo --settings lists ours"):
+    with pytest.raises(
+        ValueError, match="Unknown setting 'dropout'=1; recbole-sdpo --settings lists ours"
+    ):
         RunConfig("SASRec", "toy", config_dict=ring | {"dropout": 1})
     # Which its code reads, or that of the model that it builds on, and its defaults lack.
     RunConfig("FEARec", "toy", config_dict=ring | {"use_filter": True})
@@ -148,29 +228,45 @@ def test_a_baseline_refuses_settings_that_nobody_reads(ring):
         RunConfig("GRU4Rec", "toy", config_dict=ring | {"resume": "x"})
 
 
-@pytest.mark.parametrize("split", [{"LS": "valid_and_test"}, {"RS": [8, 1, 1]}, {"TS": [0.8, 0.1, 0.1]}])
+@pytest.mark.parametrize(
+    "split", [{"LS": "valid_and_test"}, {"RS": [8, 1, 1]}, {"TS": [0.8, 0.1, 0.1]}]
+)
 def test_splits_into_three_parts_are_ones(split):
     check_given({"eval_args": {"split": split}})
-    for wrong in ({**split, "KS": 1}, {"RS": [8, 2]}, {"RS": [8, 0, 2]}, {"LS": "valid_only"}, None, "LS"):
+    for wrong in (
+        {**split, "KS": 1},
+        {"RS": [8, 2]},
+        {"RS": [8, 0, 2]},
+        {"LS": "valid_only"},
+        None,
+        "LS",
+    ):
         with pytest.raises(ValueError, match=r"eval_args.split=.*must be .*valid_and_test.*RS.*TS"):
             check_given({"eval_args": {"split": wrong}})
 
 
 def test_popularity_comes_off_a_ranking_alone(ring):
     answers = {"metrics": ["GenHit"], "valid_metric": "GenHit", "popularity_discount": 1}
-    with pytest.raises(ValueError, match=r"popularity_discount=1.0 is for metrics of a ranking, and \['GenHit'\] are none"):
+    with pytest.raises(
+        ValueError,
+        match=r"popularity_discount=1.0 is for metrics of a ranking, and \['GenHit'\] are none",
+    ):
         check_settings(RunConfig("SDPO-LLM", "toy", config_dict=ring | answers))
     file = Path(ring["data_path"], "toy", "toy.inter")
     head, *rows = file.read_text().splitlines()
     file.write_text("\n".join([f"{head}\tlabel:float", *(f"{row}\t1" for row in rows)]))
     ring["load_col"] = {"inter": ["user_id", "item_id", "timestamp", "label"]}
     labeled = {"eval_args": {"mode": "labeled"}, "metrics": ["AUC"], "valid_metric": "AUC"}
-    with pytest.raises(ValueError, match=r"popularity_discount=1.0 is for metrics of a ranking, and \['AUC'\] are none"):
+    with pytest.raises(
+        ValueError,
+        match=r"popularity_discount=1.0 is for metrics of a ranking, and \['AUC'\] are none",
+    ):
         RunConfig("FM", "toy", config_dict=ring | labeled | {"popularity_discount": 1})
 
 
 def test_a_model_that_is_only_pretrained_is_warned_of(ring, caplog):
-    few = {"pretrain_epochs": 1, "popularity_discount": 1.0}  # its trainer tells no collector of the training data
+    # its trainer tells no collector of the training data
+    few = {"pretrain_epochs": 1, "popularity_discount": 1.0}
     run("RaCT", "toy", config_dict=ring | few, saved=False)
     assert "train_stage='actor_pretrain' ends before RaCT has learned its task" in caplog.text
 
@@ -181,8 +277,12 @@ def test_context_aware_models_run(ring):
 
 def test_half_a_dictionary_keeps_the_other_half():
     config = RunConfig("BPR", "ml-100k", config_dict={"eval_args": {"mode": "pop19"}})
-    assert config["eval_args"]["order"] == "TO" and config["eval_args"]["split"] == {"LS": "valid_and_test"}
-    config = RunConfig("SDPO-LLM", "ml-100k", config_dict={"train_neg_sample_args": {"sample_num": 7}})
+    assert config["eval_args"]["order"] == "TO" and config["eval_args"]["split"] == {
+        "LS": "valid_and_test"
+    }
+    config = RunConfig(
+        "SDPO-LLM", "ml-100k", config_dict={"train_neg_sample_args": {"sample_num": 7}}
+    )
     assert config["train_neg_sample_args"] == {
         "distribution": "uniform",
         "sample_num": 7,
@@ -193,7 +293,9 @@ def test_half_a_dictionary_keeps_the_other_half():
 
 
 def test_a_baseline_without_titles_runs_with_a_warning(tmp_path, caplog, ring):
-    path = write_dataset(tmp_path / "untitled", [[1 + (u + s) % 20 for s in range(8)] for u in range(20)], None)
+    path = write_dataset(
+        tmp_path / "untitled", [[1 + (u + s) % 20 for s in range(8)] for u in range(20)], None
+    )
     result = run("Pop", "toy", config_dict=ring | {"data_path": str(path)})
     assert result["test_result"]["hit@10"] > 0
     assert "title_fields" in caplog.text
@@ -208,7 +310,10 @@ def test_templates_ship_with_the_package():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"topk": "ten"}, "topk='ten' must be a whole number from 1 to 1,000,000, or a list of them"),
+        (
+            {"topk": "ten"},
+            "topk='ten' must be a whole number from 1 to 1,000,000, or a list of them",
+        ),
         ({"topk": [0]}, r"topk=\[0\] must be"),
         ({"eval_args": "full"}, "eval_args='full' must be a dictionary"),
     ],
@@ -224,8 +329,14 @@ def test_what_is_not_given_suits_the_backbone():
     scratch, other = given.suited_to("scratch"), given.suited_to("smollm2-135m")
     for settings in (scratch, other):
         assert settings.sft.epochs == 7 and settings.sdpo.learning_rate == 0.5
-    assert scratch.sft.learning_rate > 4 * other.sft.learning_rate and scratch.sdpo.epochs > other.sdpo.epochs
-    assert scratch.suited_to_device(4096, 8192).sft == scratch.sft and scratch.sft.tokens_per_batch == 1024
+    assert (
+        scratch.sft.learning_rate > 4 * other.sft.learning_rate
+        and scratch.sdpo.epochs > other.sdpo.epochs
+    )
+    assert (
+        scratch.suited_to_device(4096, 8192).sft == scratch.sft
+        and scratch.sft.tokens_per_batch == 1024
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,12 +354,17 @@ def test_a_device_may_choose_the_size_of_batches_but_not_of_steps(given, targets
     settings = Settings.from_mapping(given).suited_to("smollm2-135m")
     small, large = (settings.suited_to_device(*sizes) for sizes in ((1024, 8192), (16384, 65536)))
     for suited, here in ((small, 1024), (large, 16384)):
-        assert (suited.sft.targets_per_step, suited.sft.tokens_per_batch) == (targets, tokens or here)
+        assert (suited.sft.targets_per_step, suited.sft.tokens_per_batch) == (
+            targets,
+            tokens or here,
+        )
         assert suited.suited_to("smollm2-135m").suited_to_device(1, 1) == suited
     assert (small.eval_tokens_per_batch, large.eval_tokens_per_batch) == (8192, 65536)
 
 
 def test_the_record_has_the_settings_that_were_used(ring):
     ring.pop("sft_learning_rate")
-    result = quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"objective": "sft", "sft_epochs": 1})
+    result = quick_start.run(
+        "SDPO-LLM", "toy", config_dict=ring | {"objective": "sft", "sft_epochs": 1}
+    )
     assert result["settings"]["sft_learning_rate"] == 3e-3 and result["settings"]["sft_epochs"] == 1

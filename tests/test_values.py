@@ -20,7 +20,10 @@ DATA = st.recursive(
     | st.integers(-(2**63) + 1, 2**63 - 1)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text("abc'\"\\ ]"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc'", max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text("abc'", max_size=3), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -33,8 +36,34 @@ def test_what_python_writes_is_read_back(data):
 @pytest.mark.parametrize(
     "text",
     [
-        *(CODE, f"[{CODE}]", f"lambda: {CODE}", "self", "param", "value", "config_dict", "2**9", "0123", "none", "yes", "", " "),
-        *("{[1]: 2}", "{1, 2}", "...", "b'x'", "1j", "1e999", "\0", "\udcff", "[" * 9999, "-" * 99999 + "1", "9" * 9999),
+        *(
+            CODE,
+            f"[{CODE}]",
+            f"lambda: {CODE}",
+            "self",
+            "param",
+            "value",
+            "config_dict",
+            "2**9",
+            "0123",
+            "none",
+            "yes",
+            "",
+            " ",
+        ),
+        *(
+            "{[1]: 2}",
+            "{1, 2}",
+            "...",
+            "b'x'",
+            "1j",
+            "1e999",
+            "\0",
+            "\udcff",
+            "[" * 9999,
+            "-" * 99999 + "1",
+            "9" * 9999,
+        ),
     ],
 )
 def test_any_other_text_stays_text(text, tmp_path):
@@ -44,7 +73,17 @@ def test_any_other_text_stays_text(text, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize(("text", "read"), [("true", True), ("FALSE", False), ("null", None), ("~", None), ("None", None), ("1e-3", 0.001)])
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("true", True),
+        ("FALSE", False),
+        ("null", None),
+        ("~", None),
+        ("None", None),
+        ("1e-3", 0.001),
+    ],
+)
 def test_yamls_words_are_read_as_pythons(text, read):
     assert value(text) is read or value(text) == read
 
@@ -103,7 +142,10 @@ def test_what_is_no_data_is_refused_by_its_key(wrong, message):
         (b"a: &a [*a]\n", "a must not hold more than 100,000 values, nor itself"),
         (b"a: " + b"[" * 3000, "is not YAML"),
         (b"a: !!bool x\n", "is not YAML"),
-        (b"a: !!python/object/apply:os.system ['touch pwned']\n", "is not YAML, line 1: could not determine a constructor"),
+        (
+            b"a: !!python/object/apply:os.system ['touch pwned']\n",
+            "is not YAML, line 1: could not determine a constructor",
+        ),
         (b"a: !!python/name:os.system\n", "is not YAML, line 1: could not determine a constructor"),
     ],
 )
@@ -115,7 +157,12 @@ def test_a_file_that_holds_no_settings_is_named(tmp_path, content, message):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    faults = {tmp_path: "Is a directory", tmp_path / "none.yaml": "No such file", tmp_path / ("a" * 300): "too long", "\0": "null"}
+    faults = {
+        tmp_path: "Is a directory",
+        tmp_path / "none.yaml": "No such file",
+        tmp_path / ("a" * 300): "too long",
+        "\0": "null",
+    }
     for file, why in faults.items():
         with pytest.raises(UserError, match=f"the file .* cannot be read: .*{why}"):
             read_yaml(file)
@@ -128,8 +175,11 @@ def test_recboles_own_files_are_read_as_recbole_reads_them():
     source = (PROPERTIES.parent / "config" / "configurator.py").read_text(encoding="utf-8")
     pattern = source[source.index('"""^(?:') + 3 : source.index('|NAN))$"""') + 7]
 
-
-    Theirs.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(pattern.replace("\\\\", "\\"), re.X), list("-+0123456789."))
+    Theirs.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(pattern.replace("\\\\", "\\"), re.X),
+        list("-+0123456789."),
+    )
     files = [file for file in PROPERTIES.rglob("*.yaml") if "hyper" not in str(file)]
     assert len(files) > 90
     for file in files:

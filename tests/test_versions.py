@@ -1,4 +1,5 @@
-"""All of RecBole's models on data in which something of each column is missing, on the libraries that are installed."""
+"""All of RecBole's models on data in which something of each column is missing, on the libraries
+that are installed."""
 
 import importlib.util
 import re
@@ -27,7 +28,8 @@ ERRORS = {
 
 
 def test_all_models_of_recbole(tmp_path):
-    """About a minute. Where an old name of a library is gone, a model ends with an error of Python; where holes stay, with NaN."""
+    """About a minute. Where an old name of a library is gone, a model ends with an error of
+    Python; where holes stay, with NaN."""
     data_path, wrong = write_holes(tmp_path), {}
     for model, names in model_settings().items():
         found = fate(model, names, data_path, tmp_path)
@@ -36,7 +38,11 @@ def test_all_models_of_recbole(tmp_path):
         elif model in LIBRARIES and importlib.util.find_spec(LIBRARIES[model]) is None:
             right = isinstance(found, str) and "No module named" in found
         else:
-            right = isinstance(found, dict) and len(found) == 6 and all(0 <= metric <= 1 for metric in found.values())
+            right = (
+                isinstance(found, dict)
+                and len(found) == 6
+                and all(0 <= metric <= 1 for metric in found.values())
+            )
         if not right:
             wrong[model] = found
     assert not wrong and len(model_settings()) > 90

@@ -1,1 +1,2 @@
-"""From RecBole's dataset to text: titles, prompts, candidate sets, training targets. Knows no language model."""
+"""From RecBole's dataset to text: titles, prompts, candidate sets, training targets. Knows no
+language model."""

@@ -1,4 +1,5 @@
-"""RecBole atomic files from a CSV of events and a CSV of items: python -m recbole_sdpo.data.atomic --help"""
+"""RecBole atomic files from a CSV of events and a CSV of items: python -m
+recbole_sdpo.data.atomic --help"""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import whole_file, whole_folder
 from recbole_sdpo.interrupt import endings
 
-# pandas, by which RecBole reads ids, takes these for missing, and a quote at the start for that of a quoted field.
+# pandas, by which RecBole reads ids, takes these for missing, and a quote at the start for that of
+# a quoted field.
 NO_ID = r'|".*|#?N/?A|#N/A N/A|<NA>|n/a|NULL|null|None|-?(NaN|nan)|-?1\.#(IND|QNAN)'
 
 ROUNDED = r"-?\d(\.\d+)?[eE]\+\d+"
@@ -49,7 +51,15 @@ NO_DATE = r"now|today|\d{1,2}:\d\d(:\d\d(\.\d+)?)?\s*([ap]\.?m\.?)?"
 ZONE = r":\d\d.*?(?:Z|UTC|GMT|[+-]\d\d:?(?:\d\d)?)$"
 """How a time ends that tells its time zone."""
 
-UNREADABLE = (ValueError, LookupError, OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+UNREADABLE = (
+    ValueError,
+    LookupError,
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+)
 """What is raised where a file, perhaps a compressed one, is no text."""
 
 
@@ -66,15 +76,19 @@ def write_atomic(
     separator: str | None = None,
     encoding: str | None = None,
 ) -> str:
-    """Write ``<output>/<name>/<name>.inter`` and ``.item``, both or neither; returns one line on what they hold.
+    """Write ``<output>/<name>/<name>.inter`` and ``.item``, both or neither; returns one line on
+    what they hold.
 
     Args:
         events: a frame or a CSV file, in any order; the file may be compressed.
         items: a frame or a CSV file; of several rows of one item the first counts.
-        user, item, time: columns of ``events``. Time is a number, written as it is, or a date, written as seconds since 1970.
-        titles: columns of ``items``. The first becomes ``title``, the others keep their names, for ``title_fields``.
+        user, item, time: columns of ``events``. Time is a number, written as it is, or a date,
+            written as seconds since 1970.
+        titles: columns of ``items``. The first becomes ``title``, the others keep their names, for
+            ``title_fields``.
         item_key: the column of ``items`` that holds the item, if it is not called ``item`` there.
-        separator: of the columns in the files, or that of comma, semicolon, tab and bar by which the header has the columns.
+        separator: of the columns in the files, or that of comma, semicolon, tab and bar by which
+            the header has the columns.
         encoding: of the files, or UTF-8; a byte order mark tells UTF-16 by itself.
 
     Warns:
@@ -85,20 +99,32 @@ def write_atomic(
         UserError: there are such files already; nothing is overwritten.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name) or name == "ml-100k":
-        raise UserError(f"name={name!r} must be of letters, digits, '_', '-' and '.'; ml-100k is the data that comes with RecBole.")
+        raise UserError(
+            f"name={name!r} must be of letters, digits, '_', '-' and '.'; ml-100k is the data "
+            "that comes with RecBole."
+        )
     folder, item_key = Path(output) / name, item_key or item
     titles = [titles] if isinstance(titles, str) else list(titles)
     fields = ["title", *titles[1:]]
     wrong = rf'[:"\0-\x1f]|{HALF}'
-    if not titles or len({"item_id", *fields}) <= len(fields) or any(re.search(wrong, str(field)) for field in fields):
-        raise UserError(f"titles={titles} become the columns {fields}; each needs a name of its own, without ':', quotes and tabs.")
+    if (
+        not titles
+        or len({"item_id", *fields}) <= len(fields)
+        or any(re.search(wrong, str(field)) for field in fields)
+    ):
+        raise UserError(
+            f"titles={titles} become the columns {fields}; each needs a name of its own, without "
+            "':', quotes and tabs."
+        )
     paths = {end: folder / f"{name}.{end}" for end in ("inter", "item")}
     for path in paths.values():
         if path.exists():
             raise UserError(f"{path} exists already; delete it, or choose another name or output.")
 
     rows, source = _read(events, "events", [user, item, time], separator, encoding)
-    inter = pd.DataFrame({"user_id:token": _ids(rows, user, source), "item_id:token": _ids(rows, item, source)})
+    inter = pd.DataFrame(
+        {"user_id:token": _ids(rows, user, source), "item_id:token": _ids(rows, item, source)}
+    )
     inter["timestamp:float"] = _times(rows[time], source)
     inter = inter.sort_values("timestamp:float", kind="stable")
 
@@ -106,79 +132,130 @@ def write_atomic(
     texts = pd.DataFrame({"item_id:token": _ids(rows, item_key, source)})
     for field, column in zip(fields, titles, strict=True):
         # A quote at the start would open a quoted field where RecBole reads the file.
-        texts[f"{field}:token_seq"] = rows[column].mask(rows[column].str.startswith('"'), rows[column].str.replace('"', "'"))
+        texts[f"{field}:token_seq"] = rows[column].mask(
+            rows[column].str.startswith('"'), rows[column].str.replace('"', "'")
+        )
     unique = texts.drop_duplicates("item_id:token")
     strangers = ~inter["item_id:token"].isin(unique["item_id:token"])
     if strangers.all():
         some = (inter["item_id:token"].iloc[0], unique["item_id:token"].iloc[0])
-        raise UserError(f"no item of the events is in the items file; its ids must be written alike, not {some[0]!r} and {some[1]!r}.")
+        raise UserError(
+            "no item of the events is in the items file; its ids must be written alike, not "
+            f"{some[0]!r} and {some[1]!r}."
+        )
 
     with ExitStack() as whole:
         # A folder that is there already may hold files of the user's.
-        place = whole.enter_context(nullcontext(folder) if folder.exists() else whole_folder(folder))
+        place = whole.enter_context(
+            nullcontext(folder) if folder.exists() else whole_folder(folder)
+        )
         for end, table in (("inter", inter), ("item", unique)):
             part = whole.enter_context(whole_file(place / paths[end].name))
-            table.to_csv(part, sep="\t", index=False, quoting=csv.QUOTE_NONE, encoding="utf-8", lineterminator="\n")
+            table.to_csv(
+                part,
+                sep="\t",
+                index=False,
+                quoting=csv.QUOTE_NONE,
+                encoding="utf-8",
+                lineterminator="\n",
+            )
     first, last = (_moment(inter["timestamp:float"].iloc[end]) for end in (0, -1))
     return (
-        f"{folder}: {len(inter):,} events of {inter['user_id:token'].nunique():,} users and {inter['item_id:token'].nunique():,} items "
-        f"from {first} to {last}; {len(unique):,} items in the items file, {(unique['title:token_seq'] == '').sum():,} without a title; "
+        f"{folder}: {len(inter):,} events of {inter['user_id:token'].nunique():,} users and "
+        f"{inter['item_id:token'].nunique():,} items "
+        f"from {first} to {last}; {len(unique):,} items in the items file, "
+        f"{(unique['title:token_seq'] == '').sum():,} without a title; "
         f"{strangers.sum():,} events of items that are not in it; "
         f"{len(texts) - len(unique):,} further rows of the same items left out"
     )
 
 
 def _read(
-    source: pd.DataFrame | str | Path, what: str, columns: Sequence[str], separator: str | None, encoding: str | None
+    source: pd.DataFrame | str | Path,
+    what: str,
+    columns: Sequence[str],
+    separator: str | None,
+    encoding: str | None,
 ) -> tuple[pd.DataFrame, str]:
-    """The wanted columns as text in which white space is single blanks, and what to call their source in an error."""
+    """The wanted columns as text in which white space is single blanks, and what to call their
+    source in an error."""
     columns = list(dict.fromkeys(columns))
     if isinstance(source, pd.DataFrame):
         frame, name, hint = source, what, ""
     elif isinstance(source, str | Path):
         frame, name = _read_csv(source, columns, separator, encoding), str(source)
-        hint = f" (with separator={separator or ','!r}; give the file's)" if len(frame.columns) == 1 else ""
+        hint = (
+            f" (with separator={separator or ','!r}; give the file's)"
+            if len(frame.columns) == 1
+            else ""
+        )
     else:
-        raise UserError(f"{what} is a {type(source).__name__}; it must be a pandas.DataFrame or the path of a CSV file.")
+        raise UserError(
+            f"{what} is a {type(source).__name__}; it must be a pandas.DataFrame or the path of a "
+            "CSV file."
+        )
     for column in columns:
         count = sum(other == column for other in frame.columns)
         if count > 1:
-            raise UserError(f"{name} has {count} columns {column!r}; each must have a name of its own.")
+            raise UserError(
+                f"{name} has {count} columns {column!r}; each must have a name of its own."
+            )
         if count == 0:
             near = difflib.get_close_matches(str(column), map(str, frame), 1)
             guess = f"did you mean {near[0]!r}? It" if near else "it"
-            index = "; it is in the index, so call reset_index() first" if column in frame.index.names else ""
-            raise UserError(f"{name} has no column {column!r}; {guess} must be one of {', '.join(map(str, frame))}{hint}{index}.")
+            index = (
+                "; it is in the index, so call reset_index() first"
+                if column in frame.index.names
+                else ""
+            )
+            raise UserError(
+                f"{name} has no column {column!r}; {guess} must be one of "
+                f"{', '.join(map(str, frame))}{hint}{index}."
+            )
     if frame.empty:
         raise UserError(f"{name} has no rows; it must have one or more below its header.")
     return frame[columns].reset_index(drop=True).apply(_text, source=name), name
 
 
-def _read_csv(path: str | Path, columns: Sequence[str], separator: str | None, encoding: str | None) -> pd.DataFrame:
+def _read_csv(
+    path: str | Path, columns: Sequence[str], separator: str | None, encoding: str | None
+) -> pd.DataFrame:
     """All columns of a CSV file as text, empty where a row has none."""
     separator = "\t" if separator == r"\t" else separator
     if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
-        raise UserError(f"separator={separator!r} must be one character, such as ';', or \\t for a tab.")
+        raise UserError(
+            f"separator={separator!r} must be one character, such as ';', or \\t for a tab."
+        )
     try:
         text = _decode(path, encoding)
         header = (re.findall(r"[^\r\n]*\S[^\r\n]*", text[: 1 << 20]) or [""])[0]
-        fitting = [each for each in SEPARATORS if set(columns) <= set(next(csv.reader([header], delimiter=each), []))]
+        fitting = [
+            each
+            for each in SEPARATORS
+            if set(columns) <= set(next(csv.reader([header], delimiter=each), []))
+        ]
         chosen = separator or (fitting or ",")[0]
         names = next(csv.reader([header], delimiter=chosen), [])
         frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, sep=chosen)
         if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what has no name for an index
             raise ValueError("its rows have more values than its header has names")
     except UNREADABLE as error:
-        given = f"encoding={encoding!r}" * bool(encoding), f"separator={separator!r}" * bool(separator)
+        given = (
+            f"encoding={encoding!r}" * bool(encoding),
+            f"separator={separator!r}" * bool(separator),
+        )
         options = f" (with {', '.join(filter(None, given))})" if any(given) else ""
         raise UserError(
-            f"{path} cannot be read{options}: {str(error).strip()}; it must be a CSV file in {encoding or 'UTF-8'} with a header."
+            f"{path} cannot be read{options}: {str(error).strip()}; it must be a CSV file in "
+            f"{encoding or 'UTF-8'} with a header."
         ) from error
-    return frame.set_axis(names, axis=1) if len(names) == len(frame.columns) else frame  # pandas renames what comes twice
+    # pandas renames what comes twice
+    return frame.set_axis(names, axis=1) if len(names) == len(frame.columns) else frame
 
 
 def _decode(path: str | Path, encoding: str | None) -> str:
-    """The text of a file, unpacked by its name; a null character, at which pandas would cut a cell, becomes a blank."""
+    """The text of a file, unpacked by its name; a null character, at which pandas would cut a
+    cell, becomes a blank."""
     with get_handle(path, "rb", is_text=False, compression="infer") as opened:
         data = opened.handle.read()
     marked = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
@@ -187,23 +264,38 @@ def _decode(path: str | Path, encoding: str | None) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ValueError(
-            f"line {line} is not in {encoding or marked}; encoding must be that of the file, such as cp1252, gb18030 or shift_jis"
+            f"line {line} is not in {encoding or marked}; encoding must be that of the file, such "
+            "as cp1252, gb18030 or shift_jis"
         ) from error
 
 
 def _text(column: pd.Series, source: str) -> pd.Series:
-    """Values as text, empty where there is none. Whole numbers have no ``.0``, which they get where pandas has a gap to fill."""
+    """Values as text, empty where there is none. Whole numbers have no ``.0``, which they get
+    where pandas has a gap to fill."""
     values = column.astype(object)
     missing = column.isna()
-    wrong = ~missing & ~values.map(lambda value: isinstance(value, KINDS) and not isinstance(value, bool | np.bool_)).astype(bool)
+    wrong = ~missing & ~values.map(
+        lambda value: isinstance(value, KINDS) and not isinstance(value, bool | np.bool_)
+    ).astype(bool)
     if wrong.any():
         row = int(wrong.to_numpy().argmax())
-        raise _fault(source, row, column.name, repr(values[row]), "must be a text, a number or a date")
+        raise _fault(
+            source, row, column.name, repr(values[row]), "must be a text, a number or a date"
+        )
     text = values.mask(missing, "").map(_written)
-    _refuse(text.str.contains(HALF), text, source, "holds half of a character (a lone surrogate), which no file can hold; cut it off")
+    _refuse(
+        text.str.contains(HALF),
+        text,
+        source,
+        "holds half of a character (a lone surrogate), which no file can hold; cut it off",
+    )
     text = text.str.replace("[\0\ufeff]", " ", regex=True).str.split().str.join(" ")
     filled = text[text != ""]
-    return text.str.removesuffix(".0") if len(filled) and filled.str.fullmatch(r"-?\d+\.0").all() else text
+    return (
+        text.str.removesuffix(".0")
+        if len(filled) and filled.str.fullmatch(r"-?\d+\.0").all()
+        else text
+    )
 
 
 KINDS = (str, int, float, np.integer, np.floating, Decimal, date, pd.Period)
@@ -217,30 +309,54 @@ def _written(value: Any) -> str:
 
 def _ids(rows: pd.DataFrame, column: str, source: str) -> pd.Series:
     ids = rows[column]
-    _refuse(ids.str.fullmatch(ROUNDED), ids, source, "is a number without its last digits; ids must be text or whole numbers")
-    _refuse(ids.str.fullmatch(NO_ID), ids, source, "is no id; it must be text other than NA or null, without a quote at the start")
+    _refuse(
+        ids.str.fullmatch(ROUNDED),
+        ids,
+        source,
+        "is a number without its last digits; ids must be text or whole numbers",
+    )
+    _refuse(
+        ids.str.fullmatch(NO_ID),
+        ids,
+        source,
+        "is no id; it must be text other than NA or null, without a quote at the start",
+    )
     return ids
 
 
 def _times(text: pd.Series, source: str) -> pd.Series:
-    """Numbers as they are, dates as seconds since 1970, in the first way to read them that serves for most rows.
+    """Numbers as they are, dates as seconds since 1970, in the first way to read them that serves
+    for most rows.
 
-    What is written must fix the order of the events: no dates that may be of day or of month first, no mix of units or of time zones.
+    What is written must fix the order of the events: no dates that may be of day or of month first,
+    no mix of units or of time zones.
     """
-    _refuse(text.str.fullmatch(NO_DATE, flags=re.IGNORECASE), text, source, "has no date; it must be one, or a number")
+    _refuse(
+        text.str.fullmatch(NO_DATE, flags=re.IGNORECASE),
+        text,
+        source,
+        "has no date; it must be one, or a number",
+    )
     times = pd.to_numeric(text, errors="coerce")
     times = times.where(times.abs() < float("inf")) if times.dtype.kind == "f" else times
     if 2 * times.count() >= len(text):
         unit = _unit(times, text, source)
     else:
         unit, times = "seconds", _dates(text, source)
-    _refuse(times.isna(), text, source, "is no time; it must be a number, or a date such as 2024-01-31 18:05, written alike in all rows")
+    _refuse(
+        times.isna(),
+        text,
+        source,
+        "is no time; it must be a number, or a date such as 2024-01-31 18:05, written alike in "
+        "all rows",
+    )
     second = UNITS.get(unit, 0) / UNITS["seconds"]
     outside = ~times.between(86_400 * second, 4_102_444_800 * second) & bool(unit)
     if outside.any():
         row = int(outside.to_numpy().argmax())
         warnings.warn(
-            f"{source}, row {row + 2}, column {text.name!r}: {text[row]!r} and {int(outside.sum()) - 1:,} further times are not "
+            f"{source}, row {row + 2}, column {text.name!r}: {text[row]!r} and "
+            f"{int(outside.sum()) - 1:,} further times are not "
             "between 1970-01-02 and 2100; is a missing time written so?",
             stacklevel=3,
         )
@@ -249,36 +365,60 @@ def _times(text: pd.Series, source: str) -> pd.Series:
 
 def _unit(times: pd.Series, text: pd.Series, source: str) -> str:
     """The one of :data:`UNITS` that numbers look like, or none."""
-    units = {unit: times.abs().between(about / 10, about * 10, inclusive="left") for unit, about in UNITS.items()}
+    units = {
+        unit: times.abs().between(about / 10, about * 10, inclusive="left")
+        for unit, about in UNITS.items()
+    }
     one, *others = [unit for unit, rows in units.items() if rows.any()] or [""]
     for other in others:
-        _refuse_both(units[one], units[other], text, source, f"looks like {one}", f"like {other}; all must be of one unit")
+        _refuse_both(
+            units[one],
+            units[other],
+            text,
+            source,
+            f"looks like {one}",
+            f"like {other}; all must be of one unit",
+        )
     return one
 
 
 def _dates(text: pd.Series, source: str) -> pd.Series:
     """Seconds since 1970, NaN where there is no date."""
     zone = text.str.contains(ZONE)
-    _refuse_both(zone, ~zone & text.str.contains(":"), text, source, "has a time zone", "has none; all must, or none")
+    _refuse_both(
+        zone,
+        ~zone & text.str.contains(":"),
+        text,
+        source,
+        "has a time zone",
+        "has none; all must, or none",
+    )
     read = [_read_dates(text, "ISO8601")]
     if 2 * read[0].count() <= len(text):
         read += [_read_dates(text, form) for form in _forms(text[0])]
     whole = [dates for dates in read if dates.notna().all()]
     for other in whole[1:]:
-        _refuse(whole[0] != other, text, source, "may have the day or the month first; dates must be written as 2024-01-31")
+        _refuse(
+            whole[0] != other,
+            text,
+            source,
+            "may have the day or the month first; dates must be written as 2024-01-31",
+        )
     return (max(read, key=pd.Series.count) - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
 
 
 def _read_dates(text: pd.Series, form: str) -> pd.Series:
     dates = pd.to_datetime(text, errors="coerce", utc=True, format=form)
-    return dates.where(dates.dt.year.between(1678, 2261))  # what 64 bits of nanoseconds hold, and all that pandas 2 reads
+    # what 64 bits of nanoseconds hold, and all that pandas 2 reads
+    return dates.where(dates.dt.year.between(1678, 2261))
 
 
 def _forms(date: str) -> list[str]:
     """How a date may be written, with the month first or the day."""
     halves = re.search(r"\s?[ap]m$", date, re.IGNORECASE)
     half = halves[0] if halves else ""  # pandas does not guess that there are two
-    day = re.sub(r"(?<!\d)(\d)(?!\d)", r"0\1", date.removesuffix(half))  # it knows 03:04, but not 3:04
+    # it knows 03:04, but not 3:04
+    day = re.sub(r"(?<!\d)(\d)(?!\d)", r"0\1", date.removesuffix(half))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the day stands first
         forms = {guess_datetime_format(day, dayfirst=dayfirst) or "" for dayfirst in (False, True)}
@@ -286,10 +426,18 @@ def _forms(date: str) -> list[str]:
     return [form.replace("%H", "%I") + half[:-2] + "%p" for form in whole] if half else whole
 
 
-def _refuse_both(some: pd.Series, others: pd.Series, text: pd.Series, source: str, one: str, other: str) -> None:
+def _refuse_both(
+    some: pd.Series, others: pd.Series, text: pd.Series, source: str, one: str, other: str
+) -> None:
     if some.any() and others.any():
         first, second = (int(rows.to_numpy().argmax()) for rows in (some, others))
-        raise _fault(source, first, text.name, repr(text[first]), f"{one}, and {text[second]!r} in row {second + 2} {other}")
+        raise _fault(
+            source,
+            first,
+            text.name,
+            repr(text[first]),
+            f"{one}, and {text[second]!r} in row {second + 2} {other}",
+        )
 
 
 def _refuse(wrong: pd.Series, text: pd.Series, source: str, why: str) -> None:
@@ -299,31 +447,64 @@ def _refuse(wrong: pd.Series, text: pd.Series, source: str, why: str) -> None:
 
 
 def _fault(source: str, row: int, column: object, value: str, why: str) -> UserError:
-    return UserError(f"{source}, row {row + 2} (the header is row 1), column {column!r}: {value} {why}.")
+    return UserError(
+        f"{source}, row {row + 2} (the header is row 1), column {column!r}: {value} {why}."
+    )
 
 
 def _moment(seconds: float) -> str:
     """A date, where the number is likely to be seconds since 1970."""
-    return str(pd.Timestamp(seconds, unit="s").date()) if 1e8 <= abs(seconds) < 1e10 else f"{seconds:g}"
+    return (
+        str(pd.Timestamp(seconds, unit="s").date())
+        if 1e8 <= abs(seconds) < 1e10
+        else f"{seconds:g}"
+    )
 
 
 @endings()
 def main() -> None:
     """Read two CSV files, write two atomic files, print one line."""
     parser = argparse.ArgumentParser(
-        prog="python -m recbole_sdpo.data.atomic", description="RecBole atomic files from two CSV files.", allow_abbrev=False
+        prog="python -m recbole_sdpo.data.atomic",
+        description="RecBole atomic files from two CSV files.",
+        allow_abbrev=False,
     )
     parser.add_argument("--events", required=True, help="CSV file with a row for each event")
     parser.add_argument("--items", required=True, help="CSV file with a row for each item")
     parser.add_argument("--name", required=True, help="of the dataset, such as shop")
-    parser.add_argument("--output", default="data", help="folder in which that of the dataset is made (default: data)")
+    parser.add_argument(
+        "--output",
+        default="data",
+        help="folder in which that of the dataset is made (default: data)",
+    )
     parser.add_argument("--user", default="user_id", help="column of the events (default: user_id)")
-    parser.add_argument("--item", default="item_id", help="column of the events, and of the items unless --item_key (default: item_id)")
-    parser.add_argument("--item_key", help="column of the items that holds the item, if its name differs from that in the events")
-    parser.add_argument("--time", default="timestamp", help="column of the events: a number or a date (default: timestamp)")
-    parser.add_argument("--title", action="append", help="column of the items (default: title); give it again for further columns")
-    parser.add_argument("--separator", help=r"between the columns of both files, such as ';' or \t (default: the one the header shows)")
-    parser.add_argument("--encoding", help="of both files, such as cp1252 or gb18030 (default: UTF-8)")
+    parser.add_argument(
+        "--item",
+        default="item_id",
+        help="column of the events, and of the items unless --item_key (default: item_id)",
+    )
+    parser.add_argument(
+        "--item_key",
+        help="column of the items that holds the item, if its name differs from that in the events",
+    )
+    parser.add_argument(
+        "--time",
+        default="timestamp",
+        help="column of the events: a number or a date (default: timestamp)",
+    )
+    parser.add_argument(
+        "--title",
+        action="append",
+        help="column of the items (default: title); give it again for further columns",
+    )
+    parser.add_argument(
+        "--separator",
+        help=r"between the columns of both files, such as ';' or \t (default: the one the header "
+        r"shows)",
+    )
+    parser.add_argument(
+        "--encoding", help="of both files, such as cp1252 or gb18030 (default: UTF-8)"
+    )
     args = vars(parser.parse_args())
     try:
         with warnings.catch_warnings(record=True) as caught:

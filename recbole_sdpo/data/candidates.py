@@ -1,4 +1,5 @@
-"""Candidate sets that are the same for every model: drawn once, before any model is built, and fingerprinted."""
+"""Candidate sets that are the same for every model: drawn once, before any model is built, and
+fingerprinted."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ from recbole_sdpo.random import generator, recbole_draws
 class PopulationSampler(AbstractSampler):
     """RecBole's distributions over a given population of items.
 
-    RecBole's own counts popularity over what the model's kind of dataset holds and takes its exponent from the training
-    negatives, so that two models would meet candidates of two distributions.
+    RecBole's own counts popularity over what the model's kind of dataset holds and takes its
+    exponent from the training negatives, so that two models would meet candidates of two
+    distributions.
 
     Args:
         population: an item id for each interaction.
@@ -46,7 +48,8 @@ class PopulationSampler(AbstractSampler):
 
 
 class FrozenCandidates:
-    """Takes a sampler's place in an evaluation loader and gives each target the same negatives every time.
+    """Takes a sampler's place in an evaluation loader and gives each target the same negatives
+    every time.
 
     Attributes:
         phase: ``valid`` or ``test``.
@@ -54,23 +57,38 @@ class FrozenCandidates:
         negatives: int64 ``[T, N]``.
     """
 
-    def __init__(self, phase: str, user: np.ndarray, target: np.ndarray, negatives: np.ndarray) -> None:
+    def __init__(
+        self, phase: str, user: np.ndarray, target: np.ndarray, negatives: np.ndarray
+    ) -> None:
         self.phase, self.user, self.target, self.negatives = phase, user, target, negatives
         self._items = 1 + int(target.max(initial=0))
         self._pairs = user * self._items + target
         self._order = np.argsort(self._pairs)
 
-    def sample_by_user_ids(self, user_ids: Sequence[int], item_ids: Sequence[int], num: int) -> torch.Tensor:
-        """The frozen negatives in RecBole's layout: the first of every target, then the second of every target, …"""
+    def sample_by_user_ids(
+        self, user_ids: Sequence[int], item_ids: Sequence[int], num: int
+    ) -> torch.Tensor:
+        """The frozen negatives in RecBole's layout: the first of every target, then the second
+        of every target, …"""
         user, target = np.asarray(user_ids, np.int64), np.asarray(item_ids, np.int64)
         wanted = user * self._items + target
-        rows = self._order[np.minimum(np.searchsorted(self._pairs, wanted, sorter=self._order), len(self._order) - 1)]
+        rows = self._order[
+            np.minimum(
+                np.searchsorted(self._pairs, wanted, sorter=self._order), len(self._order) - 1
+            )
+        ]
         if (self.user[rows] != user).any() or (self.target[rows] != target).any():
             raise KeyError("A target was asked for that the candidates were not frozen for.")
         return torch.from_numpy(self.negatives[rows, :num].T.reshape(-1).copy())
 
 
-def freeze(loader: AbstractDataLoader, parts: Sequence[Dataset], catalogue: Catalogue, seed: int, exclude_history: bool = True) -> None:
+def freeze(
+    loader: AbstractDataLoader,
+    parts: Sequence[Dataset],
+    catalogue: Catalogue,
+    seed: int,
+    exclude_history: bool = True,
+) -> None:
     """Give ``loader`` frozen candidates, if it samples any.
 
     Args:
@@ -80,13 +98,16 @@ def freeze(loader: AbstractDataLoader, parts: Sequence[Dataset], catalogue: Cata
         exclude_history: draw no item that the user has met.
 
     Raises:
-        ValueError: a user has too few items left for the number of negatives that RecBole's mode asks for.
+        ValueError: a user has too few items left for the number of negatives that RecBole's mode
+            asks for.
     """
     if not samples_candidates(loader) or isinstance(loader._sampler, FrozenCandidates):
         return
     dataset, phase, args = loader._dataset, loader._sampler.phase, loader.neg_sample_args
     rows = dataset.inter_feat
-    pairs = np.unique(np.stack([rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()]), axis=1)
+    pairs = np.unique(
+        np.stack([rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()]), axis=1
+    )
     user, target = pairs
     met = met_items(*parts)
     sampler = NegativeSampler(
@@ -96,13 +117,16 @@ def freeze(loader: AbstractDataLoader, parts: Sequence[Dataset], catalogue: Cata
         f"eval_args.mode={loader.config['eval_args']['mode'][phase]!r}",
     )
     with recbole_draws(seed, "candidates", phase):
-        loader._sampler = FrozenCandidates(phase, user, target, sampler.draw(user, target, args["sample_num"]))
+        loader._sampler = FrozenCandidates(
+            phase, user, target, sampler.draw(user, target, args["sample_num"])
+        )
 
 
 class TargetEvalDataLoader(NegSampleEvalDataLoader):
     """RecBole's loader, but that each target is ranked on its own.
 
-    RecBole ranks a user's targets together, against each other and the negatives of all, whatever history each has.
+    RecBole ranks a user's targets together, against each other and the negatives of all, whatever
+    history each has.
     """
 
     def _init_batch_size_and_step(self) -> None:
@@ -114,17 +138,25 @@ class TargetEvalDataLoader(NegSampleEvalDataLoader):
         super()._init_batch_size_and_step()
 
 
-def evaluation_loader(loader: AbstractDataLoader, phase: str, limit: int | None, seed: int) -> AbstractDataLoader:
-    """RecBole's loader, which must not be frozen yet, with each target ranked on its own, and with ``limit`` of the targets.
+def evaluation_loader(
+    loader: AbstractDataLoader, phase: str, limit: int | None, seed: int
+) -> AbstractDataLoader:
+    """RecBole's loader, which must not be frozen yet, with each target ranked on its own, and with
+    ``limit`` of the targets.
 
     Args:
         phase: ``valid`` or ``test``.
-        seed: by which the targets are drawn, the same ones for every model that has the same targets.
+        seed: by which the targets are drawn, the same ones for every model that has the same
+            targets.
     """
     dataset, rows = loader._dataset, loader._dataset.inter_feat
     if limit is not None and limit < len(rows):
-        # By who is asked for what, in the data's own ids: the order of the rows is another for each kind of model.
-        user, item = (dataset.field2id_token[field][rows[field].numpy()] for field in (dataset.uid_field, dataset.iid_field))
+        # By who is asked for what, in the data's own ids: the order of the rows is another for each
+        # kind of model.
+        user, item = (
+            dataset.field2id_token[field][rows[field].numpy()]
+            for field in (dataset.uid_field, dataset.iid_field)
+        )
         drawn = generator(seed, "evaluation targets", phase).choice(len(rows), limit, replace=False)
         dataset = dataset.copy(rows[np.sort(np.lexsort((item, user))[drawn])])
     elif not samples_candidates(loader):
@@ -134,7 +166,8 @@ def evaluation_loader(loader: AbstractDataLoader, phase: str, limit: int | None,
 
 
 def with_mode(loader: AbstractDataLoader, mode: str) -> AbstractDataLoader:
-    """A loader of the same targets as ``loader``, which must not be frozen yet, for another evaluation mode, such as ``pop19``."""
+    """A loader of the same targets as ``loader``, which must not be frozen yet, for another
+    evaluation mode, such as ``pop19``."""
     config = copy.copy(loader.config)
     args = config["eval_args"] | {"mode": {"valid": mode, "test": mode}}
     config.final_config_dict = config.final_config_dict | {"eval_args": args}
@@ -146,11 +179,14 @@ def with_mode(loader: AbstractDataLoader, mode: str) -> AbstractDataLoader:
 
 def samples_candidates(loader: AbstractDataLoader) -> bool:
     """Does this loader rank a target among sampled items (and not among all)?"""
-    return isinstance(loader, NegSampleDataLoader) and loader.neg_sample_args["sample_num"] != "none"
+    return (
+        isinstance(loader, NegSampleDataLoader) and loader.neg_sample_args["sample_num"] != "none"
+    )
 
 
 def fingerprint(*loaders: AbstractDataLoader) -> str:
-    """sha256 over who is asked for what against what, in the data's own ids: equal for equal candidates.
+    """sha256 over who is asked for what against what, in the data's own ids: equal for equal
+    candidates.
 
     A loader that ranks the whole catalogue counts with all its items.
     """
@@ -159,13 +195,23 @@ def fingerprint(*loaders: AbstractDataLoader) -> str:
         dataset = loader._dataset
         if isinstance(loader._sampler, FrozenCandidates):
             frozen = loader._sampler
-            user, items = frozen.user, np.concatenate([frozen.target[:, None], frozen.negatives], axis=1)
+            user, items = (
+                frozen.user,
+                np.concatenate([frozen.target[:, None], frozen.negatives], axis=1),
+            )
         else:
             rows = dataset.inter_feat
             user, items = rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()[:, None]
-        user_token, item_token = dataset.field2id_token[dataset.uid_field], dataset.field2id_token[dataset.iid_field]
-        if isinstance(loader, FullSortEvalDataLoader):  # its candidates are all items that there are
+        user_token, item_token = (
+            dataset.field2id_token[dataset.uid_field],
+            dataset.field2id_token[dataset.iid_field],
+        )
+        # its candidates are all items that there are
+        if isinstance(loader, FullSortEvalDataLoader):
             digest.update("\n".join(sorted(item_token[1:])).encode())
-        lines = sorted("\t".join([str(number), user_token[u], *item_token[row]]) for u, row in zip(user, items, strict=True))
+        lines = sorted(
+            "\t".join([str(number), user_token[u], *item_token[row]])
+            for u, row in zip(user, items, strict=True)
+        )
         digest.update("\n".join(lines).encode())
     return digest.hexdigest()

@@ -17,17 +17,22 @@ from recbole.data.dataset import Dataset
 from recbole_sdpo.data.tables import read_table
 from recbole_sdpo.errors import UserError
 
-# Articles that catalogues move behind the title: "Godfather, The", "Enfants du paradis, Les (Children of Paradise)".
-ARTICLE = re.compile(r"^(?P<rest>.+), (?P<article>The|A|An|Les|Le|La|L'|Il|Lo|I|Gli|El|Los|Las|Der|Die|Das|Det|Den|De)(?= \(|$)")
+# Articles that catalogues move behind the title: "Godfather, The", "Enfants du paradis, Les
+# (Children of Paradise)".
+ARTICLE = re.compile(
+    r"^(?P<rest>.+), "
+    r"(?P<article>The|A|An|Les|Le|La|L'|Il|Lo|I|Gli|El|Los|Las|Der|Die|Das|Det|Den|De)(?= \(|$)"
+)
 
 
 class NoTitles(UserError):
-    """There is no file of titles, or not the column: what only a model that reads titles cannot do without."""
+    """There is no file of titles, or not the column: what only a model that reads titles cannot
+    do without."""
 
 
 def folded(text: str) -> str:
-    """``text`` without what makes no difference between titles: case, the kind and number of blanks, and compatible forms of
-    characters (Unicode NFKC)."""
+    """``text`` without what makes no difference between titles: case, the kind and number of
+    blanks, and compatible forms of characters (Unicode NFKC)."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -37,7 +42,8 @@ class Catalogue:
 
     Attributes:
         titles: a title for each item; id 0 is RecBole's padding and has an empty one.
-        untitled: int64, the ids whose ``.item`` row was missing or empty; their title is ``"item <token>"``.
+        untitled: int64, the ids whose ``.item`` row was missing or empty; their title is ``"item
+            <token>"``.
     """
 
     titles: tuple[str, ...]
@@ -45,8 +51,12 @@ class Catalogue:
 
     @cached_property
     def group(self) -> np.ndarray:
-        """int64 ``[items]``: items of one title, :func:`folded`, have one number. Padding has number 0, alone."""
-        _, inverse = np.unique(np.array([folded(title) for title in self.titles[1:]], dtype=object), return_inverse=True)
+        """int64 ``[items]``: items of one title, :func:`folded`, have one number. Padding has
+        number 0, alone."""
+        _, inverse = np.unique(
+            np.array([folded(title) for title in self.titles[1:]], dtype=object),
+            return_inverse=True,
+        )
         return np.concatenate([[0], inverse + 1]).astype(np.int64)
 
     @property
@@ -55,22 +65,29 @@ class Catalogue:
         return int((np.bincount(self.group)[1:] > 1).sum())
 
     def describe(self) -> str:
-        """One line for the log: how many items, how many without a title, how many titles shared."""
+        """One line for the log: how many items, how many without a title, how many titles
+        shared."""
         return (
-            f"{len(self.titles) - 1} items; {len(self.untitled)} without a title, called 'item <id>'; {self.shared} titles "
-            "shared by several items (case and blanks aside), which never meet in one candidate set nor, where all items are "
+            f"{len(self.titles) - 1} items; {len(self.untitled)} without a title, called 'item "
+            f"<id>'; {self.shared} titles "
+            "shared by several items (case and blanks aside), which never meet in one candidate "
+            "set nor, where all items are "
             "ranked, count against each other"
         )
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset, fields: Sequence[str], article_first: bool = True) -> Catalogue:
+    def from_dataset(
+        cls, dataset: Dataset, fields: Sequence[str], article_first: bool = True
+    ) -> Catalogue:
         """Read the titles of ``dataset``'s items from its ``.item`` file.
 
-        The file is read here and not through RecBole's ``load_col``, which would filter interactions and hand the fields
-        to models that use every loaded feature: the data of the baselines stays as it is.
+        The file is read here and not through RecBole's ``load_col``, which would filter
+        interactions and hand the fields to models that use every loaded feature: the data of the
+        baselines stays as it is.
 
         Args:
-            fields: columns that make up a title. What follows the first goes in parentheses: "Alien (1979)".
+            fields: columns that make up a title. What follows the first goes in parentheses: "Alien
+                (1979)".
             article_first: read "Godfather, The" as "The Godfather".
 
         Raises:
@@ -83,7 +100,9 @@ class Catalogue:
         if article_first:
             names = names.map(_article_first)
         for field in fields[1:]:
-            names = names.where(parts[field].eq("") | names.eq(""), names + " (" + parts[field] + ")")
+            names = names.where(
+                parts[field].eq("") | names.eq(""), names + " (" + parts[field] + ")"
+            )
         by_token = names[names.ne("")].to_dict()
         tokens = dataset.field2id_token[dataset.iid_field]
         titles = tuple(by_token.get(token, f"item {token}") for token in tokens[1:])
@@ -102,11 +121,14 @@ def _article_first(title: str) -> str:
     if match is None:
         return title
     article = match["article"]
-    return f"{article}{'' if article.endswith(chr(39)) else ' '}{match['rest']}{title[match.end() :]}"
+    return (
+        f"{article}{'' if article.endswith(chr(39)) else ' '}{match['rest']}{title[match.end() :]}"
+    )
 
 
 def read_items(dataset: Dataset, fields: Sequence[str]) -> pd.DataFrame:
-    """The wanted columns of the ``.item`` file as text, by the item's id in the data; of several rows of one item the first.
+    """The wanted columns of the ``.item`` file as text, by the item's id in the data; of several
+    rows of one item the first.
 
     Raises:
         UserError: the file cannot be read, or is not there, or lacks a column (then ``NoTitles``).
@@ -114,23 +136,30 @@ def read_items(dataset: Dataset, fields: Sequence[str]) -> pd.DataFrame:
     path = Path(dataset.dataset_path, f"{dataset.dataset_name}.item")
     if not path.is_file():
         raise NoTitles(
-            f"title_fields={list(fields)} needs the file {path}, which does not exist; it is a RecBole atomic file with "
+            f"title_fields={list(fields)} needs the file {path}, which does not exist; it is a "
+            "RecBole atomic file with "
             f"the columns {dataset.iid_field}:token and, for each title field, <field>:token_seq."
         )
     table = read_table(path, dataset.config["field_separator"], dataset.config["encoding"])
     missing = [field for field in (dataset.iid_field, *fields) if field not in table.types]
     if missing:
         valid = ", ".join(sorted(set(table.types) - {dataset.iid_field}))
-        raise NoTitles(f"title_fields={list(fields)}: {path} has no column {missing[0]!r}; it must be one of {valid or 'none'}.")
+        raise NoTitles(
+            f"title_fields={list(fields)}: {path} has no column {missing[0]!r}; it must be one of "
+            f"{valid or 'none'}."
+        )
     for field in fields:
         table.check_quotes(field)
-    frame = pd.DataFrame({field: table.text(field) for field in fields}, index=table.ids(dataset.iid_field))
+    frame = pd.DataFrame(
+        {field: table.text(field) for field in fields}, index=table.ids(dataset.iid_field)
+    )
     first = ~frame.index.duplicated()
     differs = ~first & (frame.to_numpy() != frame[first].loc[frame.index].to_numpy()).any(1)
     if differs.any():
         row = int(differs.argmax())
         getLogger().warning(
-            f"{table.at(row, fields[0])}: item {frame.index[row]!r} has another title in an earlier line, which counts "
+            f"{table.at(row, fields[0])}: item {frame.index[row]!r} has another title in an "
+            "earlier line, which counts "
             f"({differs.sum():,} such lines)."
         )
     return frame[first]

@@ -69,9 +69,7 @@ class File:
             return {}
         keep = self.types if wanted == "*" else wanted
         return {
-            field: kind
-            for field, kind in self.types.items()
-            if field in keep and field not in out
+            field: kind for field, kind in self.types.items() if field in keep and field not in out
         }
 
     @property

@@ -1,7 +1,8 @@
-"""RecBole's ``Dataset``, but that files are read as they are written, events stand in their order, and what is missing is said.
+"""RecBole's ``Dataset``, but that files are read as they are written, events stand in their order,
+and what is missing is said.
 
-RecBole finds the classes of its models' data by name, so the methods of its own classes are replaced, for every model and
-route: :func:`install`.
+RecBole finds the classes of its models' data by name, so the methods of its own classes are
+replaced, for every model and route: :func:`install`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ PICKLES = ("dataset_save_path", "dataloaders_save_path", "save_dataset", "save_d
 def create_dataset(config: Config) -> Dataset:
     """The dataset that ``config`` asks for, from its files.
 
-    RecBole's function unpickles a file of ``checkpoint_dir`` instead, unasked, if there is one: that runs code, and what it
-    holds need not be what the files hold now.
+    RecBole's function unpickles a file of ``checkpoint_dir`` instead, unasked, if there is one:
+    that runs code, and what it holds need not be what the files hold now.
 
     Raises:
         UserError: a file or a setting of the data is wrong, or a setting asks for a pickle.
@@ -42,17 +43,24 @@ def create_dataset(config: Config) -> Dataset:
     for key in PICKLES:
         if config[key]:
             raise UserError(
-                f"{key}={config[key]!r}: a saved dataset of RecBole is a pickle, which runs code as it is loaded and does not follow its "
+                f"{key}={config[key]!r}: a saved dataset of RecBole is a pickle, which runs code "
+                "as it is loaded and does not follow its "
                 "files; leave the setting out, and the files are read."
             )
     module = importlib.import_module("recbole.data.dataset")
-    kinds = {ModelType.SEQUENTIAL: "SequentialDataset", ModelType.KNOWLEDGE: "KnowledgeBasedDataset"}
-    kind = getattr(module, f"{config['model']}Dataset", None) or getattr(module, kinds.get(config["MODEL_TYPE"], "Dataset"))
+    kinds = {
+        ModelType.SEQUENTIAL: "SequentialDataset",
+        ModelType.KNOWLEDGE: "KnowledgeBasedDataset",
+    }
+    kind = getattr(module, f"{config['model']}Dataset", None) or getattr(
+        module, kinds.get(config["MODEL_TYPE"], "Dataset")
+    )
     return kind(config)
 
 
 def data_preparation(config: Config, dataset: Dataset) -> tuple:
-    """RecBole's loaders for training, validation and test, split from ``dataset``; none are loaded from a file.
+    """RecBole's loaders for training, validation and test, split from ``dataset``; none are loaded
+    from a file.
 
     Raises:
         UserError: there is too little to split.
@@ -69,12 +77,21 @@ def user_histories(dataset: Dataset) -> dict[str, np.ndarray]:
     tokens, events = dataset.field2id_token[dataset.uid_field], dataset.inter_feat
     if dataset.benchmark_filename_list is None:
         events = events.sort_values(dataset.time_field, kind="stable")
-        return {tokens[user]: items.to_numpy() for user, items in events.groupby(dataset.uid_field)[dataset.iid_field]}
+        return {
+            tokens[user]: items.to_numpy()
+            for user, items in events.groupby(dataset.uid_field)[dataset.iid_field]
+        }
     met: dict[str, list[int]] = {}
-    for user, past, item in zip(events[dataset.uid_field], events[list_field(dataset.config)], events[dataset.iid_field], strict=True):
+    for user, past, item in zip(
+        events[dataset.uid_field],
+        events[list_field(dataset.config)],
+        events[dataset.iid_field],
+        strict=True,
+    ):
         history, shown = met.setdefault(tokens[user], []), list(past)
-        # A row goes on where an earlier one ended, or shows the end of that, or tells of another session. Where the longest come
-        # first, as in files of sessions, the others are parts of it.
+        # A row goes on where an earlier one ended, or shows the end of that, or tells of another
+        # session. Where the longest come first, as in files of sessions, the others are parts of
+        # it.
         if _holds(history, [*shown, item]):
             continue
         if shown[: len(history)] == history:
@@ -87,38 +104,62 @@ def user_histories(dataset: Dataset) -> dict[str, np.ndarray]:
 
 def _holds(history: list[int], part: list[int]) -> bool:
     """Do the items of ``part`` stand in ``history`` one after another?"""
-    return any(history[start : start + len(part)] == part for start in range(len(history) - len(part) + 1))
+    return any(
+        history[start : start + len(part)] == part for start in range(len(history) - len(part) + 1)
+    )
 
 
 def install() -> None:
     """Replace the methods of RecBole's ``Dataset``."""
-    for method in (_load_data, _load_feat, _set_alias, _fill_nan, _remove_duplication, _reset_index, _change_feat_format, build):
+    for method in (
+        _load_data,
+        _load_feat,
+        _set_alias,
+        _fill_nan,
+        _remove_duplication,
+        _reset_index,
+        _change_feat_format,
+        build,
+    ):
         setattr(Dataset, method.__name__, method)
 
 
-RECBOLE = {name: getattr(Dataset, name) for name in ("_load_data", "_set_alias", "_reset_index", "_change_feat_format", "build")}
+RECBOLE = {
+    name: getattr(Dataset, name)
+    for name in ("_load_data", "_set_alias", "_reset_index", "_change_feat_format", "build")
+}
 """The methods as RecBole has them, which ours call."""
 
 
 def _load_data(self: Dataset, token: str, dataset_path: str) -> None:
-    """As RecBole's, once files and columns are there; RecBole would fetch some datasets from the network, and may ask on standard input."""
+    """As RecBole's, once files and columns are there; RecBole would fetch some datasets from the
+    network, and may ask on standard input."""
     check_columns(self.config)
-    if self.benchmark_filename_list is not None and "split" in self.config.external_config_dict.get("eval_args", {}):
-        getLogger().warning("eval_args.split has no effect on files of benchmark_filename, which are split already.")
+    if self.benchmark_filename_list is not None and "split" in self.config.external_config_dict.get(
+        "eval_args", {}
+    ):
+        getLogger().warning(
+            "eval_args.split has no effect on files of benchmark_filename, which are split already."
+        )
     RECBOLE["_load_data"](self, token, dataset_path)
 
 
 def _load_feat(self: Dataset, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
     """As RecBole's, by a reader that takes text as it is written.
 
-    RecBole's takes quotes for those of CSV, "NA" for nothing, and a line with fewer fields for one that has them.
+    RecBole's takes quotes for those of CSV, "NA" for nothing, and a line with fewer fields for one
+    that has them.
     """
     load, unload = self._get_load_and_unload_col(source)
     if load == set():
         return None
     table = read_table(Path(filepath), self.config["field_separator"], self.config["encoding"])
     name = source.value if isinstance(source, FeatureSource) else source
-    wanted = [field for field in table.types if (load is None or field in load) and field not in (unload or ())]
+    wanted = [
+        field
+        for field in table.types
+        if (load is None or field in load) and field not in (unload or ())
+    ]
     columns = {}
     for field in wanted:
         kind = FeatureType(table.types[field])
@@ -133,13 +174,17 @@ def _load_feat(self: Dataset, filepath: str, source: FeatureSource | str) -> pd.
         self.logger.warning(f"No columns has been loaded from [{source}]")
         return None
     # As they are: pandas 3 would make its own kind of text of Python's.
-    return pd.DataFrame({field: pd.Series(column, dtype=column.dtype) for field, column in columns.items()})
+    return pd.DataFrame(
+        {field: pd.Series(column, dtype=column.dtype) for field, column in columns.items()}
+    )
 
 
 def _column(self: Dataset, table: Table, field: str, source: str) -> Any:
     kind = self.field2type[field] if source != "link" else FeatureType(table.types[field])
     if kind == FeatureType.FLOAT:
-        return table.numbers(field, needed=source == "inter" and field == self.time_field and by_time(self.config))
+        return table.numbers(
+            field, needed=source == "inter" and field == self.time_field and by_time(self.config)
+        )
     if kind == FeatureType.TOKEN:
         if field in (self.uid_field, self.iid_field):
             return table.ids(field)
@@ -148,26 +193,39 @@ def _column(self: Dataset, table: Table, field: str, source: str) -> Any:
     rows = table.sequences(field, self.config["seq_separator"])
     length, past = max(map(len, rows)), source == "inter" and field == list_field(self.config)
     if past:
-        table.refuse(np.array([len(row) == 0 for row in rows]), field, "is no history; it must have one item or more")
+        table.refuse(
+            np.array([len(row) == 0 for row in rows]),
+            field,
+            "is no history; it must have one item or more",
+        )
     limit = (self.config["seq_len"] or {}).get(field, length)
     if limit < length:
         if past:
-            raise UserError(f"seq_len={self.config['seq_len']} would cut the end of histories; MAX_ITEM_LIST_LENGTH cuts their start.")
+            raise UserError(
+                f"seq_len={self.config['seq_len']} would cut the end of histories; "
+                "MAX_ITEM_LIST_LENGTH cuts their start."
+            )
         rows = [row[:limit] for row in rows]
     self.field2seqlen[field] = min(length, limit)
     return pd.Series(rows, dtype=object)
 
 
 def _set_alias(self: Dataset, alias_name: str, default_value: list) -> None:
-    """As RecBole's; the histories of files that are split already hold items, whether or not ``alias_of_item_id`` says so."""
+    """As RecBole's; the histories of files that are split already hold items, whether or not
+    ``alias_of_item_id`` says so."""
     past = list_field(self.config)
-    if alias_name == "item_id" and self.benchmark_filename_list is not None and past in self.field2type:
+    if (
+        alias_name == "item_id"
+        and self.benchmark_filename_list is not None
+        and past in self.field2type
+    ):
         default_value = [*default_value, past]
     RECBOLE["_set_alias"](self, alias_name, default_value)
 
 
 def _fill_nan(self: Dataset) -> None:
-    """As RecBole's, which fills a column in place: from pandas 3 on, that fills a copy, and what is missing stays so."""
+    """As RecBole's, which fills a column in place: from pandas 3 on, that fills a copy, and what
+    is missing stays so."""
     for name in self.feat_name_list:
         frame = getattr(self, name)
         for field, column in frame.items():
@@ -181,30 +239,41 @@ def _fill_nan(self: Dataset) -> None:
 
 
 def _remove_duplication(self: Dataset) -> None:
-    """As RecBole's, but that events of one time stand as in the file; RecBole sorts in a way that leaves their order to the processor."""
+    """As RecBole's, but that events of one time stand as in the file; RecBole sorts in a way
+    that leaves their order to the processor."""
     keep = self.config["rm_dup_inter"]
     if keep is None:
         return
     if self.time_field in self.inter_feat:
         self.inter_feat = self.inter_feat.sort_values(self.time_field, kind="stable")
     else:
-        getLogger().warning(f"rm_dup_inter={keep!r} goes by the order in the file: no time is loaded.")
+        getLogger().warning(
+            f"rm_dup_inter={keep!r} goes by the order in the file: no time is loaded."
+        )
     self.inter_feat = self.inter_feat.drop_duplicates([self.uid_field, self.iid_field], keep=keep)
 
 
 def _reset_index(self: Dataset) -> None:
     """As RecBole's, with an error that names the filters."""
     if any(getattr(self, name).empty for name in self.feat_name_list):
-        active = ", ".join(f"{key}={self.config[key]!r}" for key in FILTERS if str(self.config[key]) not in map(str, UNFILTERED))
-        raise UserError(f"dataset={self.dataset_name!r}: nothing is left after the filters; make them wider ({active or 'load_col'}).")
+        active = ", ".join(
+            f"{key}={self.config[key]!r}"
+            for key in FILTERS
+            if str(self.config[key]) not in map(str, UNFILTERED)
+        )
+        raise UserError(
+            f"dataset={self.dataset_name!r}: nothing is left after the filters; make them wider "
+            f"({active or 'load_col'})."
+        )
     RECBOLE["_reset_index"](self)
 
 
 def _change_feat_format(self: Dataset) -> None:
-    """As RecBole's, but that time, by which it sorts, keeps all its digits until :func:`build` has split the events.
+    """As RecBole's, but that time, by which it sorts, keeps all its digits until :func:`build` has
+    split the events.
 
-    RecBole casts it to float32 before it sorts: events of one minute are ties. Reported nowhere that we found; dataset.py,
-    line 2204.
+    RecBole casts it to float32 before it sorts: events of one minute are ties. Reported nowhere
+    that we found; dataset.py, line 2204.
     """
     frame, time, sequential = self.inter_feat, self.time_field, isinstance(self, SequentialDataset)
     exact = None
@@ -216,7 +285,9 @@ def _change_feat_format(self: Dataset) -> None:
         _warn_of_ties(frame[self.uid_field].to_numpy(), exact.view(len(frame), -1)[:, 0].numpy())
     if self.benchmark_filename_list is not None:
         past = list_field(self.config)
-        self.histories = list(frame[past]) if past in frame else [np.empty(0, np.int64)] * len(frame)
+        self.histories = (
+            list(frame[past]) if past in frame else [np.empty(0, np.int64)] * len(frame)
+        )
         if sequential:
             _cut_histories(self)
     with warnings.catch_warnings():
@@ -227,18 +298,33 @@ def _change_feat_format(self: Dataset) -> None:
         self.inter_feat[time] = exact
     if self.benchmark_filename_list is not None and sequential:
         for field, rows in self.inter_feat.interaction.items():
-            if rows.ndim == 2:  # RecBole's rows are as wide as the longest history, which some models' need not be
-                self.inter_feat[field] = torch.nn.functional.pad(rows, (0, self.max_item_list_len - rows.shape[1]))
+            # RecBole's rows are as wide as the longest history, which some models' need not be
+            if rows.ndim == 2:
+                self.inter_feat[field] = torch.nn.functional.pad(
+                    rows, (0, self.max_item_list_len - rows.shape[1])
+                )
 
 
 def _check_size(self: Dataset) -> None:
-    """Remember how much there is, for :func:`_check_parts`, and refuse what RecBole stumbles over before it has split."""
-    self._events, self._most = len(self.inter_feat), int(np.bincount(self.inter_feat[self.uid_field]).max())
+    """Remember how much there is, for :func:`_check_parts`, and refuse what RecBole stumbles
+    over before it has split."""
+    self._events, self._most = (
+        len(self.inter_feat),
+        int(np.bincount(self.inter_feat[self.uid_field]).max()),
+    )
     if self.item_num < 3:
-        raise UserError(f"dataset={self.dataset_name!r} has one item; it must have two or more, to rank one above another.")
-    if self.benchmark_filename_list is None and isinstance(self, SequentialDataset) and self._most < 2:
         raise UserError(
-            f"dataset={self.dataset_name!r}: each of the {self.user_num - 1:,} users has one event; there must be four to train, "
+            f"dataset={self.dataset_name!r} has one item; it must have two or more, to rank one "
+            "above another."
+        )
+    if (
+        self.benchmark_filename_list is None
+        and isinstance(self, SequentialDataset)
+        and self._most < 2
+    ):
+        raise UserError(
+            f"dataset={self.dataset_name!r}: each of the {self.user_num - 1:,} users has one "
+            "event; there must be four to train, "
             "validate and test on one."
         )
 
@@ -249,16 +335,20 @@ def _warn_of_ties(user: np.ndarray, time: np.ndarray) -> None:
     if tied.any():
         users = len(np.unique(user[order][1:][tied]))
         getLogger().warning(
-            f"{tied.sum():,} of {len(user):,} events, of {users:,} users, have the time of the one before them; they stand as "
+            f"{tied.sum():,} of {len(user):,} events, of {users:,} users, have the time of the "
+            "one before them; they stand as "
             "in the file."
         )
 
 
 def _cut_histories(self: Dataset) -> None:
-    """Of each history in files that are split already the last ``MAX_ITEM_LIST_LENGTH`` items, as where RecBole makes them itself."""
+    """Of each history in files that are split already the last ``MAX_ITEM_LIST_LENGTH`` items,
+    as where RecBole makes them itself."""
     frame, longest, suffix = self.inter_feat, self.max_item_list_len, self.config["LIST_SUFFIX"]
     for field in [f"{field}{suffix}" for field in frame if f"{field}{suffix}" in frame]:
-        frame[field] = pd.Series([row[-longest:] for row in frame[field]], index=frame.index, dtype=object)
+        frame[field] = pd.Series(
+            [row[-longest:] for row in frame[field]], index=frame.index, dtype=object
+        )
         self.field2seqlen[field] = longest
     frame[self.item_list_length_field] = frame[self.item_list_length_field].clip(upper=longest)
 
@@ -270,7 +360,11 @@ def build(self: Dataset) -> list[Dataset]:
         UserError: there is too little to split.
     """
     parts = RECBOLE["build"](self)
-    times = (self.time_field, f"{self.time_field}{self.config['LIST_SUFFIX']}") if by_time(self.config) else ()
+    times = (
+        (self.time_field, f"{self.time_field}{self.config['LIST_SUFFIX']}")
+        if by_time(self.config)
+        else ()
+    )
     for dataset in (self, *parts):
         for field in times:
             if field in dataset.inter_feat:
@@ -291,28 +385,43 @@ def _check_parts(self: Dataset, parts: Sequence[Dataset]) -> None:
     for number in kept if self.benchmark_filename_list is None else ():
         if len(parts[number]) == 0:
             what = ("train", "validate", "test")[number]
-            need = "; of each user, it takes four events (three for models that know no sequence) to have one for each part"
+            need = (
+                "; of each user, it takes four events (three for models that know no sequence) to "
+                "have one for each part"
+            )
             raise UserError(
-                f"dataset={self.dataset_name!r}: with eval_args.split={split} there is nothing to {what} on, of {self._events:,} events of "
-                f"{self.user_num - 1:,} users, who have {self._most:,} at most{need if 'LS' in split else '; give more events'}."
+                f"dataset={self.dataset_name!r}: with eval_args.split={split} there is nothing to "
+                f"{what} on, of {self._events:,} events of "
+                f"{self.user_num - 1:,} users, who have {self._most:,} at "
+                f"most{need if 'LS' in split else '; give more events'}."
             )
     if isinstance(self, SequentialDataset):
         return
-    pairs = [np.stack([part.inter_feat[field].numpy() for field in (self.uid_field, self.iid_field)]) for part in parts]
-    distribution = [self.config[f"{phase}_neg_sample_args"]["distribution"] for phase in ("train", "valid", "test")]
+    pairs = [
+        np.stack([part.inter_feat[field].numpy() for field in (self.uid_field, self.iid_field)])
+        for part in parts
+    ]
+    distribution = [
+        self.config[f"{phase}_neg_sample_args"]["distribution"]
+        for phase in ("train", "valid", "test")
+    ]
     if not self.config["repeatable"] and set(distribution) != {"none"}:
         user = np.unique(np.concatenate(pairs, axis=1), axis=1)[0]
         met = np.bincount(user)
         if met.max() >= self.item_num - 1:
             name = self.field2id_token[self.uid_field][met.argmax()]
             raise UserError(
-                f"user {str(name)!r} has met all {self.item_num - 1} items, and no negative is left to draw; leave such users out, with "
+                f"user {str(name)!r} has met all {self.item_num - 1} items, and no negative is "
+                "left to draw; leave such users out, with "
                 f"user_inter_num_interval='[0,{met.max() - 1}]' or narrower."
             )
     if self.benchmark_filename_list is not None:
-        shown, asked = (set(map(tuple, np.stack(of).T)) for of in (parts[0].histories_met, pairs[0]))
+        shown, asked = (
+            set(map(tuple, np.stack(of).T)) for of in (parts[0].histories_met, pairs[0])
+        )
         if unseen := len(shown - asked):
             getLogger().warning(
-                f"{self.config['model']} knows no sequence and trains on the {len(pairs[0].T):,} events of the training file; {unseen:,} "
+                f"{self.config['model']} knows no sequence and trains on the {len(pairs[0].T):,} "
+                f"events of the training file; {unseen:,} "
                 "further ones, which only its histories hold, it does not see."
             )

@@ -1,4 +1,5 @@
-"""Training batches: prompts, and for each target the items to score, the target first and its negatives after it."""
+"""Training batches: prompts, and for each target the items to score, the target first and its
+negatives after it."""
 
 from __future__ import annotations
 
@@ -25,10 +26,14 @@ class Examples(Protocol):
     targets: np.ndarray
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
-        """About how many tokens each tree takes, int64 ``[trees]``; ``lengths`` are the tokens of each unit."""
+        """About how many tokens each tree takes, int64 ``[trees]``; ``lengths`` are the tokens
+        of each unit."""
 
-    def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
-        """The prompts of ``trees`` and the items to score, ``[T, 1 + K]``; what is drawn depends on seed and purpose."""
+    def batch(
+        self, trees: np.ndarray, seed: int, *purpose: str | int
+    ) -> tuple[Prompts, np.ndarray]:
+        """The prompts of ``trees`` and the items to score, ``[T, 1 + K]``; what is drawn depends
+        on seed and purpose."""
 
 
 @dataclass
@@ -50,7 +55,9 @@ class HistoryExamples:
     negatives: int
 
     def __post_init__(self) -> None:
-        self.prompts = history_windows(training_sequences(self.dataset), self.window, self.units.header)
+        self.prompts = history_windows(
+            training_sequences(self.dataset), self.window, self.units.header
+        )
         self.targets = np.bincount(self.prompts.tree, minlength=len(self.prompts))
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
@@ -60,18 +67,23 @@ class HistoryExamples:
         branch = _negative_length(self.sampler, self.prompts.user, self.prompts.target, lengths) - 1
         return (trunk + self.targets * self.negatives * branch).astype(np.int64)
 
-    def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
+    def batch(
+        self, trees: np.ndarray, seed: int, *purpose: str | int
+    ) -> tuple[Prompts, np.ndarray]:
         prompts = self.prompts.select(trees)
         items = prompts.target[:, None]
         if self.sampler is not None and self.negatives:
             with recbole_draws(seed, "negatives", *purpose):
-                items = np.concatenate([items, self.sampler.draw(prompts.user, prompts.target, self.negatives)], axis=1)
+                items = np.concatenate(
+                    [items, self.sampler.draw(prompts.user, prompts.target, self.negatives)], axis=1
+                )
         return prompts, items
 
 
 @dataclass
 class CandidateExamples:
-    """``candidates`` style: a prompt for each target, with the candidates in its text; the negatives are among them.
+    """``candidates`` style: a prompt for each target, with the candidates in its text; the
+    negatives are among them.
 
     Args:
         candidates: how many stand in the text, the target included.
@@ -86,22 +98,43 @@ class CandidateExamples:
     def __post_init__(self) -> None:
         rows = self.dataset.inter_feat
         self.histories = histories(rows, self.dataset.config)
-        self.user, self.target = rows[self.dataset.uid_field].numpy(), rows[self.dataset.iid_field].numpy()
+        self.user, self.target = (
+            rows[self.dataset.uid_field].numpy(),
+            rows[self.dataset.iid_field].numpy(),
+        )
         self.targets = np.ones(len(self.target), np.int64)
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
         title = _negative_length(self.sampler, self.user, self.target, lengths)
         history = segment_sums(lengths[self.histories.values], self.histories.lengths)
-        template = np.mean([lengths[[part for part in template if not isinstance(part, str)]].sum() for template in self.units.templates])
+        template = np.mean(
+            [
+                lengths[[part for part in template if not isinstance(part, str)]].sum()
+                for template in self.units.templates
+            ]
+        )
         return (history + (self.candidates + self.negatives) * title + template).astype(np.int64)
 
-    def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
+    def batch(
+        self, trees: np.ndarray, seed: int, *purpose: str | int
+    ) -> tuple[Prompts, np.ndarray]:
         user, target = self.user[trees], self.target[trees]
         with recbole_draws(seed, "negatives", *purpose):
             drawn = self.sampler.draw(user, target, self.candidates - 1)
-        shown = generator(seed, "order", *purpose).permuted(np.concatenate([target[:, None], drawn], axis=1), axis=1)
-        template = generator(seed, "templates", *purpose).integers(len(self.units.templates), size=len(trees))
-        prompts = candidate_prompts(self.histories.take(trees), Ragged.from_matrix(shown), target, user, self.units, template)
+        shown = generator(seed, "order", *purpose).permuted(
+            np.concatenate([target[:, None], drawn], axis=1), axis=1
+        )
+        template = generator(seed, "templates", *purpose).integers(
+            len(self.units.templates), size=len(trees)
+        )
+        prompts = candidate_prompts(
+            self.histories.take(trees),
+            Ragged.from_matrix(shown),
+            target,
+            user,
+            self.units,
+            template,
+        )
         return prompts, np.concatenate([target[:, None], drawn[:, : self.negatives]], axis=1)
 
 
@@ -119,12 +152,17 @@ class FixedExamples:
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
         return self._examples.sizes(lengths)
 
-    def batch(self, trees: np.ndarray, seed: int, *purpose: str | int) -> tuple[Prompts, np.ndarray]:
+    def batch(
+        self, trees: np.ndarray, seed: int, *purpose: str | int
+    ) -> tuple[Prompts, np.ndarray]:
         return self.prompts.select(trees), self.items[self.prompts.target_index(trees)]
 
 
-def _negative_length(sampler: NegativeSampler, user: np.ndarray, target: np.ndarray, lengths: np.ndarray) -> float:
-    """Mean tokens of a negative's title, from one for each of some targets; what users have not met is often long and rare."""
+def _negative_length(
+    sampler: NegativeSampler, user: np.ndarray, target: np.ndarray, lengths: np.ndarray
+) -> float:
+    """Mean tokens of a negative's title, from one for each of some targets; what users have not
+    met is often long and rare."""
     some = np.linspace(0, len(user) - 1, min(len(user), 2000)).astype(np.int64)
     with recbole_draws(0, "sizes"):
         return float(lengths[sampler.draw(user[some], target[some], 1)].mean())

@@ -1,4 +1,5 @@
-"""Negatives from RecBole's samplers: distinct, of distinct titles, and never an item that the user has met."""
+"""Negatives from RecBole's samplers: distinct, of distinct titles, and never an item that the
+user has met."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from recbole_sdpo.errors import UserError
 class NegativeSampler:
     """Draws negatives for users and targets.
 
-    RecBole's samplers may repeat an item, draw an item of the history (``repeatable``), or one that reads like the target.
-    Here a sampler of RecBole proposes, by its own distribution, and what may not be is drawn anew.
+    RecBole's samplers may repeat an item, draw an item of the history (``repeatable``), or one that
+    reads like the target. Here a sampler of RecBole proposes, by its own distribution, and what may
+    not be is drawn anew.
 
     Args:
         sampler: a sampler of RecBole, whose ``sampling`` proposes item ids.
@@ -36,7 +38,8 @@ class NegativeSampler:
         self._met = np.unique(users * self._groups + self.catalogue.group[items])
 
     def draw(self, user: np.ndarray, target: np.ndarray, number: int) -> np.ndarray:
-        """``number`` negatives for each of the given users and targets, int64 ``[len(user), number]``.
+        """``number`` negatives for each of the given users and targets, int64 ``[len(user),
+        number]``.
 
         Raises:
             UserError: a user has fewer than ``number`` items to draw from.
@@ -66,13 +69,20 @@ class NegativeSampler:
         else:
             drawable = np.unique(self.catalogue.group[1:])
         met_user, met_title = np.divmod(self._met, self._groups)
-        pool = len(drawable) - np.bincount(met_user[_is_in(met_title, drawable)], minlength=int(user.max(initial=0)) + 1)[user]
+        pool = (
+            len(drawable)
+            - np.bincount(
+                met_user[_is_in(met_title, drawable)], minlength=int(user.max(initial=0)) + 1
+            )[user]
+        )
         title = self.catalogue.group[target]
         pool = pool - (_is_in(title, drawable) & ~_is_in(user * self._groups + title, self._met))
         if len(pool) and pool.min() < number:
             raise UserError(
-                f"{self.setting} asks for {number} negatives of distinct titles, but for user number {user[pool.argmin()]} "
-                f"only {pool.min()} are left that the user has not met; ask for at most {pool.min()}, or leave such users out "
+                f"{self.setting} asks for {number} negatives of distinct titles, but for user "
+                f"number {user[pool.argmin()]} "
+                f"only {pool.min()} are left that the user has not met; ask for at most "
+                f"{pool.min()}, or leave such users out "
                 "with user_inter_num_interval."
             )
 

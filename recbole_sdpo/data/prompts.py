@@ -21,7 +21,11 @@ SLOTS = ("{history}", "{candidates}")
 
 def template_file(name: str) -> Path:
     """Where the templates lie that ``prompt_templates`` names, if there are such."""
-    return config_file(name) if Path(name).suffix in (".yaml", ".yml") else TEMPLATE_FOLDER / f"{name}.yaml"
+    return (
+        config_file(name)
+        if Path(name).suffix in (".yaml", ".yml")
+        else TEMPLATE_FOLDER / f"{name}.yaml"
+    )
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class Templates:
 
     Attributes:
         header: what opens a prompt of the ``history`` style.
-        candidates: templates of the ``candidates`` style; each has ``{history}`` and ``{candidates}`` once. The first is
-            the one used at evaluation.
+        candidates: templates of the ``candidates`` style; each has ``{history}`` and
+            ``{candidates}`` once. The first is the one used at evaluation.
     """
 
     header: str
@@ -51,18 +55,33 @@ class Templates:
             raise UserError(f"prompt_templates={name!r} must be one of {known}, or a .yaml file.")
         content = read_yaml(path)
         templates = content.get("candidates") if isinstance(content, dict) else None
-        texts = [content.get("header"), *templates] if isinstance(templates, list) and templates else [None]
-        if not all(isinstance(text, str) for text in texts) or set(content) != {"header", "candidates"}:
-            raise UserError(f"prompt_templates={name!r} must hold the keys 'header' (text) and 'candidates' (a list of texts).")
+        texts = (
+            [content.get("header"), *templates]
+            if isinstance(templates, list) and templates
+            else [None]
+        )
+        if not all(isinstance(text, str) for text in texts) or set(content) != {
+            "header",
+            "candidates",
+        }:
+            raise UserError(
+                f"prompt_templates={name!r} must hold the keys 'header' (text) and 'candidates' "
+                "(a list of texts)."
+            )
         for template in templates:
             if any(template.count(slot) != 1 for slot in SLOTS):
-                raise UserError(f"prompt_templates={name!r}: each of {SLOTS} must occur once in {template!r}.")
+                raise UserError(
+                    f"prompt_templates={name!r}: each of {SLOTS} must occur once in {template!r}."
+                )
             if template.lstrip().startswith(SLOTS):
                 raise UserError(f"prompt_templates={name!r}: {template!r} must begin with text.")
-        return cls(content["header"].strip() + "\n", tuple(t.strip() + "\n" for t in content["candidates"]))
+        return cls(
+            content["header"].strip() + "\n", tuple(t.strip() + "\n" for t in content["candidates"])
+        )
 
     def of_style(self, style: str) -> Templates:
-        """What prompts of ``history`` or ``candidates`` style use, so that nothing else comes into a vocabulary made for them."""
+        """What prompts of ``history`` or ``candidates`` style use, so that nothing else comes
+        into a vocabulary made for them."""
         return Templates(self.header, () if style == "history" else self.candidates)
 
 
@@ -70,7 +89,8 @@ class Templates:
 class Prompts:
     """A batch of prompts, as units, and the targets asked of them.
 
-    A unit is a title with its terminator, numbered by its item, or a piece of a template, numbered from ``Units.header`` on.
+    A unit is a title with its terminator, numbered by its item, or a piece of a template, numbered
+    from ``Units.header`` on.
 
     Attributes:
         trunks: the units of each trunk.
@@ -93,11 +113,23 @@ class Prompts:
         """The prompts of the given trees, in that order, with their targets."""
         targets = self.target_index(trees)
         tree = np.repeat(np.arange(len(trees)), np.bincount(self.tree, minlength=len(self))[trees])
-        return Prompts(self.trunks.take(trees), tree, self.before[targets], self.target[targets], self.user[targets])
+        return Prompts(
+            self.trunks.take(trees),
+            tree,
+            self.before[targets],
+            self.target[targets],
+            self.user[targets],
+        )
 
     def target_index(self, trees: np.ndarray) -> np.ndarray:
         """Which targets, by number in this batch, ``select(trees)`` holds, in its order."""
-        return Ragged(np.argsort(self.tree, kind="stable"), np.bincount(self.tree, minlength=len(self))).take(trees).values
+        return (
+            Ragged(
+                np.argsort(self.tree, kind="stable"), np.bincount(self.tree, minlength=len(self))
+            )
+            .take(trees)
+            .values
+        )
 
 
 class Units:
@@ -128,8 +160,8 @@ class Units:
 def history_windows(sequences: Sequences, window: int, header: int) -> Prompts:
     """``history`` prompts in which every training target is asked for once.
 
-    A window holds at most ``window`` titles and moves on by half of that, so that each target has a history of between
-    half a window and a window, shorter only at the start of its sequence.
+    A window holds at most ``window`` titles and moves on by half of that, so that each target has a
+    history of between half a window and a window, shorter only at the start of its sequence.
 
     Args:
         window: titles in a window, at least 2.
@@ -137,7 +169,8 @@ def history_windows(sequences: Sequences, window: int, header: int) -> Prompts:
     """
     step = window // 2
     length, opening = sequences.items.lengths, sequences.history
-    # The first window of a sequence ends here, with at least one target; each further one ends a step later.
+    # The first window of a sequence ends here, with at least one target; each further one ends a
+    # step later.
     first_stop = np.minimum(np.maximum(window, opening + 1), length)
     windows = 1 - (first_stop - length) // step
     owner, number = np.repeat(np.arange(len(length)), windows), places(windows)
@@ -148,19 +181,33 @@ def history_windows(sequences: Sequences, window: int, header: int) -> Prompts:
     asked = stop - first_target
     tree = np.repeat(np.arange(len(owner)), asked)
     place = places(asked) + (first_target - start)[tree]
-    return Prompts(_with_header(shown, header), tree, place + 1, shown.values[shown.starts[tree] + place], sequences.user[owner][tree])
+    return Prompts(
+        _with_header(shown, header),
+        tree,
+        place + 1,
+        shown.values[shown.starts[tree] + place],
+        sequences.user[owner][tree],
+    )
 
 
-def history_prompts(histories: Ragged, target: np.ndarray, user: np.ndarray, header: int) -> Prompts:
+def history_prompts(
+    histories: Ragged, target: np.ndarray, user: np.ndarray, header: int
+) -> Prompts:
     """One ``history`` prompt for each row of ``histories``."""
     trunks = _with_header(histories, header)
     return Prompts(trunks, np.arange(len(trunks)), trunks.lengths, target, user)
 
 
 def candidate_prompts(
-    histories: Ragged, candidates: Ragged, target: np.ndarray, user: np.ndarray, units: Units, template: np.ndarray
+    histories: Ragged,
+    candidates: Ragged,
+    target: np.ndarray,
+    user: np.ndarray,
+    units: Units,
+    template: np.ndarray,
 ) -> Prompts:
-    """One ``candidates`` prompt for each row: template, history and the candidates in the order given.
+    """One ``candidates`` prompt for each row: template, history and the candidates in the order
+    given.
 
     Args:
         candidates: of each row, already shuffled.
@@ -170,7 +217,10 @@ def candidate_prompts(
     for number, layout in enumerate(units.templates):
         mine = np.flatnonzero(template == number)
         fill = {"{history}": histories.take(mine), "{candidates}": candidates.take(mine)}
-        parts = [fill[p] if isinstance(p, str) else Ragged.from_matrix(np.full((len(mine), 1), p)) for p in layout]
+        parts = [
+            fill[p] if isinstance(p, str) else Ragged.from_matrix(np.full((len(mine), 1), p))
+            for p in layout
+        ]
         by_template.append(parts[0].beside(*parts[1:]))
         rows.append(mine)
     trunks = Ragged.stack(by_template).take(np.argsort(np.concatenate(rows)))
@@ -182,7 +232,8 @@ def _with_header(rows: Ragged, header: int) -> Ragged:
 
 
 def batches(sizes: np.ndarray, budget: int, order: Sequence[int] | None = None) -> list[np.ndarray]:
-    """Cut rows into batches whose padded size (longest row times rows) stays within ``budget``; a longer row goes alone.
+    """Cut rows into batches whose padded size (longest row times rows) stays within ``budget``; a
+    longer row goes alone.
 
     Args:
         sizes: int ``[rows]``, tokens in each row.

@@ -19,7 +19,8 @@ class Sequences:
     Attributes:
         items: a row of item ids for each sequence, oldest first.
         user: int64 ``[sequences]``, the user of each.
-        history: int64 ``[sequences]``, how many items open the sequence without being targets; all others are.
+        history: int64 ``[sequences]``, how many items open the sequence without being targets; all
+            others are.
     """
 
     items: Ragged
@@ -33,17 +34,20 @@ class Sequences:
 
 
 def histories(rows: Interaction, config: Config) -> Ragged:
-    """The item lists of RecBole's rows (a dataset's ``inter_feat``, or a batch), without their padding."""
+    """The item lists of RecBole's rows (a dataset's ``inter_feat``, or a batch), without their
+    padding."""
     lists = rows[config["ITEM_ID_FIELD"] + config["LIST_SUFFIX"]].cpu().numpy()
     lengths = rows[config["ITEM_LIST_LENGTH_FIELD"]].cpu().numpy().astype(np.int64)
     return Ragged(lists[np.arange(lists.shape[1]) < lengths[:, None]].astype(np.int64), lengths)
 
 
 def training_sequences(dataset: Dataset) -> Sequences:
-    """Chain the rows (history, target) of a sequential dataset: a row that continues the one before it extends its sequence.
+    """Chain the rows (history, target) of a sequential dataset: a row that continues the one before
+    it extends its sequence.
 
-    RecBole makes a row of each target with its history cut to ``MAX_ITEM_LIST_LENGTH``; this undoes it, so that one pass
-    over a sequence serves all its targets. Rows that continue nothing start a sequence of their own.
+    RecBole makes a row of each target with its history cut to ``MAX_ITEM_LIST_LENGTH``; this undoes
+    it, so that one pass over a sequence serves all its targets. Rows that continue nothing start a
+    sequence of their own.
     """
     rows = dataset.inter_feat
     user = rows[dataset.uid_field].numpy()
@@ -65,7 +69,8 @@ def training_sequences(dataset: Dataset) -> Sequences:
 
 
 def _extends(past: Ragged, target: np.ndarray, longest: int) -> np.ndarray:
-    """Is each row's history the row before's and its target, cut to the ``longest`` last items? bool ``[rows - 1]``."""
+    """Is each row's history the row before's and its target, cut to the ``longest`` last items?
+    bool ``[rows - 1]``."""
     before = past.padded(0, longest + 1)
     before[np.arange(len(target)), past.lengths] = target
     full = (past.lengths == longest)[:-1, None]
@@ -74,14 +79,16 @@ def _extends(past: Ragged, target: np.ndarray, longest: int) -> np.ndarray:
 
 
 def last_targets(dataset: Dataset) -> Dataset:
-    """``dataset`` with only the last row of each user, the latest that was split off for training."""
+    """``dataset`` with only the last row of each user, the latest that was split off for
+    training."""
     user = dataset.inter_feat[dataset.uid_field].numpy()
     _, from_end = np.unique(user[::-1], return_index=True)
     return dataset.copy(dataset.inter_feat[np.sort(len(user) - 1 - from_end)])
 
 
 def met_items(*datasets: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct (user, item) pairs of the given parts of a split, histories included, as two int64 arrays.
+    """The distinct (user, item) pairs of the given parts of a split, histories included, as two
+    int64 arrays.
 
     A sequential dataset never has a user's first item as a target, only in histories.
     """

@@ -9,10 +9,12 @@ from recbole.data.dataset import SequentialDataset
 
 
 class ServedDataset(SequentialDataset):
-    """RecBole's dataset, but that a user need not have so many events as training asks for, and an item none.
+    """RecBole's dataset, but that a user need not have so many events as training asks for, and an
+    item none.
 
-    Filters that say which events count, and which items, hold as in training. ``user_inter_num_interval`` only says of whom a
-    model can learn: it counts in how many events an item has, and leaves nobody out here.
+    Filters that say which events count, and which items, hold as in training.
+    ``user_inter_num_interval`` only says of whom a model can learn: it counts in how many events an
+    item has, and leaves nobody out here.
 
     Attributes:
         users_left_out: for each user whose events a filter leaves out, its name.
@@ -34,7 +36,9 @@ class ServedDataset(SequentialDataset):
         ):
             before = self.inter_feat[self.uid_field].unique()
             step()
-            self.users_left_out |= dict.fromkeys(set(before) - set(self.inter_feat[self.uid_field]), key)
+            self.users_left_out |= dict.fromkeys(
+                set(before) - set(self.inter_feat[self.uid_field]), key
+            )
         self._reset_index()
 
     def _filter_by_inter_num(self) -> None:
@@ -42,17 +46,23 @@ class ServedDataset(SequentialDataset):
         super()._filter_by_inter_num()
         self.inter_feat = events[~events[self.iid_field].isin(self.items_left_out)]
 
-    def _get_illegal_ids_by_inter_num(self, field: str, *args: object, **kwargs: object) -> set[str]:
+    def _get_illegal_ids_by_inter_num(
+        self, field: str, *args: object, **kwargs: object
+    ) -> set[str]:
         illegal = super()._get_illegal_ids_by_inter_num(field, *args, **kwargs)
         if field == self.iid_field:
             self.items_left_out |= illegal
         return illegal
 
     def add_items(self, tokens: Iterable[str]) -> None:
-        """Number the items of the ``.item`` file that have no event, after those that have, unless a filter leaves them out."""
+        """Number the items of the ``.item`` file that have no event, after those that have,
+        unless a filter leaves them out."""
         interval = self._parse_intervals_str(self.config["item_inter_num_interval"])
         if self.item_feat is not None or (interval and not self._within_intervals(0, interval)):
-            return  # RecBole has numbered and filtered the items of the file, or wants events of each
+            # RecBole has numbered and filtered the items of the file, or wants events of each
+            return
         numbered = self.field2id_token[self.iid_field]
         known = {*numbered, *self.items_left_out, ""}
-        self.field2id_token[self.iid_field] = np.append(numbered, [token for token in tokens if token not in known])
+        self.field2id_token[self.iid_field] = np.append(
+            numbered, [token for token in tokens if token not in known]
+        )

@@ -1,4 +1,5 @@
-"""An experiment as a YAML file: which models, with which settings and seeds, on which candidates."""
+"""An experiment as a YAML file: which models, with which settings and seeds, on which
+candidates."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class Entry:
         name: in tables and figures.
         model: ``SDPO-LLM``, or any model of RecBole.
         settings: over those of the experiment.
-        vary: a setting and its values; the entry then stands for one row a value, and a figure shows them all.
+        vary: a setting and its values; the entry then stands for one row a value, and a figure
+            shows them all.
         tune: settings and the values that ``--tune`` tries.
         axis: of one row of such an entry: the entry's name, the setting and its value.
     """
@@ -60,16 +62,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment's YAML file holds; its keys are these names, and ``base``, a file beside it whose keys it changes.
+    """What an experiment's YAML file holds; its keys are these names, and ``base``, a file beside
+    it whose keys it changes.
 
     Attributes:
         title: over the report.
         dataset: its name.
         runs: the rows of the table, before ``vary`` is expanded.
         seeds: every row is run with each.
-        candidates: evaluation modes; all models are stopped by the first, and chosen for each by its own validation.
+        candidates: evaluation modes; all models are stopped by the first, and chosen for each by
+            its own validation.
         metrics: columns of the table; the first is the one that improvement is given in.
-        baselines: names of the rows to compare with; by default those of other models than SDPO-LLM, or else the first row.
+        baselines: names of the rows to compare with; by default those of other models than
+            SDPO-LLM, or else the first row.
         settings: of all runs.
         tries: how many settings ``--tune`` tries for each entry.
     """
@@ -112,24 +117,47 @@ class Experiment:
         _check_name("title", self.title)
         _check_list(self.seeds, "seeds", "whole numbers, 0 or more and below 2^32", _is_seed)
         modes = "modes such as full, uni19 or pop19"
-        _check_list(self.candidates, "candidates", modes, lambda mode: isinstance(mode, str) and bool(re.fullmatch(MODE, mode)))
-        _check_list(self.metrics, "metrics", "names of metrics such as NDCG@5", lambda metric: isinstance(metric, str))
+        _check_list(
+            self.candidates,
+            "candidates",
+            modes,
+            lambda mode: isinstance(mode, str) and bool(re.fullmatch(MODE, mode)),
+        )
+        _check_list(
+            self.metrics,
+            "metrics",
+            "names of metrics such as NDCG@5",
+            lambda metric: isinstance(metric, str),
+        )
         for metric in self.metrics:
             metric_of_targets(metric, pd.DataFrame({"rank": [1]}))
-            if metric.lower() in OF_ANSWERS and not any(entry.model == MODEL for entry in self.runs):
-                raise UserError(f"metric {metric!r} needs a run of {MODEL}, which alone writes answers; leave it out.")
+            if metric.lower() in OF_ANSWERS and not any(
+                entry.model == MODEL for entry in self.runs
+            ):
+                raise UserError(
+                    f"metric {metric!r} needs a run of {MODEL}, which alone writes answers; leave "
+                    "it out."
+                )
         if self.tries < 1:
             raise UserError(f"tries={self.tries} must be 1 or more.")
-        for where, settings in [("settings", self.settings), *((f"run {entry.name!r}", entry.settings) for entry in self.runs)]:
+        for where, settings in [
+            ("settings", self.settings),
+            *((f"run {entry.name!r}", entry.settings) for entry in self.runs),
+        ]:
             _check_settings(where, settings)
         for entry in self.runs:
             _check_name("the name of run", entry.name)
             if len(entry.vary) > 1:
-                raise UserError(f"run {entry.name!r} varies {', '.join(entry.vary)}; one setting at a time can be varied.")
+                raise UserError(
+                    f"run {entry.name!r} varies {', '.join(entry.vary)}; one setting at a time "
+                    "can be varied."
+                )
             for part, lists in (("vary", entry.vary), ("tune", entry.tune)):
                 for key, values in lists.items():
                     _check_list(values, f"{part}.{key} of run {entry.name!r}", "values")
-                    _check_settings(f"{part} of run {entry.name!r}", dict.fromkeys([key], values[0]))
+                    _check_settings(
+                        f"{part} of run {entry.name!r}", dict.fromkeys([key], values[0])
+                    )
         names = [entry.name for entry in self.entries()]
         for name in names:
             _check_name("the name of a varied run", name)
@@ -140,7 +168,10 @@ class Experiment:
             _check_list(self.baselines, "baselines", "names of runs")
         for name in self.baselines:
             if name not in names:
-                raise UserError(f"baselines name {name!r}, which is no run; it must be one of {', '.join(names)}.")
+                raise UserError(
+                    f"baselines name {name!r}, which is no run; it must be one of "
+                    f"{', '.join(names)}."
+                )
 
     def entries(self) -> list[Entry]:
         """The rows of the table."""
@@ -154,7 +185,11 @@ class Experiment:
     def baseline_names(self) -> list[str]:
         """The rows that the others are compared with."""
         entries = self.entries()
-        return self.baselines or [entry.name for entry in entries if entry.model != MODEL] or [entries[0].name]
+        return (
+            self.baselines
+            or [entry.name for entry in entries if entry.model != MODEL]
+            or [entries[0].name]
+        )
 
 
 @dataclass(frozen=True)
@@ -177,7 +212,9 @@ class Run:
     inputs: Inputs | None = None
 
 
-def plan(experiment: Experiment, seeds: list[int] | None = None, entries: list[Entry] | None = None) -> list[Run]:
+def plan(
+    experiment: Experiment, seeds: list[int] | None = None, entries: list[Entry] | None = None
+) -> list[Run]:
     """All runs of an experiment, seed by seed; alignments of one SFT begin from the same run of it.
 
     Raises:
@@ -186,13 +223,16 @@ def plan(experiment: Experiment, seeds: list[int] | None = None, entries: list[E
     rows = experiment.entries() if entries is None else entries
     logging.disable(logging.WARNING)  # each run says again in its own log what it is warned of
     try:
-        return [_run(experiment, entry, seed) for seed in seeds or experiment.seeds for entry in rows]
+        return [
+            _run(experiment, entry, seed) for seed in seeds or experiment.seeds for entry in rows
+        ]
     finally:
         logging.disable(logging.NOTSET)
 
 
 def grid(entry: Entry, tries: int) -> list[Settings]:
-    """The settings that ``--tune`` tries for ``entry``, ``tries`` of them, spread evenly over the product of its values.
+    """The settings that ``--tune`` tries for ``entry``, ``tries`` of them, spread evenly over the
+    product of its values.
 
     Raises:
         UserError: the product has fewer.
@@ -200,7 +240,8 @@ def grid(entry: Entry, tries: int) -> list[Settings]:
     points = [dict(zip(entry.tune, values)) for values in itertools.product(*entry.tune.values())]
     if len(points) < tries:
         raise UserError(
-            f"run {entry.name!r} gives {len(points)} settings to tune, and every model gets tries={tries}; add values, or lower tries."
+            f"run {entry.name!r} gives {len(points)} settings to tune, and every model gets "
+            f"tries={tries}; add values, or lower tries."
         )
     return [points[number * len(points) // tries] for number in range(tries)]
 
@@ -215,7 +256,12 @@ def with_settings(entry: Entry, settings: Settings) -> Entry:
 
 def _with(entry: Entry, key: str, value: Any) -> Entry:
     row = with_settings(entry, {key: value})
-    return replace(row, name=f"{entry.name}, {key.split('.')[-1]} = {value}", vary={}, axis=(entry.name, key, value))
+    return replace(
+        row,
+        name=f"{entry.name}, {key.split('.')[-1]} = {value}",
+        vary={},
+        axis=(entry.name, key, value),
+    )
 
 
 def _put(settings: Settings, key: str, value: Any) -> Settings:
@@ -256,8 +302,13 @@ def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
     if entry.model == MODEL and not config.settings.sft_checkpoint:
         alone = _of_sft(settings, config.settings.prompt_style)
         if config.settings.reaches_alignment:
-            # What suits the scores after alignment does not suit those before, and an SFT is chosen by its scores as they are.
-            start = _resolved(replace(entry, name=f"SFT of {entry.name}"), dataset, alone | {"popularity_discount": 0.0})
+            # What suits the scores after alignment does not suit those before, and an SFT is chosen
+            # by its scores as they are.
+            start = _resolved(
+                replace(entry, name=f"SFT of {entry.name}"),
+                dataset,
+                alone | {"popularity_discount": 0.0},
+            )
         elif settings != alone:
             return _resolved(entry, dataset, alone)
     inputs = Inputs.of(config)
@@ -269,7 +320,10 @@ def _check_targets(config: RunConfig) -> None:
     """The table is of one target to a user, and of ranks that are known."""
     split = config["eval_args"]["split"]
     if split != LEAVE_ONE_OUT:
-        raise UserError(f"eval_args.split={split!r}: users are compared by the rank of one target; it must be {LEAVE_ONE_OUT}.")
+        raise UserError(
+            f"eval_args.split={split!r}: users are compared by the rank of one target; it must be "
+            f"{LEAVE_ONE_OUT}."
+        )
 
 
 def _check_metrics(experiment: Experiment, settings: Settings) -> None:
@@ -279,7 +333,10 @@ def _check_metrics(experiment: Experiment, settings: Settings) -> None:
     known = max(np.atleast_1d((default_settings(experiment.dataset) | settings)["topk"]))
     for metric in experiment.metrics:
         if int(metric.partition("@")[2] or 0) > known:
-            raise UserError(f"metric {metric!r} needs more than the top {known} that full_sort='topk' finds; give a larger topk.")
+            raise UserError(
+                f"metric {metric!r} needs more than the top {known} that full_sort='topk' finds; "
+                "give a larger topk."
+            )
 
 
 def _of_sft(settings: Settings, prompt_style: str) -> Settings:
@@ -290,10 +347,15 @@ def _of_sft(settings: Settings, prompt_style: str) -> Settings:
 
 
 def _read(file: Path, depth: int = 0, asked_by: Path | None = None) -> Settings:
-    """What a file holds, over what the file that it names as ``base`` holds; of ``settings`` both count."""
+    """What a file holds, over what the file that it names as ``base`` holds; of ``settings``
+    both count."""
     if not file.exists():
-        what = f"experiment={str(file)!r}" if asked_by is None else f"base={str(file)!r} of {asked_by}"
-        raise UserError(f"{what} does not exist; {Path(recbole_sdpo.__path__[0]) / 'configs'} has some.")
+        what = (
+            f"experiment={str(file)!r}" if asked_by is None else f"base={str(file)!r} of {asked_by}"
+        )
+        raise UserError(
+            f"{what} does not exist; {Path(recbole_sdpo.__path__[0]) / 'configs'} has some."
+        )
     given = read_yaml(file)
     if "base" not in given:
         return given
@@ -301,7 +363,9 @@ def _read(file: Path, depth: int = 0, asked_by: Path | None = None) -> Settings:
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{file}: base={shown(name)} must be the name of a file beside it.")
     if depth > 8:
-        raise UserError(f"{file}: base={name!r} goes on for ever: files cannot be each other's base.")
+        raise UserError(
+            f"{file}: base={name!r} goes on for ever: files cannot be each other's base."
+        )
     base, settings = _read(file.parent / name, depth + 1, file), given.get("settings", {})
     below = base.get("settings", {})
     for where, mapping in ((file.parent / name, below), (file, settings)):
@@ -317,14 +381,20 @@ def written(file: Path) -> str:
     return f"{text}\n\n# {file.parent / base}\n{written(file.parent / base)}" if base else text
 
 
-def _check_keys(given: Any, kind: type, where: str, needed: set[str], without: set[str] = frozenset()) -> None:
+def _check_keys(
+    given: Any, kind: type, where: str, needed: set[str], without: set[str] = frozenset()
+) -> None:
     known = {f.name: f.type for f in fields(kind) if f.name not in without}
     if not isinstance(given, dict):
-        raise UserError(f"{where} must be a mapping with the keys {', '.join(known)}, not {shown(given)}.")
+        raise UserError(
+            f"{where} must be a mapping with the keys {', '.join(known)}, not {shown(given)}."
+        )
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it must be one of {', '.join(known)}."
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"it must be one of {', '.join(known)}."
+            )
             raise UserError(f"{where} has an unknown key {shown(key)}; {hint}")
         kinds = {"str": str, "int": int, "Settings": dict}
         wanted = kinds.get(known[key], dict if known[key].startswith("dict") else list)
@@ -340,8 +410,14 @@ def _is_seed(seed: Any) -> bool:
 
 
 def _check_name(what: str, name: str) -> None:
-    if not name.strip() or len(name) > LONGEST_NAME or any(unicodedata.category(c) in ENDS_A_LINE for c in name):
-        raise UserError(f"{what} {shown(name)} must be a line of text, of {LONGEST_NAME} letters at most.")
+    if (
+        not name.strip()
+        or len(name) > LONGEST_NAME
+        or any(unicodedata.category(c) in ENDS_A_LINE for c in name)
+    ):
+        raise UserError(
+            f"{what} {shown(name)} must be a line of text, of {LONGEST_NAME} letters at most."
+        )
 
 
 def _check_settings(where: str, settings: Settings) -> None:
@@ -351,7 +427,8 @@ def _check_settings(where: str, settings: Settings) -> None:
         modes = key == "eval_args" and isinstance(value, dict) and "mode" in value
         if modes or key in having(Role.EXPERIMENT):
             raise UserError(
-                f"{where}: {key}={shown(value)} is the experiment's; give seeds and candidates at the top of its file."
+                f"{where}: {key}={shown(value)} is the experiment's; give seeds and candidates at "
+                "the top of its file."
             )
         if key in PARTS and not isinstance(value, dict):
             raise UserError(f"{where}: {key}={shown(value)} must be a mapping.")
@@ -364,7 +441,11 @@ def _check_trust(where: str, part: Mapping[str, Any]) -> None:
             raise UserError(f"{where} must not set trust_remote_code; give it on the command line.")
 
 
-def _check_list(values: Any, what: str, kind: str, fits: Callable[[Any], bool] = lambda value: True) -> None:
-    different = isinstance(values, list) and not any(value in values[:place] for place, value in enumerate(values))
+def _check_list(
+    values: Any, what: str, kind: str, fits: Callable[[Any], bool] = lambda value: True
+) -> None:
+    different = isinstance(values, list) and not any(
+        value in values[:place] for place, value in enumerate(values)
+    )
     if not values or not different or not all(map(fits, values)):
         raise UserError(f"{what}={shown(values)} must be a list of different {kind}.")

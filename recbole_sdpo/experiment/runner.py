@@ -1,4 +1,5 @@
-"""Runs an experiment, each run in a process of its own; what is finished is not run again, and a failure stops no other."""
+"""Runs an experiment, each run in a process of its own; what is finished is not run again, and a
+failure stops no other."""
 
 from __future__ import annotations
 
@@ -50,11 +51,13 @@ class Failure:
 class Runner:
     """Runs what has no result yet.
 
-    Each run is a process that holds the lock of its folder as long as it lives, and that ends with this one, whatever this one dies of.
-    A result counts if it is whole, and if the run read what the experiment was planned with.
+    Each run is a process that holds the lock of its folder as long as it lives, and that ends with
+    this one, whatever this one dies of. A result counts if it is whole, and if the run read what
+    the experiment was planned with.
 
     Args:
-        store: a folder that holds a folder for each run, named by its identity; experiments may share it.
+        store: a folder that holds a folder for each run, named by its identity; experiments may
+            share it.
         jobs: how many runs go on at once; they share the CPU's cores.
     """
 
@@ -83,7 +86,8 @@ class Runner:
             return str(error)
         changed = run.inputs and run.inputs.changed(read, but_for=_of_start(run))
         return (
-            f"{changed} changed while the experiment ran, so that its result does not count; begin it again."
+            f"{changed} changed while the experiment ran, so that its result does not count; "
+            "begin it again."
             if changed
             else None
         )
@@ -98,7 +102,8 @@ class Runner:
         ordered = _with_starts(runs)
         todo = self._without_result(ordered)
         self._say(
-            f"{len(ordered)} runs, of which {len(ordered) - len(todo)} are done already; results are kept in {self.store}"
+            f"{len(ordered)} runs, of which {len(ordered) - len(todo)} are done already; results "
+            f"are kept in {self.store}"
         )
         begun: dict[str, Future] = {}
         took: dict[str, float] = {}
@@ -143,7 +148,8 @@ class Runner:
                 worker.terminate()
             if workers:
                 self._say(
-                    f"stopping: runs that save their state and end: {len(workers)}; interrupt again to kill them"
+                    f"stopping: runs that save their state and end: {len(workers)}; interrupt "
+                    "again to kill them"
                 )
             pool.shutdown()
         except KeyboardInterrupt:
@@ -158,7 +164,8 @@ class Runner:
             return Failure(run, f"what it begins from failed: {failed.why}", failed.log)
         number = total - len(left) + 1
         self._say(
-            f"run {number} of {total}: {run.name}, seed {run.seed} ({run.identity}){_time_left(left, took, self.jobs)}"
+            f"run {number} of {total}: {run.name}, seed {run.seed} "
+            f"({run.identity}){_time_left(left, took, self.jobs)}"
         )
         began = time.time()
         try:
@@ -179,7 +186,8 @@ class Runner:
         if changed:
             return Failure(
                 run,
-                f"{changed} changed since the experiment began; begin it again: what is done is kept.",
+                f"{changed} changed since the experiment began; begin it again: what is done is "
+                "kept.",
                 self._log(run),
             )
         with self._locked(run) as lock:
@@ -187,15 +195,16 @@ class Runner:
 
     @contextmanager
     def _locked(self, run: Run) -> Iterator[IO]:
-        """The lock of a run's folder. Another experiment may be at the same run, of which this one takes the result then; or the run of
-        one that was killed is still ending."""
+        """The lock of a run's folder. Another experiment may be at the same run, of which this one
+        takes the result then; or the run of one that was killed is still ending."""
         file = self.store / f"{run.identity}.lock"
         with file.open("w") as lock:
             said = -REMIND
             while not _lock(lock, file):
                 if time.monotonic() - said >= REMIND:
                     self._say(
-                        f"{run.name}, seed {run.seed}: waiting for the process that is at this run already, and holds {file}"
+                        f"{run.name}, seed {run.seed}: waiting for the process that is at this "
+                        f"run already, and holds {file}"
                     )
                     said = time.monotonic()
                 if self._stopped.wait(POLL):
@@ -242,7 +251,8 @@ class Runner:
         )
 
     def _work(self, command: list[str], log: IO, lock: IO) -> int:
-        """Run ``command`` in a process that holds ``lock`` and ends with this one; returns its exit code.
+        """Run ``command`` in a process that holds ``lock`` and ends with this one; returns its exit
+        code.
 
         It has a session of its own, so that Ctrl-C comes to it once, from here.
         """
@@ -281,7 +291,8 @@ class Runner:
 
 
 def _of_start(run: Run) -> str:
-    """The kind of files that a plan does not know yet: what a run begins from is known by its identity."""
+    """The kind of files that a plan does not know yet: what a run begins from is known by its
+    identity."""
     return "sft_checkpoint" if run.start else ""
 
 
@@ -308,7 +319,8 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"{folder} must be a folder that can be written: {error.strerror}; call from another place."
+            f"{folder} must be a folder that can be written: {error.strerror}; call from another "
+            "place."
         ) from error
 
 
@@ -320,7 +332,8 @@ def _lock(lock: IO, file: Path) -> bool:
         return False
     except OSError as error:
         raise UserError(
-            f"{file} must be on a file system with locks (flock), and this one says: {error.strerror}."
+            f"{file} must be on a file system with locks (flock), and this one says: "
+            f"{error.strerror}."
         ) from error
 
 
@@ -335,7 +348,8 @@ def _why(code: int, last: str, store: Path) -> str:
 
 
 def _with_starts(runs: list[Run]) -> list[Run]:
-    """Each once, seed by seed, and in a seed first those that others begin from, which may have a row of their own."""
+    """Each once, seed by seed, and in a seed first those that others begin from, which may have
+    a row of their own."""
     rows = {run.identity: run for run in reversed(runs)}
     ordered: dict[str, Run] = {}
     for seed in dict.fromkeys(run.seed for run in runs):

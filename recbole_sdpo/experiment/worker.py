@@ -14,8 +14,8 @@ LIFELINE = "RECBOLE_SDPO_LIFELINE"
 def end_with_parent() -> None:
     """Where an experiment started this process, send it SIGTERM as soon as the experiment is gone.
 
-    The kernel closes the experiment's end of the pipe whatever it died of. Linux' own signal at a parent's death comes at the end of
-    the parent's *thread* instead.
+    The kernel closes the experiment's end of the pipe whatever it died of. Linux' own signal at a
+    parent's death comes at the end of the parent's *thread* instead.
     """
     given = os.environ.pop(LIFELINE, None)
     if given is not None:

@@ -1,4 +1,5 @@
-"""How a decoder attends to a forest: :func:`attention_inputs` chooses among three ways, all exact."""
+"""How a decoder attends to a forest: :func:`attention_inputs` chooses among three ways, all
+exact."""
 
 from __future__ import annotations
 
@@ -16,25 +17,32 @@ from recbole_sdpo.lm.forest import Forest
 FLEX = "flex_attention"
 
 FLEX_FROM = 16384
-"""Row length from which ``auto`` takes FlexAttention on a GPU: a dense mask of a row so long takes 0.5 GiB.
+"""Row length from which ``auto`` takes FlexAttention on a GPU: a dense mask of a row so long takes
+0.5 GiB.
 
-Below, a dense mask is faster: on an H200, with rows of 880 to 9,328 tokens, a step of SmolLM2 took 244 to 265 ms with it, and 288 to
-326 ms with FlexAttention (results/gpu)."""
+Below, a dense mask is faster: on an H200, with rows of 880 to 9,328 tokens, a step of SmolLM2 took
+244 to 265 ms with it, and 288 to 326 ms with FlexAttention (results/gpu)."""
 
 BLOCK = 128
 """Tokens to a side of FlexAttention's blocks."""
 
 
-def attention_inputs(model: PreTrainedModel, forest: Forest, choice: str) -> tuple[str, dict[str, object]]:
-    """An implementation of attention, and the decoder's arguments with which each token of ``forest`` attends to its ancestors only.
+def attention_inputs(
+    model: PreTrainedModel, forest: Forest, choice: str
+) -> tuple[str, dict[str, object]]:
+    """An implementation of attention, and the decoder's arguments with which each token of
+    ``forest`` attends to its ancestors only.
 
-    * A forest of chains is plain causal attention at positions 0, 1, 2, …, which needs neither mask nor positions.
-    * FlexAttention takes a block mask made from ``j <= i < end[j]``, and skips the blocks in which nobody sees anybody.
+    * A forest of chains is plain causal attention at positions 0, 1, 2, …, which needs neither mask
+      nor positions.
+    * FlexAttention takes a block mask made from ``j <= i < end[j]``, and skips the blocks in which
+      nobody sees anybody.
     * SDPA and eager take a dense additive mask.
 
     Args:
         model: a causal language model.
-        choice: ``sdpa``, ``eager``, ``flex_attention``, or ``auto``; checked by :func:`check_attention` before.
+        choice: ``sdpa``, ``eager``, ``flex_attention``, or ``auto``; checked by
+            :func:`check_attention` before.
     """
     dense = dense_implementation(model, choice)
     if forest.chains:
@@ -54,14 +62,21 @@ def check_attention(model: PreTrainedModel, choice: str) -> None:
     """
     if choice == "sdpa" and _soft_capped(model):
         kind = model.config.get_text_config().model_type
-        raise UserError(f"attention='sdpa' leaves out the soft cap of {kind!r}; it must be auto or eager.")
+        raise UserError(
+            f"attention='sdpa' leaves out the soft cap of {kind!r}; it must be auto or eager."
+        )
     if choice == FLEX and (reason := _why_no_flex(model)):
-        raise UserError(f"attention={FLEX!r} is not for this run: {reason}; it must be auto, sdpa or eager.")
+        raise UserError(
+            f"attention={FLEX!r} is not for this run: {reason}; it must be auto, sdpa or eager."
+        )
 
 
 def dense_implementation(model: PreTrainedModel, choice: str) -> str:
-    """The implementation that takes a dense mask: SDPA, or eager where asked for or where SDPA would not do."""
-    return "eager" if choice == "eager" or _soft_capped(model) or not model._supports_sdpa else "sdpa"
+    """The implementation that takes a dense mask: SDPA, or eager where asked for or where SDPA
+    would not do."""
+    return (
+        "eager" if choice == "eager" or _soft_capped(model) or not model._supports_sdpa else "sdpa"
+    )
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:
@@ -76,7 +91,8 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def for_each_kind(model: PreTrainedModel, mask: Callable[[int | None], object]) -> object:
-    """``mask(window)`` for the model's layers; by kind of layer where full and sliding attention take turns.
+    """``mask(window)`` for the model's layers; by kind of layer where full and sliding attention
+    take turns.
 
     Args:
         mask: from a sliding window in tokens, or None for full attention, to a mask.
@@ -110,9 +126,11 @@ def _dense_mask(model: PreTrainedModel, forest: Forest, window: int | None) -> T
 
 
 def _block_mask(model: PreTrainedModel, forest: Forest, window: int | None) -> BlockMask:
-    """FlexAttention's mask; without a window which blocks are seen, and which wholly, follows from ``end`` alone.
+    """FlexAttention's mask; without a window which blocks are seen, and which wholly, follows from
+    ``end`` alone.
 
-    That is what ``create_block_mask`` finds by looking at every pair of tokens, of which 8 rows of 2,048 take 268 MB at a time.
+    That is what ``create_block_mask`` finds by looking at every pair of tokens, of which 8 rows of
+    2,048 take 268 MB at a time.
     """
     end, positions = forest.end, forest.positions
 
@@ -122,19 +140,27 @@ def _block_mask(model: PreTrainedModel, forest: Forest, window: int | None) -> B
 
     rows, length = forest.tokens.shape
     if window is not None:
-        return create_block_mask(visible, rows, None, length, length, device=end.device, BLOCK_SIZE=BLOCK)
+        return create_block_mask(
+            visible, rows, None, length, length, device=end.device, BLOCK_SIZE=BLOCK
+        )
     count = -(-length // BLOCK)
-    ends = F.pad(end, (0, count * BLOCK - length)).view(rows, count, BLOCK)  # what is beyond the row is seen by none
+    # what is beyond the row is seen by none
+    ends = F.pad(end, (0, count * BLOCK - length)).view(rows, count, BLOCK)
     number = torch.arange(count, device=end.device)
     first = number * BLOCK
     seen = (number <= number[:, None]) & (ends.amax(2)[:, None] > first[:, None])
     full = (number < number[:, None]) & (ends.amin(2)[:, None] >= first[:, None] + BLOCK)
     return BlockMask.from_kv_blocks(
-        *_listed(seen & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(length, length)
+        *_listed(seen & ~full),
+        *_listed(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(length, length),
     )
 
 
 def _listed(which: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of each row of blocks are marked, int32 ``[B, 1, Q]``, and their numbers first, int32 ``[B, 1, Q, K]``."""
+    """How many of each row of blocks are marked, int32 ``[B, 1, Q]``, and their numbers first,
+    int32 ``[B, 1, Q, K]``."""
     order = which.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return which.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]

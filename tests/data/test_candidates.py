@@ -6,7 +6,13 @@ from scipy import stats
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.data.candidates import FrozenCandidates, PopulationSampler, evaluation_loader, fingerprint, freeze
+from recbole_sdpo.data.candidates import (
+    FrozenCandidates,
+    PopulationSampler,
+    evaluation_loader,
+    fingerprint,
+    freeze,
+)
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.sequences import met_items
@@ -34,18 +40,25 @@ def frozen(path, model, disturb=False, **settings):
         np.random.random(17)
     parts = [loader._dataset for loader in loaders]
     for number, loader in ((2, loaders[1]), (3, loaders[2])):
-        freeze(loader, parts[:number], catalogue, 5, settings.get("candidates_exclude_history", True))
+        freeze(
+            loader, parts[:number], catalogue, 5, settings.get("candidates_exclude_history", True)
+        )
     return loaders, catalogue
 
 
 @pytest.mark.parametrize("mode", ["uni5", "pop5"])
 def test_candidates_are_distinct_unmet_and_of_distinct_titles(path, mode):
     loaders, catalogue = frozen(path, "GRU4Rec", eval_args={"mode": mode})
-    met = {p: set(zip(*met_items(*[x._dataset for x in loaders[:n]]), strict=True)) for p, n in (("valid", 2), ("test", 3))}
+    met = {
+        p: set(zip(*met_items(*[x._dataset for x in loaders[:n]]), strict=True))
+        for p, n in (("valid", 2), ("test", 3))
+    }
     for loader in loaders[1:]:
         sampler = loader._sampler
         assert len(sampler.user) == 50
-        for user, target, negatives in zip(sampler.user, sampler.target, sampler.negatives, strict=True):
+        for user, target, negatives in zip(
+            sampler.user, sampler.target, sampler.negatives, strict=True
+        ):
             titles = [catalogue.titles[i] for i in [target, *negatives]]
             assert len(set(titles)) == 6
             assert not {(user, item) for item in negatives} & met[sampler.phase]
@@ -55,7 +68,9 @@ def test_history_items_may_be_candidates_if_asked(path):
     loaders, _ = frozen(path, "GRU4Rec", candidates_exclude_history=False)
     sampler = loaders[2]._sampler
     met = set(zip(*met_items(*[x._dataset for x in loaders]), strict=True))
-    assert any((u, i) in met for u, row in zip(sampler.user, sampler.negatives, strict=True) for i in row)
+    assert any(
+        (u, i) in met for u, row in zip(sampler.user, sampler.negatives, strict=True) for i in row
+    )
     assert all(t not in row for t, row in zip(sampler.target, sampler.negatives, strict=True))
 
 
@@ -66,13 +81,23 @@ def test_all_kinds_of_models_meet_the_same_candidates_whatever_else_is_drawn(pat
         fingerprint(*frozen(path, "GRU4Rec", **settings)[0][1:]),
         fingerprint(*frozen(path, "GRU4Rec", MAX_ITEM_LIST_LENGTH=3, **settings)[0][1:]),
         fingerprint(*frozen(path, "BPR", disturb=True, **settings)[0][1:]),
-        fingerprint(*frozen(path, "SDPO-LLM", train_neg_sample_args={"distribution": "popularity", "alpha": 0.3}, **settings)[0][1:]),
+        fingerprint(
+            *frozen(
+                path,
+                "SDPO-LLM",
+                train_neg_sample_args={"distribution": "popularity", "alpha": 0.3},
+                **settings,
+            )[0][1:]
+        ),
     ]
     assert len(set(hashes)) == 1
 
 
 def test_another_split_or_mode_has_another_fingerprint(path):
-    hashes = {fingerprint(*frozen(path, "GRU4Rec", eval_args={"mode": mode})[0][1:]) for mode in ("uni5", "uni6", "pop5", "full")}
+    hashes = {
+        fingerprint(*frozen(path, "GRU4Rec", eval_args={"mode": mode})[0][1:])
+        for mode in ("uni5", "uni6", "pop5", "full")
+    }
     assert len(hashes) == 4
 
 
@@ -82,7 +107,11 @@ def test_a_full_ranking_counts_with_its_catalogue(path):
         file = path / "toy" / "toy.item"
         file.write_text(file.read_text() + extra)
         loaded = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "title"]}
-        hashes.append(fingerprint(*frozen(path, "GRU4Rec", eval_args={"mode": "full"}, load_col=loaded)[0][1:]))
+        hashes.append(
+            fingerprint(
+                *frozen(path, "GRU4Rec", eval_args={"mode": "full"}, load_col=loaded)[0][1:]
+            )
+        )
     assert hashes[0] != hashes[1]
 
 
@@ -92,20 +121,29 @@ def test_every_pass_over_a_loader_gives_the_same_candidates(path):
     assert first == second
     user, item = (next(iter(loader))[0][key].tolist() for key in ("user_id", "item_id"))
     sampler = loader._sampler
-    rows = {u: [t, *n] for u, t, n in zip(sampler.user, sampler.target, sampler.negatives.tolist(), strict=True)}
+    rows = {
+        u: [t, *n]
+        for u, t, n in zip(sampler.user, sampler.target, sampler.negatives.tolist(), strict=True)
+    }
     assert all(rows[u] == [i for v, i in zip(user, item, strict=True) if v == u] for u in set(user))
 
 
 def test_too_many_negatives_say_how_many_there_are(path):
-    with pytest.raises(ValueError, match=r"mode='uni39' asks for 39 negatives.*ask for at most \d+"):
+    with pytest.raises(
+        ValueError, match=r"mode='uni39' asks for 39 negatives.*ask for at most \d+"
+    ):
         frozen(path, "GRU4Rec", eval_args={"mode": "uni39"})
 
 
 def test_the_pool_is_counted_exactly(path):
     loaders, catalogue = frozen(path, "GRU4Rec")
     user, target, met = np.array([1]), np.array([4]), (np.array([1, 1]), np.array([4, 5]))
-    sampler = NegativeSampler(PopulationSampler(np.arange(1, 41), 41, "uniform"), catalogue, met, "x")
-    left = len({catalogue.titles[i] for i in range(1, 41)} - {catalogue.titles[4], catalogue.titles[5]})
+    sampler = NegativeSampler(
+        PopulationSampler(np.arange(1, 41), 41, "uniform"), catalogue, met, "x"
+    )
+    left = len(
+        {catalogue.titles[i] for i in range(1, 41)} - {catalogue.titles[4], catalogue.titles[5]}
+    )
     with recbole_draws(0, "test"):
         assert len(set(catalogue.group[sampler.draw(user, target, left)[0]])) == left
         with pytest.raises(ValueError, match=f"at most {left}"):
@@ -116,7 +154,12 @@ def test_the_pool_is_counted_exactly(path):
 def test_draws_follow_recboles_distribution(distribution):
     catalogue = Catalogue(("", *"abcdefgh"), np.array([]))
     population = np.repeat(np.arange(1, 9), [1, 2, 3, 4, 5, 6, 7, 8])
-    sampler = NegativeSampler(PopulationSampler(population, 9, distribution), catalogue, (np.array([0]), np.array([3])), "x")
+    sampler = NegativeSampler(
+        PopulationSampler(population, 9, distribution),
+        catalogue,
+        (np.array([0]), np.array([3])),
+        "x",
+    )
     with recbole_draws(1, "test"):
         drawn = sampler.draw(np.zeros(20_000, int), np.full(20_000, 5), 1)[:, 0]
     seen = np.bincount(drawn, minlength=9)
@@ -129,14 +172,21 @@ def test_draws_follow_recboles_distribution(distribution):
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0])
 def test_training_negatives_follow_popularity_to_the_power_that_is_asked_for(path, alpha):
     args = {"distribution": "popularity", "alpha": alpha}
-    (train, *_), catalogue = frozen(path, "SDPO-LLM", eval_args={"mode": "pop5"}, train_neg_sample_args=args)
+    (train, *_), catalogue = frozen(
+        path, "SDPO-LLM", eval_args={"mode": "pop5"}, train_neg_sample_args=args
+    )
     sampler = NegativeSampler(train._sampler, catalogue, (np.array([0]), np.array([0])), "x")
     with recbole_draws(1, "test"):
         drawn = sampler.draw(np.zeros(20_000, int), np.zeros(20_000, int), 1)[:, 0]
     # RecBole counts the targets of a sequential model, those held out included.
     count = np.bincount(train._sampler.dataset.inter_feat["item_id"], minlength=41)
     expected = count[count > 0] ** alpha
-    assert stats.chisquare(np.bincount(drawn, minlength=41)[count > 0], expected / expected.sum() * len(drawn)).pvalue > 1e-3
+    assert (
+        stats.chisquare(
+            np.bincount(drawn, minlength=41)[count > 0], expected / expected.sum() * len(drawn)
+        ).pvalue
+        > 1e-3
+    )
 
 
 def test_purposes_have_generators_of_their_own():
@@ -149,7 +199,9 @@ def test_purposes_have_generators_of_their_own():
 
 
 def test_frozen_candidates_know_whom_they_were_frozen_for():
-    frozen = FrozenCandidates("test", np.array([3, 1, 3]), np.array([7, 9, 2]), np.arange(6).reshape(3, 2))
+    frozen = FrozenCandidates(
+        "test", np.array([3, 1, 3]), np.array([7, 9, 2]), np.arange(6).reshape(3, 2)
+    )
     assert frozen.sample_by_user_ids([3, 3, 1], [2, 7, 9], 2).tolist() == [4, 0, 2, 5, 1, 3]
     for user, item in ((3, 9), (2, 7), (9, 9), (1, 30)):
         with pytest.raises(KeyError, match="not frozen for"):
@@ -157,7 +209,13 @@ def test_frozen_candidates_know_whom_they_were_frozen_for():
 
 
 def evaluated(path, model, **settings):
-    given = TINY | {"data_path": str(path), "run_dir": f"run-{model}-{len(settings)}", "epochs": 1, "sft_epochs": 1, "objective": "sft"}
+    given = TINY | {
+        "data_path": str(path),
+        "run_dir": f"run-{model}-{len(settings)}",
+        "epochs": 1,
+        "sft_epochs": 1,
+        "objective": "sft",
+    }
     given["max_train_targets"] = 20
     result = quick_start.run(model, "toy", config_dict=given | settings)
     return result, pd.read_csv(f"{given['run_dir']}/ranks.csv")
@@ -165,18 +223,28 @@ def evaluated(path, model, **settings):
 
 @pytest.mark.parametrize("mode", ["uni5", "full"])
 def test_every_model_meets_the_same_part_of_the_targets(path, mode):
-    found = {m: evaluated(path, m, max_eval_targets=11, eval_args={"mode": mode}) for m in ("SDPO-LLM", "GRU4Rec", "BPR", "Pop")}
-    asked = {model: set(zip(ranks.user, ranks.item, strict=True)) for model, (_, ranks) in found.items()}
+    found = {
+        m: evaluated(path, m, max_eval_targets=11, eval_args={"mode": mode})
+        for m in ("SDPO-LLM", "GRU4Rec", "BPR", "Pop")
+    }
+    asked = {
+        model: set(zip(ranks.user, ranks.item, strict=True)) for model, (_, ranks) in found.items()
+    }
     assert len(asked["BPR"]) == 11 and len(set(map(frozenset, asked.values()))) == 1
     assert len({result["candidates_sha256"][mode] for result, _ in found.values()}) == 1
     for result, ranks in found.values():
-        assert result["test_result"]["hit@1"] == pytest.approx((ranks["rank"] == 1).mean(), abs=6e-5)
-    _, other = evaluated(path, "Pop", max_eval_targets=11, eval_args={"mode": mode}, candidates_seed=9)
+        assert result["test_result"]["hit@1"] == pytest.approx(
+            (ranks["rank"] == 1).mean(), abs=6e-5
+        )
+    _, other = evaluated(
+        path, "Pop", max_eval_targets=11, eval_args={"mode": mode}, candidates_seed=9
+    )
     assert set(zip(other.user, other.item, strict=True)) != asked["Pop"]
 
 
 def test_what_users_met_counts_whole_where_a_part_of_the_targets_is_evaluated(path):
-    """The negatives of a drawn target are none of the items that its user meets later, or that lie in rows left out."""
+    """The negatives of a drawn target are none of the items that its user meets later, or that
+    lie in rows left out."""
     config = RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
     loaders = data_preparation(config, create_dataset(config))
     parts = [loader._dataset for loader in loaders]
@@ -185,4 +253,11 @@ def test_what_users_met_counts_whole_where_a_part_of_the_targets_is_evaluated(pa
     met = set(zip(*met_items(*parts[:2]), strict=True))
     frozen = small._sampler
     assert len(frozen.user) == 9
-    assert not {(user, item) for user, row in zip(frozen.user, frozen.negatives, strict=True) for item in row} & met
+    assert (
+        not {
+            (user, item)
+            for user, row in zip(frozen.user, frozen.negatives, strict=True)
+            for item in row
+        }
+        & met
+    )

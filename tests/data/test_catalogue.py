@@ -19,12 +19,18 @@ TITLES = {
 }
 
 
-def catalogue(tmp_path, titles=TITLES, sequences=((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),), **settings):
+def catalogue(
+    tmp_path, titles=TITLES, sequences=((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),), **settings
+):
     path = write_dataset(tmp_path, [list(s) for s in sequences], titles)
     config = RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
     dataset = create_dataset(config)
     made = Catalogue.from_dataset(dataset, **{"fields": ["title"], **settings})
-    ids = {int(token[1:]): number for number, token in enumerate(dataset.field2id_token["item_id"]) if number}
+    ids = {
+        int(token[1:]): number
+        for number, token in enumerate(dataset.field2id_token["item_id"])
+        if number
+    }
     return {item: made.titles[number] for item, number in ids.items()}, made, ids
 
 
@@ -60,16 +66,29 @@ def test_missing_and_shared_titles_are_counted(tmp_path):
 
 def test_further_fields_go_into_parentheses(tmp_path):
     path = write_dataset(tmp_path, [[1, 2, 3]], None)
-    (path / "toy" / "toy.item").write_text("item_id:token\tname:token_seq\tyear:token\ni1\tAlien\t1979\ni2\tBrazil\t\ni3\t\t1999\n")
-    dataset = create_dataset(RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)}))
-    assert Catalogue.from_dataset(dataset, ["name", "year"]).titles == ("", "Alien (1979)", "Brazil", "item i3")
+    (path / "toy" / "toy.item").write_text(
+        "item_id:token\tname:token_seq\tyear:token\ni1\tAlien\t1979\ni2\tBrazil\t\ni3\t\t1999\n"
+    )
+    dataset = create_dataset(
+        RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
+    )
+    assert Catalogue.from_dataset(dataset, ["name", "year"]).titles == (
+        "",
+        "Alien (1979)",
+        "Brazil",
+        "item i3",
+    )
 
 
 def test_a_missing_field_names_the_valid_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"title_fields=\['name'\].*no column 'name'; it must be one of title"):
+    with pytest.raises(
+        ValueError, match=r"title_fields=\['name'\].*no column 'name'; it must be one of title"
+    ):
         catalogue(tmp_path, fields=["name"])
 
 
 def test_a_missing_file_says_what_it_should_hold(tmp_path):
-    with pytest.raises(ValueError, match="title_fields.*toy.item, which does not exist.*item_id:token"):
+    with pytest.raises(
+        ValueError, match="title_fields.*toy.item, which does not exist.*item_id:token"
+    ):
         catalogue(tmp_path, titles=None)

@@ -1,4 +1,5 @@
-"""What RecBole makes of files: order in time, pre-split files, pickles and sizes, against a slow reading of the same files."""
+"""What RecBole makes of files: order in time, pre-split files, pickles and sizes, against a slow
+reading of the same files."""
 
 import os
 import pickle
@@ -18,19 +19,32 @@ MODELS = ["SDPO-LLM", "GRU4Rec", "BPR", "FM"]
 
 
 def config_of(path, model, **settings):
-    return RunConfig(model, "toy", config_dict=TINY | {"data_path": str(path), "train_neg_sample_args": {"sample_num": 1}} | settings)
+    return RunConfig(
+        model,
+        "toy",
+        config_dict=TINY
+        | {"data_path": str(path), "train_neg_sample_args": {"sample_num": 1}}
+        | settings,
+    )
 
 
 def write(tmp_path, rows, head="user_id:token\titem_id:token\ttimestamp:float"):
     folder = tmp_path / "d" / "toy"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "toy.inter").write_text("\n".join([head, *("\t".join(map(str, row)) for row in rows)]) + "\n")
+    (folder / "toy.inter").write_text(
+        "\n".join([head, *("\t".join(map(str, row)) for row in rows)]) + "\n"
+    )
     return folder.parent
 
 
 def events(rng, times):
-    """Events in any order in the file, some at one time; and each user's items in order, by a slow sort."""
-    rows = [(f"u{user}", f"i{item}", times(rng)) for user in range(12) for item in rng.permutation(40)[: rng.integers(5, 12)]]
+    """Events in any order in the file, some at one time; and each user's items in order, by a
+    slow sort."""
+    rows = [
+        (f"u{user}", f"i{item}", times(rng))
+        for user in range(12)
+        for item in rng.permutation(40)[: rng.integers(5, 12)]
+    ]
     rows = [rows[place] for place in rng.permutation(len(rows))]
     ordered = sorted(enumerate(rows), key=lambda row: (Fraction(row[1][2]), row[0]))
     return rows, [row for _, row in ordered]
@@ -42,7 +56,10 @@ def of_users(rows):
 
 def tokens(dataset):
     rows = dataset.inter_feat
-    return [dataset.field2id_token[field][rows[field].numpy()].tolist() for field in (dataset.uid_field, dataset.iid_field)]
+    return [
+        dataset.field2id_token[field][rows[field].numpy()].tolist()
+        for field in (dataset.uid_field, dataset.iid_field)
+    ]
 
 
 FORMS = {
@@ -63,15 +80,22 @@ def test_events_stand_in_the_order_of_their_times_as_written(tmp_path, form, mod
     config = config_of(path, model)
     dataset = create_dataset(config)
     item_tokens = dataset.field2id_token["item_id"]
-    assert {user: item_tokens[items].tolist() for user, items in user_histories(dataset).items()} == expected
+    assert {
+        user: item_tokens[items].tolist() for user, items in user_histories(dataset).items()
+    } == expected
     parts = [loader._dataset for loader in data_preparation(config, dataset)]
     for part, place in zip(parts[1:], (-2, -1), strict=True):
         users, items = tokens(part)
-        assert dict(zip(users, items, strict=True)) == {user: sequence[place] for user, sequence in expected.items()}
+        assert dict(zip(users, items, strict=True)) == {
+            user: sequence[place] for user, sequence in expected.items()
+        }
         if "item_id_list" in part.inter_feat:
             past = histories(part.inter_feat, config)
             for row, user in enumerate(users):
-                assert item_tokens[past[row]].tolist() == expected[user][:place][-TINY["MAX_ITEM_LIST_LENGTH"] :]
+                assert (
+                    item_tokens[past[row]].tolist()
+                    == expected[user][:place][-TINY["MAX_ITEM_LIST_LENGTH"] :]
+                )
     assert str(parts[0].inter_feat["timestamp"].dtype) == "torch.float32"
 
 
@@ -80,13 +104,20 @@ def test_events_stand_in_the_order_of_their_times_as_written(tmp_path, form, mod
 @pytest.mark.parametrize("kind", ["RS", "TS"])
 def test_shares_are_split_in_order_too(tmp_path, model, group_by, kind):
     rng = np.random.default_rng(4)
-    moments = iter(rng.permutation(10_000).tolist())  # no ties: all of them within what float32 takes for a few instants
+    # no ties: all of them within what float32 takes for a few instants
+    moments = iter(rng.permutation(10_000).tolist())
     rows, ordered = events(rng, lambda _: str(1_700_000_000 + next(moments)))
     path = write(tmp_path, rows)
-    config = config_of(path, model, eval_args={"split": {kind: [0.6, 0.2, 0.2]}, "group_by": group_by, "mode": "uni5"})
+    config = config_of(
+        path,
+        model,
+        eval_args={"split": {kind: [0.6, 0.2, 0.2]}, "group_by": group_by, "mode": "uni5"},
+    )
     time = {(user, item): int(moment) for user, item, moment in rows}
     loaders = data_preparation(config, create_dataset(config))
-    parts = [[time[pair] for pair in zip(*tokens(loader._dataset), strict=True)] for loader in loaders]
+    parts = [
+        [time[pair] for pair in zip(*tokens(loader._dataset), strict=True)] for loader in loaders
+    ]
     if group_by == "none" and kind == "RS":
         assert max(parts[0]) < min(parts[1]) and max(parts[1]) < min(parts[2])
     elif kind == "TS":
@@ -97,20 +128,34 @@ def test_shares_are_split_in_order_too(tmp_path, model, group_by, kind):
 @pytest.mark.parametrize("model", ["SDPO-LLM", "BPR"])
 def test_of_events_that_repeat_at_one_time_the_file_decides(tmp_path, keep, model):
     rng = np.random.default_rng(5)
-    rows = [(f"u{user}", f"i{rng.integers(9)}", 1_700_000_000 + rng.integers(3)) for user in range(40) for _ in range(30)]
+    rows = [
+        (f"u{user}", f"i{rng.integers(9)}", 1_700_000_000 + rng.integers(3))
+        for user in range(40)
+        for _ in range(30)
+    ]
     rows = [rows[place] for place in rng.permutation(len(rows))]
-    config = config_of(write(tmp_path, rows), model, rm_dup_inter=keep, eval_args={"mode": "full"}, repeatable=True)
+    config = config_of(
+        write(tmp_path, rows), model, rm_dup_inter=keep, eval_args={"mode": "full"}, repeatable=True
+    )
     dataset = create_dataset(config)
     expected = {}
     for user, items in of_users(sorted(rows, key=lambda row: row[2])).items():
-        once = list(dict.fromkeys(items)) if keep == "first" else list(dict.fromkeys(items[::-1]))[::-1]
+        once = (
+            list(dict.fromkeys(items))
+            if keep == "first"
+            else list(dict.fromkeys(items[::-1]))[::-1]
+        )
         expected[user] = once
     names = dataset.field2id_token["item_id"]
-    assert {user: names[items].tolist() for user, items in user_histories(dataset).items()} == expected
+    assert {
+        user: names[items].tolist() for user, items in user_histories(dataset).items()
+    } == expected
 
 
 def test_ties_are_told_of(tmp_path, caplog):
-    rows = [("u", f"i{item}", 5) for item in range(5)] + [("v", f"i{item}", item) for item in range(5)]
+    rows = [("u", f"i{item}", 5) for item in range(5)] + [
+        ("v", f"i{item}", item) for item in range(5)
+    ]
     config = config_of(write(tmp_path, rows), "Pop", eval_args={"mode": "full"}, repeatable=True)
     data_preparation(config, create_dataset(config))
     assert "4 of 10 events, of 1 users, have the time of the one before them" in caplog.text
@@ -119,10 +164,18 @@ def test_ties_are_told_of(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("sequences", "settings", "words"),
     [
-        ([[1, 2, 3], [2, 3], [4]], {}, "nothing to validate on, of 6 events of 3 users, who have 3 at most; .*four events"),
+        (
+            [[1, 2, 3], [2, 3], [4]],
+            {},
+            "nothing to validate on, of 6 events of 3 users, who have 3 at most; .*four events",
+        ),
         ([[1], [2], [3]], {}, "has one event"),
         ([[1, 1, 1, 1, 1]] * 3, {}, "has one item; it must have two or more"),
-        ([[1, 2, 3, 4, 5]] * 3, {"user_inter_num_interval": "[9,inf)"}, r"nothing is left after.*user_inter_num_interval='\[9,inf\)'"),
+        (
+            [[1, 2, 3, 4, 5]] * 3,
+            {"user_inter_num_interval": "[9,inf)"},
+            r"nothing is left after.*user_inter_num_interval='\[9,inf\)'",
+        ),
     ],
 )
 @pytest.mark.parametrize("model", ["SDPO-LLM", "SASRec"])
@@ -134,18 +187,25 @@ def test_too_little_is_told_of(tmp_path, sequences, settings, words, model):
 
 def test_a_user_who_has_met_everything_is_named(tmp_path):
     config = config_of(write_dataset(tmp_path / "d", [[1, 2, 3, 4, 5], [1, 2, 3, 4]], None), "BPR")
-    with pytest.raises(UserError, match=r"user 'u0' has met all 5 items.*user_inter_num_interval='\[0,4\]'"):
+    with pytest.raises(
+        UserError, match=r"user 'u0' has met all 5 items.*user_inter_num_interval='\[0,4\]'"
+    ):
         data_preparation(config, create_dataset(config))
 
 
 def test_missing_files_are_named_and_nothing_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
     path = write_dataset(tmp_path / "d", [[1, 2, 3, 4, 5]] * 3, None)
-    for name, words in (("toys", "did you mean 'toy'"), ("ml-1m", r"ml-1m/ml-1m.inter; RecBole's copy of it is https")):
+    for name, words in (
+        ("toys", "did you mean 'toy'"),
+        ("ml-1m", r"ml-1m/ml-1m.inter; RecBole's copy of it is https"),
+    ):
         with pytest.raises(UserError, match=f"there is no file .*{words}"):
             create_dataset(RunConfig("BPR", name, config_dict=TINY | {"data_path": str(path)}))
     os.rename(path / "toy" / "toy.inter", path / "toy" / "other.inter")
-    with pytest.raises(UserError, match=r"no file .*toy.inter, which must be there; the folder holds other.inter"):
+    with pytest.raises(
+        UserError, match=r"no file .*toy.inter, which must be there; the folder holds other.inter"
+    ):
         create_dataset(config_of(path, "BPR"))
 
 
@@ -167,22 +227,36 @@ def test_no_pickle_is_loaded(ring, model):
     utils.data_preparation(config, create_dataset(config))
     for key in ("dataset_save_path", "dataloaders_save_path", "save_dataset", "save_dataloaders"):
         with pytest.raises(UserError, match=f"{key}=.*pickle"):
-            create_dataset(RunConfig(model, "toy", config_dict=ring | {key: "x" if "path" in key else True}))
+            create_dataset(
+                RunConfig(model, "toy", config_dict=ring | {key: "x" if "path" in key else True})
+            )
     assert not os.path.exists("ran")
 
 
 # Files that are split already
 
-LONG = {user: [f"i{item}" for item in np.random.default_rng(user).permutation(60)[:30]] for user in range(15)}
+LONG = {
+    user: [f"i{item}" for item in np.random.default_rng(user).permutation(60)[:30]]
+    for user in range(15)
+}
 
 
-def write_split(tmp_path, head="user_id:token\titem_id_list:token_seq\titem_id:token", start=1, name="toy"):
+def write_split(
+    tmp_path, head="user_id:token\titem_id_list:token_seq\titem_id:token", start=1, name="toy"
+):
     folder = tmp_path / "b" / name
     folder.mkdir(parents=True)
     for part, stops in (("train", range(start, 28)), ("valid", [28]), ("test", [29])):
-        rows = [f"u{user}\t{' '.join(items[:stop])}\t{items[stop]}" for user, items in LONG.items() for stop in stops]
+        rows = [
+            f"u{user}\t{' '.join(items[:stop])}\t{items[stop]}"
+            for user, items in LONG.items()
+            for stop in stops
+        ]
         (folder / f"{name}.{part}.inter").write_text("\n".join([head, *rows]) + "\n")
-    (folder / f"{name}.item").write_text("item_id:token\ttitle:token_seq\n" + "".join(f"i{item}\tThing {item}\n" for item in range(60)))
+    (folder / f"{name}.item").write_text(
+        "item_id:token\ttitle:token_seq\n"
+        + "".join(f"i{item}\tThing {item}\n" for item in range(60))
+    )
     return folder.parent
 
 
@@ -197,7 +271,9 @@ SPLIT = {
 @pytest.mark.parametrize("start", [1, 27])
 @pytest.mark.parametrize("longest", [10, 29, 50])
 def test_split_files_give_their_histories_and_targets(tmp_path, model, start, longest):
-    config = config_of(write_split(tmp_path, start=start), model, MAX_ITEM_LIST_LENGTH=longest, **SPLIT)
+    config = config_of(
+        write_split(tmp_path, start=start), model, MAX_ITEM_LIST_LENGTH=longest, **SPLIT
+    )
     dataset = create_dataset(config)
     names = dataset.field2id_token["item_id"]
     served = {user: names[items].tolist() for user, items in user_histories(dataset).items()}
@@ -210,12 +286,19 @@ def test_split_files_give_their_histories_and_targets(tmp_path, model, start, lo
             assert item == sequence[place]
             if model in ("SDPO-LLM", "GRU4Rec"):
                 rows = part.inter_feat
-                assert rows["item_id_list"].shape[1] == longest and int(rows["item_length"][row]) == min(place, longest)
+                assert rows["item_id_list"].shape[1] == longest and int(
+                    rows["item_length"][row]
+                ) == min(place, longest)
                 assert names[histories(rows, config)[row]].tolist() == sequence[:place][-longest:]
     for until, stop in ((1, 28), (2, 29), (3, 30)):  # whatever was cut off, it was met
         users, items = met_items(*parts[:until])
-        pairs = {(dataset.field2id_token["user_id"][user], names[item]) for user, item in zip(users, items, strict=True)}
-        assert pairs == {(f"u{user}", item) for user, sequence in LONG.items() for item in sequence[:stop]}
+        pairs = {
+            (dataset.field2id_token["user_id"][user], names[item])
+            for user, item in zip(users, items, strict=True)
+        }
+        assert pairs == {
+            (f"u{user}", item) for user, sequence in LONG.items() for item in sequence[:stop]
+        }
 
 
 def test_a_model_without_sequences_says_what_it_does_not_see(tmp_path, caplog):
@@ -229,7 +312,10 @@ def test_a_model_without_sequences_says_what_it_does_not_see(tmp_path, caplog):
     [
         ({"benchmark_filename": ["train", "test"]}, "must be a list of three"),
         ({"benchmark_filename": ["train", "valid", "tset"]}, "no file .*toy.tset.inter"),
-        ({"load_col": {"inter": ["user_id", "item_id"]}}, "'item_id_list', must be loaded from .*toy.train.inter"),
+        (
+            {"load_col": {"inter": ["user_id", "item_id"]}},
+            "'item_id_list', must be loaded from .*toy.train.inter",
+        ),
         ({"seq_len": {"item_id_list": 5}}, "seq_len=.*would cut the end of histories"),
         ({"user_inter_num_interval": "[3,inf)"}, "user_inter_num_interval=.*taken as they are"),
         ({"rm_dup_inter": "first"}, "rm_dup_inter=.*taken as they are"),
@@ -252,4 +338,7 @@ def test_sessions_of_which_the_longest_rows_come_first_give_the_same_histories(t
 
 
 def test_a_tab_may_be_spelled_as_a_shell_hands_it_on(ring):
-    assert RunConfig("BPR", "toy", config_dict=ring | {"field_separator": "\\t"})["field_separator"] == "\t"
+    assert (
+        RunConfig("BPR", "toy", config_dict=ring | {"field_separator": "\\t"})["field_separator"]
+        == "\t"
+    )

@@ -6,7 +6,12 @@ from recbole_sdpo.ragged import Ragged
 
 
 def test_candidate_prompts_read_as_their_template():
-    units = Units(10, Templates("header\n", ("Seen:\n{history}Pick:\n{candidates}Next:\n", "{candidates}|{history}")))
+    units = Units(
+        10,
+        Templates(
+            "header\n", ("Seen:\n{history}Pick:\n{candidates}Next:\n", "{candidates}|{history}")
+        ),
+    )
     prompts = candidate_prompts(
         Ragged.from_rows([[1, 2], [3]]),
         Ragged.from_rows([[4, 5], [6, 7]]),
@@ -33,7 +38,10 @@ def test_shipped_templates_load():
     ("content", "message"),
     [
         ("header: x\n", "must hold the keys"),
-        ("header: x\ncandidates: ['a {history} only']\n", r"must occur once in 'a \{history\} only'"),
+        (
+            "header: x\ncandidates: ['a {history} only']\n",
+            r"must occur once in 'a \{history\} only'",
+        ),
         ("header: x\ncandidates: ['{history}{candidates}']\n", "must begin with text"),
         ("header: 5\ncandidates: ['a {history}{candidates}']\n", "must hold the keys"),
         ("header: x\ncandidates: [3]\n", "must hold the keys"),

@@ -8,7 +8,13 @@ from recbole.data import create_dataset, data_preparation
 
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import batches, history_windows
-from recbole_sdpo.data.sequences import Sequences, histories, last_targets, met_items, training_sequences
+from recbole_sdpo.data.sequences import (
+    Sequences,
+    histories,
+    last_targets,
+    met_items,
+    training_sequences,
+)
 from recbole_sdpo.ragged import Ragged
 from tests.conftest import TINY, write_dataset
 
@@ -17,13 +23,16 @@ HEADER = 10_000
 
 @pytest.fixture
 def loaders(tmp_path):
-    # At least four items each: of three, RecBole gives a general model a validation target and a sequential one none.
+    # At least four items each: of three, RecBole gives a general model a validation target and a
+    # sequential one none.
     rng = np.random.default_rng(0)
     content = [rng.integers(1, 30, length).tolist() for length in (20, 5, 4, 9, 15)]
     path = write_dataset(tmp_path / "d", content, None)
 
     def load(model):
-        config = RunConfig(model, "toy", config_dict=TINY | {"data_path": str(path), "MAX_ITEM_LIST_LENGTH": 5})
+        config = RunConfig(
+            model, "toy", config_dict=TINY | {"data_path": str(path), "MAX_ITEM_LIST_LENGTH": 5}
+        )
         return data_preparation(config, create_dataset(config))
 
     return content, load
@@ -37,7 +46,10 @@ def test_sequences_are_the_users_items_without_the_last_two(loaders):
     content, load = loaders
     dataset = load("GRU4Rec")[0]._dataset
     sequences = training_sequences(dataset)
-    found = {u: tokens(dataset, "item_id", sequences.items[i]) for i, u in enumerate(tokens(dataset, "user_id", sequences.user))}
+    found = {
+        u: tokens(dataset, "item_id", sequences.items[i])
+        for i, u in enumerate(tokens(dataset, "user_id", sequences.user))
+    }
     assert found == {u: items[:-2] for u, items in enumerate(content)}
     assert sequences.targets == len(dataset)
     assert (sequences.history == 1).all()
@@ -58,23 +70,39 @@ def test_met_items_are_the_same_for_general_and_sequential_models(loaders):
         parts = [loader._dataset for loader in load(model)]
         for until, cut in ((1, -2), (2, -1), (3, None)):
             users, items = met_items(*parts[:until])
-            pairs = set(zip(tokens(parts[0], "user_id", users), tokens(parts[0], "item_id", items), strict=True))
+            pairs = set(
+                zip(
+                    tokens(parts[0], "user_id", users),
+                    tokens(parts[0], "item_id", items),
+                    strict=True,
+                )
+            )
             expected = {(u, i) for u, sequence in enumerate(content) for i in sequence[:cut]}
             found.append(pairs == expected)
     assert all(found)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(2, 60), st.integers(1, 59)), min_size=1, max_size=5), st.integers(2, 20))
+@given(
+    st.lists(st.tuples(st.integers(2, 60), st.integers(1, 59)), min_size=1, max_size=5),
+    st.integers(2, 20),
+)
 def test_windows_ask_for_each_target_once_with_half_a_window_of_history(shapes, window):
     lengths, opening = zip(*((n, min(h, n - 1)) for n, h in shapes), strict=True)
     rows = [np.arange(100 * i, 100 * i + n) for i, n in enumerate(lengths)]
-    prompts = history_windows(Sequences(Ragged.from_rows(rows), np.arange(len(rows)), np.array(opening)), window, HEADER)
-    assert sorted(prompts.target) == sorted(item for row, h in zip(rows, opening, strict=True) for item in row[h:])
-    for tree, before, target, user in zip(prompts.tree, prompts.before, prompts.target, prompts.user, strict=True):
+    prompts = history_windows(
+        Sequences(Ragged.from_rows(rows), np.arange(len(rows)), np.array(opening)), window, HEADER
+    )
+    assert sorted(prompts.target) == sorted(
+        item for row, h in zip(rows, opening, strict=True) for item in row[h:]
+    )
+    for tree, before, target, user in zip(
+        prompts.tree, prompts.before, prompts.target, prompts.user, strict=True
+    ):
         trunk, place = prompts.trunks[tree], target % 100
         assert trunk[0] == HEADER and trunk[before] == target and user == target // 100
-        assert trunk[1:before].tolist() == list(range(target - (before - 1), target))  # the items just before the target
+        # the items just before the target
+        assert trunk[1:before].tolist() == list(range(target - (before - 1), target))
         assert min(place, window // 2) <= before - 1 < max(window, opening[user] + 1)
 
 
@@ -88,17 +116,32 @@ def test_batches_hold_every_row_once_within_the_budget(sizes, budget):
 
 def test_select_keeps_targets_with_their_trees():
     rows = [np.arange(1, 12), np.arange(20, 26)]
-    prompts = history_windows(Sequences(Ragged.from_rows(rows), np.array([7, 8]), np.array([1, 1])), 4, HEADER)
+    prompts = history_windows(
+        Sequences(Ragged.from_rows(rows), np.array([7, 8]), np.array([1, 1])), 4, HEADER
+    )
     chosen = np.array([len(prompts) - 1, 0])
     picked = prompts.select(chosen)
     assert picked.target.tolist() == prompts.target[prompts.target_index(chosen)].tolist()
-    assert [picked.trunks[t][b] for t, b in zip(picked.tree, picked.before, strict=True)] == picked.target.tolist()
+    assert [
+        picked.trunks[t][b] for t, b in zip(picked.tree, picked.before, strict=True)
+    ] == picked.target.tolist()
 
 
 def test_histories_drop_the_padding(loaders):
     rows = loaders[1]("GRU4Rec")[2]._dataset.inter_feat
-    past = histories(rows, {"ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "item_length"})
-    assert past.lengths.max() <= 5 and (past.values > 0).all() and past.lengths.tolist() == rows["item_length"].tolist()
+    past = histories(
+        rows,
+        {
+            "ITEM_ID_FIELD": "item_id",
+            "LIST_SUFFIX": "_list",
+            "ITEM_LIST_LENGTH_FIELD": "item_length",
+        },
+    )
+    assert (
+        past.lengths.max() <= 5
+        and (past.values > 0).all()
+        and past.lengths.tolist() == rows["item_length"].tolist()
+    )
 
 
 @pytest.mark.parametrize("split", [{}, {"split": {"RS": [8, 1, 1]}, "group_by": "none"}])
@@ -106,14 +149,22 @@ def test_the_last_target_of_each_user(tmp_path, split):
     rng = np.random.default_rng(0)
     content = [rng.integers(1, 30, length).tolist() for length in (20, 5, 4, 9, 15)]
     path = write_dataset(tmp_path / "d", content, None)
-    config = RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path), "eval_args": {"mode": "uni5", **split}})
+    config = RunConfig(
+        "GRU4Rec",
+        "toy",
+        config_dict=TINY | {"data_path": str(path), "eval_args": {"mode": "uni5", **split}},
+    )
     dataset = data_preparation(config, create_dataset(config))[0]._dataset
     rows = dataset.inter_feat
     latest = {}
-    for user, item, time in zip(rows["user_id"].tolist(), rows["item_id"].tolist(), rows["timestamp"].tolist(), strict=True):
+    for user, item, time in zip(
+        rows["user_id"].tolist(), rows["item_id"].tolist(), rows["timestamp"].tolist(), strict=True
+    ):
         if time >= latest.get(user, (-1,))[0]:
             latest[user] = (time, item)
     last = last_targets(dataset).inter_feat
-    assert dict(zip(last["user_id"].tolist(), last["item_id"].tolist(), strict=True)) == {user: item for user, (_, item) in latest.items()}
+    assert dict(zip(last["user_id"].tolist(), last["item_id"].tolist(), strict=True)) == {
+        user: item for user, (_, item) in latest.items()
+    }
     assert len(last) == len(latest) and len(dataset) > len(last)
     assert training_sequences(last_targets(dataset)).targets == len(last)

@@ -1,4 +1,5 @@
-"""Popularity taken off a model's scores, against counts of the sequences that the test itself has written."""
+"""Popularity taken off a model's scores, against counts of the sequences that the test itself
+has written."""
 
 from pathlib import Path
 
@@ -17,18 +18,29 @@ ITEMS, USERS = 12, 40
 def skewed(ring, tmp_path) -> tuple[dict, list[list[int]]]:
     """Settings for a dataset of which some items are popular, and its sequences."""
     draw, share = np.random.default_rng(3), np.arange(1, ITEMS + 1) ** 2.0
-    sequences = [draw.choice(ITEMS, 6, replace=False, p=share / share.sum()).tolist() for _ in range(USERS)]
+    sequences = [
+        draw.choice(ITEMS, 6, replace=False, p=share / share.sum()).tolist() for _ in range(USERS)
+    ]
     titles = {item: f"title {'abcdefghijkl'[item]}" for item in range(ITEMS)}
-    settings = {"data_path": str(write_dataset(tmp_path / "skewed", sequences, titles)), "eval_args": {"mode": "full"}}
+    settings = {
+        "data_path": str(write_dataset(tmp_path / "skewed", sequences, titles)),
+        "eval_args": {"mode": "full"},
+    }
     return ring | settings | {"run_dir": "here", "topk": [5, ITEMS]}, sequences
 
 
-def places(score: np.ndarray, sequences: list[list[int]], masked: bool) -> dict[str, tuple[int, int]]:
-    """For each user the first and the last place that the last item may have, ranked by ``score`` among all, or all not met before."""
+def places(
+    score: np.ndarray, sequences: list[list[int]], masked: bool
+) -> dict[str, tuple[int, int]]:
+    """For each user the first and the last place that the last item may have, ranked by
+    ``score`` among all, or all not met before."""
     found = {}
     for user, (*met, target) in enumerate(sequences):
         others = np.delete(score, [target, *met] if masked else [target])
-        found[f"u{user}"] = (1 + (others > score[target] + 1e-6).sum(), 1 + (others >= score[target] - 1e-6).sum())
+        found[f"u{user}"] = (
+            1 + (others > score[target] + 1e-6).sum(),
+            1 + (others >= score[target] - 1e-6).sum(),
+        )
     return found
 
 
@@ -68,23 +80,36 @@ def test_of_a_language_model_it_is_that_of_the_title_and_of_the_last_stage(skewe
     met[twins] = met[twins].sum()
     recommender, expected = Recommender.load("here"), {}
     for user, row in enumerate(sequences):
-        found = recommender.recommend(history=[f"title {'abcdefghijkj'[item]}" for item in row[:-1]], k=ITEMS - 1)
+        found = recommender.recommend(
+            history=[f"title {'abcdefghijkj'[item]}" for item in row[:-1]], k=ITEMS - 1
+        )
         score = np.empty(ITEMS)
         for item, log_prob in zip(found["item"], found["score"]):
             score[twins if int(item[1:]) in twins else int(item[1:])] = log_prob
-        expected |= {f"u{user}": place for place in places(score - 1.5 * np.log(met + 1), [row], masked=False).values()}
+        expected |= {
+            f"u{user}": place
+            for place in places(score - 1.5 * np.log(met + 1), [row], masked=False).values()
+        }
     check_ranks(expected, "sdpo")
     quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"run_dir": "plain"})
-    assert Path("here/sft/model.safetensors").read_bytes() == Path("plain/sft/model.safetensors").read_bytes()
+    assert (
+        Path("here/sft/model.safetensors").read_bytes()
+        == Path("plain/sft/model.safetensors").read_bytes()
+    )
     plain, less = (pd.read_csv(f"{folder}/ranks.csv") for folder in ("plain", "here"))
     assert less[less.stage == "sft"].equals(plain[plain.stage == "sft"]) and not less.equals(plain)
 
 
 def test_alignment_has_to_beat_its_start_under_the_same_discount(skewed):
     settings = skewed[0] | {"popularity_discount": 1.5}
-    aligned = quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"sdpo_epochs": 0})["stages"]
+    aligned = quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"sdpo_epochs": 0})[
+        "stages"
+    ]
     start = quick_start.run(
-        "SDPO-LLM", "toy", config_dict=settings | {"sft_checkpoint": "here/sft", "objective": "sft", "run_dir": "start"}
+        "SDPO-LLM",
+        "toy",
+        config_dict=settings
+        | {"sft_checkpoint": "here/sft", "objective": "sft", "run_dir": "start"},
     )
     assert aligned["sdpo"]["valid"] == start["stages"]["sft"]["valid"] != aligned["sft"]["valid"]
 
@@ -93,9 +118,13 @@ def test_alignment_has_to_beat_its_start_under_the_same_discount(skewed):
 def test_so_much_of_it_that_the_rarest_is_first(skewed, model):
     settings, sequences = skewed
     few = {"epochs": 1} if model == "GRU4Rec" else {"sft_epochs": 1, "objective": "sft"}
-    result = quick_start.run(model, "toy", config_dict=settings | few | {"popularity_discount": 1000})
+    result = quick_start.run(
+        model, "toy", config_dict=settings | few | {"popularity_discount": 1000}
+    )
     rarity = -met_in_training(sequences)
     check_ranks(places(rarity, sequences, masked=False))
-    first, last = np.array(list(places(rarity, [row[:-1] for row in sequences], masked=False).values())).T
+    first, last = np.array(
+        list(places(rarity, [row[:-1] for row in sequences], masked=False).values())
+    ).T
     (stage,) = result["stages"].values()  # the weights are chosen by the same scores
     assert (1 / last).mean() - 1e-4 <= stage["valid"][f"mrr@{ITEMS}"] <= (1 / first).mean() + 1e-4

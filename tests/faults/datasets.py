@@ -1,4 +1,5 @@
-"""Broken and odd datasets: pure functions of a generator of random numbers, and what a slow reader finds in them."""
+"""Broken and odd datasets: pure functions of a generator of random numbers, and what a slow
+reader finds in them."""
 
 from __future__ import annotations
 
@@ -11,24 +12,34 @@ import numpy as np
 Files = dict[str, bytes]
 """The content of each file by the end of its name, such as ``inter`` or ``train.inter``."""
 
-HEADS = {"inter": b"user_id:token\titem_id:token\ttimestamp:float", "item": b"item_id:token\ttitle:token_seq"}
+HEADS = {
+    "inter": b"user_id:token\titem_id:token\ttimestamp:float",
+    "item": b"item_id:token\ttitle:token_seq",
+}
 
 
 def sound(rng: np.random.Generator) -> Files:
-    """A dataset without a fault: 30 users of 5 to 9 events, some seconds apart, in any order in the file; some times are ties."""
+    """A dataset without a fault: 30 users of 5 to 9 events, some seconds apart, in any order in
+    the file; some times are ties."""
     start = int(rng.choice([0, 1_700_000_000, -5_000_000, 1_700_000_000_000_000_000]))
     events = [
         b"u%d\ti%d\t%d" % (user, item, start + int(time))
         for user in range(30)
-        for item, time in zip(rng.permutation(50)[: rng.integers(5, 10)], rng.integers(0, 300, 9), strict=False)
+        for item, time in zip(
+            rng.permutation(50)[: rng.integers(5, 10)], rng.integers(0, 300, 9), strict=False
+        )
     ]
     rng.shuffle(events)
     items = [b"i%d\tThing %d" % (item, item % 45) for item in range(50)]
-    return {end: b"\n".join([HEADS[end], *rows]) + b"\n" for end, rows in (("inter", events), ("item", items))}
+    return {
+        end: b"\n".join([HEADS[end], *rows]) + b"\n"
+        for end, rows in (("inter", events), ("item", items))
+    }
 
 
 def broken(rng: np.random.Generator) -> tuple[Files, dict[str, Any], str]:
-    """A dataset to which one thing or more has been done: its files, settings that go with it, and what was done."""
+    """A dataset to which one thing or more has been done: its files, settings that go with it,
+    and what was done."""
     files, settings, what = sound(rng), {}, []
     for _ in range(int(rng.choice([1, 1, 1, 2, 3]))):
         mutation = MUTATIONS[rng.integers(len(MUTATIONS))]
@@ -43,10 +54,18 @@ def broken(rng: np.random.Generator) -> tuple[Files, dict[str, Any], str]:
 
 
 def last_items(files: Files, separator: str = "\t", encoding: str = "utf-8") -> dict[str, str]:
-    """By a slow reader: the last item of each user who has more than one event, where ties stand as in the file."""
+    """By a slow reader: the last item of each user who has more than one event, where ties stand
+    as in the file."""
     text = files["inter"].decode(encoding).lstrip("\ufeff")
-    head, *rows = [line.split(separator) for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line]
-    place = [[field.split(":")[0] for field in head].index(name) for name in ("user_id", "item_id", "timestamp")]
+    head, *rows = [
+        line.split(separator)
+        for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        if line
+    ]
+    place = [
+        [field.split(":")[0] for field in head].index(name)
+        for name in ("user_id", "item_id", "timestamp")
+    ]
     met: dict[str, list[tuple[Fraction, int, str]]] = {}
     for number, row in enumerate(rows):
         user, item, time = (row[column] for column in place)
@@ -54,7 +73,9 @@ def last_items(files: Files, separator: str = "\t", encoding: str = "utf-8") -> 
     return {user: max(events)[2] for user, events in met.items() if len(events) > 1}
 
 
-def _line(mutate: Callable[[bytes, np.random.Generator], bytes], header: bool = False) -> Callable[[bytes, np.random.Generator], bytes]:
+def _line(
+    mutate: Callable[[bytes, np.random.Generator], bytes], header: bool = False
+) -> Callable[[bytes, np.random.Generator], bytes]:
     """Do it to one line: the header, or one below it."""
 
     def mutated(content: bytes, rng: np.random.Generator) -> bytes:
@@ -67,7 +88,9 @@ def _line(mutate: Callable[[bytes, np.random.Generator], bytes], header: bool = 
     return mutated
 
 
-def _field(value: Callable[[bytes, np.random.Generator], bytes], place: int | None = None) -> Callable:
+def _field(
+    value: Callable[[bytes, np.random.Generator], bytes], place: int | None = None
+) -> Callable:
     def field(line: bytes, rng: np.random.Generator) -> bytes:
         parts = line.split(b"\t")
         which = min(len(parts) - 1, int(rng.integers(len(parts))) if place is None else place)
@@ -147,7 +170,16 @@ def quoted_text(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def other_column(line: bytes, rng: np.random.Generator) -> bytes:
-    names = [b"when:float", b"timestamp:token", b"timestamp:float_seq", b"user_id:token", b"item_id:float", b"a:b:token", b"x:number", b""]
+    names = [
+        b"when:float",
+        b"timestamp:token",
+        b"timestamp:float_seq",
+        b"user_id:token",
+        b"item_id:float",
+        b"a:b:token",
+        b"x:number",
+        b"",
+    ]
     parts = line.split(b"\t")
     parts[int(rng.integers(len(parts)))] = names[int(rng.integers(len(names)))]
     return b"\t".join(parts)
@@ -162,12 +194,43 @@ def repeated_line(content: bytes, rng: np.random.Generator) -> bytes:
     return b"\n".join([*lines[:-1], lines[int(rng.integers(len(lines)))], b""])
 
 
-WORDS = (b"", b" ", b"NA", b"nan", b"inf", b"-inf", b"1e400", b"text", b"1_000", b"2024-01-31", b"[PAD]", b'"', b'"a', b"\xe9", b"\xc3\xa9")
+WORDS = (
+    b"",
+    b" ",
+    b"NA",
+    b"nan",
+    b"inf",
+    b"-inf",
+    b"1e400",
+    b"text",
+    b"1_000",
+    b"2024-01-31",
+    b"[PAD]",
+    b'"',
+    b'"a',
+    b"\xe9",
+    b"\xc3\xa9",
+)
 
 MUTATIONS: list[Callable[[bytes, np.random.Generator], bytes]] = [
-    *(byte_order_mark, flipped_byte, cut, commas, dos_lines, mac_lines, utf16, header_alone, no_header, no_types, few_rows),
+    *(
+        byte_order_mark,
+        flipped_byte,
+        cut,
+        commas,
+        dos_lines,
+        mac_lines,
+        utf16,
+        header_alone,
+        no_header,
+        no_types,
+        few_rows,
+    ),
     *(swapped_columns, repeated_line, _is(b""), _is(b"\n"), _is(b"\xff\xfe")),
-    *(_put(text) for text in (b"\t", b'"', b"\0", b"\n", b"\n\n", b"\r", b"\xe9", b"\xe2\x80\xa8", b"\x0b")),
+    *(
+        _put(text)
+        for text in (b"\t", b'"', b"\0", b"\n", b"\n\n", b"\r", b"\xe9", b"\xe2\x80\xa8", b"\x0b")
+    ),
     *(_field(_is(word)) for word in WORDS),
     *(_field(_is(word), place=2) for word in WORDS),
     _field(quoted_text),

@@ -20,7 +20,23 @@ HOSTILE = [
 ]  # fmt: skip
 """Values that some places may hold, and most may not."""
 
-KEYS = ["name", "names", "model", "settings", "setting", "vary", "tune", "axis", "seed", "seeds", "base", "title", "beta", "", "x" * 300]
+KEYS = [
+    "name",
+    "names",
+    "model",
+    "settings",
+    "setting",
+    "vary",
+    "tune",
+    "axis",
+    "seed",
+    "seeds",
+    "base",
+    "title",
+    "beta",
+    "",
+    "x" * 300,
+]
 
 LINES = [
     "\t", "- ", ": ", "? ", "&a [*a]", "*a", "<<: *a", "%YAML 9.9", "---", "...", "!!binary aGk=", "a: b: c", "{", "]", "'", "é",
@@ -31,7 +47,8 @@ LINES = [
 
 
 def good(settings: dict[str, Any]) -> dict[str, Any]:
-    """A small experiment with each of its keys, on the dataset ``toy``; ``settings`` are those of all runs."""
+    """A small experiment with each of its keys, on the dataset ``toy``; ``settings`` are those
+    of all runs."""
     return {
         "title": "A try",
         "dataset": "toy",
@@ -43,24 +60,43 @@ def good(settings: dict[str, Any]) -> dict[str, Any]:
         "settings": copy.deepcopy(settings),
         "runs": [
             {"name": "Pop", "model": "Pop"},
-            {"name": "S-DPO", "settings": {"train_neg_sample_args": {"sample_num": 2}}, "vary": {"beta": [0.5, 2.0]}},
-            {"name": "SFT", "settings": {"objective": "sft"}, "tune": {"sft_learning_rate": [0.1, 0.2]}},
+            {
+                "name": "S-DPO",
+                "settings": {"train_neg_sample_args": {"sample_num": 2}},
+                "vary": {"beta": [0.5, 2.0]},
+            },
+            {
+                "name": "SFT",
+                "settings": {"objective": "sft"},
+                "tune": {"sft_learning_rate": [0.1, 0.2]},
+            },
         ],
     }
 
 
 def broken(seed: int, settings: dict[str, Any]) -> bytes:
-    """A file of one to three changes to a good one, always the same for a seed. A few are still right."""
+    """A file of one to three changes to a good one, always the same for a seed. A few are still
+    right."""
     draw, content = random.Random(f"experiment {seed}"), good(settings)
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         draw.choice([_replace, _replace, _replace, _remove, _rename, _add, _repeat])(draw, content)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
-    return draw.choice([_cut, _insert, _insert, _flip, _twice])(draw, text) if draw.random() < 0.35 else text
+    return (
+        draw.choice([_cut, _insert, _insert, _flip, _twice])(draw, text)
+        if draw.random() < 0.35
+        else text
+    )
 
 
 def _places(value: Any, place: Place = ()) -> Iterator[Place]:
     yield place
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in items:
         yield from _places(item, (*place, key))
 
@@ -72,8 +108,11 @@ def _at(content: Any, place: Place) -> Any:
 
 
 def _one(draw: random.Random, content: Any, kind: type = object) -> Place | None:
-    """A place below the top whose parent is of ``kind``; settings are others' to break, so that most are outside of them."""
-    places = [place for place in _places(content) if place and isinstance(_at(content, place[:-1]), kind)]
+    """A place below the top whose parent is of ``kind``; settings are others' to break, so that
+    most are outside of them."""
+    places = [
+        place for place in _places(content) if place and isinstance(_at(content, place[:-1]), kind)
+    ]
     outside = [place for place in places if place[0] != "settings"]
     chosen = outside if outside and draw.random() < 0.8 else places
     return draw.choice(chosen) if chosen else None
@@ -112,7 +151,10 @@ def _cut(draw: random.Random, text: bytes) -> bytes:
 
 def _insert(draw: random.Random, text: bytes) -> bytes:
     lines = text.split(b"\n")
-    lines.insert(draw.randrange(len(lines) + 1), b" " * draw.choice([0, 0, 2, 3]) + draw.choice(LINES).encode())
+    lines.insert(
+        draw.randrange(len(lines) + 1),
+        b" " * draw.choice([0, 0, 2, 3]) + draw.choice(LINES).encode(),
+    )
     return b"\n".join(lines)
 
 

@@ -288,7 +288,8 @@ def yaml_files(trial: Trial) -> bool:
 
 
 def an_experiment(trial: Trial) -> bool:
-    """An experiment's file with text or YAML that would run; it is planned, and no run of it begins."""
+    """An experiment's file with text or YAML that would run; it is planned, and no run of it
+    begins."""
     key = trial.draw.choice(
         [
             "title",

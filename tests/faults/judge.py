@@ -75,7 +75,8 @@ def ended_well(ending: Ending, names: Iterable[str] = (), codes: Iterable[int] =
 
 
 def interrupted_well(ending: Ending, number: int) -> None:
-    """Did the program end as one should that got the signal ``number``: a sentence, and the usual code?
+    """Did the program end as one should that got the signal ``number``: a sentence, and the usual
+    code?
 
     Raises:
         Wrong: it did not.

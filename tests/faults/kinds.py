@@ -1,7 +1,7 @@
 """The kinds of trials: every module here that has ``attempt(trial)``, which makes one of them.
 
-``attempt`` raises :class:`~tests.faults.judge.Wrong`, or returns "result" or "sentence". ``LONG`` and
-``SHORT`` are how many trials ``make faults`` and ``make test`` make.
+``attempt`` raises :class:`~tests.faults.judge.Wrong`, or returns "result" or "sentence". ``LONG``
+and ``SHORT`` are how many trials ``make faults`` and ``make test`` make.
 """
 
 import importlib

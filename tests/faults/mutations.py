@@ -1,4 +1,5 @@
-"""Broken or odd atomic files: each user is tested on the last event, or a sentence names the file."""
+"""Broken or odd atomic files: each user is tested on the last event, or a sentence names the
+file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The parent of an experiment is killed and begun again at once: its results are those of one that was left alone."""
+"""The parent of an experiment is killed and begun again at once: its results are those of one
+that was left alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A file was cut, flipped, zeroed, lost or replaced: the right result, or a sentence that names it."""
+"""A file was cut, flipped, zeroed, lost or replaced: the right result, or a sentence that names
+it."""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ def settings(model: str, **other: Any) -> dict[str, Any]:
 
 
 def rows(seed: int = 0) -> list[tuple[str, str, str]]:
-    """User, item and time of each event, in the order of the file; no user has a time or item twice."""
+    """User, item and time of each event, in the order of the file; no user has a time or item
+    twice."""
     draw = random.Random(f"toy {seed}")
     events = []
     for user in range(USERS):

@@ -1,4 +1,5 @@
-"""Forest log-probabilities and gradients against one full sequence at a time, on every supported architecture."""
+"""Forest log-probabilities and gradients against one full sequence at a time, on every supported
+architecture."""
 
 import numpy as np
 import pytest
@@ -35,31 +36,59 @@ SPECIAL = {
     "Gemma2": {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
 }
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
-NAMES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3", "GPT2", "GPTNeoX", "OPT", "Phi3", "Olmo2"]
-# One-by-one sequences are the judge: with soft-capped attention only eager computes what the model means.
+NAMES = [
+    "Llama",
+    "Mistral",
+    "Qwen2",
+    "Qwen3",
+    "Gemma",
+    "Gemma3",
+    "GPT2",
+    "GPTNeoX",
+    "OPT",
+    "Phi3",
+    "Olmo2",
+]
+# One-by-one sequences are the judge: with soft-capped attention only eager computes what the model
+# means.
 EAGER_ONLY = ["Gemma2"]
 
 
 @pytest.fixture
 def true_float64(monkeypatch):
-    """Norms, eager softmax and positions of transformers pass through float32 in any model; make that float64.
+    """Norms, eager softmax and positions of transformers pass through float32 in any model; make
+    that float64.
 
-    Their rounding would differ between the two orders of summing gradients by more than the tolerance.
+    Their rounding would differ between the two orders of summing gradients by more than the
+    tolerance.
     """
     to, to_float, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
 
     def keep(self, *args, **kwargs):
-        return self if self.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values()) else to(self, *args, **kwargs)
+        return (
+            self
+            if self.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values())
+            else to(self, *args, **kwargs)
+        )
 
     def floating(self):
         return self.double() if self.dtype in (torch.int64, torch.float64) else to_float(self)
 
     monkeypatch.setattr(torch.Tensor, "to", keep)
     monkeypatch.setattr(torch.Tensor, "float", floating)
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None, **_: softmax(x, dim))
+    monkeypatch.setattr(
+        torch.nn.functional, "softmax", lambda x, dim, dtype=None, **_: softmax(x, dim)
+    )
 
 
-def build(name: str, attention: str, lora: bool, dtype: torch.dtype, dropout: float = 0.0, layers: list[int] | None = None):
+def build(
+    name: str,
+    attention: str,
+    lora: bool,
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+    layers: list[int] | None = None,
+):
     torch.manual_seed(0)
     special = SPECIAL.get(name, {}) | ({"resid_pdrop": dropout} if dropout else {})
     config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**BASE | special)
@@ -69,8 +98,17 @@ def build(name: str, attention: str, lora: bool, dtype: torch.dtype, dropout: fl
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     if lora:
         linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-        names = {n.rsplit(".", 1)[-1] for n, part in model.base_model.named_modules() if isinstance(part, linear)}
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=sorted(names), layers_to_transform=layers))
+        names = {
+            n.rsplit(".", 1)[-1]
+            for n, part in model.base_model.named_modules()
+            if isinstance(part, linear)
+        }
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM", r=4, target_modules=sorted(names), layers_to_transform=layers
+            ),
+        )
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 parameter.data.normal_(std=0.1)
@@ -98,7 +136,10 @@ def one_by_one(model, trunks, tree, start, responses) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize(("name", "attention"), [*((n, a) for n in NAMES for a in ("sdpa", "eager")), *((n, "eager") for n in EAGER_ONLY)])
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [*((n, a) for n in NAMES for a in ("sdpa", "eager")), *((n, "eager") for n in EAGER_ONLY)],
+)
 def test_forest_equals_one_by_one(name, attention, lora, dtype, monkeypatch, request):
     if dtype == torch.float64:
         request.getfixturevalue("true_float64")
@@ -121,19 +162,28 @@ def test_forest_equals_one_by_one(name, attention, lora, dtype, monkeypatch, req
     found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
     for key, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[key], rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=atol)
+        torch.testing.assert_close(
+            gradient, expected[key], rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=atol
+        )
 
 
 @pytest.mark.parametrize("name", [*(n for n in NAMES if n not in ("GPT2", "OPT")), "Gemma2"])
 @torch.no_grad()
 def test_flex_attention_agrees(name, monkeypatch):
-    """Without compiling it, and forward only, as a CPU has no backward: what is tested is the block mask."""
+    """Without compiling it, and forward only, as a CPU has no backward: what is tested is the
+    block mask."""
     attention = transformers.integrations.flex_attention
-    monkeypatch.setattr(attention, "compile_friendly_flex_attention", lambda *args, training, **kw: attention.flex_attention(*args, **kw))
+    monkeypatch.setattr(
+        attention,
+        "compile_friendly_flex_attention",
+        lambda *args, training, **kw: attention.flex_attention(*args, **kw),
+    )
     model = build(name, "eager" if name in EAGER_ONLY else "sdpa", False, torch.float64)
     trunks, tree, start, responses = sample(np.random.default_rng(6))
     expected = one_by_one(model, trunks, tree, start, responses)
-    found = LanguageModel(model, None, "flex_attention")(plant(Ragged.from_rows(trunks), tree, start, Ragged.from_rows(responses)))
+    found = LanguageModel(model, None, "flex_attention")(
+        plant(Ragged.from_rows(trunks), tree, start, Ragged.from_rows(responses))
+    )
     assert model.config._attn_implementation == "flex_attention"
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
@@ -145,7 +195,13 @@ def test_flex_attention_is_tried_before_auto_takes_it(monkeypatch, caplog, works
 
     def compiled(*args, training, **kwargs):
         output = flex.flex_attention(*args, **kwargs)
-        return output if works else (output[0] * 1.5, output[1]) if isinstance(output, tuple) else output * 1.5
+        return (
+            output
+            if works
+            else (output[0] * 1.5, output[1])
+            if isinstance(output, tuple)
+            else output * 1.5
+        )
 
     monkeypatch.setattr(flex, "compile_friendly_flex_attention", compiled)
     lm = LanguageModel(build("Llama", "sdpa", False, torch.float64), None)
@@ -166,15 +222,29 @@ def test_chains_take_the_causal_path_and_agree(name):
     responses = [trunks[t][s : s + 4] for t, s in zip(tree, start, strict=True)]
     forest = plant(Ragged.from_rows(trunks), tree, start, Ragged.from_rows(responses))
     assert forest.chains
-    torch.testing.assert_close(LanguageModel(model, None)(forest), one_by_one(model, trunks, tree, start, responses), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        LanguageModel(model, None)(forest),
+        one_by_one(model, trunks, tree, start, responses),
+        rtol=0,
+        atol=1e-9,
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (transformers.CohereConfig(**BASE | {"logit_scale": 0.1}), "scores a tree otherwise than one sequence at a time"),
-        (transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCAB), "scores a tree otherwise"),
-        (transformers.BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=VOCAB), "cannot score a tree"),
+        (
+            transformers.CohereConfig(**BASE | {"logit_scale": 0.1}),
+            "scores a tree otherwise than one sequence at a time",
+        ),
+        (
+            transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCAB),
+            "scores a tree otherwise",
+        ),
+        (
+            transformers.BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=VOCAB),
+            "cannot score a tree",
+        ),
     ],
     ids=["scaled logits", "positions by distance", "two-dimensional masks"],
 )
@@ -197,7 +267,12 @@ def test_sdpa_is_refused_where_it_would_leave_out_a_soft_cap():
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_reference_stays_while_the_policy_moves(lora):
     lm = LanguageModel(build("GPT2", "sdpa", lora, torch.float64, dropout=0.5), None)
-    forest = plant(Ragged.from_rows([[3, 4, 5]]), np.array([0, 0]), np.array([2, 3]), Ragged.from_rows([[7, 8], [9]]))
+    forest = plant(
+        Ragged.from_rows([[3, 4, 5]]),
+        np.array([0, 0]),
+        np.array([2, 3]),
+        Ragged.from_rows([[7, 8], [9]]),
+    )
     with pytest.raises(RuntimeError, match="no reference yet"):
         lm.reference_logps(forest)
     names = set(lm.trainable())
@@ -230,8 +305,14 @@ def test_the_reference_takes_the_policys_place_as_peft_would_have_it(name, dropo
             parameter.add_(0.05 * torch.randn_like(parameter))
 
     def state():
-        layers = [part.active_adapters for part in lm.model.modules() if isinstance(part, BaseTunerLayer)]
-        return layers, [part.training for part in lm.model.modules()], [p.requires_grad for p in lm.model.parameters()]
+        layers = [
+            part.active_adapters for part in lm.model.modules() if isinstance(part, BaseTunerLayer)
+        ]
+        return (
+            layers,
+            [part.training for part in lm.model.modules()],
+            [p.requires_grad for p in lm.model.parameters()],
+        )
 
     lm.eval()
     policy = lm(forest)
@@ -245,7 +326,11 @@ def test_the_reference_takes_the_policys_place_as_peft_would_have_it(name, dropo
     with lm.reference():
         assert state()[0] == adapters and state()[2] == before[2]
     assert lm.reference_logps(forest).equal(expected)
-    assert state() == before and set(lm.trainable()) == names and not any("reference" in name for name in names)
+    assert (
+        state() == before
+        and set(lm.trainable()) == names
+        and not any("reference" in name for name in names)
+    )
     lm.eval()
     assert lm(forest).equal(policy)
     with pytest.raises(KeyError), lm.reference():
@@ -255,7 +340,9 @@ def test_the_reference_takes_the_policys_place_as_peft_would_have_it(name, dropo
 
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_below_the_lowest_adapter_run_once_for_both(name):
-    model = build(name, "sdpa", True, torch.float64, dropout=0.5 if name == "GPT2" else 0.0, layers=[1])
+    model = build(
+        name, "sdpa", True, torch.float64, dropout=0.5 if name == "GPT2" else 0.0, layers=[1]
+    )
     lm = LanguageModel(model, None)
     trunks, tree, start, responses = sample(np.random.default_rng(7))
     forest = plant(Ragged.from_rows(trunks), tree, start, Ragged.from_rows(responses))
@@ -268,7 +355,11 @@ def test_layers_below_the_lowest_adapter_run_once_for_both(name):
 
     calls = [0, 0]
     for number, layer in enumerate(lm._layers):
-        first = next(part for part in layer.modules() if isinstance(part, torch.nn.Linear | transformers.pytorch_utils.Conv1D))
+        first = next(
+            part
+            for part in layer.modules()
+            if isinstance(part, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
+        )
 
         def count(*_, number=number):
             calls[number] += 1
@@ -279,24 +370,39 @@ def test_layers_below_the_lowest_adapter_run_once_for_both(name):
     torch.testing.assert_close((policy, reference), separate, rtol=0, atol=1e-12)
     assert lm.policy_and_reference(forest)[1].equal(reference) and calls == [2, 4]
     lm.train()
-    torch.testing.assert_close(lm.policy_and_reference(forest)[1], separate[1], rtol=0, atol=1e-12)  # no dropout in it
+    # no dropout in it
+    torch.testing.assert_close(lm.policy_and_reference(forest)[1], separate[1], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("lora", "layers"), [(True, [1]), (False, None)], ids=["upper layer with an adapter", "full"])
+@pytest.mark.parametrize(
+    ("lora", "layers"), [(True, [1]), (False, None)], ids=["upper layer with an adapter", "full"]
+)
 def test_compiled_layers_change_nothing(monkeypatch, lora, layers):
-    """Policy, reference and gradients, in batches of two shapes; traced, but without a compiler for the CPU."""
+    """Policy, reference and gradients, in batches of two shapes; traced, but without a compiler
+    for the CPU."""
     monkeypatch.setattr(language_model, "BACKEND", "aot_eager")
     rng, found = np.random.default_rng(9), []
     trunks, tree, start, responses = sample(rng)
     forests = [
-        plant(Ragged.from_rows(trunks[:rows]), tree[some], start[some], Ragged.from_rows([responses[i] for i in some]), multiple)
+        plant(
+            Ragged.from_rows(trunks[:rows]),
+            tree[some],
+            start[some],
+            Ragged.from_rows([responses[i] for i in some]),
+            multiple,
+        )
         for rows, multiple in ((3, 1), (2, 16))
         for some in [np.flatnonzero(tree < rows)]
     ]
     torch.compiler.reset()
     for compiled in (False, True):
         torch.manual_seed(3)
-        lm = LanguageModel(build("Llama", "sdpa", lora, torch.float32, layers=layers), None, "auto", compiled=compiled)
+        lm = LanguageModel(
+            build("Llama", "sdpa", lora, torch.float32, layers=layers),
+            None,
+            "auto",
+            compiled=compiled,
+        )
         lm.freeze_reference()
         with torch.no_grad():
             for parameter in lm.trainable().values():
@@ -308,7 +414,10 @@ def test_compiled_layers_change_nothing(monkeypatch, lora, layers):
             with torch.no_grad():
                 numbers += [policy.detach(), reference, lm.eval()(forest)]
         found.append([*numbers, *(p.grad for p in lm.trainable().values())])
-        assert [layer._compiled_call_impl is not None for layer in lm._layers] == [compiled and layers is None, compiled]
+        assert [layer._compiled_call_impl is not None for layer in lm._layers] == [
+            compiled and layers is None,
+            compiled,
+        ]
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
     torch.compiler.reset()
 
@@ -339,16 +448,34 @@ def test_nothing_is_shared_when_all_is_trained():
 
 
 def test_checkpointing_keeps_no_more_of_the_layers_that_are_shared(tmp_path):
-    """peft would make the embeddings' output require a gradient, and so all layers under the adapters."""
+    """peft would make the embeddings' output require a gradient, and so all layers under the
+    adapters."""
     from recbole_sdpo.lm.backbone import load_backbone
     from tests.lm.test_backbone import CPU, config
 
     def tracked(checkpointing):
-        given = config(backbone="scratch", peft="lora", lora_layers=[1], gradient_checkpointing=checkpointing, scratch_dropout=0.0)
-        lm = load_backbone(given, CPU, lambda: train_tokenizer(["a b c"], 300), lambda purpose: 0).train()
+        given = config(
+            backbone="scratch",
+            peft="lora",
+            lora_layers=[1],
+            gradient_checkpointing=checkpointing,
+            scratch_dropout=0.0,
+        )
+        lm = load_backbone(
+            given, CPU, lambda: train_tokenizer(["a b c"], 300), lambda purpose: 0
+        ).train()
         seen = []
-        lm._layers[0].register_forward_hook(lambda layer, args, output: seen.append(output.requires_grad))
-        lm(plant(Ragged.from_rows([[3, 4, 5]]), np.array([0, 0]), np.array([2, 3]), Ragged.from_rows([[7, 8], [9]]))).sum().backward()
+        lm._layers[0].register_forward_hook(
+            lambda layer, args, output: seen.append(output.requires_grad)
+        )
+        lm(
+            plant(
+                Ragged.from_rows([[3, 4, 5]]),
+                np.array([0, 0]),
+                np.array([2, 3]),
+                Ragged.from_rows([[7, 8], [9]]),
+            )
+        ).sum().backward()
         return seen, torch.cat([p.grad.flatten() for p in lm.trainable().values()])
 
     (seen, gradient), (with_it, same) = tracked(False), tracked(True)

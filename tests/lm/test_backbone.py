@@ -10,7 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import backbone as module
@@ -29,24 +34,40 @@ def config(**given) -> BackboneSettings:
 
 def load(**given):
     return load_backbone(
-        config(**given), CPU, lambda: train_tokenizer(["a title"] * 3, config(**given).scratch_vocab_size), lambda purpose: 7
+        config(**given),
+        CPU,
+        lambda: train_tokenizer(["a title"] * 3, config(**given).scratch_vocab_size),
+        lambda purpose: 7,
     )
 
 
 def tiny_llama(vocab):
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, max_position_embeddings=64, **shape))
 
 
 def byte_level_bpe():
     """A tokenizer of GPT-2's kind, which a GGUF file can hold."""
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
     made.train_from_iterator(["some titles to learn from"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="<s>", pad_token="<s>"
+    )
 
 
 @pytest.fixture
@@ -73,15 +94,26 @@ def write_gguf(path, model, tokenizer):
     inverse = {i: t for t, i in tokenizer.get_vocab().items()}
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([inverse[i] for i in range(c.vocab_size)])
-    writer.add_token_types([gguf.TokenType.CONTROL if i == 0 else gguf.TokenType.NORMAL for i in range(c.vocab_size)])
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if i == 0 else gguf.TokenType.NORMAL for i in range(c.vocab_size)]
+    )
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output"}
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+    }
     names |= {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
     names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    fixed = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+    fixed = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     for key, weight in model.state_dict().items():
         array = weight.numpy().astype(np.float32)
         if key in fixed:
@@ -89,7 +121,10 @@ def write_gguf(path, model, tokenizer):
             continue
         _, _, layer, *rest = key.split(".")
         part = ".".join(rest[:-1])
-        heads = {"self_attn.q_proj": c.num_attention_heads, "self_attn.k_proj": c.num_key_value_heads}.get(part)
+        heads = {
+            "self_attn.q_proj": c.num_attention_heads,
+            "self_attn.k_proj": c.num_key_value_heads,
+        }.get(part)
         if heads:
             array = array.reshape(heads, 2, -1, c.hidden_size).swapaxes(1, 2).reshape(array.shape)
         writer.add_tensor(f"blk.{layer}.{names[part]}.weight", np.ascontiguousarray(array))
@@ -105,21 +140,33 @@ def test_a_folder_gets_an_adapter(folder):
     full = load(backbone=str(folder), peft="none")
     assert len(full.trainable()) == len(list(full.model.parameters()))
     first, second = load(backbone=str(folder)), load(backbone=str(folder))
-    assert all(torch.equal(a, b) for a, b in zip(first.trainable().values(), second.trainable().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.trainable().values(), second.trainable().values(), strict=True)
+    )
 
 
 def test_a_gguf_file_is_converted_once_and_keeps_its_weights(tmp_path, folder, monkeypatch):
     tokenizer = byte_level_bpe()
     model = tiny_llama(len(tokenizer)).eval()
     write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
-    given = {"backbone": str(tmp_path / "tiny.gguf"), "cache_dir": str(tmp_path / "cache"), "peft": "none"}
+    given = {
+        "backbone": str(tmp_path / "tiny.gguf"),
+        "cache_dir": str(tmp_path / "cache"),
+        "peft": "none",
+    }
     lm = load(**given)
     ids = torch.arange(1, 20)[None]
     torch.testing.assert_close(lm.model.eval()(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
     assert len(list((tmp_path / "cache").glob("tiny-*"))) == 1
     assert tokenizer.get_vocab().items() <= lm.tokenizer.get_vocab().items()
-    assert lm.tokenizer.decode(lm.tokenizer.encode("some titles", add_special_tokens=False)) == "some titles"
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_, **__: pytest.fail("converted again"))
+    assert (
+        lm.tokenizer.decode(lm.tokenizer.encode("some titles", add_special_tokens=False))
+        == "some titles"
+    )
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_config", lambda *_, **__: pytest.fail("converted again")
+    )
     load(**given)
 
 
@@ -153,7 +200,12 @@ def test_gradient_checkpointing_changes_no_gradient(folder):
     from recbole_sdpo.lm.forest import plant
     from recbole_sdpo.ragged import Ragged
 
-    forest = plant(Ragged.from_rows([[3, 4, 5]]), np.array([0, 0]), np.array([2, 3]), Ragged.from_rows([[7, 8], [9]]))
+    forest = plant(
+        Ragged.from_rows([[3, 4, 5]]),
+        np.array([0, 0]),
+        np.array([2, 3]),
+        Ragged.from_rows([[7, 8], [9]]),
+    )
     found = []
     for checkpointing in (False, True):
         lm = load(backbone=str(folder), peft="none", gradient_checkpointing=checkpointing).train()
@@ -170,7 +222,10 @@ def bitsandbytes():
 
 def test_what_cannot_be_compiled_is_refused(folder):
     given = config(backbone=str(folder), peft="lora", compile=True, gradient_checkpointing=True)
-    with pytest.raises(UserError, match="compile=True is for layers .* gradient_checkpointing=True and quantization='none'; leave it out"):
+    with pytest.raises(
+        UserError,
+        match="compile=True is for layers .* gradient_checkpointing=True and quantization='none'; leave it out",
+    ):
         load_backbone(given, CPU, None, lambda purpose: 0)
 
 
@@ -187,26 +242,46 @@ def test_bitsandbytes_still_cuts_gradients_after_an_evaluation(bitsandbytes):
 
 
 def test_four_bits_train_as_the_weights_that_they_stand_for(tmp_path, bitsandbytes):
-    """Log-probabilities and the adapter's gradients, after an evaluation, against full weights of the same values."""
+    """Log-probabilities and the adapter's gradients, after an evaluation, against full weights
+    of the same values."""
     tokenizer = train_tokenizer(["red cube", "blue cube"], 300)
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "b")
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(
+        tmp_path / "b"
+    )
     tokenizer.save_pretrained(tmp_path / "b")
     four, full = (load(backbone=str(tmp_path / "b"), quantization=kind) for kind in ("nf4", "none"))
     layers, plain = (dict(lm.named_modules()) for lm in (four, full))
-    layers = {name: part for name, part in layers.items() if isinstance(part, bitsandbytes.nn.Linear4bit)}
-    assert len(layers) == 14 and not any(isinstance(part, bitsandbytes.nn.Linear4bit) for part in plain.values())
+    layers = {
+        name: part for name, part in layers.items() if isinstance(part, bitsandbytes.nn.Linear4bit)
+    }
+    assert len(layers) == 14 and not any(
+        isinstance(part, bitsandbytes.nn.Linear4bit) for part in plain.values()
+    )
     with torch.no_grad():
         for name, layer in layers.items():
-            values = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            values = bitsandbytes.functional.dequantize_4bit(
+                layer.weight.data, layer.weight.quant_state
+            )
             assert 0 < (values - plain[name].weight).abs().max() < 0.02
             plain[name].weight.copy_(values)
         for lm in (four, full):
             generator = torch.Generator().manual_seed(1)
             for p in lm.trainable().values():
                 p.copy_(0.1 * torch.randn(p.shape, generator=generator))
-    forest = plant(Ragged.from_rows([[3, 4, 5, 6]]), np.array([0, 0]), np.array([2, 4]), Ragged.from_rows([[7, 8], [9, 10, 11]]))
+    forest = plant(
+        Ragged.from_rows([[3, 4, 5, 6]]),
+        np.array([0, 0]),
+        np.array([2, 4]),
+        Ragged.from_rows([[7, 8], [9, 10, 11]]),
+    )
     found = []
     for lm in (four, full):
         with torch.no_grad():
@@ -220,9 +295,13 @@ def test_four_bits_train_as_the_weights_that_they_stand_for(tmp_path, bitsandbyt
         torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("given", [{"backbone": "scratch"}, {"backbone": "anything", "peft": "none"}])
+@pytest.mark.parametrize(
+    "given", [{"backbone": "scratch"}, {"backbone": "anything", "peft": "none"}]
+)
 def test_four_bits_are_for_pretrained_weights_under_an_adapter(given):
-    with pytest.raises(ValueError, match="quantization='nf4' is for pretrained weights under an adapter"):
+    with pytest.raises(
+        ValueError, match="quantization='nf4' is for pretrained weights under an adapter"
+    ):
         load(quantization="nf4", **given)
 
 
@@ -247,7 +326,11 @@ EVIL = "import pathlib; pathlib.Path('ran').touch()\n"
 
 def with_code(folder):
     """Code that each of a model's files may name."""
-    for name, key in (("config.json", "AutoConfig"), ("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
+    for name, key in (
+        ("config.json", "AutoConfig"),
+        ("config.json", "AutoModelForCausalLM"),
+        ("tokenizer_config.json", "AutoTokenizer"),
+    ):
         content = json.loads((folder / name).read_text())
         reference = "evil.Evil" if key != "AutoTokenizer" else ["evil.Evil", "evil.Evil"]
         edit_json(folder / name, auto_map=content.get("auto_map", {}) | {key: reference})
@@ -268,19 +351,30 @@ def test_no_code_of_a_backbone_runs_and_nobody_is_asked(folder, monkeypatch, kin
     if kind == "llama":
         load(backbone=str(folder))
     else:
-        with pytest.raises(UserError, match="trust_remote_code=True runs the code that comes with it"):
+        with pytest.raises(
+            UserError, match="trust_remote_code=True runs the code that comes with it"
+        ):
             load(backbone=str(folder))
     assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize("peft", ["lora", "none"])
-def test_no_code_of_a_checkpoint_runs_and_no_pickle_or_base_model_is_read(folder, tmp_path, monkeypatch, peft):
+def test_no_code_of_a_checkpoint_runs_and_no_pickle_or_base_model_is_read(
+    folder, tmp_path, monkeypatch, peft
+):
     monkeypatch.setattr("builtins.input", no_questions)
     lm = load(backbone=str(folder), peft=peft)
     save_backbone(lm, tmp_path / "saved")
     wanted = "adapter_config.json" if peft == "lora" else "config.json"
-    edit_json(tmp_path / "saved" / wanted, base_model_name_or_path="elsewhere/evil", auto_map={"AutoConfig": "evil.Evil"})
-    edit_json(tmp_path / "saved" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+    edit_json(
+        tmp_path / "saved" / wanted,
+        base_model_name_or_path="elsewhere/evil",
+        auto_map={"AutoConfig": "evil.Evil"},
+    )
+    edit_json(
+        tmp_path / "saved" / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+    )
     (tmp_path / "saved" / "evil.py").write_text(EVIL)
     restore_policy(lm, tmp_path / "saved")
     assert not Path("ran").exists()
@@ -288,7 +382,10 @@ def test_no_code_of_a_checkpoint_runs_and_no_pickle_or_base_model_is_read(folder
     pickle = tmp_path / "saved" / ("adapter_model.bin" if peft == "lora" else "pytorch_model.bin")
     torch.save(load_file(weights), pickle)
     weights.unlink()
-    with pytest.raises(UserError, match="checkpoint '.*saved' cannot be loaded .*; it must be a folder that a run wrote"):
+    with pytest.raises(
+        UserError,
+        match="checkpoint '.*saved' cannot be loaded .*; it must be a folder that a run wrote",
+    ):
         restore_policy(lm, tmp_path / "saved")
 
 
@@ -317,9 +414,15 @@ def test_a_checkpoint_gives_its_weights_back_whole_or_not_at_all(folder, tmp_pat
         save_file(weights, file, {"format": "pt"})
         with pytest.raises(UserError, match=f"checkpoint '{saved}' (does not fit|has weights)"):
             restore_policy(other, saved)
-        assert all(torch.equal(weight, policy[name]) for name, weight in other.policy_weights()), fault
+        assert all(torch.equal(weight, policy[name]) for name, weight in other.policy_weights()), (
+            fault
+        )
     save_file(whole, file, {"format": "pt"})
-    for name in (file.name, "tokenizer.json", "adapter_config.json" if peft == "lora" else "config.json"):
+    for name in (
+        file.name,
+        "tokenizer.json",
+        "adapter_config.json" if peft == "lora" else "config.json",
+    ):
         whole_bytes = (saved / name).read_bytes()
         (saved / name).write_bytes(whole_bytes[: len(whole_bytes) // 2])
         with pytest.raises(UserError, match=f"{saved}.* (cannot be loaded|is damaged)"):
@@ -332,7 +435,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(folder, tmp_path):
     lm = load(backbone=str(folder), peft="none")
     save_backbone(lm, tmp_path / "saved")
     edit_json(tmp_path / "saved" / "config.json", model_type="gpt2")
-    with pytest.raises(UserError, match="holds a model of type 'gpt2' and this run's backbone is 'llama'"):
+    with pytest.raises(
+        UserError, match="holds a model of type 'gpt2' and this run's backbone is 'llama'"
+    ):
         restore_policy(lm, tmp_path / "saved")
 
 
@@ -385,8 +490,17 @@ def test_a_backbone_that_is_not_whole_is_refused(folder, fault):
 def test_a_tied_head_needs_no_weights_of_its_own(tmp_path):
     tokenizer = byte_level_bpe()
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": True}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + 7, **shape)).save_pretrained(tmp_path / "tied")  # padded, too
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "tie_word_embeddings": True,
+    }
+    # padded, too
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + 7, **shape)).save_pretrained(
+        tmp_path / "tied"
+    )
     tokenizer.save_pretrained(tmp_path / "tied")
     load(backbone=str(tmp_path / "tied"))
 
@@ -395,7 +509,10 @@ def test_a_tokenizer_with_tokens_beyond_the_embeddings_is_refused(tmp_path):
     tokenizer = byte_level_bpe()
     tiny_llama(len(tokenizer) - 20).save_pretrained(tmp_path / "short")
     tokenizer.save_pretrained(tmp_path / "short")
-    with pytest.raises(UserError, match=f"a tokenizer of {len(tokenizer)} tokens and a model of {len(tokenizer) - 20} embeddings"):
+    with pytest.raises(
+        UserError,
+        match=f"a tokenizer of {len(tokenizer)} tokens and a model of {len(tokenizer) - 20} embeddings",
+    ):
         load(backbone=str(tmp_path / "short"))
     tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "pad")
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # no text becomes it
@@ -403,26 +520,37 @@ def test_a_tokenizer_with_tokens_beyond_the_embeddings_is_refused(tmp_path):
     load(backbone=str(tmp_path / "pad"))
 
 
-@pytest.mark.parametrize("targets", ["nothing", "[", ["nothing"], ["norm"], ["embed_tokens", "nothing"]])
+@pytest.mark.parametrize(
+    "targets", ["nothing", "[", ["nothing"], ["norm"], ["embed_tokens", "nothing"]]
+)
 def test_nonsense_among_the_adapters_modules_is_one_sentence(folder, targets):
-    with pytest.raises(UserError, match="lora_target_modules.* (does not fit the|must be a module of the) backbone"):
+    with pytest.raises(
+        UserError, match="lora_target_modules.* (does not fit the|must be a module of the) backbone"
+    ):
         load(backbone=str(folder), lora_target_modules=targets)
 
 
 @pytest.mark.parametrize("layers", [[], [2], [-1]])
 def test_nonsense_among_the_adapters_layers_is_one_sentence(folder, layers):
-    with pytest.raises(UserError, match="lora_layers=.* must be numbers of the backbone's layers, from 0 to 1"):
+    with pytest.raises(
+        UserError, match="lora_layers=.* must be numbers of the backbone's layers, from 0 to 1"
+    ):
         load(backbone=str(folder), lora_layers=layers)
 
 
 class TestCache:
-    """Converted weights are used if this user alone can have written them, and as they were written."""
+    """Converted weights are used if this user alone can have written them, and as they were
+    written."""
 
     @pytest.fixture
     def given(self, tmp_path):
         tokenizer = byte_level_bpe()
         write_gguf(tmp_path / "tiny.gguf", tiny_llama(len(tokenizer)), tokenizer)
-        return {"backbone": str(tmp_path / "tiny.gguf"), "cache_dir": str(tmp_path / "cache"), "peft": "none"}
+        return {
+            "backbone": str(tmp_path / "tiny.gguf"),
+            "cache_dir": str(tmp_path / "cache"),
+            "peft": "none",
+        }
 
     @staticmethod
     def converted(given):
@@ -432,7 +560,9 @@ class TestCache:
     def test_a_damaged_conversion_is_made_anew(self, given, caplog):
         first = {name: weight.clone() for name, weight in load(**given).policy_weights()}
         for break_it in (
-            lambda folder: edit_weights(folder, lambda weights: weights["model.norm.weight"].add_(1)),
+            lambda folder: edit_weights(
+                folder, lambda weights: weights["model.norm.weight"].add_(1)
+            ),
             lambda folder: cut(folder / "model.safetensors"),
             lambda folder: (folder / "config.json").unlink(),
             lambda folder: (folder / "SHA256SUMS").unlink(),
@@ -440,7 +570,9 @@ class TestCache:
             caplog.clear()
             break_it(self.converted(given))
             again = dict(load(**given).policy_weights())
-            assert "converted anew" in caplog.text and all(torch.equal(first[name], again[name]) for name in first)
+            assert "converted anew" in caplog.text and all(
+                torch.equal(first[name], again[name]) for name in first
+            )
         caplog.clear()
         load(**given)
         assert "converted anew" not in caplog.text
@@ -451,7 +583,10 @@ class TestCache:
         for path in (folder.parent, folder, folder / "model.safetensors"):
             mode = path.stat().st_mode
             path.chmod(mode | 0o002)
-            with pytest.raises(UserError, match=f"cache_dir: '{path}' belongs to another user, or others may write it"):
+            with pytest.raises(
+                UserError,
+                match=f"cache_dir: '{path}' belongs to another user, or others may write it",
+            ):
                 load(**given)
             path.chmod(mode)
         (folder / "model.safetensors").rename(folder.parent / "elsewhere")
@@ -475,13 +610,17 @@ class TestCache:
     def test_files_beside_a_gguf_file_have_no_part_in_it(self, given):
         beside = Path(given["backbone"]).parent
         (beside / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere/evil"}')
-        (beside / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}')
+        (beside / "tokenizer_config.json").write_text(
+            '{"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}'
+        )
         (beside / "evil.py").write_text(EVIL)
         load(**given)
         assert not Path("ran").exists()
 
     def test_half_a_gguf_file_is_one_sentence(self, given):
         cut(Path(given["backbone"]))
-        with pytest.raises(UserError, match="tiny.gguf' cannot be loaded .*; it must be a whole GGUF file"):
+        with pytest.raises(
+            UserError, match="tiny.gguf' cannot be loaded .*; it must be a whole GGUF file"
+        ):
             load(**given)
         assert not list(Path(given["cache_dir"]).glob("tiny-*"))

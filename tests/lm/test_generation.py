@@ -1,4 +1,5 @@
-"""Greedy answers of padded batches against one prompt at a time without a cache, and against the likelihood of whole answers."""
+"""Greedy answers of padded batches against one prompt at a time without a cache, and against the
+likelihood of whole answers."""
 
 import numpy as np
 import pytest
@@ -20,8 +21,14 @@ def greedy(model, prompt, limit, ends, among=None):
     while len(answer) < limit and not (answer and answer[-1] in ends):
         logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, -1]
         if among is not None:
-            follow = {response[len(answer)] for response in among if response[: len(answer)] == answer and len(response) > len(answer)}
-            logits = logits.masked_fill(~torch.isin(torch.arange(len(logits)), torch.tensor(sorted(follow))), -torch.inf)
+            follow = {
+                response[len(answer)]
+                for response in among
+                if response[: len(answer)] == answer and len(response) > len(answer)
+            }
+            logits = logits.masked_fill(
+                ~torch.isin(torch.arange(len(logits)), torch.tensor(sorted(follow))), -torch.inf
+            )
         answer.append(int(logits.argmax()))
     return answer
 
@@ -33,10 +40,14 @@ def rows(found):
 @pytest.mark.parametrize("name", [*NAMES, *EAGER_ONLY])
 @torch.no_grad()
 def test_answers_are_those_of_one_prompt_at_a_time(name):
-    eager = name in EAGER_ONLY  # whose softmax is of float32, in which the mask of a float64 model is minus infinity
-    model = build(name, "eager" if eager else "sdpa", True, torch.float32 if eager else torch.float64)
+    # whose softmax is of float32, in which the mask of a float64 model is minus infinity
+    eager = name in EAGER_ONLY
+    model = build(
+        name, "eager" if eager else "sdpa", True, torch.float32 if eager else torch.float64
+    )
     lm = LanguageModel(model, None)
-    model.get_base_model().generation_config.repetition_penalty = 9.0  # what a backbone's files may say
+    # what a backbone's files may say
+    model.get_base_model().generation_config.repetition_penalty = 9.0
     found = write(lm, Ragged.from_rows(PROMPTS), 12, ENDS)
     assert found.shape == (4, 12)
     assert rows(found) == [greedy(model, prompt, 12, ENDS) for prompt in PROMPTS]
@@ -46,17 +57,22 @@ def test_answers_are_those_of_one_prompt_at_a_time(name):
 @torch.no_grad()
 def test_constrained_answers_stay_among_theirs(seed):
     rng = np.random.default_rng(seed)
-    among = [[[*rng.integers(4, 8, rng.integers(0, 5)).tolist(), 3] for _ in range(6)] for _ in PROMPTS]
+    among = [
+        [[*rng.integers(4, 8, rng.integers(0, 5)).tolist(), 3] for _ in range(6)] for _ in PROMPTS
+    ]
     lm = LanguageModel(build("Llama", "sdpa", False, torch.float64), None)
     found = rows(write(lm, Ragged.from_rows(PROMPTS), 5, ENDS, list(map(Ragged.from_rows, among))))
-    assert found == [greedy(lm.model, prompt, 5, ENDS, own) for prompt, own in zip(PROMPTS, among, strict=True)]
+    assert found == [
+        greedy(lm.model, prompt, 5, ENDS, own) for prompt, own in zip(PROMPTS, among, strict=True)
+    ]
     assert all(answer in own for answer, own in zip(found, among, strict=True))
 
 
 @torch.no_grad()
 def test_greedy_decoding_finds_the_likeliest_answer_unless_its_first_tokens_are_less_likely():
-    """Both choose the same answer where the greedy path is the best path. They differ where one likely first token is shared by
-    answers that are each less likely than one that begins otherwise."""
+    """Both choose the same answer where the greedy path is the best path. They differ where one
+    likely first token is shared by answers that are each less likely than one that begins
+    otherwise."""
     model = build("Llama", "sdpa", False, torch.float64)
     model.lm_head.weight.data.mul_(12)  # far from uniform
     lm, rng, differ = LanguageModel(model, None), np.random.default_rng(1), 0
@@ -71,8 +87,11 @@ def test_greedy_decoding_finds_the_likeliest_answer_unless_its_first_tokens_are_
             assert found[0] == best[0]
         if found != best:
             differ += 1
-            first_two = one_by_one(model, [prompt], np.zeros(2, int), np.full(2, len(prompt)), [found[:2], best[:2]])
-            assert first[found[0]] > first[best[0]] or first_two[0] > first_two[1]  # ahead at the first fork, behind at the end
+            first_two = one_by_one(
+                model, [prompt], np.zeros(2, int), np.full(2, len(prompt)), [found[:2], best[:2]]
+            )
+            # ahead at the first fork, behind at the end
+            assert first[found[0]] > first[best[0]] or first_two[0] > first_two[1]
     assert 0 < differ < 60
 
 

@@ -15,12 +15,29 @@ GPT2 = GPT2Config(n_embd=768, n_layer=12)
 
 @pytest.mark.parametrize(
     ("config", "gib", "training"),
-    [(SMOLLM2, 80, 16384), (SMOLLM2, 141, 16384), (SMOLLM2, 16, 4096), (GPT2, 24, 16384), (LLAMA2_7B, 80, 4096), (LLAMA2_7B, 8, 1024)],
+    [
+        (SMOLLM2, 80, 16384),
+        (SMOLLM2, 141, 16384),
+        (SMOLLM2, 16, 4096),
+        (GPT2, 24, 16384),
+        (LLAMA2_7B, 80, 4096),
+        (LLAMA2_7B, 8, 1024),
+    ],
 )
 def test_a_gpu_takes_what_its_memory_holds(monkeypatch, config, gib, training):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib * 2**30))
-    assert tokens_at_once(SimpleNamespace(device=torch.device("cuda", 0), config=config)) == (training, 4 * training)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(total_memory=gib * 2**30),
+    )
+    assert tokens_at_once(SimpleNamespace(device=torch.device("cuda", 0), config=config)) == (
+        training,
+        4 * training,
+    )
 
 
 def test_a_cpu_takes_what_it_took():
-    assert tokens_at_once(SimpleNamespace(device=torch.device("cpu"), config=SMOLLM2)) == (1024, 8192)
+    assert tokens_at_once(SimpleNamespace(device=torch.device("cpu"), config=SMOLLM2)) == (
+        1024,
+        8192,
+    )

@@ -24,7 +24,9 @@ def expected(model, prompts, titles) -> torch.Tensor:
     pairs = [(p, t) for p in range(len(prompts)) for t in range(len(titles))]
     tree, title = map(np.array, zip(*pairs, strict=True))
     starts = np.array([len(prompts[p]) for p in tree])
-    return one_by_one(model, prompts, tree, starts, [titles[t] for t in title]).view(len(prompts), len(titles))
+    return one_by_one(model, prompts, tree, starts, [titles[t] for t in title]).view(
+        len(prompts), len(titles)
+    )
 
 
 @pytest.mark.parametrize("name", [*NAMES, *EAGER_ONLY])
@@ -33,9 +35,15 @@ def test_all_and_top_equal_one_by_one(name, monkeypatch):
     monkeypatch.setattr(ranking, "NODES_AT_ONCE", 9)
     titles = catalogue(np.random.default_rng(0), 40)
     model = build(name, "eager" if name in EAGER_ONLY else "sdpa", True, torch.float64)
-    lm, tree, slow = LanguageModel(model, None), TitleTree(Ragged.from_rows(titles)), expected(model, PROMPTS, titles)
+    lm, tree, slow = (
+        LanguageModel(model, None),
+        TitleTree(Ragged.from_rows(titles)),
+        expected(model, PROMPTS, titles),
+    )
     assert len(tree.blocks) > 3
-    torch.testing.assert_close(score_all(lm, Ragged.from_rows(PROMPTS), tree), slow, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        score_all(lm, Ragged.from_rows(PROMPTS), tree), slow, rtol=0, atol=1e-5
+    )
     check_top(score_top(lm, Ragged.from_rows(PROMPTS), tree, 5), slow, 5)
 
 
@@ -58,14 +66,25 @@ def sharp():
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), number=st.integers(1, 30), k=st.integers(1, 40), tokens=st.integers(1, 5))
+@given(
+    seed=st.integers(0, 10**6),
+    number=st.integers(1, 30),
+    k=st.integers(1, 40),
+    tokens=st.integers(1, 5),
+)
 @torch.no_grad()
 def test_any_catalogue_and_any_k(sharp, seed, number, k, tokens):
     rng = np.random.default_rng(seed)
     titles = catalogue(rng, number, tokens)
     prompts = [rng.integers(4, 40, rng.integers(1, 6)).tolist() for _ in range(3)]
-    lm, tree, slow = LanguageModel(sharp, None), TitleTree(Ragged.from_rows(titles)), expected(sharp, prompts, titles)
-    torch.testing.assert_close(score_all(lm, Ragged.from_rows(prompts), tree), slow, rtol=0, atol=1e-5)
+    lm, tree, slow = (
+        LanguageModel(sharp, None),
+        TitleTree(Ragged.from_rows(titles)),
+        expected(sharp, prompts, titles),
+    )
+    torch.testing.assert_close(
+        score_all(lm, Ragged.from_rows(prompts), tree), slow, rtol=0, atol=1e-5
+    )
     check_top(score_top(lm, Ragged.from_rows(prompts), tree, k), slow, min(k, number))
 
 
@@ -74,21 +93,35 @@ def test_an_unsure_model_has_all_titles_scored(sharp, monkeypatch):
     monkeypatch.setattr(ranking, "NODES_AT_ONCE", 12)
     rng, prompts = np.random.default_rng(3), Ragged.from_rows(PROMPTS)
     titles = [[*rng.integers(4, 8, 4), 3] for _ in range(60)]
-    lm, tree = LanguageModel(build("Llama", "sdpa", False, torch.float64), None), TitleTree(Ragged.from_rows(titles))
+    lm, tree = (
+        LanguageModel(build("Llama", "sdpa", False, torch.float64), None),
+        TitleTree(Ragged.from_rows(titles)),
+    )
     whole = []
     score = ranking.score_all
-    monkeypatch.setattr(ranking, "score_all", lambda lm, prompts, tree: whole.append(len(prompts)) or score(lm, prompts, tree))
+    monkeypatch.setattr(
+        ranking,
+        "score_all",
+        lambda lm, prompts, tree: whole.append(len(prompts)) or score(lm, prompts, tree),
+    )
     check_top(score_top(lm, prompts, tree, 8), score(lm, prompts, tree), 8)
     assert whole
     whole.clear()
-    check_top(score_top(LanguageModel(sharp, None), prompts, tree, 8), score(LanguageModel(sharp, None), prompts, tree), 8)
+    check_top(
+        score_top(LanguageModel(sharp, None), prompts, tree, 8),
+        score(LanguageModel(sharp, None), prompts, tree),
+        8,
+    )
 
 
 @torch.no_grad()
 def test_what_is_not_a_number_stays_so():
     model = build("Llama", "sdpa", False, torch.float64)
     model.model.norm.weight[0] = torch.nan
-    lm, tree = LanguageModel.__new__(LanguageModel), TitleTree(Ragged.from_rows(catalogue(np.random.default_rng(0), 9)))
+    lm, tree = (
+        LanguageModel.__new__(LanguageModel),
+        TitleTree(Ragged.from_rows(catalogue(np.random.default_rng(0), 9))),
+    )
     torch.nn.Module.__init__(lm)
     lm.model, lm.attention, lm.mixed = model, "sdpa", False
     assert score_top(lm, Ragged.from_rows(PROMPTS), tree, 2).isnan().any(1).all()
@@ -99,6 +132,8 @@ def test_the_search_leaves_out_what_cannot_be_among_the_best(sharp):
     titles = catalogue(np.random.default_rng(1), 400, tokens=30)
     lm, tree = LanguageModel(sharp, None), TitleTree(Ragged.from_rows(titles))
     computed = []
-    sharp.model.register_forward_pre_hook(lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    sharp.model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     score_top(lm, Ragged.from_rows([PROMPTS[0]]), tree, 3)
     assert sum(computed) - len(PROMPTS[0]) < tree.nodes / 4

@@ -25,7 +25,15 @@ def tokenizer():
 
 @pytest.mark.parametrize(
     "text",
-    ["<|im_end|>", "a <|im_end|><|im_end|> b", "<s>", "<|im_end|><|x|>", "<tool_call>", "<<s>s>", "<|im_<s>end|>"],
+    [
+        "<|im_end|>",
+        "a <|im_end|><|im_end|> b",
+        "<s>",
+        "<|im_end|><|x|>",
+        "<tool_call>",
+        "<<s>s>",
+        "<|im_<s>end|>",
+    ],
 )
 def test_no_text_becomes_a_control_token(tokenizer, text):
     ids = encode_text(tokenizer, text)
@@ -39,14 +47,31 @@ def test_any_text_survives(tokenizer, text):
     assert tokenizer.decode(encode_text(tokenizer, text)) == text
 
 
-HOSTILE = [CONTROL, "＜｜ｉｍ＿ｅｎｄ｜＞", "<|IM_END|>", "<|ím_énd|>", "<|im\u200b_end|>", CONTROL * 2, f"  {CONTROL} ", "<|x|>", "<s>"]
-HOW = st.fixed_dictionaries({key: st.booleans() for key in ("normalized", "lstrip", "rstrip", "single_word")})
+HOSTILE = [
+    CONTROL,
+    "＜｜ｉｍ＿ｅｎｄ｜＞",
+    "<|IM_END|>",
+    "<|ím_énd|>",
+    "<|im\u200b_end|>",
+    CONTROL * 2,
+    f"  {CONTROL} ",
+    "<|x|>",
+    "<s>",
+]
+HOW = st.fixed_dictionaries(
+    {key: st.booleans() for key in ("normalized", "lstrip", "rstrip", "single_word")}
+)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(sorted(KINDS)), HOW, st.lists(st.sampled_from([*HOSTILE, "alien", "(", "<", "|>", " ", "é", "9"]), max_size=8))
+@given(
+    st.sampled_from(sorted(KINDS)),
+    HOW,
+    st.lists(st.sampled_from([*HOSTILE, "alien", "(", "<", "|>", " ", "é", "9"]), max_size=8),
+)
 def test_no_tokenizer_makes_a_control_token_of_a_text(kind, how, parts):
-    """Whatever its normaliser does first; ids of titles that need no care are those that it always gives."""
+    """Whatever its normaliser does first; ids of titles that need no care are those that it
+    always gives."""
     tokenizer, text = with_control(kind, **how), "".join(parts)
     control = {*tokenizer.get_added_vocab().values()}
     plain = tokenizer(text, add_special_tokens=False).input_ids
@@ -68,12 +93,18 @@ def test_what_normalises_to_a_control_token_is_cut_and_stays_whole(text):
 
 
 def test_a_character_that_is_not_known_is_named():
-    with pytest.raises(UserError, match=r"control token '<unk>' of '千' in 'alien 千'; choose a backbone whose tokenizer"):
+    with pytest.raises(
+        UserError,
+        match=r"control token '<unk>' of '千' in 'alien 千'; choose a backbone whose tokenizer",
+    ):
         encode_text(sentencepiece(), "alien 千")
 
 
 def test_ordinary_text_is_tokenised_as_ever(tokenizer):
-    assert encode_text(tokenizer, "Alien (1979)") == tokenizer("Alien (1979)", add_special_tokens=False).input_ids
+    assert (
+        encode_text(tokenizer, "Alien (1979)")
+        == tokenizer("Alien (1979)", add_special_tokens=False).input_ids
+    )
 
 
 def test_opening_is_what_the_tokenizer_puts_first(tokenizer):
@@ -84,11 +115,14 @@ def test_opening_is_what_the_tokenizer_puts_first(tokenizer):
 
 def test_frequent_titles_get_fewer_tokens():
     tokenizer = train_tokenizer(["the one everybody sees"] * 50 + ["another that few know"], 270)
-    assert len(encode_text(tokenizer, "the one everybody sees")) < len(encode_text(tokenizer, "another that few know"))
+    assert len(encode_text(tokenizer, "the one everybody sees")) < len(
+        encode_text(tokenizer, "another that few know")
+    )
 
 
 def test_no_token_is_a_mere_step_to_another():
-    """What no text is made of is not in the vocabulary, but for the bytes; every text is cut into the fewest pieces."""
+    """What no text is made of is not in the vocabulary, but for the bytes; every text is cut
+    into the fewest pieces."""
     texts = ["red cube\n", "red ball\n", "blue cube\n"]
     tokenizer = train_tokenizer(texts * 9, 1000)
     pieces = set(tokenizer.get_vocab()) - {"<s>"}
@@ -107,4 +141,6 @@ def test_scratch_weights_depend_on_their_seed_alone():
     torch.manual_seed(1)
     assert torch.rand(1) == here  # building drew nothing from the global generator
     second = build_model(64, 16, 1, 2, 0.0, seed=5)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )

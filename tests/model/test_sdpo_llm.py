@@ -32,7 +32,11 @@ def slow_score(model, past, item, shown=None):
         prompt = [units.header, *past]
     else:
         fill = {"{history}": past, "{candidates}": shown}
-        prompt = [u for part in units.templates[0] for u in (fill[part] if isinstance(part, str) else [part])]
+        prompt = [
+            u
+            for part in units.templates[0]
+            for u in (fill[part] if isinstance(part, str) else [part])
+        ]
     prompt = np.concatenate([tokens[u] for u in prompt])
     ids = torch.from_numpy(np.concatenate([prompt, tokens[item]]))
     logps = model.lm.model(input_ids=ids[None]).logits[0].log_softmax(-1)
@@ -51,7 +55,10 @@ def test_predict_is_the_log_probability_of_the_title(ring):
     interaction = next(iter(test))[0][:40]
     scores = model.eval().predict(interaction)
     past = histories(interaction, model.config)
-    expected = [slow_score(model, past[row].tolist(), int(item)) for row, item in enumerate(interaction["item_id"])]
+    expected = [
+        slow_score(model, past[row].tolist(), int(item))
+        for row, item in enumerate(interaction["item_id"])
+    ]
     torch.testing.assert_close(scores.double(), torch.tensor(expected).double(), rtol=0, atol=1e-5)
 
 
@@ -71,7 +78,9 @@ def test_full_sort_predict_is_predict_for_every_item(ring):
     past = histories(interaction, model.config)
     for row in range(3):
         expected = [slow_score(model, past[row].tolist(), item) for item in range(1, model.n_items)]
-        torch.testing.assert_close(scores[row, 1:].double(), torch.tensor(expected).double(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            scores[row, 1:].double(), torch.tensor(expected).double(), rtol=0, atol=1e-5
+        )
 
 
 def test_candidate_prompts_show_the_candidates_in_an_order_that_hides_the_target(ring):
@@ -87,9 +96,14 @@ def test_candidate_prompts_show_the_candidates_in_an_order_that_hides_the_target
     torch.testing.assert_close(scores, turned, rtol=0, atol=1e-6)
     shown = shown_to(model, users[0], rows["item_id"].numpy())
     assert sorted(shown) == sorted(rows["item_id"].tolist())
-    expected = [slow_score(model, histories(rows, model.config)[0].tolist(), int(item), shown) for item in rows["item_id"]]
+    expected = [
+        slow_score(model, histories(rows, model.config)[0].tolist(), int(item), shown)
+        for item in rows["item_id"]
+    ]
     torch.testing.assert_close(scores.double(), torch.tensor(expected).double(), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="prompt_style='candidates' cannot rank the whole catalogue"):
+    with pytest.raises(
+        ValueError, match="prompt_style='candidates' cannot rank the whole catalogue"
+    ):
         model.full_sort_predict(rows)
 
 
@@ -97,7 +111,8 @@ def shown_to(model, user, items):
     """The candidates as the text of an evaluation prompt has them."""
     past, user = Ragged.from_rows([[1]]), np.array([user])
     trunk = model._prompts(past, Ragged.from_rows([items]), items[:1], user).trunks[0]
-    return [unit for unit in trunk.tolist() if unit < model.units.items][1:]  # the first is the history
+    # the first is the history
+    return [unit for unit in trunk.tolist() if unit < model.units.items][1:]
 
 
 def test_the_target_may_stand_anywhere_among_the_candidates(ring):
@@ -111,7 +126,9 @@ def test_the_target_may_stand_anywhere_among_the_candidates(ring):
 
 @pytest.mark.parametrize("style", ["history", "candidates"])
 def test_calculate_loss_serves_any_recbole_trainer(ring, style):
-    model, (train, *_) = build(ring | {"prompt_style": style, "prompt_candidates": 6, "train_batch_size": 12})
+    model, (train, *_) = build(
+        ring | {"prompt_style": style, "prompt_candidates": 6, "train_batch_size": 12}
+    )
     batch = next(iter(train))
     first = float(model.calculate_loss(batch))
     assert np.isfinite(first)
@@ -121,9 +138,17 @@ def test_calculate_loss_serves_any_recbole_trainer(ring, style):
     if style == "history":
         rows = len(batch) // 3
         past = histories(batch, model.config)
-        pos = torch.tensor([slow_score(model, past[r].tolist(), int(batch["item_id"][r])) for r in range(rows)])
+        pos = torch.tensor(
+            [slow_score(model, past[r].tolist(), int(batch["item_id"][r])) for r in range(rows)]
+        )
         neg = torch.tensor(
-            [[slow_score(model, past[r].tolist(), int(batch["neg_item_id"][k * rows + r])) for k in range(3)] for r in range(rows)]
+            [
+                [
+                    slow_score(model, past[r].tolist(), int(batch["neg_item_id"][k * rows + r]))
+                    for k in range(3)
+                ]
+                for r in range(rows)
+            ]
         )
         model.objective = "softmax"
         logps = Logps(pos, neg, torch.zeros_like(pos), torch.zeros_like(neg))
@@ -133,13 +158,21 @@ def test_calculate_loss_serves_any_recbole_trainer(ring, style):
 
 @pytest.mark.parametrize("style", ["history", "candidates"])
 def test_dpo_draws_and_scores_the_one_negative_that_it_looks_at(ring, style, monkeypatch):
-    model, (train, *_) = build(ring | {"objective": "dpo", "prompt_style": style, "prompt_candidates": 6})
+    model, (train, *_) = build(
+        ring | {"objective": "dpo", "prompt_style": style, "prompt_candidates": 6}
+    )
     drawn = model.examples(train._dataset, train._sampler, model.negatives)
     assert model.negatives == 1 and drawn.batch(np.arange(5), 0)[1].shape[1] == 2
     model.lm.freeze_reference()
     model.objective, widths, plain = "dpo", [], model.logps
-    monkeypatch.setattr(model, "logps", lambda forest, width, *rest: widths.append(width) or plain(forest, width, *rest))
-    assert float(model.calculate_loss(next(iter(train)))) == pytest.approx(np.log(2), abs=1e-6) and widths == [2]
+    monkeypatch.setattr(
+        model,
+        "logps",
+        lambda forest, width, *rest: widths.append(width) or plain(forest, width, *rest),
+    )
+    assert float(model.calculate_loss(next(iter(train)))) == pytest.approx(
+        np.log(2), abs=1e-6
+    ) and widths == [2]
 
 
 def test_a_deep_copy_shares_the_weights(ring):
@@ -162,7 +195,9 @@ def test_prompts_longer_than_learned_positions_are_refused(ring, tmp_path):
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     model, (_, _, test) = build(ring | {"backbone": str(tmp_path / "gpt2"), "peft": "none"})
-    with pytest.raises(ValueError, match=r"MAX_ITEM_LIST_LENGTH=8.*up to \d+ tokens.*was made for 64"):
+    with pytest.raises(
+        ValueError, match=r"MAX_ITEM_LIST_LENGTH=8.*up to \d+ tokens.*was made for 64"
+    ):
         model.check_prompts(test._dataset, 6)
 
 
@@ -175,18 +210,30 @@ def test_a_large_catalogue_is_ranked_in_parts(ring, monkeypatch):
     del model.title_tree
     held = []
     decoder = model.lm.model.base_model
-    decoder.register_forward_pre_hook(lambda module, args, kwargs: held.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: held.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     torch.testing.assert_close(model.full_sort_predict(interaction), whole, rtol=0, atol=1e-5)
     assert len(held) > 10 and max(held) < 100
 
 
 def test_the_top_of_a_full_ranking_is_exact(ring):
-    settings = ring | {"eval_args": {"mode": "full"}, "max_train_targets": 60, "topk": [1, 3], "valid_metric": "NDCG@3"}
-    exact, top = (quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"full_sort": way}) for way in ("exact", "topk"))
+    settings = ring | {
+        "eval_args": {"mode": "full"},
+        "max_train_targets": 60,
+        "topk": [1, 3],
+        "valid_metric": "NDCG@3",
+    }
+    exact, top = (
+        quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"full_sort": way})
+        for way in ("exact", "topk")
+    )
     assert top["test_result"] == exact["test_result"]
     with pytest.raises(ValueError, match=r"topk=\[10, 25\] asks for more than the 24 items"):
         build(settings | {"topk": [10, 25], "valid_metric": "NDCG@10"})
-    with pytest.raises(ValueError, match="full_sort='topk' finds the top k alone, and metric GAUC needs all scores"):
+    with pytest.raises(
+        ValueError, match="full_sort='topk' finds the top k alone, and metric GAUC needs all scores"
+    ):
         build(settings | {"full_sort": "topk", "metrics": ["Hit", "GAUC"], "valid_metric": "Hit@1"})
 
 
@@ -204,13 +251,30 @@ def test_fields_may_have_other_names(tmp_path, ring):
     source = Path(ring["data_path"]) / "toy"
     for end in ("inter", "item"):
         text = (source / f"toy.{end}").read_text()
-        (folder / f"toy.{end}").write_text(text.replace("item_id:", "asin:").replace("user_id:", "who:").replace("timestamp:", "when:"))
-    names = {"ITEM_ID_FIELD": "asin", "USER_ID_FIELD": "who", "TIME_FIELD": "when", "ITEM_LIST_LENGTH_FIELD": "n", "LIST_SUFFIX": "_seq"}
+        (folder / f"toy.{end}").write_text(
+            text.replace("item_id:", "asin:")
+            .replace("user_id:", "who:")
+            .replace("timestamp:", "when:")
+        )
+    names = {
+        "ITEM_ID_FIELD": "asin",
+        "USER_ID_FIELD": "who",
+        "TIME_FIELD": "when",
+        "ITEM_LIST_LENGTH_FIELD": "n",
+        "LIST_SUFFIX": "_seq",
+    }
     small = ring | {"max_train_targets": 30}
     plain = quick_start.run("SDPO-LLM", "toy", config_dict=small)
-    renamed = quick_start.run("SDPO-LLM", "toy", config_dict=small | names | {"data_path": str(folder.parent)})
-    baseline = quick_start.run("GRU4Rec", "toy", config_dict=ring | names | {"data_path": str(folder.parent), "epochs": 1})
-    assert renamed["test_result"] == plain["test_result"] and renamed["popularity"] == plain["popularity"]
+    renamed = quick_start.run(
+        "SDPO-LLM", "toy", config_dict=small | names | {"data_path": str(folder.parent)}
+    )
+    baseline = quick_start.run(
+        "GRU4Rec", "toy", config_dict=ring | names | {"data_path": str(folder.parent), "epochs": 1}
+    )
+    assert (
+        renamed["test_result"] == plain["test_result"]
+        and renamed["popularity"] == plain["popularity"]
+    )
     assert len({result["candidates_sha256"]["uni5"] for result in (plain, renamed, baseline)}) == 1
 
 
@@ -223,6 +287,9 @@ def test_no_model_is_trained_for_a_top_k_beyond_the_catalogue(ring):
 
 def test_settings_without_effect_say_so(ring, caplog):
     build(ring | {"lora_layers": [1], "full_sort": "topk"})
-    assert "lora_layers has no effect with peft='none'" in caplog.text and "full_sort='topk' has no effect" in caplog.text
+    assert (
+        "lora_layers has no effect with peft='none'" in caplog.text
+        and "full_sort='topk' has no effect" in caplog.text
+    )
     with pytest.raises(ValueError, match="worker=-1 must be a whole number from 0 to 256"):
         build(ring | {"worker": -1})

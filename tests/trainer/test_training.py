@@ -50,7 +50,9 @@ def trained(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("trained")
     items = 24
-    sequences = [[1 + (s + step) % items for step in range(12)] for s in range(items) for _ in range(3)]
+    sequences = [
+        [1 + (s + step) % items for step in range(12)] for s in range(items) for _ in range(3)
+    ]
     titles = {i + 1: f"{'abcdef'[i % 6]}{'wxyz'[i // 6]} film" for i in range(items)}
     settings = TINY | {
         "data_path": str(write_dataset(folder / "data", sequences, titles)),
@@ -95,7 +97,15 @@ def test_sdpo_raises_the_margin_and_keeps_the_rule(trained):
 
 def test_everything_worth_watching_is_logged_each_step(trained):
     seen = trained[1]
-    names = {"loss", "gradient_norm", "learning_rate", "reward_positive", "reward_negative", "margin", "accuracy"}
+    names = {
+        "loss",
+        "gradient_norm",
+        "learning_rate",
+        "reward_positive",
+        "reward_negative",
+        "margin",
+        "accuracy",
+    }
     names |= {"logp_positive", "hardest_negative_weight"}
     assert {f"sdpo/{name}" for name in names} <= set(seen)
     assert {f"sft/{name}" for name in ("loss", "gradient_norm", "learning_rate")} <= set(seen)
@@ -111,17 +121,24 @@ def test_checkpoints_are_what_transformers_loads_and_hold_no_pickle(trained):
         files = {file.name for file in (run / stage).iterdir()}
         assert "model.safetensors" in files and "settings.json" in files
         assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(run / stage), AutoTokenizer.from_pretrained(run / stage)
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(run / stage),
+            AutoTokenizer.from_pretrained(run / stage),
+        )
         prompt = "Chosen so far, in order:\naw film\nbw film\n"
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        answer = tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :])
+        answer = tokenizer.decode(
+            model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+        )
         assert answer.startswith("cw film\n")
         assert json.loads((run / stage / "settings.json").read_text())["beta"] == 1.0
 
 
 def test_a_run_may_start_at_the_second_stage(trained):
     settings, _, _, after_sft, _ = trained
-    trainer, loaders = start(settings | {"sft_checkpoint": settings["run_dir"], "run_dir": None, "sdpo_epochs": 1})
+    trainer, loaders = start(
+        settings | {"sft_checkpoint": settings["run_dir"], "run_dir": None, "sdpo_epochs": 1}
+    )
     report = trainer.fit_stage("sft", *loaders[:2])
     assert report.targets == 0 and report.valid is not None
     assert dict(trainer.evaluate(loaders[2])) == after_sft
@@ -134,28 +151,51 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
         ({"scratch_layers": 1}, "does not fit this backbone at|use the settings it was made with"),
         ({"scratch_hidden_size": 16}, "does not fit this backbone at"),
         ({"scratch_vocab_size": 280}, "has another tokenizer"),
-        ({"sft_checkpoint": str(tmp_path)}, "has no config.json; it must be a folder 'sft' or 'sdpo'"),
+        (
+            {"sft_checkpoint": str(tmp_path)},
+            "has no config.json; it must be a folder 'sft' or 'sdpo'",
+        ),
         ({"peft": "lora"}, "was made with peft='none', and this run has 'lora'"),
-        ({"prompt_templates": "movies"}, "was made with prompt_templates='items', and this run has 'movies'"),
+        (
+            {"prompt_templates": "movies"},
+            "was made with prompt_templates='items', and this run has 'movies'",
+        ),
     ):
-        trainer, loaders = start(settings | {"sft_checkpoint": settings["run_dir"], "run_dir": None} | change)
+        trainer, loaders = start(
+            settings | {"sft_checkpoint": settings["run_dir"], "run_dir": None} | change
+        )
         with pytest.raises(ValueError, match=message):
             trainer.fit_stage("sft", *loaders[:2])
 
 
 def test_without_a_learning_rate_nothing_moves(ring):
-    trainer, loaders = start(ring | {"sft_epochs": 0, "sdpo_learning_rate": 0.0, "sdpo_weight_decay": 0.0})
+    trainer, loaders = start(
+        ring | {"sft_epochs": 0, "sdpo_learning_rate": 0.0, "sdpo_weight_decay": 0.0}
+    )
     trainer.tensorboard = recorder = Recorder()
     before = {name: p.clone() for name, p in trainer.model.lm.trainable().items()}
     trainer.fit(*loaders[:2])
-    assert recorder.seen["sdpo/loss"] == pytest.approx([math.log(4)] * len(recorder.seen["sdpo/loss"]), abs=1e-5)
-    assert recorder.seen["sdpo/margin"] == pytest.approx([0] * len(recorder.seen["sdpo/margin"]), abs=1e-4)
+    assert recorder.seen["sdpo/loss"] == pytest.approx(
+        [math.log(4)] * len(recorder.seen["sdpo/loss"]), abs=1e-5
+    )
+    assert recorder.seen["sdpo/margin"] == pytest.approx(
+        [0] * len(recorder.seen["sdpo/margin"]), abs=1e-4
+    )
     assert all(torch.equal(before[name], p) for name, p in trainer.model.lm.trainable().items())
 
 
 @pytest.mark.parametrize("objective", ["sdpo", "dpo", "dpo_multi", "softmax"])
 def test_every_objective_trains_with_an_adapter(ring, objective):
-    trainer, loaders = start(ring | {"peft": "lora", "lora_rank": 2, "lora_layers": [1], "objective": objective, "max_train_targets": 60})
+    trainer, loaders = start(
+        ring
+        | {
+            "peft": "lora",
+            "lora_rank": 2,
+            "lora_layers": [1],
+            "objective": objective,
+            "max_train_targets": 60,
+        }
+    )
     base = {n: p.clone() for n, p in trainer.model.lm.model.named_parameters() if "lora" not in n}
     assert all("layers.1" in name for name in trainer.model.lm.trainable())
     trainer.fit(*loaders[:2])
@@ -169,14 +209,23 @@ def test_every_objective_trains_with_an_adapter(ring, objective):
 
 def test_alignment_that_only_harms_is_undone(trained):
     settings, _, _, after_sft, _ = trained
-    trainer, loaders = start(settings | {"sft_checkpoint": settings["run_dir"], "run_dir": None, "sdpo_learning_rate": 1.0})
+    trainer, loaders = start(
+        settings
+        | {"sft_checkpoint": settings["run_dir"], "run_dir": None, "sdpo_learning_rate": 1.0}
+    )
     trainer.fit(*loaders[:2])
     assert dict(trainer.evaluate(loaders[2])) == after_sft
 
 
 @pytest.mark.parametrize("dies_in", ["sft", "sdpo"])
 def test_a_run_that_dies_goes_on_as_if_it_had_not(ring, dies_in, monkeypatch):
-    settings = ring | {"sft_epochs": 2, "sdpo_epochs": 2, "scratch_dropout": 0.1, "save_minutes": 0.0, "sft_tokens_per_batch": 300}
+    settings = ring | {
+        "sft_epochs": 2,
+        "sdpo_epochs": 2,
+        "scratch_dropout": 0.1,
+        "save_minutes": 0.0,
+        "sft_tokens_per_batch": 300,
+    }
     whole, loaders = start(settings | {"run_dir": "whole"})
     whole.fit(*loaders[:2])
 
@@ -201,7 +250,9 @@ def test_a_run_that_dies_goes_on_as_if_it_had_not(ring, dies_in, monkeypatch):
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
     with pytest.raises(ValueError, match="that run had .*training data="):
-        other, loaders = start(settings | {"resume": "broken", "val_interval": {"timestamp": "[1,20]"}})
+        other, loaders = start(
+            settings | {"resume": "broken", "val_interval": {"timestamp": "[1,20]"}}
+        )
         other.fit(*loaders[:2])
     with pytest.raises(ValueError, match=r"that run had beta=1.0 \(now 2.0\); give each as it was"):
         other, loaders = start(settings | {"resume": "broken", "beta": 2.0})
@@ -217,7 +268,8 @@ def test_an_equal_score_is_no_better_one(ring):
     trainer, loaders = start(ring | {"sft_epochs": 9, "stopping_step": 1, "sdpo_epochs": 9})
     trainer._valid_epoch = lambda *_: (0.5, {"ndcg@5": 0.5})
     trainer.fit_stage("sft", *loaders[:2])
-    assert len(trainer.train_loss_dict) == 3  # one better than nothing, then stopping_step + 1 that are not
+    # one better than nothing, then stopping_step + 1 that are not
+    assert len(trainer.train_loss_dict) == 3
     sft = {name: p.clone() for name, p in trainer.model.lm.trainable().items()}
     trainer.fit_stage("sdpo", *loaders[:2])
     assert all(torch.equal(p, sft[name]) for name, p in trainer.model.lm.trainable().items())
@@ -245,7 +297,10 @@ def test_an_adapter_over_other_random_weights_is_refused(ring):
     small = ring | {"peft": "lora", "max_train_targets": 20}
     trainer, loaders = start(small | {"run_dir": "first"})
     trainer.fit_stage("sft", *loaders[:2])
-    for change, message in (({"seed": 5}, "was made with seed=2020, and this run has 5"), ({"lora_alpha": 320}, "lora_alpha=32")):
+    for change, message in (
+        ({"seed": 5}, "was made with seed=2020, and this run has 5"),
+        ({"lora_alpha": 320}, "lora_alpha=32"),
+    ):
         trainer, loaders = start(small | {"sft_checkpoint": "first"} | change)
         with pytest.raises(ValueError, match=message):
             trainer.fit_stage("sft", *loaders[:2])
@@ -255,7 +310,10 @@ def test_without_validation_the_last_weights_count(ring):
     trainer, loaders = start(ring | {"eval_step": 0, "sft_epochs": 2})
     trainer._valid_epoch = lambda *_: pytest.fail("validated")
     trainer.fit(*loaders[:2])
-    assert trainer.reports["sdpo"].valid is None and (trainer.run_dir / "sdpo" / "model.safetensors").is_file()
+    assert (
+        trainer.reports["sdpo"].valid is None
+        and (trainer.run_dir / "sdpo" / "model.safetensors").is_file()
+    )
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_another(ring):
@@ -279,18 +337,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(ring):
 
 @pytest.mark.parametrize("style", ["history", "candidates"])
 def test_accumulated_batches_step_like_one(ring, style):
-    """The gradient of two batches accumulated is the mean over all their targets, unequal batches included."""
-    trainer, loaders = start(ring | {"prompt_style": style, "prompt_candidates": 5, "max_train_targets": 50})
+    """The gradient of two batches accumulated is the mean over all their targets, unequal
+    batches included."""
+    trainer, loaders = start(
+        ring | {"prompt_style": style, "prompt_candidates": 5, "max_train_targets": 50}
+    )
     model = trainer.model
     examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 0)
-    stage = Stage("sft", "sft", model.settings.sft, None, model, examples, trainer.accelerator, None)
+    stage = Stage(
+        "sft", "sft", model.settings.sft, None, model, examples, trainer.accelerator, None
+    )
     trees = np.arange(3)
     grads = []
     for step in ([trees], [trees[:1], trees[1:]]):
         stage.optimizer.step = lambda: None
         if style == "candidates":  # the same draws for both
-            examples.batch = lambda t, *_, made=examples.__class__.batch: made(examples, t, 0, "same", int(t[0]))
-            step = [np.array([t]) for t in trees] if len(step) == 1 else [np.array([t]) for t in trees[::-1]]
+            examples.batch = lambda t, *_, made=examples.__class__.batch: made(
+                examples, t, 0, "same", int(t[0])
+            )
+            step = (
+                [np.array([t]) for t in trees]
+                if len(step) == 1
+                else [np.array([t]) for t in trees[::-1]]
+            )
         stage._step(list(stage.batches.loader([step], 0)), int(examples.targets[trees].sum()))
         grads.append(torch.cat([p.grad.flatten() for p in stage._parameters]))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
@@ -299,7 +368,9 @@ def test_accumulated_batches_step_like_one(ring, style):
 @pytest.mark.parametrize("peft", ["lora", "none"])
 def test_a_step_asks_the_device_once(ring, monkeypatch, peft):
     """Each number that the host reads keeps it waiting for a GPU, and the GPU for it."""
-    trainer, loaders = start(ring | {"peft": peft, "sdpo_tokens_per_batch": 100, "sdpo_gradient_accumulation": 2})
+    trainer, loaders = start(
+        ring | {"peft": peft, "sdpo_tokens_per_batch": 100, "sdpo_gradient_accumulation": 2}
+    )
     stage = trainer._open("sdpo", loaders[0], False, False)
     model, (step, *_) = trainer.model, stage.batches.plan(0)
     waiting = list(stage.batches.loader([step], 0))
@@ -311,7 +382,17 @@ def test_a_step_asks_the_device_once(ring, monkeypatch, peft):
         return lambda self, *args, **kwargs: (read.append(name), own(self, *args, **kwargs))[1]
 
     model.train()
-    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
+    for name in (
+        "item",
+        "tolist",
+        "cpu",
+        "numpy",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "nonzero",
+    ):
         monkeypatch.setattr(torch.Tensor, name, noted(name))
     stage._step(waiting, 20)
     assert read == ["tolist"]
@@ -321,7 +402,9 @@ def test_epochs_shuffle_and_limits_hold(ring):
     trainer, loaders = start(ring | {"sft_epochs": 2, "sft_gradient_accumulation": 2})
     model = trainer.model
     examples = model.examples(loaders[0]._dataset, None, 0)
-    stage = Stage("sft", "sft", model.settings.sft, None, model, examples, trainer.accelerator, None)
+    stage = Stage(
+        "sft", "sft", model.settings.sft, None, model, examples, trainer.accelerator, None
+    )
     plans = [
         np.concatenate([trees for step in stage.batches.plan(epoch) for trees in step])
         for epoch in (0, 1)
@@ -336,13 +419,21 @@ def test_epochs_shuffle_and_limits_hold(ring):
 
 @pytest.mark.parametrize("style", ["history", "candidates"])
 def test_a_step_takes_as_many_targets_as_asked_for(ring, style):
-    settings = {"prompt_style": style, "prompt_candidates": 5, "sft_targets_per_step": 16, "sft_tokens_per_batch": 90}
+    settings = {
+        "prompt_style": style,
+        "prompt_candidates": 5,
+        "sft_targets_per_step": 16,
+        "sft_tokens_per_batch": 90,
+    }
     trainer, loaders = start(ring | settings | {"train_targets": "last"})
     model = trainer.model
     examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 0)
-    stage = Stage("sft", "sft", model.settings.sft, None, model, examples, trainer.accelerator, None)
+    stage = Stage(
+        "sft", "sft", model.settings.sft, None, model, examples, trainer.accelerator, None
+    )
     plan = stage.batches.plan(0)
-    assert [sum(examples.targets[trees].sum() for trees in step) for step in plan] == [16] * 4 + [8]  # a target to a user, of 72
+    # a target to a user, of 72
+    assert [sum(examples.targets[trees].sum() for trees in step) for step in plan] == [16] * 4 + [8]
     assert any(len(step) > 1 for step in plan)
     padded = [(len(t), stage.batches.sizes[t].max() * len(t)) for step in plan for t in step]
     assert all(trees == 1 or tokens <= 90 for trees, tokens in padded)
@@ -355,7 +446,9 @@ def test_a_step_takes_as_many_targets_as_asked_for(ring, style):
 @pytest.mark.parametrize("style", ["history", "candidates"])
 def test_the_size_of_batches_changes_no_step(ring, style):
     """Its targets, its draws and its gradient are those of the seed on every device."""
-    trainer, loaders = start(ring | {"prompt_style": style, "prompt_candidates": 5, "sdpo_targets_per_step": 30})
+    trainer, loaders = start(
+        ring | {"prompt_style": style, "prompt_candidates": 5, "sdpo_targets_per_step": 30}
+    )
     model, plans, grads = trainer.model, [], []
     examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 3)
     model.lm.freeze_reference()
@@ -373,19 +466,27 @@ def test_the_size_of_batches_changes_no_step(ring, style):
 
 
 def test_targets_and_batches_to_a_step_exclude_each_other(ring):
-    with pytest.raises(ValueError, match="sft_targets_per_step=8 and sft_gradient_accumulation=2 both say when the optimizer steps"):
+    with pytest.raises(
+        ValueError,
+        match="sft_targets_per_step=8 and sft_gradient_accumulation=2 both say when the optimizer "
+        "steps",
+    ):
         start(ring | {"sft_targets_per_step": 8, "sft_gradient_accumulation": 2})
 
 
 def test_recboles_own_quick_start_runs_it(ring):
-    result = run_recbole(model="SDPO-LLM", dataset="toy", config_dict=ring | {"max_train_targets": 50})
+    result = run_recbole(
+        model="SDPO-LLM", dataset="toy", config_dict=ring | {"max_train_targets": 50}
+    )
     assert {"hit@1", "ndcg@5", "mrr@10"} <= set(result["test_result"])
     ours = quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"max_train_targets": 50})
     assert dict(result["test_result"]) == ours["test_result"]
 
 
 def test_result_json_says_what_was_run(ring):
-    result = quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"max_train_targets": 50, "run_dir": "here"})
+    result = quick_start.run(
+        "SDPO-LLM", "toy", config_dict=ring | {"max_train_targets": 50, "run_dir": "here"}
+    )
     stored = json.loads(Path("here/result.json").read_text())
     assert stored == json.loads(json.dumps(result))
     assert list(stored["stages"]) == ["sft", "sdpo"]
@@ -399,29 +500,51 @@ def test_result_json_says_what_was_run(ring):
     assert 0 <= stored["popularity"]["hit@1"] <= 1
 
 
-@pytest.mark.parametrize("model", ["GRU4Rec", "SASRec", "Caser", "BERT4Rec", "Pop", "BPR", "LightGCN"])
+@pytest.mark.parametrize(
+    "model", ["GRU4Rec", "SASRec", "Caser", "BERT4Rec", "Pop", "BPR", "LightGCN"]
+)
 def test_baselines_run_on_the_same_candidates(ring, model):
-    sha = quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"sft_epochs": 0, "objective": "sft"})["candidates_sha256"]
+    sha = quick_start.run(
+        "SDPO-LLM", "toy", config_dict=ring | {"sft_epochs": 0, "objective": "sft"}
+    )["candidates_sha256"]
     result = quick_start.run(model, "toy", config_dict=ring | {"epochs": 1})
     assert result["candidates_sha256"] == sha
     (stage,) = result["stages"].values()
-    assert set(result["stages"]) == {"fit"} and set(stage) == {"valid", "test", "wall_s", "targets", "tokens", "candidates"}
+    assert set(result["stages"]) == {"fit"} and set(stage) == {
+        "valid",
+        "test",
+        "wall_s",
+        "targets",
+        "tokens",
+        "candidates",
+    }
     if model == "Pop":
         assert result["test_result"] == result["popularity"]
 
 
 def test_every_step_has_a_row(ring):
-    quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"sft_epochs": 2, "sdpo_epochs": 1, "run_dir": "here"})
+    quick_start.run(
+        "SDPO-LLM", "toy", config_dict=ring | {"sft_epochs": 2, "sdpo_epochs": 1, "run_dir": "here"}
+    )
     steps = pd.read_csv("here/steps.csv")
     sft, sdpo = steps[steps.stage == "sft"], steps[steps.stage == "sdpo"]
     for rows in (sft, sdpo):
-        assert rows.step.tolist() == list(range(len(rows))) and rows.targets.iloc[0] == 0 and rows.targets.is_monotonic_increasing
+        assert (
+            rows.step.tolist() == list(range(len(rows)))
+            and rows.targets.iloc[0] == 0
+            and rows.targets.is_monotonic_increasing
+        )
     assert sft.loss.notna().all() and sft.margin.isna().all() and sdpo.notna().all(axis=None)
-    assert sdpo.margin.iloc[0] == pytest.approx(0, abs=1e-5) and sdpo.hardest_negative_weight.between(1 / 3 - 1e-6, 1).all()
+    assert (
+        sdpo.margin.iloc[0] == pytest.approx(0, abs=1e-5)
+        and sdpo.hardest_negative_weight.between(1 / 3 - 1e-6, 1).all()
+    )
 
 
 def test_dynamic_negatives_are_the_hardest_of_their_draws(ring):
-    trainer, loaders = start(ring | {"train_neg_sample_args": {"sample_num": 2, "dynamic": True, "candidate_num": 4}})
+    trainer, loaders = start(
+        ring | {"train_neg_sample_args": {"sample_num": 2, "dynamic": True, "candidate_num": 4}}
+    )
     trainer.prepare(*loaders)
     stage = trainer._open("sdpo", loaders[0], False, False)
     assert stage.model.negatives == 2
@@ -441,5 +564,9 @@ def test_dynamic_negatives_are_the_hardest_of_their_draws(ring):
 
 
 def test_full_ranking_runs(ring):
-    result = quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"eval_args": {"mode": "full"}, "max_train_targets": 50})
+    result = quick_start.run(
+        "SDPO-LLM",
+        "toy",
+        config_dict=ring | {"eval_args": {"mode": "full"}, "max_train_targets": 50},
+    )
     assert result["test_result"]["hit@10"] > 0
