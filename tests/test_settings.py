@@ -74,7 +74,7 @@ def test_every_setting_is_explained():
         ({"backbone": "no/such-model"}, "backbone='no/such-model' cannot be loaded.*it must be scratch, smollm2-135m"),
         ({"backbone": "nowhere.gguf"}, "backbone='nowhere.gguf' is a file that does not exist"),
         ({"title_fields": ["name"]}, "has no column 'name'; it must be one of title"),
-        ({"prompt_templates": "flims"}, "prompt_templates='flims' is not here"),
+        ({"prompt_templates": "flims"}, "prompt_templates='flims' must be one of"),
         ({"train_neg_sample_args": {"sample_num": 23}}, "train_neg_sample_args asks for 23 negatives.*ask for at most"),
         ({"train_neg_sample_args": {"sample_num": 0}}, "needs 1 or more negatives; or set objective=sft"),
         ({"train_neg_sample_args": None}, "needs 1 or more negatives; or set objective=sft"),
