@@ -69,6 +69,7 @@ OF_SDPO_LLM = frozenset(
         "sdpo_trainer.py",
         "stage.py",
         "batches.py",
+        "checkpoint.py",
         "reference.py",
         "state.py",
         "step_file.py",
