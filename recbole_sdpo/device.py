@@ -67,9 +67,10 @@ def _check_gpu(config: Config, number: int) -> None:
             f"({BUILDS}/previous-versions), or set gpu_id='' for the CPU."
         )
     halves = torch.version.hip or gpu.major >= 8  # others torch emulates, many times slower
-    if config["model"] == MODEL and config.settings.backbone.dtype == "bfloat16" and not halves:
+    dtype = config.settings.backbone.dtype
+    if config["model"] == MODEL and dtype in ("bfloat16", "mixed") and not halves:
         raise UserError(
-            f"dtype='bfloat16' needs a GPU of compute capability 8.0 or later, and {what} is "
+            f"dtype={dtype!r} needs a GPU of compute capability 8.0 or later, and {what} is "
             "older; set dtype=float32."
         )
 

@@ -97,14 +97,15 @@ def test_a_gpu_that_the_build_has_no_kernels_for(ring, gpus):
         check(ring)
 
 
-def test_bfloat16_where_it_would_be_emulated(ring, gpus):
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+def test_bfloat16_where_it_would_be_emulated(ring, gpus, dtype):
     gpus((7, 5))
     check(ring)
     with pytest.raises(
         UserError,
-        match=r"dtype='bfloat16' needs a GPU of compute capability 8.0 or later, and GPU 0 \(Test",
+        match=rf"dtype='{dtype}' needs a GPU of compute capability 8.0 or later, and GPU 0 \(Test",
     ):
-        check(ring, dtype="bfloat16")
+        check(ring, dtype=dtype)
 
 
 def test_more_processes_than_gpus(ring, gpus, monkeypatch):
