@@ -451,10 +451,10 @@ def _check_metrics(metrics: Any) -> None:
                 if not UNCOMPUTED & set(metrics_dict[name].metric_need)
             ]
             near = difflib.get_close_matches(metric.lower(), known, 1)
-            hint = f"it must be one of {', '.join(known)}"
+            hint = f"it must be one of {', '.join(known)}."
             if metric.upper() == "HR" or near:
                 hint = f"did you mean {('hit' if metric.upper() == 'HR' else near[0])!r}?"
-            raise UserError(f"metrics={shown(metrics)}: there is no {metric!r}; {hint}.")
+            raise UserError(f"metrics={shown(metrics)}: there is no {metric!r}; {hint}")
 
 
 def _check_together(values: Mapping[str, Any]) -> None:

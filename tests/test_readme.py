@@ -1,5 +1,6 @@
 """What README prints is done: every command, with small budgets."""
 
+import os
 import re
 import runpy
 import shlex
@@ -16,7 +17,11 @@ SMALL = (
     " --MAX_ITEM_LIST_LENGTH=8 --sft_epochs=1 --sdpo_epochs=1"
     " --max_train_targets=24 --max_eval_targets=24"
 )
-IN_THE_CHECKOUT = {"cwd": ROOT, "capture_output": True, "text": True}
+# `make test` tells the programs that it starts how it was called itself.
+OUTSIDE_MAKE = {
+    key: value for key, value in os.environ.items() if "MAKE" not in key and key != "MFLAGS"
+}
+IN_THE_CHECKOUT = {"cwd": ROOT, "capture_output": True, "text": True, "env": OUTSIDE_MAKE}
 OFFLINE = "--dry-run --no-index --no-deps --no-build-isolation --quiet"
 APPENDED = {
     "make run": f'ARGS="{SMALL}"',

@@ -354,7 +354,8 @@ def _read(file: Path, depth: int = 0, asked_by: Path | None = None) -> Settings:
             f"experiment={str(file)!r}" if asked_by is None else f"base={str(file)!r} of {asked_by}"
         )
         raise UserError(
-            f"{what} does not exist; {Path(recbole_sdpo.__path__[0]) / 'configs'} has some."
+            f"{what} does not exist; it must be a YAML file, such as those in "
+            f"{Path(recbole_sdpo.__path__[0]) / 'configs'}."
         )
     given = read_yaml(file)
     if "base" not in given:

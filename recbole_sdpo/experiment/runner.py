@@ -223,9 +223,8 @@ class Runner:
             shutil.rmtree(folder)  # its result does not count, or there is no state to go on from
         file = self.store / f"{run.identity}.yaml"
         settings = run.settings | {"run_dir": str(folder), "checkpoint_dir": str(folder)}
-        trust = (
-            ["--trust_remote_code=True"] if settings.pop("trust_remote_code", False) else []
-        )  # no file can say so
+        # No file can say so.
+        trust = ["--trust_remote_code=True"] if settings.pop("trust_remote_code", False) else []
         if run.start:
             settings["sft_checkpoint"] = str(self.folder(run.start) / "sft")
         write_text(file, yaml.safe_dump(settings))

@@ -17,7 +17,7 @@ from recbole_sdpo.lm.forest import Forest
 FLEX = "flex_attention"
 
 FLEX_FROM = 16384
-"""Row length from which ``auto`` takes FlexAttention on a GPU: a dense mask of a row so long takes
+"""Row length from which ``auto`` takes FlexAttention on a GPU: in bfloat16 a dense mask of a row so long takes
 0.5 GiB.
 
 Below, a dense mask is faster: on an H200, with rows of 880 to 9,328 tokens, a step of SmolLM2 took

@@ -180,9 +180,8 @@ def _draw(name: str, draw: Callable[[], Figure], warnings: list[str]) -> Picture
                 buffer = io.BytesIO()
                 figure.savefig(buffer, **options)
                 files[kind] = buffer.getvalue()
-    except (
-        Exception
-    ) as error:  # matplotlib's, of whatever kind: the runs behind the tables took hours
+    # Whatever matplotlib raises: the runs behind the tables took hours.
+    except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         warnings.append(f"the figure {name} could not be drawn: {what}")
         return {}

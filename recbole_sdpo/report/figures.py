@@ -84,9 +84,8 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
     for comparison, line in zip(comparisons, panels):
         swept = [row for row in comparison.rows if row.axis and row.axis[1] == setting]
         for axes, metric in zip(line, metrics):
-            values = list(
-                dict.fromkeys(str(row.axis[2]) for row in swept)
-            )  # in the order of the file, at equal distances
+            # In the order of the file, at equal distances.
+            values = list(dict.fromkeys(str(row.axis[2]) for row in swept))
             for name in names:
                 _line(axes, [row for row in swept if row.axis[0] == name], metric, values)
             axes.set_xticks(range(len(values)), map(_short, values))
@@ -155,18 +154,16 @@ def hardest_weight(runs: Sequence[FinishedRun]) -> Figure:
 
 
 def _curve(axes, runs: Sequence[FinishedRun], column: str, label: str) -> None:
-    axes.set_prop_cycle(
-        cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"]
-    )  # there are ten colours
+    # There are ten colours.
+    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])
     for run in runs:
         steps = alignment_steps(run)
         smooth = steps[column].rolling(max(1, int(SMOOTHED * len(steps))), min_periods=1).mean()
         shown = slice(None, None, max(1, len(steps) // POINTS))
         axes.plot(steps["targets"][shown], smooth[shown], label="row", linewidth=1.2)
     axes.set(xlabel="targets seen in the second stage", ylabel=label)
-    axes.xaxis.set_major_formatter(
-        EngFormatter(sep="")
-    )  # 200k; all digits would run into each other
+    # 200k; all digits would run into each other.
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
 
 

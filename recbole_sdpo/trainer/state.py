@@ -43,9 +43,8 @@ def save_state(run_dir: Path, stage: Stage, rest: dict[str, Any]) -> None:
         tensors[f"weight/{name}"] = weight.detach().contiguous()
         for moment, value in stage.optimizer.state.get(weight, {}).items():
             tensors[f"{moment}/{name}"] = value.contiguous()
-    file = (
-        folder / f"{stage.name}-{stage.step}-{time.time_ns()}.safetensors"
-    )  # never the one that state.json now points to
+    # Never the one that state.json now points to.
+    file = folder / f"{stage.name}-{stage.step}-{time.time_ns()}.safetensors"
     try:
         with whole_file(file) as part:
             save_file(tensors, part)
