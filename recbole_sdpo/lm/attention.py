@@ -17,11 +17,12 @@ from recbole_sdpo.lm.forest import Forest
 FLEX = "flex_attention"
 
 FLEX_FROM = 16384
-"""Row length from which ``auto`` takes FlexAttention on a GPU: in bfloat16 a dense mask of a row so long takes
-0.5 GiB.
+"""Row length from which ``auto`` takes FlexAttention on a GPU: in bfloat16 a dense mask of a row so
+long takes 0.5 GiB.
 
 Below, a dense mask is faster: on an H200, with rows of 880 to 9,328 tokens, a step of SmolLM2 took
-244 to 265 ms with it, and 288 to 326 ms with FlexAttention (results/gpu)."""
+244 to 265 ms with it, and 288 to 326 ms with FlexAttention (results/gpu).
+"""
 
 BLOCK = 128
 """Tokens to a side of FlexAttention's blocks."""
