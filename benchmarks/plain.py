@@ -17,6 +17,13 @@ from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import Logps, sdpo
 
 
+def some_targets(prompts: Prompts, items: np.ndarray, number: int) -> tuple[Prompts, np.ndarray]:
+    """So many of a batch's targets, drawn, or all: their prompts, and their rows of ``items``."""
+    few = np.random.default_rng(1).permutation(len(items))[:number]
+    before, target, user = prompts.before[few], prompts.target[few], prompts.user[few]
+    return Prompts(prompts.trunks, prompts.tree[few], before, target, user), items[few]
+
+
 def sequences(
     recommender: SDPOLLM, prompts: Prompts, items: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:

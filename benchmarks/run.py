@@ -151,29 +151,22 @@ class Bench:
         """Rows 1 and 2."""
         examples = self.examples(negatives)
         prompts, items = examples.batch(self.batch(examples), 0, "benchmark")
-        few = np.random.default_rng(1).permutation(len(items))[: self.plain_targets]
-        part = Prompts(
-            prompts.trunks,
-            prompts.tree[few],
-            prompts.before[few],
-            prompts.target[few],
-            prompts.user[few],
-        )
+        part, few = plain.some_targets(prompts, items, self.plain_targets)
 
         def ours() -> list[Tensor]:
             return self.gradient(lambda: self.loss(prompts, items))
 
         def ours_of_few() -> list[Tensor]:
-            return self.gradient(lambda: self.loss(part, items[few]))
+            return self.gradient(lambda: self.loss(part, few))
 
         def plainly() -> list[Tensor]:
-            return self.gradient(lambda: plain.sdpo_loss(self.recommender, part, items[few]))
+            return self.gradient(lambda: plain.sdpo_loss(self.recommender, part, few))
 
         loose = self.recommender.lm.causal_lm.dtype == torch.bfloat16
         with torch.no_grad():
-            expected = plain.sdpo_loss(self.recommender, part, items[few])
+            expected = plain.sdpo_loss(self.recommender, part, few)
             torch.testing.assert_close(
-                self.loss(part, items[few]), expected, rtol=3e-2 if loose else 1e-4, atol=1e-5
+                self.loss(part, few), expected, rtol=3e-2 if loose else 1e-4, atol=1e-5
             )
         sides = ours_of_few, plainly
         gradient, expected = (torch.cat([g.flatten() for g in side()]) for side in sides)
@@ -183,7 +176,7 @@ class Bench:
         peaks = [measure.peak_mib(side, self.device) for side in (ours_of_few, plainly)]
         took = self.seconds(ours=ours, plain=plainly)
         tokens = self.recommender.encoder.forest(prompts, items).size / len(items)
-        every = plain.sequence_tokens(self.recommender, part, items[few]) / len(few)
+        every = plain.sequence_tokens(self.recommender, part, few) / len(few)
         rates = len(items) / took["ours"], len(few) / took["plain"]
         return _row(
             f"S-DPO step, {self.style}", negatives, *rates, "targets/s", tokens, every, *peaks
@@ -373,17 +366,10 @@ class Bench:
             return None
         examples = self.examples(1)
         prompts, items = examples.batch(self.batch(examples), 0, "benchmark")
-        few = np.random.default_rng(1).permutation(len(items))[: self.plain_targets]
-        part = Prompts(
-            prompts.trunks,
-            prompts.tree[few],
-            prompts.before[few],
-            prompts.target[few],
-            prompts.user[few],
-        )
-        theirs = dpo_loss(self.recommender, *plain.sequences(self.recommender, part, items[few]))
+        part, few = plain.some_targets(prompts, items, self.plain_targets)
+        theirs = dpo_loss(self.recommender, *plain.sequences(self.recommender, part, few))
         with torch.no_grad():
-            torch.testing.assert_close(theirs(), self.loss(part, items[few]), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(theirs(), self.loss(part, few), rtol=1e-4, atol=1e-5)
         took = self.seconds(
             ours=lambda: self.gradient(lambda: self.loss(prompts, items)),
             trl=lambda: theirs().backward(),

@@ -148,19 +148,12 @@ class Workload:
         """Targets a second, against full sequences for each title, through policy and reference."""
         self.lm.attention = "sdpa"
         prompts, items = self.batch(negatives, tokens)
-        few = np.random.default_rng(1).permutation(len(items))[:PLAIN_TARGETS]
-        part = Prompts(
-            prompts.trunks,
-            prompts.tree[few],
-            prompts.before[few],
-            prompts.target[few],
-            prompts.user[few],
-        )
+        part, few = plain.some_targets(prompts, items, PLAIN_TARGETS)
         with torch.no_grad(), self.lm.arithmetic():
             ours_of_few = self.recommender.logps(
-                self.recommender.encoder.forest(part, items[few]), items.shape[1], True
+                self.recommender.encoder.forest(part, few), items.shape[1], True
             )
-            theirs_of_few = plain.sdpo_loss(self.recommender, part, items[few])
+            theirs_of_few = plain.sdpo_loss(self.recommender, part, few)
             losses = float(sdpo(ours_of_few, 1.0).mean()), float(theirs_of_few)
         if not abs(losses[0] - losses[1]) <= 0.05 * abs(losses[1]):  # bfloat16's rounding in both
             raise AssertionError(f"the losses are {losses}")
@@ -169,7 +162,7 @@ class Workload:
         def plainly() -> None:
             self.optimizer.zero_grad()
             with self.lm.arithmetic():
-                loss = plain.sdpo_loss(self.recommender, part, items[few])
+                loss = plain.sdpo_loss(self.recommender, part, few)
             loss.backward()
             clip_grad_norm_(self.weights, 1.0)
             self.optimizer.step()
