@@ -34,7 +34,7 @@ dist: $(READY)
 $(READY): export PYTHONWARNINGS = ignore:Editable installation
 
 # RecBole alone comes first: from Python 3.12 on what it asks for cannot be installed (docs/versions.md).
-$(READY): setup.cfg constraints.txt
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 14) or sys.exit("recbole-sdpo is tested on Python 3.10 to 3.13, and this is %d.%d; give another, as in make PYTHON=python3.12." % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade --constraint $(CONSTRAINTS) pip setuptools wheel

@@ -30,7 +30,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def settings_table(names: list[str]) -> str:
-    """Those rows of ``recbole-sdpo --settings``.
+    """Those rows of ``recbole-sdpo settings``.
 
     Raises:
         KeyError: there is no such setting.

@@ -1,7 +1,9 @@
 """``python -m recbole_sdpo`` is the command."""
 
-from recbole_sdpo.command import main
+import sys
+
+from recbole_sdpo.command.program import main
 from recbole_sdpo.experiment.worker import end_with_parent
 
 end_with_parent()
-main()
+sys.exit(main())

@@ -635,7 +635,7 @@ def check_settings(config: Config) -> Settings:
         own = (
             f"its stages have sft_{key} and sdpo_{key}"
             if f"sft_{key}" in names()
-            else "see recbole-sdpo --settings"
+            else "see recbole-sdpo settings"
         )
         getLogger().warning(f"{key}={config[key]!r} has no effect on {MODEL}; {own}.")
     in_text, aligned = (
@@ -869,7 +869,7 @@ def check_unknown(
         hint = (
             f"did you mean {near[0]!r}?"
             if near
-            else "recbole-sdpo --settings lists ours, RecBole's documentation its own."
+            else "recbole-sdpo settings lists ours, RecBole's documentation its own."
         )
         raise UserError(f"Unknown setting {key!r}={given[key]!r}; {hint}")
 

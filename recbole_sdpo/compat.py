@@ -240,7 +240,12 @@ def _load_config_files(self: Config, files: list[str] | None) -> dict[str, Any]:
 
 
 def _load_cmd_line(self: Config) -> dict[str, Any]:
-    settings, rest = read_arguments(() if "ipykernel_launcher" in sys.argv[0] else sys.argv[1:])
+    program, *arguments = sys.argv
+    if "ipykernel_launcher" in program:
+        return {}
+    if arguments[:1] == ["run"]:  # our sub-command
+        del arguments[0]
+    settings, rest = read_arguments(arguments)
     if rest:
         getLogger().warning(f"command line args [{' '.join(rest)}] will not be used in RecBole")
     return settings

@@ -49,7 +49,6 @@ ONLOOKERS = frozenset(
         "experiment",
         "report",
         "command",
-        "command.py",
         "__main__.py",
         "inputs.py",
         "libraries.py",

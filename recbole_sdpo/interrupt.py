@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from recbole_sdpo.errors import UserError
+
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
@@ -81,8 +83,8 @@ def finishing_steps() -> Iterator[None]:
 @contextmanager
 def endings() -> Iterator[None]:
     """For the command's main function: signals end it with a sentence and the exit code that shells
-    expect, 128 and their number; so does, with exit code 1, an error of the operating system that a
-    user can mend."""
+    expect, 128 and their number; so does, with exit code 1, what a user can mend, be it an error of
+    the operating system."""
     try:
         with _handlers():
             yield
@@ -92,6 +94,8 @@ def endings() -> Iterator[None]:
             add_note(error, "nothing was begun, so give the command again")
         _say(f"stopped by {signal.Signals(signum).name}" + _then("; ", error))
         sys.exit(128 + signum)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
@@ -119,8 +123,8 @@ def add_note(error: BaseException, note: str) -> None:
     error.__notes__ = [*getattr(error, "__notes__", ()), note]
 
 
-def _command(folder: Path) -> str:
-    """The command as it was given, and to resume ``folder``."""
+def as_given() -> list[str]:
+    """The words of the command by which this program was started."""
     program, processes = sys.argv[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     start = ["python"] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
     if Path(program).name == "__main__.py":
@@ -129,12 +133,13 @@ def _command(folder: Path) -> str:
         start.append(program)
     else:
         start = [Path(program).name]
-    given = [
-        argument
-        for argument in sys.argv[1:]
-        if not argument.startswith(("--resume=", "--run_dir="))
-    ]
-    return shlex.join([*start, *given, f"--resume={folder}"])
+    return [*start, *sys.argv[1:]]
+
+
+def _command(folder: Path) -> str:
+    """The command as it was given, and to resume ``folder``."""
+    others = [word for word in as_given() if not word.startswith(("--resume=", "--run_dir="))]
+    return shlex.join([*others, f"--resume={folder}"])
 
 
 def _then(before: str, error: BaseException) -> str:

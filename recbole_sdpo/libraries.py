@@ -14,7 +14,7 @@ OLDEST = {
     "peft": "0.21",
     "accelerate": "1.15",
 }
-"""As setup.cfg has them, for whom pip did not ask: a checkout that was not installed, or a
+"""As pyproject.toml has them, for whom pip did not ask: a checkout that was not installed, or a
 library that was replaced since."""
 
 

@@ -1,21 +1,18 @@
-"""Recommend from a checkpoint: ``python -m recbole_sdpo.recommend --checkpoint DIR --user ID``."""
+"""Recommend from a checkpoint: the items that a policy ranks highest for a user, or after a
+history."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import json
 import operator
 import os
 import sys
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recbole_sdpo import compat
@@ -25,14 +22,12 @@ from recbole_sdpo.data.dataset import user_histories
 from recbole_sdpo.data.prompts import Templates, Units, history_prompts
 from recbole_sdpo.data.serving import ServedDataset
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.interrupt import endings
 from recbole_sdpo.lm.backbone import load_backbone, resolved, restore_policy
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.ranking import TitleTree, score_top
 from recbole_sdpo.model.encoder import Encoder
 from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.random import derive_seed
-from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.settings import MODEL
 from recbole_sdpo.trainer.checkpoint import Checkpoint
 
@@ -282,88 +277,3 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"checkpoint {str(folder)!r}: the tokenizer cannot be read ({type(error).__name__}: "
             f"{line}); give another one."
         ) from error
-
-
-@endings()
-def main() -> None:
-    """Parse the command line, and print a table or JSON."""
-    parser = argparse.ArgumentParser(
-        description="The items that a trained policy recommends to a user, or after a history.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, help="folder of a run, or 'sft' or 'sdpo' in it"
-    )
-    who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--user", help="a user's id in the data")
-    who.add_argument(
-        "--history",
-        action="append",
-        help="titles, oldest first, separated by ';'; or the option once for each title",
-    )
-    parser.add_argument("-k", type=int, default=10, help="how many (default: 10)")
-    parser.add_argument(
-        "--exclude_history",
-        action="store_true",
-        help="recommend nothing that stands in the history",
-    )
-    parser.add_argument("--format", choices=("table", "json"), default="table")
-    parser.add_argument("--data_path", help="where the data are now, if they have moved")
-    parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
-    parser.add_argument(
-        "--trust_remote_code",
-        action="store_true",
-        help="run code that comes with the backbone's files",
-    )
-    args = parser.parse_args()
-    compat.quiet_warnings()
-    transformers.utils.logging.disable_progress_bar()
-    history = args.history
-    try:
-        recommender = Recommender.load(
-            args.checkpoint, args.data_path, args.device, args.trust_remote_code
-        )
-        if history and len(history) == 1 and history[0] not in recommender:
-            history = [title for title in history[0].split(";") if title.strip()]
-        best = recommender.recommend(args.user, history, args.k, args.exclude_history)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    if args.format == "json":
-        _print(
-            json.dumps(
-                best.to_dict("records"), indent=2, ensure_ascii=not _is_utf8(), allow_nan=False
-            )
-        )
-    else:
-        rows = [
-            [rank, _cell(item), _cell(title), score]
-            for rank, (item, title, score) in enumerate(best.itertuples(index=False), 1)
-        ]
-        _print(markdown_table(["", *best.columns], rows))
-
-
-def _cell(text: str) -> str:
-    """``text`` in a Markdown table, and in a terminal, whatever is in it."""
-    safe = (f"\\x{ord(char):02x}" if unicodedata.category(char) == "Cc" else char for char in text)
-    return " ".join("".join(safe).split()).replace("|", "\\|")
-
-
-def _is_utf8() -> bool:
-    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-
-
-def _print(text: str) -> None:
-    """Print, also where there is no character for a letter, and where nobody reads on (``|
-    head``)."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more as it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The plugin's own settings: each with a default, a type, a check, an explanation and its roles.
 
-``recbole-sdpo --settings`` prints them as a table. RecBole's settings (data, split, evaluation,
+``recbole-sdpo settings`` prints them as a table. RecBole's settings (data, split, evaluation,
 seed) are RecBole's; those that have a role in what we do are listed here, too.
 """
 

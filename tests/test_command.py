@@ -1,13 +1,20 @@
+import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
-from recbole_sdpo import command
+from recbole_sdpo.command import experiment, program, run, script
+from recbole_sdpo.config import RunConfig
+from recbole_sdpo.settings import names
 
 
 def call(monkeypatch, *arguments):
+    """The script's way."""
     monkeypatch.setattr("sys.argv", ["run_recbole_sdpo.py", *arguments])
-    command.main()
+    script.main()
 
 
 @pytest.mark.parametrize("argument", ["--beta", "0.3", "beta=0.3", "--=0.3"])
@@ -52,7 +59,7 @@ def test_what_is_no_fault_of_the_users_keeps_its_traceback(monkeypatch):
     def broken(*_):
         raise NotImplementedError
 
-    monkeypatch.setattr(command, "run", broken)
+    monkeypatch.setattr(run, "run", broken)
     with pytest.raises(NotImplementedError):
         call(monkeypatch)
 
@@ -87,7 +94,7 @@ def test_an_unknown_model_ends_in_one_line(monkeypatch, wrong, right):
 def test_reports_of_files_of_one_name_lie_apart(monkeypatch, file, folder):
     seen = []
     monkeypatch.setattr(
-        command, "run_experiment", lambda file, output, *_: seen.append(output) or []
+        experiment, "run_experiment", lambda file, output, *_: seen.append(output) or []
     )
     with pytest.raises(SystemExit):
         call(monkeypatch, f"--experiment={file}")
@@ -95,14 +102,12 @@ def test_reports_of_files_of_one_name_lie_apart(monkeypatch, file, folder):
 
 
 def test_files_and_arguments_reach_the_configuration(monkeypatch, tmp_path, ring):
-    import yaml
-
     (tmp_path / "a.yaml").write_text(
         yaml.safe_dump(ring | {"beta": 0.1, "objective": "sft", "sft_epochs": 0})
     )
     (tmp_path / "b.yaml").write_text("beta: 0.2\n")
     seen = {}
-    monkeypatch.setattr(command, "run", lambda *args: seen.update(config=args))
+    monkeypatch.setattr(run, "run", lambda *args: seen.update(config=args))
     call(
         monkeypatch,
         "--dataset=toy",
@@ -114,7 +119,91 @@ def test_files_and_arguments_reach_the_configuration(monkeypatch, tmp_path, ring
         "toy",
         [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")],
     )
-    from recbole_sdpo.config import RunConfig
-
     config = RunConfig(*seen["config"])
     assert config.settings.beta == 0.2 and config.settings.sft.epochs == 0
+
+
+def call_program(monkeypatch, *arguments):
+    """The program's way; its exit code."""
+    monkeypatch.setattr("sys.argv", ["recbole-sdpo", *arguments])
+    try:
+        return program.main()
+    except SystemExit as ended:
+        return ended.code
+
+
+def test_a_run_by_the_program_is_that_of_the_script(monkeypatch, ring, caplog):
+    (settings := Path("ring.yaml")).write_text(yaml.safe_dump(ring))
+    given = ["--model=BPR", "--dataset=toy", f"--config_files={settings}", "--epochs=1"]
+    call(monkeypatch, *given, "--run_dir=script")
+    assert not call_program(monkeypatch, "run", *given, "--run_dir=program")
+    assert "will not be used" not in caplog.text
+    first, second = (
+        json.loads(Path(folder, "result.json").read_text()) for folder in ("script", "program")
+    )
+    assert first["test_result"] == second["test_result"]
+    assert second["command"] == ["recbole-sdpo", "run", *given, "--run_dir=program"]
+
+
+def test_an_experiment_by_the_program(monkeypatch):
+    seen = []
+    monkeypatch.setattr(experiment, "run_experiment", lambda *args: seen.append(args) or ["one"])
+    assert call_program(monkeypatch, "experiment", "my.yaml", "--jobs=2", "--seed=3") == 1
+    assert seen == [
+        (
+            Path("my.yaml"),
+            Path("saved/my"),
+            {"seed": 3},
+            False,
+            2,
+            "recbole-sdpo experiment my.yaml --jobs=2 --seed=3",
+        )
+    ]
+    said = call_program(monkeypatch, "experiment", "my.yaml", "--dataset=ml-100k")
+    assert said.startswith("error: --dataset cannot be given")
+
+
+def test_the_settings_by_the_program(monkeypatch, capsys):
+    assert not call_program(monkeypatch, "settings")
+    assert "| `beta` |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=BPR"], "a command comes first, as in: recbole-sdpo run --model=BPR"),
+        (["ruin"], "invalid choice: 'ruin'"),
+        ([], "required: COMMAND"),
+        (["settings", "--beta=1"], "unrecognized arguments: --beta=1"),
+        (["recommend", "--checkpoint=x"], "one of the arguments --user --history is required"),
+    ],
+)
+def test_what_is_no_command_shows_how_to_call_it(monkeypatch, capsys, arguments, message):
+    assert call_program(monkeypatch, *arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: recbole-sdpo") and message in said
+
+
+def test_of_several_checkpoints_one_must_be_chosen(monkeypatch):
+    said = call_program(monkeypatch, "recommend", "--user=1", "--checkpoint", "a", "b")
+    assert said == "error: --checkpoint names 2 folders, a and b; give one."
+
+
+@pytest.mark.parametrize("name", program.COMMANDS)
+def test_the_examples_of_a_command_are_right(monkeypatch, capsys, name):
+    assert call_program(monkeypatch, name, "--help") == 0
+    lines = capsys.readouterr().out.replace("\\\n", " ").split("examples:")[1].splitlines()
+    examples = [
+        shlex.split(re.split(r" {3,}(?!-)", line.strip())[0].split("|")[0])
+        for line in lines
+        if line.startswith("  recbole-sdpo")
+    ]
+    assert len(examples) >= 2
+    for program_name, command, *words in examples:
+        assert (program_name, command) == ("recbole-sdpo", name)
+        seen = []
+        module = program.COMMANDS[name]
+        monkeypatch.setattr(module, "call", lambda args, rest, seen=seen: seen.extend(rest))
+        assert not call_program(monkeypatch, name, *words)
+        known = {*names(), "data_path", "device", "resume", "epochs"}
+        assert {word.removeprefix("--").partition("=")[0] for word in seen} <= known

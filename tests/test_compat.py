@@ -251,7 +251,7 @@ def test_recbole_still_takes_names_that_numpy_2_dropped():
     sys.version_info >= (3, 12), reason="ray 2.6.3 has no wheel from Python 3.12 on"
 )
 def test_ray_2_6_still_takes_one():
-    """And pkg_resources, for which setup.cfg has setuptools<81."""
+    """And pkg_resources, for which pyproject.toml has setuptools<81."""
     import ray
     from ray import tune  # it takes the name as it is imported
 

@@ -46,7 +46,7 @@ OF_THE_COMMAND = {
     "tune",
     "settings",
 }
-OF_OTHERS = {"no", "nproc_per_node", "num_processes", "cpu", "logdir", "check", "same"}
+OF_OTHERS = {"help", "no", "nproc_per_node", "num_processes", "cpu", "logdir", "check", "same"}
 """Options of pip, torchrun, accelerate and the like, to the first hyphen."""
 
 OF_THE_READER = ("objective", "hinge")
@@ -63,7 +63,7 @@ def commands() -> list[list[str]]:
     texts = [line for page in PAGES for block in blocks(page) for line in block.splitlines()]
     texts += [code for page in PAGES.values() for code in re.findall(r"`([^`\n]+)`", page)]
     program = r"(?:run_recbole_sdpo\.py|-m recbole_sdpo|recbole-sdpo)"
-    called = rf"^\s*(?:python |torchrun \S+ )?{program} (--.*)"
+    called = rf"^\s*(?:python |torchrun \S+ )?{program} (?:run )?(--.*)"
     return [
         shlex.split(found[1], comments=True) for text in texts if (found := re.search(called, text))
     ]

@@ -1,7 +1,6 @@
 """A library that is missing or too old is named in one sentence, in every way in, before it is
 imported."""
 
-import configparser
 import importlib.metadata
 import os
 import re
@@ -10,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from recbole_sdpo.libraries import IMPORTED, OLDEST, RECBOLE, Unfit, check_libraries
 
@@ -88,12 +92,10 @@ def test_what_serves(installed, version):
 
 
 def test_setup_asks_for_the_same():
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = dict(
-        re.findall(
-            r"(?m)^([\w-]+)(?:[>=]=([\d.]+))?(?:$|;.*<)", setup["options"]["install_requires"]
-        )
+        re.match(r"([\w-]+)(?:[>=]=([\d.]+))?(?:$|[;<])", each).groups("")
+        for each in project["dependencies"]
     )
     del asked["setuptools"]
     assert asked == OLDEST | {"recbole": RECBOLE} | {
@@ -103,7 +105,11 @@ def test_setup_asks_for_the_same():
 
 @pytest.mark.parametrize(
     "start",
-    [["-m", "recbole_sdpo"], [str(ROOT / "run_recbole_sdpo.py")], ["-m", "recbole_sdpo.recommend"]],
+    [
+        ["-m", "recbole_sdpo"],
+        [str(ROOT / "run_recbole_sdpo.py")],
+        ["-m", "recbole_sdpo", "settings"],
+    ],
 )
 def test_a_program_ends_with_the_sentence(start, tmp_path):
     old = tmp_path / "transformers-4.57.0.dist-info"

@@ -138,7 +138,7 @@ def test_its_metadata_is_complete(wheel):
     for key in (
         "Summary",
         "Author",
-        "License",
+        "License-Expression",
         "License-File",
         "Keywords",
         "Project-URL",
@@ -202,6 +202,7 @@ def test_the_command_trains_with_the_configs_that_came_along(fresh, tmp_path):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
     ended = call(
         fresh / "recbole-sdpo",
+        "run",
         "--dataset=toy",
         "--config_files=configs/paper/s-dpo.yaml small.yaml",
         cwd=tmp_path,
@@ -218,7 +219,7 @@ def test_the_command_trains_with_the_configs_that_came_along(fresh, tmp_path):
 def test_an_experiment_of_the_package_is_found_from_anywhere(fresh, tmp_path):
     """Its runs are checked before the first begins, and none can be trained: the data are not
     there."""
-    command = [fresh / "recbole-sdpo", "--experiment=configs/amazon-games/gpu/compare.yaml"]
+    command = [fresh / "recbole-sdpo", "experiment", "configs/amazon-games/gpu/compare.yaml"]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     ended = subprocess.run(
         [*map(str, command)], cwd=tmp_path, env=env, capture_output=True, text=True

@@ -24,6 +24,7 @@ def test_a_run_that_has_nothing_to_say_says_nothing(tmp_path):
         sys.executable,
         "-m",
         "recbole_sdpo",
+        "run",
         "--dataset=toy",
         *(f"--{key}={value}" for key, value in given.items()),
     ]

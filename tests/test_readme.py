@@ -9,6 +9,8 @@ import sys
 from glob import glob
 from pathlib import Path
 
+from recbole_sdpo.command import program
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -30,7 +32,7 @@ APPENDED = {
     "python run_recbole_sdpo.py --model=BPR": (
         "--epochs=1 --train_batch_size=8192 --max_eval_targets=24"
     ),
-    "python -m recbole_sdpo.recommend": "",
+    "recbole-sdpo recommend": "",
     "pip install": OFFLINE,
 }
 """What a command gets besides, by its beginning."""
@@ -58,7 +60,10 @@ def call(command: str, monkeypatch) -> None:
     _, *arguments = words = [
         path for word in shlex.split(command) for path in (sorted(glob(word)) or [word])
     ]
-    if words[0] != "python":
+    if words[0] == "recbole-sdpo":
+        monkeypatch.setattr("sys.argv", words)
+        assert not program.main()
+    elif words[0] != "python":
         shell = command.replace("python", sys.executable).replace("pip", f"{sys.executable} -m pip")
         ended = subprocess.run(["bash", "-c", shell], **IN_THE_CHECKOUT)
         assert ended.returncode == 0, ended.stdout + ended.stderr

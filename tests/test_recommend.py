@@ -15,7 +15,8 @@ import pytest
 import torch
 from recbole.data import create_dataset, data_preparation
 
-from recbole_sdpo import quick_start, recommend
+from recbole_sdpo import quick_start
+from recbole_sdpo.command import program, recommend
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import restore_policy
@@ -23,6 +24,8 @@ from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.recommend import Recommender
 from tests.conftest import TINY, write_dataset
 from tests.faults.checkpoints import ADDED, evil_texts, replaced, sealed, tampered
+
+RECOMMEND = ["recbole-sdpo", "recommend", "--checkpoint", "run"]
 
 
 @pytest.fixture
@@ -323,19 +326,9 @@ def test_a_title_may_hold_a_semicolon(ring, monkeypatch, capsys):
     monkeypatch.setattr(
         sys,
         "argv",
-        [
-            "recommend",
-            "--checkpoint",
-            "run",
-            "--history",
-            "Red cube; again",
-            "-k",
-            "2",
-            "--format",
-            "json",
-        ],
+        [*RECOMMEND, "--history", "Red cube; again", "-k", "2", "--format", "json"],
     )
-    recommend.main()
+    program.main()
     shown = [row["title"] for row in json.loads(capsys.readouterr().out)]
     assert (
         shown
@@ -361,8 +354,8 @@ def test_prompts_that_need_candidates_are_refused(ring):
 
 def test_the_command_prints_a_table_or_json(trained, monkeypatch, capsys):
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["recommend", "--checkpoint", "run", *arguments])
-        recommend.main()
+        monkeypatch.setattr(sys, "argv", [*RECOMMEND, *arguments])
+        program.main()
         return capsys.readouterr().out
 
     listed = json.loads(call("--user", "u7", "-k", "3", "--format", "json"))
@@ -545,9 +538,20 @@ def test_any_title_is_one_row_of_the_table_and_valid_json(ring, monkeypatch, cap
         monkeypatch.setattr(
             sys,
             "argv",
-            ["recommend", "--checkpoint", "run", "--user", "u1", "-k", "24", "--format", form],
+            [
+                "recbole-sdpo",
+                "recommend",
+                "--checkpoint",
+                "run",
+                "--user",
+                "u1",
+                "-k",
+                "24",
+                "--format",
+                form,
+            ],
         )
-        recommend.main()
+        program.main()
         shown = capsys.readouterr().out
         if form == "table":
             assert len(shown.splitlines()) == 26 and r"red \| cube \x1b[31m \x07 東京" in shown

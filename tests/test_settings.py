@@ -218,7 +218,7 @@ def test_a_baseline_refuses_settings_that_nobody_reads(ring):
         with pytest.raises(ValueError, match=f"Unknown setting '{key}'=1; "):
             RunConfig("SASRec", "toy", config_dict=ring | {key: 1})
     with pytest.raises(
-        ValueError, match="Unknown setting 'dropout'=1; recbole-sdpo --settings lists ours"
+        ValueError, match="Unknown setting 'dropout'=1; recbole-sdpo settings lists ours"
     ):
         RunConfig("SASRec", "toy", config_dict=ring | {"dropout": 1})
     # Which its code reads, or that of the model that it builds on, and its defaults lack.

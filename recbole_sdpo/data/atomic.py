@@ -1,15 +1,12 @@
-"""RecBole atomic files from a CSV of events and a CSV of items: python -m
-recbole_sdpo.data.atomic --help"""
+"""RecBole's atomic files from a CSV of events and a CSV of items."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import difflib
 import io
 import lzma
 import re
-import sys
 import warnings
 import zipfile
 import zlib
@@ -27,7 +24,6 @@ from pandas.tseries.api import guess_datetime_format
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import whole_file, whole_folder
-from recbole_sdpo.interrupt import endings
 
 # pandas, by which RecBole reads ids, takes these for missing, and a quote at the start for that of
 # a quoted field.
@@ -459,63 +455,3 @@ def _moment(seconds: float) -> str:
         if 1e8 <= abs(seconds) < 1e10
         else f"{seconds:g}"
     )
-
-
-@endings()
-def main() -> None:
-    """Read two CSV files, write two atomic files, print one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recbole_sdpo.data.atomic",
-        description="RecBole atomic files from two CSV files.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--events", required=True, help="CSV file with a row for each event")
-    parser.add_argument("--items", required=True, help="CSV file with a row for each item")
-    parser.add_argument("--name", required=True, help="of the dataset, such as shop")
-    parser.add_argument(
-        "--output",
-        default="data",
-        help="folder in which that of the dataset is made (default: data)",
-    )
-    parser.add_argument("--user", default="user_id", help="column of the events (default: user_id)")
-    parser.add_argument(
-        "--item",
-        default="item_id",
-        help="column of the events, and of the items unless --item_key (default: item_id)",
-    )
-    parser.add_argument(
-        "--item_key",
-        help="column of the items that holds the item, if its name differs from that in the events",
-    )
-    parser.add_argument(
-        "--time",
-        default="timestamp",
-        help="column of the events: a number or a date (default: timestamp)",
-    )
-    parser.add_argument(
-        "--title",
-        action="append",
-        help="column of the items (default: title); give it again for further columns",
-    )
-    parser.add_argument(
-        "--separator",
-        help=r"between the columns of both files, such as ';' or \t (default: the one the header "
-        r"shows)",
-    )
-    parser.add_argument(
-        "--encoding", help="of both files, such as cp1252 or gb18030 (default: UTF-8)"
-    )
-    args = vars(parser.parse_args())
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("always", UserWarning)
-            print(write_atomic(titles=args.pop("title") or ["title"], **args))
-        for warning in caught:
-            print(f"warning: {warning.message}", file=sys.stderr)
-    except (UserError, OSError) as error:  # a full disk, a folder that is read-only
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

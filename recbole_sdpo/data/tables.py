@@ -105,7 +105,7 @@ class Table:
         if missing.any():
             words = missing.copy()
             words[missing] = [field.strip().lower() not in MISSING for field in text[missing]]
-            dates = "; python -m recbole_sdpo.data.atomic makes numbers of dates" if needed else ""
+            dates = "; recbole-sdpo import makes numbers of dates" if needed else ""
             self.refuse(words, column, f"must be a number{dates}")
             if needed:
                 self.refuse(missing, column, "is no time; every row must have one, as a number")

@@ -232,6 +232,7 @@ class Runner:
             sys.executable,
             "-m",
             "recbole_sdpo",
+            "run",
             f"--model={run.model}",
             f"--dataset={run.dataset}",
             f"--config_files={file}",

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recbole.data import create_dataset
 
+from recbole_sdpo.command import program
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.data import atomic
 from recbole_sdpo.data.atomic import write_atomic
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.errors import UserError
@@ -441,8 +441,8 @@ def test_the_command_writes_and_reports_and_refuses_in_one_line(tmp_path, monkey
         "--events events.csv --items items.csv --name shop --user who --time when --title title "
         "--title year"
     )
-    monkeypatch.setattr(sys, "argv", ["atomic", *options.split()])
-    atomic.main()
+    monkeypatch.setattr(sys, "argv", ["recbole-sdpo", "import", *options.split()])
+    program.main()
     assert capsys.readouterr().out.startswith(
         "data/shop: 2 events of 1 users and 2 items from 1 to 2; 8 items in the items file, 1"
     )
@@ -450,7 +450,7 @@ def test_the_command_writes_and_reports_and_refuses_in_one_line(tmp_path, monkey
         tmp_path / "data" / "shop" / "shop.item"
     ).read_text(encoding="utf-8")
     with pytest.raises(SystemExit, match="^error: .*shop.inter exists already"):
-        atomic.main()
+        program.main()
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])

@@ -38,7 +38,7 @@ from tests.conftest import TINY, write_dataset
 
 def call(folder, *arguments):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "recbole_sdpo", "--experiment=try.yaml", *arguments]
+    command = [sys.executable, "-m", "recbole_sdpo", "experiment", "try.yaml", *arguments]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 

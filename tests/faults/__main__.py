@@ -152,7 +152,7 @@ def _warm(work: Path, seed: int) -> None:
     """Import all that runs need."""
     import torch
 
-    import recbole_sdpo.command
+    import recbole_sdpo.command.program
 
     torch.set_num_threads(1)
     from tests.faults import toy

@@ -127,16 +127,17 @@ class Trial:
 
 
 def command() -> None:
-    """The program, by its command line."""
-    from recbole_sdpo.command import main
+    """The script, by its command line."""
+    from recbole_sdpo.command.script import main
 
     main()
 
 
 def recommend() -> None:
     """The program that recommends, by its command line."""
-    from recbole_sdpo.recommend import main
+    from recbole_sdpo.command.program import main
 
+    sys.argv.insert(1, "recommend")
     main()
 
 

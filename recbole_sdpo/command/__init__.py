@@ -1,0 +1,1 @@
+"""The command line: the program ``recbole-sdpo``, with a file for each of its sub-commands."""

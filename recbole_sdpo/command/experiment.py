@@ -1,0 +1,76 @@
+"""``recbole-sdpo experiment``: many runs from one YAML file, and a report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from recbole_sdpo import compat
+from recbole_sdpo.command.run import read_settings
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.experiment.run import run_experiment
+from recbole_sdpo.files import config_file
+from recbole_sdpo.interrupt import as_given
+
+HELP = "do the runs that a YAML file names, and write a report of tables and figures"
+
+EXAMPLES = """\
+  recbole-sdpo experiment configs/ml-100k/compare.yaml             all that is not done yet
+  recbole-sdpo experiment configs/ml-100k/compare.yaml --jobs=2    two runs at once
+  recbole-sdpo experiment my.yaml --tune                           first search, on validation
+  recbole-sdpo experiment my.yaml --device=cpu                     a setting for every run
+
+Any setting of RecBole or of ours follows as --name=value, and holds for every run."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the file does not say."""
+    parser.add_argument("experiment", metavar="FILE", help="such as configs/ml-100k/compare.yaml")
+    add_further_options(parser)
+
+
+def add_further_options(parser: argparse.ArgumentParser) -> None:
+    """Those beside the file."""
+    parser.add_argument(
+        "--output",
+        help="folder of the report (default: saved/ and the file's place below configs/, or its "
+        "name)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs that go on at once, sharing the cores (default: 1)",
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="first try the settings under tune of each run"
+    )
+
+
+def call(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Do the runs, with the settings in ``rest`` beside their own. 1 if a run failed."""
+    settings = read_settings(args, rest)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            "an experiment starts its runs itself; call it with plain python, and --jobs for "
+            "several at once."
+        )
+    if args.jobs < 1:
+        raise UserError(f"--jobs={args.jobs} must be 1 or more.")
+    own = {"model", "dataset", "config_files"} & settings.keys()
+    if own:
+        raise UserError(
+            f"--{min(own)} cannot be given: the file names models, dataset and settings."
+        )
+    below = Path(args.experiment).with_suffix("").parts
+    place = below[below.index("configs") + 1 :] if "configs" in below else below[-1:]
+    output = Path(args.output or Path("saved", *place))
+    command = shlex.join(as_given())
+    with compat.no_arguments():  # these are not the settings of one run
+        failures = run_experiment(
+            config_file(args.experiment), output, settings, args.tune, args.jobs, command
+        )
+    return int(bool(failures))

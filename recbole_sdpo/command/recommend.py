@@ -1,0 +1,112 @@
+"""``recbole-sdpo recommend``: the top items of a trained policy, as a table or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Sequence
+
+import transformers
+
+from recbole_sdpo import compat
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.recommend import Recommender
+from recbole_sdpo.report.table import markdown_table
+
+HELP = "print the items that a trained policy recommends to a user, or after a history"
+
+EXAMPLES = """\
+  recbole-sdpo recommend --checkpoint saved/SDPO-LLM-ml-100k-… --user 196
+  recbole-sdpo recommend --checkpoint RUN --history "Star Wars; Alien" -k 5 --exclude_history
+  recbole-sdpo recommend --checkpoint RUN --user 196 --format json"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint, and for whom."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        nargs="+",  # what a shell makes of saved/SDPO-LLM-*, so that it can be named
+        metavar="DIR",
+        help="folder of a run, or 'sft' or 'sdpo' in it",
+    )
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", help="a user's id in the data")
+    who.add_argument(
+        "--history",
+        action="append",
+        help="titles, oldest first, separated by ';'; or the option once for each title",
+    )
+    parser.add_argument("-k", type=int, default=10, help="how many (default: 10)")
+    parser.add_argument(
+        "--exclude_history",
+        action="store_true",
+        help="recommend nothing that stands in the history",
+    )
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+    parser.add_argument("--data_path", help="where the data are now, if they have moved")
+    parser.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run code that comes with the backbone's files",
+    )
+
+
+def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Load the policy, and print its best items.
+
+    Raises:
+        UserError: the checkpoint, the user or the history cannot be used.
+    """
+    compat.quiet_warnings()
+    transformers.utils.logging.disable_progress_bar()
+    folder, *others = args.checkpoint
+    if others:
+        raise UserError(
+            f"--checkpoint names {len(args.checkpoint)} folders, {' and '.join(args.checkpoint)}; "
+            "give one."
+        )
+    recommender = Recommender.load(folder, args.data_path, args.device, args.trust_remote_code)
+    history = args.history
+    if history and len(history) == 1 and history[0] not in recommender:
+        history = [title for title in history[0].split(";") if title.strip()]
+    best = recommender.recommend(args.user, history, args.k, args.exclude_history)
+    if args.format == "json":
+        _print(
+            json.dumps(
+                best.to_dict("records"), indent=2, ensure_ascii=not _is_utf8(), allow_nan=False
+            )
+        )
+    else:
+        rows = [
+            [rank, _cell(item), _cell(title), score]
+            for rank, (item, title, score) in enumerate(best.itertuples(index=False), 1)
+        ]
+        _print(markdown_table(["", *best.columns], rows))
+
+
+def _cell(text: str) -> str:
+    """``text`` in a Markdown table, and in a terminal, whatever is in it."""
+    safe = (f"\\x{ord(char):02x}" if unicodedata.category(char) == "Cc" else char for char in text)
+    return " ".join("".join(safe).split()).replace("|", "\\|")
+
+
+def _is_utf8() -> bool:
+    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+
+
+def _print(text: str) -> None:
+    """Print, also where there is no character for a letter, and where nobody reads on (``|
+    head``)."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,23 @@
+"""``recbole-sdpo settings``: what can be set."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from recbole_sdpo.settings import table
+
+HELP = "print our settings with their defaults"
+
+EXAMPLES = """\
+  recbole-sdpo settings
+  recbole-sdpo settings | grep negatives"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Print the table."""
+    print(table())
