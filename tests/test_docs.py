@@ -64,7 +64,7 @@ def commands() -> list[list[str]]:
     texts = [line for page in PAGES for block in blocks(page) for line in block.splitlines()]
     texts += [code for page in PAGES.values() for code in re.findall(r"`([^`\n]+)`", page)]
     program = r"(?:run_recbole_sdpo\.py|-m recbole_sdpo|recbole-sdpo)"
-    called = rf"^\s*(?:python |torchrun \S+ )?{program} (--.*)"
+    called = rf"^\s*(?:python |torchrun \S+ )?{program} (?:run |experiment \S+ )?(--.*)"
     return [
         shlex.split(found[1], comments=True) for text in texts if (found := re.search(called, text))
     ]
