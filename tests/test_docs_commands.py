@@ -61,14 +61,15 @@ STANDS_FOR = {
 """What is not here, or is large, and what is taken instead."""
 
 
-def commands() -> dict[str, str]:
-    """Each command in a block without a language, and a page that has it."""
-    return {
-        re.sub(r" +# .*", "", line): page
+def commands() -> list[str]:
+    """Each command in a block without a language, once."""
+    found = [
+        re.sub(r" +# .*", "", line)
         for page in sorted(PAGES)
         for block in blocks(page)
         for line in re.findall(LINE, block, flags=re.M)
-    }
+    ]
+    return list(dict.fromkeys(found))
 
 
 DONE_HERE = [
@@ -76,7 +77,6 @@ DONE_HERE = [
     for command in commands()
     if not any(f"{command} ".startswith(f"{start} ") for start in ELSEWHERE)
 ]
-
 
 PRINTED = {
     r"(\S+=\S+ )?make": "",
