@@ -3,6 +3,7 @@ that says why it is not. They are done in the order of their page, in one folder
 
 import re
 import shlex
+import subprocess
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from tests.test_docs import PAGES, blocks
 from tests.test_paper import save_backbone
 from tests.test_readme import ROOT, call
 
-LINE = r"^ *((?:[A-Z_]+=\S+ +)?(?:\.|make|pip|python|torchrun|jupyter|recbole-sdpo) .*)$"
+LINE = r"^ *((?:[A-Z_]+=\S+ +)?(?:\.|make|pip|python3?|torchrun|jupyter|recbole-sdpo) .*)$"
 
 ELSEWHERE = {
     ".": "it is the shell's, and .venv may be elsewhere",
@@ -22,7 +23,7 @@ ELSEWHERE = {
     "jupyter": "it is none of the tests' packages; test_notebook runs the cells",
     "torchrun": "of several processes; test_docs reads the settings, trainer/ starts two",
     "python -m pytest": "these are these tests",
-    "python -m venv": "whoever runs this has one",
+    "python3 -m venv": "whoever runs this has one",
     "python benchmarks/run.py": "it measures for minutes; test_benchmarks runs it small",
 }
 """How commands begin that are not done here, and why."""
@@ -99,8 +100,13 @@ def kind(command: str) -> str:
     return next(beginning for beginning in PRINTED if re.match(beginning, command))
 
 
+def in_shell(found: re.Match[str]) -> str:
+    return subprocess.run(["bash", "-c", found[1]], capture_output=True, text=True).stdout.strip()
+
+
 def small(command: str) -> str:
     """The same with what is here; and a run with little to do."""
+    command = re.sub(r"\$\((.*?)\)", in_shell, command)
     for what, instead in STANDS_FOR.items():
         command = re.sub(what, instead, command)
     if kind(command) != A_RUN:
@@ -168,3 +174,15 @@ def test_what_is_not_done_is_printed_somewhere():
     assert len(DONE_HERE) > 30
     for start in ELSEWHERE:
         assert any(f"{command} ".startswith(f"{start} ") for command in commands()), start
+
+
+@pytest.mark.parametrize(
+    ("heading", "place"),
+    [("What a run leaves", "saved/one"), ("What a checkpoint holds", "saved/one/sdpo")],
+)
+def test_what_is_left_is_what_the_page_lists(heading, place, folder):
+    section = PAGES["quick-start.md"].split(f"## {heading}\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, flags=re.M)
+    listed = {name.rstrip("/") for cell in cells for name in re.findall(r"`(.*?)`", cell)}
+    left = {path.name for path in (folder / place).iterdir()}
+    assert left <= listed and len(left) >= 5

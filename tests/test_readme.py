@@ -30,6 +30,7 @@ APPENDED = {
     "make run": f'ARGS="{SMALL}"',
     "make test": "ARGS=--version",
     ". .venv/bin/activate": "",
+    "python3 -m venv": "--help",
     "python run_recbole_sdpo.py --model=BPR": OF_BPR,
     "recbole-sdpo run --model=BPR": OF_BPR,
     "python -m recbole_sdpo.recommend": "",
@@ -63,7 +64,8 @@ def call(command: str, monkeypatch) -> None:
         path for word in shlex.split(command) for path in (sorted(glob(word)) or [word])
     ]
     if program not in ("python", "recbole-sdpo"):
-        shell = command.replace("python", sys.executable).replace("pip", f"{sys.executable} -m pip")
+        shell = re.sub(r"\bpython3?\b", sys.executable, command)
+        shell = shell.replace("pip", f"{sys.executable} -m pip")
         ended = subprocess.run(["bash", "-c", shell], **IN_THE_CHECKOUT)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return
