@@ -133,6 +133,27 @@ def test_files_that_are_named_are_there(page):
         assert (PACKAGE / name).exists() or (ROOT / name).exists(), name
 
 
+def sentences(text: str) -> list[list[str]]:
+    """The words of each sentence of a page; headings, tables and code apart."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```$|<!--.*?-->", "", text)
+    text = re.sub(r"\]\([^)]*\)", "", re.sub(r"`[^`]*`", "code", text))
+    # A blank line, an item of a list, a row and a heading begin anew.
+    parts = re.split(r"\n\s*\n|\n(?=\s*(?:[*-]|\d+\.) |[|#!])", text)
+    told = [part.strip() for part in parts if not re.match(r"\s*[|#!]", part)]
+    found = [one.split() for part in told for one in re.split(r"(?<=[.!?])\s+", part)]
+    return [[word for word in words if re.search(r"\w", word)] for words in found if words]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "../README.md", "../results/README.md"])
+def test_sentences_are_short(page):
+    lengths = {
+        " ".join(words): len(words)
+        for words in sentences((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    }
+    assert {one: length for one, length in lengths.items() if length > 30} == {}
+    assert not lengths or np.mean(list(lengths.values())) < 16
+
+
 def test_options_are_known():
     sources = [*PACKAGE.rglob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")]
     declared = {
