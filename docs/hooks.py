@@ -1,8 +1,11 @@
-"""For MkDocs, as it builds: tables of the settings' declarations, and names in docstrings."""
+"""For MkDocs, as it builds: tables of the settings' declarations, the notebook, and names in
+docstrings."""
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 from recbole_sdpo.settings import SUITED, table
@@ -13,15 +16,18 @@ SETTINGS = re.compile(r"<!-- settings: ([\w ]+) -->")
 SUITED_TO = "<!-- what suits a backbone -->"
 """Stands for the table of what a stage takes where nothing is given."""
 
+CELLS = re.compile(r"<!-- cells of ([\w.]+) -->")
+"""Stands for the cells of this notebook, which lies beside this file."""
+
 ROLE = re.compile(r":(?:func|meth|class|data|mod):(?=<code>)")
 """In a docstring, what a name in backticks is."""
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the tables in."""
-    return SETTINGS.sub(lambda found: settings_table(found[1].split()), markdown).replace(
-        SUITED_TO, suited_table()
-    )
+    """Put the tables and the notebook in."""
+    markdown = SETTINGS.sub(lambda found: settings_table(found[1].split()), markdown)
+    markdown = CELLS.sub(lambda found: cells(Path(__file__).with_name(found[1])), markdown)
+    return markdown.replace(SUITED_TO, suited_table())
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -42,6 +48,16 @@ def settings_table(names: list[str]) -> str:
 
 def _of_both_stages(row: str) -> str:
     return re.sub(r"`sft_(\w+)`", r"`sft_\1`, `sdpo_\1`", row, count=1)
+
+
+def cells(notebook: Path) -> str:
+    """The text of a notebook, and its code in fences. Its title is that of the page."""
+    _, text = "\n\n".join(
+        source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        for source in ["".join(cell["source"])]
+    ).split("\n", 1)
+    return text
 
 
 def suited_table() -> str:

@@ -55,7 +55,8 @@ OF_THE_READER = ("objective", "hinge")
 
 def blocks(page: str, language: str = "") -> list[str]:
     """The fenced code of a page in that language; of "" that which names none."""
-    return re.findall(rf"(?ms)^ *```{language}\n(.*?)^ *```$", PAGES[page])
+    fenced = re.findall(r"(?ms)^ *```([^\n]*)\n(.*?)^ *```$", PAGES[page])
+    return [text for named, text in fenced if named == language]
 
 
 def commands() -> list[list[str]]:
@@ -63,7 +64,7 @@ def commands() -> list[list[str]]:
     texts = [line for page in PAGES for block in blocks(page) for line in block.splitlines()]
     texts += [code for page in PAGES.values() for code in re.findall(r"`([^`\n]+)`", page)]
     program = r"(?:run_recbole_sdpo\.py|-m recbole_sdpo|recbole-sdpo)"
-    called = rf"^\s*(?:python |torchrun \S+ )?{program} (?:run )?(--.*)"
+    called = rf"^\s*(?:python |torchrun \S+ )?{program} (?:run |experiment \S+ )?(--.*)"
     return [
         shlex.split(found[1], comments=True) for text in texts if (found := re.search(called, text))
     ]
@@ -130,6 +131,27 @@ def test_files_that_are_named_are_there(page):
         r"`((?:data|lm|model|trainer|evaluator|report)/\w+\.py|\w+\.py|report/)`", text
     ):
         assert (PACKAGE / name).exists() or (ROOT / name).exists(), name
+
+
+def sentences(text: str) -> list[list[str]]:
+    """The words of each sentence of a page; headings, tables and code apart."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```$|<!--.*?-->", "", text)
+    text = re.sub(r"\]\([^)]*\)", "", re.sub(r"`[^`]*`", "code", text))
+    # A blank line, an item of a list, a row and a heading begin anew.
+    parts = re.split(r"\n\s*\n|\n(?=\s*(?:[*-]|\d+\.) |[|#!])", text)
+    told = [part.strip() for part in parts if not re.match(r"\s*[|#!]", part)]
+    found = [one.split() for part in told for one in re.split(r"(?<=[.!?])\s+", part)]
+    return [[word for word in words if re.search(r"\w", word)] for words in found if words]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "../README.md", "../results/README.md"])
+def test_sentences_are_short(page):
+    lengths = {
+        " ".join(words): len(words)
+        for words in sentences((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    }
+    assert {one: length for one, length in lengths.items() if length > 30} == {}
+    assert not lengths or np.mean(list(lengths.values())) < 16
 
 
 def test_options_are_known():
@@ -237,38 +259,35 @@ def test_the_forest_in_numbers_is_planted_so(forest):
         edges[planted.states[state]].append(words[number])
     assert [sorted(row.split()) for row in predicted] == [sorted(row) for row in edges]
     assert (
-        f"six sequences of {sequences} tokens. The forest has {planted.size}:" in PAGES["speed.md"]
+        f"six sequences of {sequences} tokens. The forest has {planted.size}." in PAGES["speed.md"]
     )
     assert f"{len(planted.states)} states and {len(planted.edge_state)} edges" in PAGES["speed.md"]
 
 
-def test_the_drawing_is_of_that_forest(forest):
-    planted, words, _ = forest
+def test_the_drawing_counts_what_is_planted():
+    """Each title of the drawing goes on with a line break, which needs no box."""
     svg = "{http://www.w3.org/2000/svg}"
-    drawing = ElementTree.parse(ROOT / "docs" / "assets" / "forest.svg").getroot()
-    parts = {part.get("id"): part for part in drawing.iter() if part.get("id")}
-    told = {
-        name: [text.text for text in parts[name].iter(f"{svg}text")]
-        for name in ("column", "token", "depth", "end")
-    }
-    assert told["token"] == [words[number] for number in planted.tokens[0]]
-    assert told["depth"] == list(map(str, planted.positions[0].tolist())) and told["end"] == list(
-        map(str, planted.end[0].tolist())
+    drawing = ElementTree.parse(ROOT / "docs" / "images" / "prefix-forest.svg").getroot()
+    history = [text.text for text in drawing.find(".//*[@id='history']").iter(f"{svg}text")]
+    usual, shared = (
+        list(group.iter(f"{svg}text")) for group in drawing.findall(f"{svg}g[@class='token']")
     )
-    mask = torch.zeros(planted.size, planted.size, dtype=torch.bool)
-    for column, row, width in re.findall(r"M(\d+) (\d+)h(\d+)", parts["mask"].get("d")):
-        mask[int(row), int(column) : int(column) + int(width)] = True
-    assert mask.equal(planted.attention()[0])
-    # The boxes of the tree stand at their depths, each with its word and its column.
-    place = {}
-    for box, word, column in zip(
-        parts["tree"].iter(f"{svg}rect"), *[iter(parts["tree"].iter(f"{svg}text"))] * 2, strict=True
-    ):
-        place[int(column.text)] = (float(box.get("x")), word.text)
-    lefts = sorted({x for x, _ in place.values()})
-    assert [(lefts.index(place[n][0]), place[n][1]) for n in range(planted.size)] == [
-        (int(planted.positions[0, n]), words[planted.tokens[0, n]]) for n in range(planted.size)
-    ]
+    titles = {}
+    for text in usual:
+        titles.setdefault(text.get("y"), []).append(text.text)
+    words = [*history, *dict.fromkeys(text.text for text in usual), "\n"]
+    trunk, *rows = (
+        [words.index(word) for word in row]
+        for row in (history, *([*title, "\n"] for title in titles.values()))
+    )
+    start = np.full(len(rows), len(trunk))
+    planted = plant(Ragged.from_rows([trunk]), 0 * start, start, Ragged.from_rows(rows))
+    assert sorted(words[token] for token in planted.tokens[0]) == sorted(
+        history + [text.text for text in shared]
+    )
+    sums = [text.text for text in drawing.findall(f"{svg}text[@class='sum']")]
+    full = sum(len(history) + len(title) for title in titles.values())
+    assert sums == [f"{n} tokens, and {n} more for the reference" for n in (full, planted.size)]
 
 
 def test_every_room_is_at_its_level():

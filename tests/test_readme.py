@@ -9,7 +9,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from recbole_sdpo.command import program
+from recbole_sdpo.command.program import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,13 +25,14 @@ OUTSIDE_MAKE = {
 }
 IN_THE_CHECKOUT = {"cwd": ROOT, "capture_output": True, "text": True, "env": OUTSIDE_MAKE}
 OFFLINE = "--dry-run --no-index --no-deps --no-build-isolation --quiet"
+OF_BPR = "--epochs=1 --train_batch_size=8192 --max_eval_targets=24"
 APPENDED = {
     "make run": f'ARGS="{SMALL}"',
     "make test": "ARGS=--version",
     ". .venv/bin/activate": "",
-    "python run_recbole_sdpo.py --model=BPR": (
-        "--epochs=1 --train_batch_size=8192 --max_eval_targets=24"
-    ),
+    "python3 -m venv": "--help",
+    "python run_recbole_sdpo.py --model=BPR": OF_BPR,
+    "recbole-sdpo run --model=BPR": OF_BPR,
     "recbole-sdpo recommend": "",
     "pip install": OFFLINE,
 }
@@ -50,29 +51,36 @@ def steps(command: str) -> str:
     if not command.startswith("make"):
         return command
     told = subprocess.run(["bash", "-c", command.replace("make", "make -n", 1)], **IN_THE_CHECKOUT)
-    last, in_venv = re.subn(r"\S*venv/bin/python", "python", told.stdout.splitlines()[-1])
+    program = r"\S*venv/bin/(python|recbole-sdpo)"
+    last, in_venv = re.subn(program, r"\1", told.stdout.splitlines()[-1])
     assert in_venv, told.stdout + told.stderr  # wherever VENV says that it is
     return last
 
 
 def call(command: str, monkeypatch) -> None:
     """Do ``command``: in this process where it is a program of ours, which spares the imports."""
-    _, *arguments = words = [
+    program, *arguments = [
         path for word in shlex.split(command) for path in (sorted(glob(word)) or [word])
     ]
-    if words[0] == "recbole-sdpo":
-        monkeypatch.setattr("sys.argv", words)
-        assert not program.main()
-    elif words[0] != "python":
-        shell = command.replace("python", sys.executable).replace("pip", f"{sys.executable} -m pip")
+    if program not in ("python", "recbole-sdpo"):
+        shell = re.sub(r"\bpython3?\b", sys.executable, command)
+        shell = shell.replace("pip", f"{sys.executable} -m pip")
         ended = subprocess.run(["bash", "-c", shell], **IN_THE_CHECKOUT)
         assert ended.returncode == 0, ended.stdout + ended.stderr
-    elif arguments[0] == "-m":
-        monkeypatch.setattr("sys.argv", arguments[1:])
-        runpy.run_module(arguments[1], run_name="__main__")
-    else:
-        monkeypatch.setattr("sys.argv", arguments)
-        runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+        return
+    monkeypatch.setattr("sys.argv", arguments if program == "python" else [program, *arguments])
+    try:
+        if program == "recbole-sdpo":
+            main()
+        elif arguments[0] == "-c":
+            exec(arguments[1], {})
+        elif arguments[0] == "-m":
+            monkeypatch.setattr("sys.argv", arguments[1:])
+            runpy.run_module(arguments[1], run_name="__main__")
+        else:
+            runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, ended.code
 
 
 def test_every_command_does_what_it_says(monkeypatch, tmp_path, capfd, caplog):

@@ -48,6 +48,21 @@ def test_the_numbers_of_a_section_are_in_the_tables_that_it_links_to(heading):
     assert set(FOUR_DIGITS.findall(text)) <= set().union(*map(numbers, folders))
 
 
+FOUND = re.split(r"^## ", (ROOT / "docs/found.md").read_text(encoding="utf-8"), flags=re.M)
+
+
+@pytest.mark.parametrize("section", FOUND, ids=lambda text: text.splitlines()[0])
+def test_the_numbers_of_what_was_found_are_in_the_files_that_it_names(section):
+    found = set(FOUR_DIGITS.findall(section))
+    named = re.findall(r"`results/([\w/-]+)/(?:table\.md|results\.jsonl)`", section)
+    kept = [numbers(RESULTS / name) for name in named]
+    if "`results/README.md`" in section:
+        kept.append(set(FOUR_DIGITS.findall(PAGE)))
+    assert found <= set().union(*kept)
+    # A difference would be in no table; and a p-value stands in results/ alone.
+    assert not re.search(r"[+-]0\.\d|\bp = |p-value", section)
+
+
 def test_a_difference_is_that_of_the_two_numbers_before_it():
     """The tables round to four digits, and a difference of the page is that of the rounded or of
     the exact ones."""
