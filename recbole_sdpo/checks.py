@@ -23,6 +23,7 @@ from recbole.utils import EvaluatorType, InputType, ModelType
 from recbole_sdpo.compat import TEACHERS
 from recbole_sdpo.data.columns import check_columns
 from recbole_sdpo.errors import UserError, meant
+from recbole_sdpo.files import user_path
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.rules import ANY, FLAG, Parts, Rule, dict_of, list_of, number, one_of, text, whole
 from recbole_sdpo.settings import (
@@ -566,12 +567,18 @@ def _memory() -> int:
 
 
 def check_folders(config: Config) -> None:
-    """Can the folders of a run be written?
+    """Can the folders of a run be written, and is the checkpoint there that it begins from?
 
     Raises:
         UserError: one is a file, or in a folder that is one or cannot be written; the message names
-            both.
+            both. Or the checkpoint is no folder.
     """
+    start = config["sft_checkpoint"] if config["model"] == MODEL else None
+    if start and not user_path(start).is_dir():
+        raise UserError(
+            f"sft_checkpoint={start!r} must be a folder that is there: of a run, or 'sft' or "
+            "'sdpo' in one."
+        )
     for key in ("checkpoint_dir", "run_dir"):
         path = os.path.abspath(os.path.expanduser(config[key])) if config[key] else None
         if path and os.path.exists(path) and not os.path.isdir(path):

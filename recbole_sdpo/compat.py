@@ -262,8 +262,8 @@ def _load_config_files(self: Config, files: list[str] | None) -> dict[str, Any]:
         settings |= read_yaml(config_file(file), f"config_files={str(file)!r}")
         if settings.get("trust_remote_code"):
             raise UserError(
-                f"config_files={str(file)!r} must not set trust_remote_code; give it on the command "
-                "line, or from Python."
+                f"config_files={str(file)!r} must not set trust_remote_code; give it on the "
+                "command line, or from Python."
             )
     return settings
 

@@ -158,7 +158,7 @@ def test_every_setting_is_explained():
             {"prompt_style": "candidates", "eval_args": {"mode": "full"}},
             "cannot rank the whole catalogue",
         ),
-        ({"sft_checkpoint": "nowhere"}, "checkpoint 'nowhere' has no config.json"),
+        ({"sft_checkpoint": "nowhere"}, "sft_checkpoint='nowhere' must be a folder that is there"),
         ({"resume": "nowhere"}, "resume='nowhere' holds no state"),
         (
             {"valid_metric": "NDCG@20"},
