@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import importlib.util
 import inspect
 import os
@@ -23,7 +22,8 @@ from recbole.utils import EvaluatorType, InputType, ModelType
 
 from recbole_sdpo.compat import TEACHERS
 from recbole_sdpo.data.columns import check_columns
-from recbole_sdpo.errors import UserError
+from recbole_sdpo.errors import UserError, meant
+from recbole_sdpo.files import user_path
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.rules import ANY, FLAG, Parts, Rule, dict_of, list_of, number, one_of, text, whole
 from recbole_sdpo.settings import (
@@ -400,6 +400,8 @@ def check_given(
     for key, value in given.items():
         if isinstance(value, tuple) and key != "gpu_id":
             given[key] = value = list(value)
+        if key in ("metrics", "valid_metric"):
+            given[key] = value = _without_aliases(key, value)
         if key in RECBOLE:
             if key == "metrics":
                 _check_metrics(value)
@@ -442,19 +444,37 @@ UNCOMPUTED = {"data.count_items", "data.num_items"}
 nowhere that we found."""
 
 
+ALIASES = {"hr": "Hit", "hitrate": "Hit", "hitratio": "Hit"}
+"""Other names of RecBole's metrics, in lower case."""
+
+
+def _without_aliases(key: str, value: Any) -> Any:
+    """``metrics`` and ``valid_metric`` by RecBole's names."""
+    if isinstance(value, list):
+        names = [_without_aliases(key, item) for item in value]
+        return [name for place, name in enumerate(names) if name not in names[:place]]
+    if not isinstance(value, str):
+        return value
+    name, at, k = value.partition("@")
+    if key == "metrics" and at:  # no name, as the error will say
+        return value
+    return ALIASES.get(name.lower(), name) + at + k
+
+
 def _check_metrics(metrics: Any) -> None:
     for metric in metrics if isinstance(metrics, list) else [metrics]:
         if isinstance(metric, str) and metric.lower() not in metrics_dict:
             known = [
-                name
-                for name in sorted(metrics_dict)
-                if not UNCOMPUTED & set(metrics_dict[name].metric_need)
+                kind.__name__
+                for _, kind in sorted(metrics_dict.items())
+                if not UNCOMPUTED & set(kind.metric_need)
             ]
-            near = difflib.get_close_matches(metric.lower(), known, 1)
-            hint = f"it must be one of {', '.join(known)}."
-            if metric.upper() == "HR" or near:
-                hint = f"did you mean {('hit' if metric.upper() == 'HR' else near[0])!r}?"
-            raise UserError(f"metrics={shown(metrics)}: there is no {metric!r}; {hint}")
+            name, _, k = metric.partition("@")
+            if k.isdecimal() and name.lower() in [*map(str.lower, known), *ALIASES]:
+                hint = f"the cut-off is topk's to say: metrics=[{name!r}] and topk=[{k}]."
+            else:
+                hint = meant(metric, known)
+            raise UserError(f"metrics={shown(metrics)}: there is no metric {metric!r}; {hint}")
 
 
 def _check_together(values: Mapping[str, Any]) -> None:
@@ -547,12 +567,18 @@ def _memory() -> int:
 
 
 def check_folders(config: Config) -> None:
-    """Can the folders of a run be written?
+    """Can the folders of a run be written, and is the checkpoint there that it begins from?
 
     Raises:
         UserError: one is a file, or in a folder that is one or cannot be written; the message names
-            both.
+            both. Or the checkpoint is no folder.
     """
+    start = config["sft_checkpoint"] if config["model"] == MODEL else None
+    if start and not user_path(start).is_dir():
+        raise UserError(
+            f"sft_checkpoint={start!r} must be a folder that is there: of a run, or 'sft' or "
+            "'sdpo' in one."
+        )
     for key in ("checkpoint_dir", "run_dir"):
         path = os.path.abspath(os.path.expanduser(config[key])) if config[key] else None
         if path and os.path.exists(path) and not os.path.isdir(path):
@@ -865,11 +891,10 @@ def check_unknown(
     for key in given:
         if key in known or key in names() or (model_class and _reads(model_class, key)):
             continue
-        near = difflib.get_close_matches(str(key), [*sorted(ours), *sorted(known)], 1)
-        hint = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else "recbole-sdpo settings lists ours, RecBole's documentation its own."
+        hint = meant(
+            key,
+            [*sorted(ours), *sorted(known)],
+            "recbole-sdpo settings lists ours, RecBole's documentation its own.",
         )
         raise UserError(f"Unknown setting {key!r}={given[key]!r}; {hint}")
 

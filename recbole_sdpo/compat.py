@@ -161,10 +161,35 @@ class _LogFile(logging.FileHandler):
             raise
 
 
+class EarlyRecords(logging.Handler):
+    """Keeps what is said before a run has a log, and prints it as ``logging`` does where nobody
+    listens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+        if logging.getLogger().handlers == [self] and record.levelno >= logging.WARNING:
+            logging.lastResort.handle(record)
+
+
 @contextmanager
-def records_in(folder: Path, log: str, config: Config) -> Iterator[None]:
-    """Let RecBole log into the file ``log`` in ``folder`` and draw curves into ``tensorboard``
-    there; on the screen as ever.
+def early_records() -> Iterator[EarlyRecords]:
+    """Keep what is said until :func:`records_in`."""
+    early = EarlyRecords()
+    logging.getLogger().addHandler(early)
+    try:
+        yield early
+    finally:
+        logging.getLogger().removeHandler(early)
+
+
+@contextmanager
+def records_in(folder: Path, log: str, config: Config, early: EarlyRecords) -> Iterator[None]:
+    """Let RecBole log into the file ``log`` in ``folder``, what was said ``early`` before all else,
+    and draw curves into ``tensorboard`` there; on the screen as ever.
 
     RecBole names both by the second, in the working directory, and the first run of a process keeps
     its log file for all that come after. Reported nowhere that we found; recbole/utils/logger.py,
@@ -181,9 +206,13 @@ def records_in(folder: Path, log: str, config: Config) -> Iterator[None]:
     )
     file.setFormatter(logging.Formatter(line, "%a %d %b %Y %H:%M:%S"))
     file.addFilter(RemoveColorFilter())
+    logging.getLogger().removeHandler(early)
     logging.basicConfig(level=level, handlers=[screen])
     for handler in (screen, file):
         handler.setLevel(level)
+    for record in early.records:
+        if record.levelno >= level:
+            file.handle(record)
     logging.getLogger().addHandler(file)
     theirs, hook = recbole.trainer.trainer.get_tensorboard, threading.excepthook
 
@@ -230,11 +259,11 @@ def _convert_config_dict(self: Config, config_dict: dict[str, Any]) -> dict[str,
 def _load_config_files(self: Config, files: list[str] | None) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for file in files or ():
-        settings |= read_yaml(config_file(file))
+        settings |= read_yaml(config_file(file), f"config_files={str(file)!r}")
         if settings.get("trust_remote_code"):
             raise UserError(
-                f"{file} must not set trust_remote_code; give it on the command line, or from "
-                "Python."
+                f"config_files={str(file)!r} must not set trust_remote_code; give it on the "
+                "command line, or from Python."
             )
     return settings
 

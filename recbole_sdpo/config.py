@@ -3,7 +3,6 @@ gave."""
 
 from __future__ import annotations
 
-import difflib
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from recbole.config import Config
 from recbole.utils import ModelType
 
 from recbole_sdpo.checks import MODEL_NAME, check_settings
-from recbole_sdpo.errors import UserError
+from recbole_sdpo.errors import UserError, meant
 from recbole_sdpo.registry import add_defaults, default_settings
 from recbole_sdpo.settings import MODEL, Settings
+
+MODELS = "https://recbole.io/docs/user_guide/model_intro.html"
 
 
 class RunConfig(Config):
@@ -55,22 +56,16 @@ class RunConfig(Config):
         except (ValueError, AttributeError, ModuleNotFoundError) as error:
             # RecBole looks for an unknown name among models whose libraries are not installed, and
             # stumbles over those.
-            names = [
-                MODEL,
-                *(file.stem for file in Path(recbole.__path__[0]).glob("properties/model/*.yaml")),
-            ]
-            folded = {name.lower(): name for name in names}
-            near = [
-                folded[name] for name in difflib.get_close_matches(str(model).lower(), folded, 1)
-            ]
-            hint = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"it must be {MODEL} or a model of RecBole, such as GRU4Rec."
-            )
-            if near == [model]:
-                hint = f"RecBole has it, but: {error}."
-            raise UserError(f"model={model!r} cannot be found; {hint}") from error
+            files = Path(recbole.__path__[0]).glob("properties/model/*.yaml")
+            names = [MODEL, *sorted(file.stem for file in files)]
+            if model in names:
+                raise UserError(
+                    f"model={model!r} cannot be loaded, although RecBole has it: {error}."
+                ) from error
+            raise UserError(
+                f"model={model!r} must be {MODEL} or a model of RecBole, as listed at {MODELS}; "
+                f"{meant(model, names, 'GRU4Rec is one.')}"
+            ) from error
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -18,7 +18,7 @@ import yaml
 import recbole_sdpo
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import template_file
-from recbole_sdpo.errors import UserError
+from recbole_sdpo.errors import UserError, reason
 from recbole_sdpo.files import sha256, user_path, write_text
 from recbole_sdpo.lm.backbone import resolved, weights_source
 from recbole_sdpo.settings import MODEL
@@ -207,7 +207,7 @@ def _files(config: RunConfig) -> dict[str, Path]:
             files |= _in_place(role, user_path(place)) if place else {}
         except OSError as error:  # such as a name that is too long
             raise UserError(
-                f"{role}={shown(str(place))} cannot be read: {error.strerror}."
+                f"{role}={shown(str(place))} cannot be read: {reason(error)}."
             ) from error
     return files
 
@@ -304,7 +304,7 @@ def _known(file: Path, of: Callable[[Path], str]) -> str:
             _digests[file.absolute(), of] = stamp, value
         return value
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{file} cannot be read: {reason(error)}.") from error
 
 
 def _stamp(file: Path) -> tuple[int, ...]:

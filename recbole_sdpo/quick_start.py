@@ -87,26 +87,30 @@ def run(
     compat.quiet_warnings()
     transformers.utils.logging.disable_progress_bar()
     compat.check_launcher()
-    # RecBole sets the visible GPUs by gpu_id, which must come before anything looks at them.
-    config = RunConfig(
-        model, dataset, list(config_file_list or []), {**(config_dict or {}), **_process_settings()}
-    )
-    check_device(config)
-    state = PartialState(cpu=config["device"].type == "cpu")
-    if state.num_processes > 1 and config["model"] != MODEL:
-        raise UserError(
-            f"A launch of {state.num_processes} processes serves {MODEL} only; start "
-            f"{config['model']} with plain python."
-        )
-    check_folders(config)
-    run_dir = run_folder(config)
-    # RecBole names its files by the second; here they are alone
-    config["run_dir"] = config["checkpoint_dir"] = str(run_dir)
     with ExitStack() as stack:
+        early = stack.enter_context(compat.early_records())
+        # RecBole sets the visible GPUs by gpu_id, which must come before anything looks at them.
+        config = RunConfig(
+            model,
+            dataset,
+            list(config_file_list or []),
+            {**(config_dict or {}), **_process_settings()},
+        )
+        check_device(config)
+        state = PartialState(cpu=config["device"].type == "cpu")
+        if state.num_processes > 1 and config["model"] != MODEL:
+            raise UserError(
+                f"A launch of {state.num_processes} processes serves {MODEL} only; start "
+                f"{config['model']} with plain python."
+            )
+        check_folders(config)
+        run_dir = run_folder(config)
+        # RecBole names its files by the second; here they are alone
+        config["run_dir"] = config["checkpoint_dir"] = str(run_dir)
         if state.is_main_process:
             stack.enter_context(alone_in(run_dir))
         state.wait_for_everyone()
-        stack.enter_context(compat.records_in(run_dir, LOG_FILE, config))
+        stack.enter_context(compat.records_in(run_dir, LOG_FILE, config, early))
         try:
             return _run(config, state, run_dir, saved)
         except (OSError, KeyboardInterrupt) as error:

@@ -4,7 +4,6 @@ history."""
 from __future__ import annotations
 
 import difflib
-import operator
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.random import derive_seed
 from recbole_sdpo.settings import MODEL
 from recbole_sdpo.trainer.checkpoint import Checkpoint
+from recbole_sdpo.values import shown
 
 
 class Recommender:
@@ -151,30 +151,32 @@ class Recommender:
                 range.
         """
         if (user is None) == (history is None) or isinstance(history, str):
-            raise UserError("Give either a user, or a history as a list of titles.")
+            raise UserError(
+                f"user={user!r}, history={shown(history)}: one of the two must be given, and a "
+                "history must be a list of titles."
+            )
         met = (
             self._met(str(user))
             if history is None
             else np.array([self._item(title) for title in history], np.int64)
         )
         if not len(met):
-            raise UserError("The history is empty; give one title or more.")
+            raise UserError(f"history={history!r} must be a list of one title or more.")
         allowed = self._first  # of each title
         if exclude_history:
             allowed = allowed[~np.isin(self.catalogue.group[allowed], self.catalogue.group[met])]
-        k = _whole(k)
-        if not 1 <= k <= len(allowed):
+        if not isinstance(k, int | np.integer) or not 1 <= k <= len(allowed):
             raise UserError(
-                f"k={k} is out of range; it must be from 1 to {len(allowed)}, the titles that "
+                f"k={shown(k)} must be a whole number from 1 to {len(allowed)}, the titles that "
                 "there are to recommend."
             )
-        shown = Ragged.from_rows([met[-self.window :]])
+        recent = Ragged.from_rows([met[-self.window :]])
         tree = TitleTree(self._encoder.tokens.take(allowed)) if exclude_history else self._tree
         prompt = self._encoder.trunks(
-            history_prompts(shown, np.zeros(1, int), np.zeros(1, int), self.units.header)
+            history_prompts(recent, np.zeros(1, int), np.zeros(1, int), self.units.header)
         )
         with torch.no_grad():
-            score, place = score_top(self.lm, prompt, tree, k)[0].topk(k)
+            score, place = score_top(self.lm, prompt, tree, int(k))[0].topk(int(k))
         items = allowed[place.cpu().numpy()]
         titles = [self.catalogue.titles[item] for item in items]
         return pd.DataFrame(
@@ -217,15 +219,8 @@ def _nearest(name: str, known: dict[str, object]) -> str:
     """How the error about an unknown name ends."""
     near = difflib.get_close_matches(name, known, 3, 0.5)
     # NumPy's text, as of the ids of the data, has a repr of its own.
-    shown = [repr(str(known[found] if isinstance(known[found], str) else found)) for found in near]
-    return f"; the nearest are {', '.join(shown)}." if near else ", and nothing there is like it."
-
-
-def _whole(k: int) -> int:
-    try:
-        return operator.index(k)
-    except TypeError as error:
-        raise UserError(f"k={k!r} must be a whole number.") from error
+    names = [repr(str(known[found] if isinstance(known[found], str) else found)) for found in near]
+    return f"; the nearest are {', '.join(names)}." if near else ", and nothing there is like it."
 
 
 def _device(name: str | None) -> torch.device:

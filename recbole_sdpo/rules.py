@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from recbole_sdpo.errors import UserError
+from recbole_sdpo.errors import UserError, meant
 from recbole_sdpo.values import shown
 
 
@@ -67,7 +67,7 @@ def whole(least: int, most: int = 10**9) -> Rule:
 def number(least: float = -1e9, most: float = 1e9, above: bool = False) -> Rule:
     """A number from ``least``, or above it, to ``most``."""
     ends = [f"{end:,.0f}" if end == int(end) else f"{end:g}" for end in (least, most)]
-    words = f"a number {'above' if above else 'from'} {ends[0]} to {ends[1]}"
+    words = f"a number {'above {} and at most {}' if above else 'from {} to {}'}".format(*ends)
     examples = tuple(
         item
         for item in dict.fromkeys((least, min(0.1, most), most / 2))
@@ -168,8 +168,8 @@ class Parts:
         for part, item in value.items():
             if part not in self.parts:
                 raise UserError(
-                    f"{key} has no part {part!r}; it must be one of "
-                    f"{', '.join(sorted(self.parts))}."
+                    f"{key}={shown(value)}: there is no part {part!r}; "
+                    f"{meant(part, sorted(self.parts))}"
                 )
             self.parts[part].check(f"{key}.{part}", item)
         for part in sorted(self.needed - set(value)):

@@ -305,7 +305,7 @@ class Settings:
         "columns of the .item file that make a title; what follows the first goes in parentheses",
         Role.EVERY_MODEL | Role.POLICY | Role.SERVED,
         bool,
-        "a non-empty list",
+        "a list of columns, one or more",
     )
     title_article_first: bool = _setting(
         True,
@@ -537,8 +537,7 @@ class Setting:
             value = float(value)
         given = f"{self.key}={shown(value)}"
         if not any(_is_a(value, kind) for kind in self.kinds):
-            kinds = " or ".join(map(_kind_name, self.kinds))
-            raise UserError(f"{given} must be {kinds}; the default is {self.default!r}.")
+            raise UserError(f"{given} must be {self.must_be}.")
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, str) and not item.strip():
                 raise UserError(
@@ -548,8 +547,20 @@ class Setting:
             if isinstance(item, int | float) and not abs(item) <= LARGEST:
                 raise UserError(f"{given} must be a finite number, {LARGEST:,} at most.")
         if not self.check(value):
-            raise UserError(f"{given} must be {self.valid}.")
+            raise UserError(f"{given} must be {self.must_be}.")
         return value
+
+    @property
+    def must_be(self) -> str:
+        """Its values in words; of null also what it stands for."""
+        kinds = [kind for kind in self.kinds if kind is not type(None)]
+        words = self.valid
+        if not words or {int, float} & set(kinds):
+            words = ", ".join(filter(None, [" or ".join(map(_kind_name, kinds)), words]))
+        if len(kinds) == len(self.kinds):
+            return words
+        null = re.search(r"or (null for [^;]*)", self.help)
+        return f"{words}, or {null[1] if null else 'null'}"
 
 
 def _declared(
@@ -655,9 +666,10 @@ def _kind_name(kind: Any) -> str:
         int: "a whole number",
         float: "a number",
         bool: "true or false",
-        type(None): "null",
+        list[int]: "a list of whole numbers",
+        list[str]: "a list of texts",
     }
-    return words.get(kind) or f"a list of {words[get_args(kind)[0]]} values"
+    return words[kind]
 
 
 def table() -> str:

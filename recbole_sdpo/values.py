@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from recbole_sdpo.errors import UserError
+from recbole_sdpo.errors import UserError, reason
 
 WORDS = {"true": True, "false": False, "null": None, "~": None}
 """As YAML writes them, in any case; Python's True, False and None are literals."""
@@ -145,22 +145,24 @@ Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(file: str | Path) -> dict[str, Any]:
+def read_yaml(file: str | Path, name: str = "") -> dict[str, Any]:
     """The settings in a YAML file.
+
+    Args:
+        name: what an error calls the file, such as the setting that names it.
 
     Raises:
         UserError: it cannot be read, is not YAML, or holds no settings; the message names the file.
     """
+    name = name or str(file)
     try:
         text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file} must be text in UTF-8: {error.reason} at byte {error.start}."
+            f"{name} must be text in UTF-8: {error.reason} at byte {error.start}."
         ) from error
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"the file {str(file)!r} cannot be read: {getattr(error, 'strerror', None) or error}."
-        ) from error
+        raise UserError(f"{name} cannot be read: {reason(error)}.") from error
     try:
         settings = yaml.load(text, Loader)
     except yaml.YAMLError as error:
@@ -169,12 +171,12 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
             getattr(error, "problem", None) or getattr(error, "reason", ""),
         )
         raise UserError(
-            f"{file} is not YAML{f', line {mark.line + 1}' if mark else ''}: {problem}."
+            f"{name} is not YAML{f', line {mark.line + 1}' if mark else ''}: {problem}."
         ) from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         # What PyYAML raises for a value that does not go with its tag, such as the date 2020-13-01,
         # and for lists too deep.
-        raise UserError(f"{file} is not YAML: {type(error).__name__}: {error}.") from error
+        raise UserError(f"{name} is not YAML: {type(error).__name__}: {error}.") from error
     if settings is None:
-        raise UserError(f"{file} holds no settings; give some, or leave it out.")
-    return check_values(settings, f"{file}: ")
+        raise UserError(f"{name} holds no settings; give some, or leave it out.")
+    return check_values(settings, f"{name}: ")

@@ -132,7 +132,7 @@ def test_intervals_of_recboles_grammar_are_ones():
         ("SASRec", {"hidden_dropout_prob": 2}, "hidden_dropout_prob=2 must be a number from 0 to 1"),
         ("SASRec", {"hidden_act": "self"}, "hidden_act='self' must be one of gelu"),
         ("SASRec", {"log_wandb": True}, "log_wandb=True needs the package wandb"),
-        ("SDPO-LLM", {"scratch_hidden_size": 10**9}, "scratch_hidden_size=1000000000 must be 8 to 8192"),
+        ("SDPO-LLM", {"scratch_hidden_size": 10**9}, "scratch_hidden_size=1000000000 must be a whole number, 8 to 8192"),
         ("SDPO-LLM", {"scratch_hidden_size": 8192, "scratch_layers": 128}, "training takes 1,536 GiB and more, and this machine has 64"),
         ("SDPO-LLM", {"beta": float("inf")}, "beta must be a finite number"),
         ("SDPO-LLM", {"beta": 1e300}, "beta=1e[+]300 must be a finite number, 1,000,000,000 at most"),
@@ -151,6 +151,34 @@ def test_what_does_not_go_together_is_said(rated, monkeypatch, model, change, me
     with pytest.raises(UserError, match=message) as error:
         RunConfig(model, "toy", config_dict=rated | change)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ("Hitt", "did you mean 'Hit'?"),
+        ("ncdg", "did you mean 'NDCG'?"),
+        ("Recall@10", "the cut-off is topk's to say: metrics=['Recall'] and topk=[10]."),
+        ("HR@5", "the cut-off is topk's to say: metrics=['HR'] and topk=[5]."),
+        ("zzz", "it must be one of "),
+    ],
+)
+def test_an_unknown_metric_is_said_with_the_nearest(ring, wrong, hint):
+    with pytest.raises(UserError) as error:
+        RunConfig("BPR", "toy", config_dict=ring | {"metrics": ["MRR", wrong]})
+    text, _, end = str(error.value).partition("; ")
+    assert text.startswith("metrics=['MRR', ") and ": there is no metric " in text
+    assert end.startswith(hint)
+
+
+def test_everyday_names_of_hit_are_hit(ring):
+    given = {"metrics": ["HR", "ndcg", "Hit", "HitRate"], "valid_metric": "hr@5"}
+    for model in ("BPR", "SDPO-LLM"):
+        config = RunConfig(model, "toy", config_dict=ring | given)
+        assert config["metrics"] == ["Hit", "ndcg"] and config["valid_metric"] == "Hit@5"
+    assert RunConfig("BPR", "toy", config_dict=ring | given | {"metrics": "HR"})["metrics"] == [
+        "Hit"
+    ]
 
 
 @pytest.mark.parametrize("metrics", [["GAUC"], ["GAUC", "NDCG"]])

@@ -38,8 +38,13 @@ def test_an_argument_that_nobody_reads_is_an_error(monkeypatch, argument):
         ("--seed=self", "seed='self' must be a whole number"),
         (
             "--config_files=none.yaml",
-            "the file 'none.yaml' cannot be read: No such file or directory",
+            "config_files='none.yaml' cannot be read: there is no such file.$",
         ),
+        (
+            "--sft_epochs=two",
+            "sft_epochs='two' must be a whole number, 0 or more, or null for what",
+        ),
+        ("--popularity_discount=inf", "popularity_discount='inf' must be a number, 0 to 1000.$"),
         ("--dataset=../x", "dataset='../x' must be a name without '/'"),
     ],
 )
@@ -74,12 +79,18 @@ def test_a_wrong_setting_ends_in_one_line(monkeypatch):
         call(monkeypatch, "--dataset=ml-100k", "--betta=0.3")
 
 
+def test_a_model_that_is_like_none_is_told_where_models_are_listed(monkeypatch):
+    with pytest.raises(SystemExit, match="as listed at https://recbole.io/.*; GRU4Rec is one.$"):
+        call(monkeypatch, "--model=my-favourite-model")
+
+
 @pytest.mark.parametrize(
     ("wrong", "right"), [("GRU5Rec", "GRU4Rec"), ("gru4rec", "GRU4Rec"), ("SDPO-LM", "SDPO-LLM")]
 )
 def test_an_unknown_model_ends_in_one_line(monkeypatch, wrong, right):
     with pytest.raises(
-        SystemExit, match=f"error: model='{wrong}' cannot be found; did you mean '{right}'"
+        SystemExit,
+        match=f"error: model='{wrong}' must be SDPO-LLM or a model.*; did you mean '{right}'",
     ):
         call(monkeypatch, f"--model={wrong}")
 

@@ -124,7 +124,8 @@ def test_a_file_of_settings_trusts_nobodys_code(tmp_path):
     (tmp_path / "a.yaml").write_text("trust_remote_code: true\n")
     for kind in (Config, RunConfig):
         with pytest.raises(
-            UserError, match="a.yaml must not set trust_remote_code; give it on the command line"
+            UserError,
+            match="config_files='.*a.yaml' must not set trust_remote_code; give it on the command",
         ):
             kind("BPR", "ml-100k", [str(tmp_path / "a.yaml")])
 
@@ -139,7 +140,7 @@ def test_a_file_of_settings_trusts_nobodys_code(tmp_path):
 )
 def test_and_builds_no_objects_of_python(tag, tmp_path):
     (tmp_path / "a.yaml").write_text(f"seed: {tag}\n")
-    with pytest.raises(UserError, match="a.yaml is not YAML, line 1"):
+    with pytest.raises(UserError, match="config_files='.*a.yaml' is not YAML, line 1"):
         Config("BPR", "ml-100k", [str(tmp_path / "a.yaml")])
     assert not (tmp_path / "pwned").exists()
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from logging import getLogger
 from pathlib import Path
 
 import pandas as pd
@@ -116,6 +117,30 @@ def test_what_a_run_that_has_ended_leaves(ring, tmp_path, model):
     ):
         with pytest.raises(UserError, match="that has ended|that run has ended"):
             run(ring | SMALL if model == "SDPO-LLM" else ring, model, **again)
+
+
+@pytest.mark.parametrize("state", ["info", "error"])
+def test_warnings_from_before_there_is_a_log_are_in_it(ring, state):
+    """The check of settings warns before the run has a folder."""
+    given = ring | SMALL | {"epochs": 7, "state": state}
+    warned = "WARNING  epochs=7 has no effect on SDPO-LLM"
+    for name in ("a", "b"):  # the first one of a process, and one that meets its handlers
+        run(given, run_dir=name)
+        assert Path(name, "run.log").read_text().count(warned) == (state == "info")
+    assert not [each for each in getLogger().handlers if isinstance(each, compat.EarlyRecords)]
+
+
+def test_early_warnings_are_printed_where_nobody_listens(capsys):
+    root = getLogger()
+    before, root.handlers = root.handlers, []
+    try:
+        with compat.early_records() as early:
+            getLogger("x").warning("mind this")
+        assert root.handlers == []
+    finally:
+        root.handlers = before
+    assert [record.message for record in early.records if record.getMessage()] == ["mind this"]
+    assert capsys.readouterr().err == "mind this\n"
 
 
 def test_each_run_of_a_process_has_a_log_of_its_own(ring):

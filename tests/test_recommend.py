@@ -100,7 +100,7 @@ def test_items_without_events_are_ranked_and_may_be_named(trained):
     # of one title, the item with events
     assert ranked["item"].isin(["new"]).sum() == 1 and not ranked["item"].isin(["other"]).any()
     assert recommender.recommend(history=["Pink Cube"], k=25)["score"].is_monotonic_decreasing
-    with pytest.raises(UserError, match="k=26 is out of range"):
+    with pytest.raises(UserError, match="k=26 must be a whole number from 1 to 25, the titles"):
         recommender.recommend("u1", k=26)
 
 
@@ -152,7 +152,7 @@ def test_users_with_few_events_are_served_and_other_filters_hold(filtered, inter
             r"item_inter_num_interval=",
         ):
             recommender.recommend(history=["rare cube"])
-        with pytest.raises(UserError, match="k=25 is out of range"):
+        with pytest.raises(UserError, match="k=25 must be a whole number from 1 to 24, the titles"):
             recommender.recommend("u1", k=25)
 
 
@@ -220,7 +220,7 @@ def test_items_of_one_title_are_recommended_once(ring):
     found = Recommender.load("run").recommend("u5", k=23)
     assert found["title"].is_unique
     with pytest.raises(
-        ValueError, match="k=24 is out of range; it must be from 1 to 23, the titles that there are"
+        ValueError, match="k=24 must be a whole number from 1 to 23, the titles that there are"
     ):
         Recommender.load("run").recommend("u5", k=24)
 
@@ -256,11 +256,19 @@ def test_what_cannot_be_recommended_is_an_error(trained):
             {"history": ["zzzzzzzz"]},
             "title 'zzzzzzzz' is not in the catalogue, and nothing there is like it.",
         ),
-        ({"history": "red cube"}, "Give either a user, or a history as a list of titles."),
-        ({"user": "u1", "k": 2.0}, "k=2.0 must be a whole number"),
-        ({"history": []}, "The history is empty; give one title or more."),
-        ({}, "Give either a user, or a history as a list of titles."),
-        ({"user": "u1", "k": 0}, "k=0 is out of range"),
+        (
+            {"history": "red cube"},
+            "user=None, history='red cube': one of the two must be given, and a history must be a "
+            "list of titles.",
+        ),
+        ({"user": "u1", "k": 2.0}, "k=2.0 must be a whole number from 1 to 24"),
+        ({"user": "u1", "k": "ten"}, "k='ten' must be a whole number from 1 to 24"),
+        ({"history": []}, "history=\\[\\] must be a list of one title or more."),
+        ({}, "user=None, history=None: one of the two must be given"),
+        (
+            {"user": "u1", "k": 0},
+            "k=0 must be a whole number from 1 to 24, the titles that there are to recommend.",
+        ),
     ):
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             recommender.recommend(**given)
@@ -372,7 +380,7 @@ def test_the_command_prints_a_table_or_json(trained, monkeypatch, capsys):
         with pytest.raises(SystemExit) as usage:
             call(*wrong)
         assert usage.value.code == 2 and "usage: " in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="error: The history is empty"):
+    with pytest.raises(SystemExit, match="error: history=.* must be a list of one title"):
         call("--history", " ; ")
 
 

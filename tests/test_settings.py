@@ -22,20 +22,34 @@ def test_defaults_are_valid_and_round_trip():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"beta": -1}, "beta=-1.0 must be more than 0"),
-        ({"beta": "high"}, "beta='high' must be a number; the default is 1.0"),
+        ({"beta": -1}, "beta=-1.0 must be a number, more than 0"),
+        ({"beta": "high"}, "beta='high' must be a number, more than 0 and at most 1000.$"),
+        (
+            {"sft_epochs": "two"},
+            "sft_epochs='two' must be .* or null for what suits the backbone.$",
+        ),
+        ({"sft_schedule": 3}, "sft_schedule=3 must be one of cosine, linear, constant.$"),
+        (
+            {"lora_layers": "x"},
+            "lora_layers='x' must be a list of whole numbers, or null for all.$",
+        ),
+        ({"resume": 3}, "resume=3 must be text, or null.$"),
+        ({"sft_warmup": "inf"}, "sft_warmup='inf' must be a number, from 0 to below 1.$"),
         ({"beta": True}, "beta=True must be a number"),
         ({"beta": float("nan")}, "beta=nan must be a finite number"),
         ({"sft_epochs": 1.5}, "sft_epochs=1.5 must be a whole number"),
         ({"sdpo_schedule": "cos"}, "sdpo_schedule='cos' must be one of cosine, linear, constant"),
-        ({"title_fields": [1]}, "title_fields=.1. must be a list of text values"),
-        ({"title_fields": []}, "must be a non-empty list"),
+        ({"title_fields": [1]}, "title_fields=.1. must be a list of columns, one or more"),
+        ({"title_fields": []}, "must be a list of columns, one or more"),
         ({"objective": "ppo"}, "must be one of sft, sdpo, dpo, dpo_multi, softmax"),
         ({"trust_remote_code": 1}, "trust_remote_code=1 must be true or false"),
-        ({"max_train_targets": 0}, "must be 1 or more"),
-        ({"popularity_discount": -1}, "popularity_discount=-1.0 must be 0 to 1000"),
-        ({"popularity_discount": 1e4}, "popularity_discount=10000.0 must be 0 to 1000"),
-        ({"lora_target_modules": 3}, "lora_target_modules=3 must be text or a list of text values"),
+        ({"max_train_targets": 0}, "must be a whole number, 1 or more, or null for all"),
+        ({"popularity_discount": -1}, "popularity_discount=-1.0 must be a number, 0 to 1000"),
+        ({"popularity_discount": 1e4}, "popularity_discount=10000.0 must be a number, 0 to 1000"),
+        (
+            {"lora_target_modules": 3},
+            "lora_target_modules=3 must be 'all-linear' or a list of names",
+        ),
         (
             {"scratch_hidden_size": 100, "scratch_heads": 3},
             "must be a multiple of twice scratch_heads=3, such as 96",
@@ -90,7 +104,7 @@ def test_every_setting_is_explained():
         ({"prompt_templates": "flims"}, "prompt_templates='flims' must be one of"),
         (
             {"train_neg_sample_args": {"sample_num": 23}},
-            "train_neg_sample_args asks for 23 negatives.*ask for at most",
+            "train_neg_sample_args asks for 23 negatives.* for user 'u[0-9]+' .*ask for at most",
         ),
         (
             {"train_neg_sample_args": {"sample_num": 0}},
@@ -144,7 +158,7 @@ def test_every_setting_is_explained():
             {"prompt_style": "candidates", "eval_args": {"mode": "full"}},
             "cannot rank the whole catalogue",
         ),
-        ({"sft_checkpoint": "nowhere"}, "checkpoint 'nowhere' has no config.json"),
+        ({"sft_checkpoint": "nowhere"}, "sft_checkpoint='nowhere' must be a folder that is there"),
         ({"resume": "nowhere"}, "resume='nowhere' holds no state"),
         (
             {"valid_metric": "NDCG@20"},
@@ -156,11 +170,15 @@ def test_every_setting_is_explained():
         ({"eval_args": {"mode": "uni0"}}, "eval_args.mode='uni0'"),
         (
             {"eval_args": {"mod": "full"}},
-            "eval_args has no part 'mod'; it must be one of group_by, mode, order, split",
+            "eval_args={'mod': 'full'}: there is no part 'mod'; did you mean 'mode'",
+        ),
+        (
+            {"eval_args": {"candidates": "full"}},
+            "there is no part 'candidates'; it must be one of group_by, mode, order, split.$",
         ),
         (
             {"train_neg_sample_args": {"sample_nums": 7}},
-            "train_neg_sample_args has no part 'sample_nums'",
+            "train_neg_sample_args=.*: there is no part 'sample_nums'; did you mean 'sample_num'",
         ),
         (
             {"MAX_ITEM_LIST_LENGTH": 0},

@@ -158,14 +158,17 @@ def test_a_file_that_holds_no_settings_is_named(tmp_path, content, message):
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     faults = {
-        tmp_path: "Is a directory",
-        tmp_path / "none.yaml": "No such file",
+        tmp_path: "it is a folder",
+        tmp_path / "none.yaml": "there is no such file",
         tmp_path / ("a" * 300): "too long",
         "\0": "null",
     }
     for file, why in faults.items():
-        with pytest.raises(UserError, match=f"the file .* cannot be read: .*{why}"):
-            read_yaml(file)
+        for name in ("", "base='a.yaml'"):
+            with pytest.raises(UserError) as error:
+                read_yaml(file, name)
+            assert str(error.value).startswith(f"{name or file} cannot be read: ")
+            assert why in str(error.value)
 
 
 def test_recboles_own_files_are_read_as_recbole_reads_them():

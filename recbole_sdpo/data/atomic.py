@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import lzma
 import re
@@ -22,7 +21,7 @@ import pandas as pd
 from pandas.io.common import get_handle
 from pandas.tseries.api import guess_datetime_format
 
-from recbole_sdpo.errors import UserError
+from recbole_sdpo.errors import UserError, meant, reason
 from recbole_sdpo.files import whole_file, whole_folder
 
 # pandas, by which RecBole reads ids, takes these for missing, and a quote at the start for that of
@@ -33,7 +32,8 @@ ROUNDED = r"-?\d(\.\d+)?[eE]\+\d+"
 """A number of which a spreadsheet, or a column of floats, keeps the first digits only."""
 
 SEPARATORS = ",;\t|"
-"""Those that are tried where none is given: the header must then hold the wanted columns."""
+"""Those that are tried where none is given: the first by which the header has the wanted columns,
+or else the one by which it has most."""
 
 HALF = r"[\ud800-\udfff]"
 """Half of a character that UTF-16 writes as a pair; no file in UTF-8 can hold it."""
@@ -117,14 +117,16 @@ def write_atomic(
         if path.exists():
             raise UserError(f"{path} exists already; delete it, or choose another name or output.")
 
-    rows, source = _read(events, "events", [user, item, time], separator, encoding)
+    wanted = {"user": [user], "item": [item], "time": [time]}
+    rows, source = _read(events, "events", wanted, separator, encoding)
     inter = pd.DataFrame(
         {"user_id:token": _ids(rows, user, source), "item_id:token": _ids(rows, item, source)}
     )
     inter["timestamp:float"] = _times(rows[time], source)
     inter = inter.sort_values("timestamp:float", kind="stable")
 
-    rows, source = _read(items, "items", [item_key, *titles], separator, encoding)
+    wanted = {"item_key": [item_key], "title": titles}
+    rows, source = _read(items, "items", wanted, separator, encoding)
     texts = pd.DataFrame({"item_id:token": _ids(rows, item_key, source)})
     for field, column in zip(fields, titles, strict=True):
         # A quote at the start would open a quoted field where RecBole reads the file.
@@ -169,17 +171,18 @@ def write_atomic(
 def _read(
     source: pd.DataFrame | str | Path,
     what: str,
-    columns: Sequence[str],
+    wanted: dict[str, Sequence[str]],
     separator: str | None,
     encoding: str | None,
 ) -> tuple[pd.DataFrame, str]:
-    """The wanted columns as text in which white space is single blanks, and what to call their
-    source in an error."""
-    columns = list(dict.fromkeys(columns))
+    """The columns ``wanted``, by the option that names them, as text in which white space is single
+    blanks, and what to call their source in an error."""
+    options = {column: option for option, names in reversed(wanted.items()) for column in names}
+    columns = list(dict.fromkeys(column for names in wanted.values() for column in names))
     if isinstance(source, pd.DataFrame):
         frame, name, hint = source, what, ""
     elif isinstance(source, str | Path):
-        frame, name = _read_csv(source, columns, separator, encoding), str(source)
+        frame, name = _read_csv(source, what, columns, separator, encoding), str(source)
         hint = (
             f" (with separator={separator or ','!r}; give the file's)"
             if len(frame.columns) == 1
@@ -197,16 +200,14 @@ def _read(
                 f"{name} has {count} columns {column!r}; each must have a name of its own."
             )
         if count == 0:
-            near = difflib.get_close_matches(str(column), map(str, frame), 1)
-            guess = f"did you mean {near[0]!r}? It" if near else "it"
-            index = (
-                "; it is in the index, so call reset_index() first"
+            advice = (
+                "it is in the index, so call reset_index() first."
                 if column in frame.index.names
-                else ""
+                else meant(column, frame, "name one of them.")
             )
             raise UserError(
-                f"{name} has no column {column!r}; {guess} must be one of "
-                f"{', '.join(map(str, frame))}{hint}{index}."
+                f"{options[column]}={column!r} must be a column of {name}, which has "
+                f"{', '.join(map(str, frame))}{hint}; {advice}"
             )
     if frame.empty:
         raise UserError(f"{name} has no rows; it must have one or more below its header.")
@@ -214,7 +215,11 @@ def _read(
 
 
 def _read_csv(
-    path: str | Path, columns: Sequence[str], separator: str | None, encoding: str | None
+    path: str | Path,
+    what: str,
+    columns: Sequence[str],
+    separator: str | None,
+    encoding: str | None,
 ) -> pd.DataFrame:
     """All columns of a CSV file as text, empty where a row has none."""
     separator = "\t" if separator == r"\t" else separator
@@ -225,13 +230,12 @@ def _read_csv(
     try:
         text = _decode(path, encoding)
         header = (re.findall(r"[^\r\n]*\S[^\r\n]*", text[: 1 << 20]) or [""])[0]
-        fitting = [
-            each
-            for each in SEPARATORS
-            if set(columns) <= set(next(csv.reader([header], delimiter=each), []))
-        ]
-        chosen = separator or (fitting or ",")[0]
-        names = next(csv.reader([header], delimiter=chosen), [])
+        headers = {
+            each: next(csv.reader([header], delimiter=each), []) for each in separator or SEPARATORS
+        }
+        fits = lambda each: (set(columns) <= set(headers[each]), len(headers[each]))  # noqa: E731
+        chosen = max(headers, key=fits)
+        names = headers[chosen]
         frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, sep=chosen)
         if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what has no name for an index
             raise ValueError("its rows have more values than its header has names")
@@ -242,8 +246,8 @@ def _read_csv(
         )
         options = f" (with {', '.join(filter(None, given))})" if any(given) else ""
         raise UserError(
-            f"{path} cannot be read{options}: {str(error).strip()}; it must be a CSV file in "
-            f"{encoding or 'UTF-8'} with a header."
+            f"{what}={str(path)!r} cannot be read{options}: {reason(error)}; it must be a CSV file "
+            f"in {encoding or 'UTF-8'} with a header."
         ) from error
     # pandas renames what comes twice
     return frame.set_axis(names, axis=1) if len(names) == len(frame.columns) else frame

@@ -115,6 +115,7 @@ def freeze(
         catalogue,
         met if exclude_history else (user, target),
         f"eval_args.mode={loader.config['eval_args']['mode'][phase]!r}",
+        dataset.field2id_token[dataset.uid_field],
     )
     with recbole_draws(seed, "candidates", phase):
         loader._sampler = FrozenCandidates(

@@ -25,12 +25,14 @@ class NegativeSampler:
         catalogue: items of one title count as one.
         met: (users, items) that may not be drawn, as two int64 arrays.
         setting: what asks for the negatives, for the error message.
+        users: the users' ids in the data, by RecBole's internal id, for the same.
     """
 
     sampler: AbstractSampler
     catalogue: Catalogue
     met: tuple[np.ndarray, np.ndarray]
     setting: str
+    users: np.ndarray
 
     def __post_init__(self) -> None:
         users, items = self.met
@@ -80,10 +82,9 @@ class NegativeSampler:
         if len(pool) and pool.min() < number:
             raise UserError(
                 f"{self.setting} asks for {number} negatives of distinct titles, but for user "
-                f"number {user[pool.argmin()]} "
-                f"only {pool.min()} are left that the user has not met; ask for at most "
-                f"{pool.min()}, or leave such users out "
-                "with user_inter_num_interval."
+                f"{str(self.users[user[pool.argmin()]])!r} only {pool.min()} are left that the "
+                f"user has not met; ask for at most {pool.min()}, or leave such users out with "
+                "user_inter_num_interval."
             )
 
 

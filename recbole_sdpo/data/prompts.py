@@ -53,7 +53,7 @@ class Templates:
         if not path.is_file():
             known = ", ".join(domains)
             raise UserError(f"prompt_templates={name!r} must be one of {known}, or a .yaml file.")
-        content = read_yaml(path)
+        content = read_yaml(path, f"prompt_templates={name!r}")
         templates = content.get("candidates") if isinstance(content, dict) else None
         texts = (
             [content.get("header"), *templates]

@@ -4,7 +4,6 @@ candidates."""
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 import logging
 import re
@@ -20,7 +19,7 @@ import pandas as pd
 import recbole_sdpo
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.device import check_device
-from recbole_sdpo.errors import UserError
+from recbole_sdpo.errors import UserError, meant
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.experiment.identity import identity
@@ -349,15 +348,13 @@ def _of_sft(settings: Settings, prompt_style: str) -> Settings:
 def _read(file: Path, depth: int = 0, asked_by: Path | None = None) -> Settings:
     """What a file holds, over what the file that it names as ``base`` holds; of ``settings``
     both count."""
+    what = f"experiment={str(file)!r}" if asked_by is None else f"base={str(file)!r} of {asked_by}"
     if not file.exists():
-        what = (
-            f"experiment={str(file)!r}" if asked_by is None else f"base={str(file)!r} of {asked_by}"
-        )
         raise UserError(
             f"{what} does not exist; it must be a YAML file, such as those in "
             f"{Path(recbole_sdpo.__path__[0]) / 'configs'}."
         )
-    given = read_yaml(file)
+    given = read_yaml(file, what)
     if "base" not in given:
         return given
     name = given.pop("base")
@@ -392,11 +389,7 @@ def _check_keys(
         )
     for key, value in given.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else f"it must be one of {', '.join(known)}."
-            )
-            raise UserError(f"{where} has an unknown key {shown(key)}; {hint}")
+            raise UserError(f"{where} has an unknown key {shown(key)}; {meant(key, known)}")
         kinds = {"str": str, "int": int, "Settings": dict}
         wanted = kinds.get(known[key], dict if known[key].startswith("dict") else list)
         if not isinstance(value, wanted) or isinstance(value, bool):

@@ -195,8 +195,9 @@ class SDPOLLM(SequentialRecommender):
         sampler: AbstractSampler | None,
         setting: str = "train_neg_sample_args",
     ) -> NegativeSampler | None:
+        users = dataset.field2id_token[dataset.uid_field]
         return (
-            NegativeSampler(sampler, self.catalogue, met_items(dataset), setting)
+            NegativeSampler(sampler, self.catalogue, met_items(dataset), setting, users)
             if sampler
             else None
         )

@@ -220,11 +220,21 @@ def test_times_that_may_stand_for_none_are_warned_of(tmp_path, times, row):
         ({"name": "ml-100k"}, "ml-100k is the data that comes with RecBole"),
         (
             {"user": "userid"},
-            r"^events has no column 'userid'; did you mean 'user_id'\? It must be one of user_id, "
-            r"item_id, timestamp.$",
+            r"^user='userid' must be a column of events, which has user_id, item_id, timestamp; "
+            r"did you mean 'user_id'\?$",
         ),
-        ({"titles": "zzz"}, "^items has no column 'zzz'; it must be one of item_id, title.$"),
-        ({"titles": ["zzz"]}, "^items has no column 'zzz'; it must be one of item_id, title.$"),
+        *(
+            (
+                {"titles": titles},
+                "^title='zzz' must be a column of items, which has item_id, title; name one of "
+                "them.$",
+            )
+            for titles in ("zzz", ["zzz"])
+        ),
+        (
+            {"item_key": "titel"},
+            r"^item_key='titel' must be a column of items, .*; did you mean 'title'\?$",
+        ),
         ({"titles": ["title", "item_id"]}, "each needs a name of its own"),
         ({"titles": ["title", "a:b"]}, "each needs a name of its own, without ':'"),
         ({"events": SOME.head(0)}, "^events has no rows"),
@@ -338,12 +348,12 @@ def test_times_that_may_stand_for_none_are_warned_of(tmp_path, times, row):
         ),
         (
             {"events": SOME.set_index("user_id")},
-            r"^events has no column 'user_id'; .*; it is in the index, so call reset_index\(\) "
-            r"first",
+            r"^user='user_id' must be a column of events, .*; it is in the index, so call "
+            r"reset_index\(\) first",
         ),
         (
             {"events": SOME.set_axis(pd.MultiIndex.from_product([["a"], SOME]), axis=1)},
-            "^events has no column 'user_id'",
+            "^user='user_id' must be a column of events",
         ),
         (
             {"events": [1, 2]},
@@ -400,24 +410,28 @@ def test_nothing_is_overwritten(tmp_path):
     [
         (
             None,
-            "events.csv cannot be read: .*No such file.*; it must be a CSV file in UTF-8 with a "
-            "header",
+            "^events='.*events.csv' cannot be read: there is no such file; it must be a CSV file "
+            "in UTF-8 with a header.$",
         ),
-        (b"", "events.csv cannot be read: No columns"),
+        (b"", "events.csv' cannot be read: No columns"),
         (b"user_id,item_id,timestamp\n", "events.csv has no rows"),
         (
             b"user_id;item_id;time\nu;a;1\n",
-            "events.csv has no column 'user_id'; it must be one of user_id;item_id;time \\(with "
-            "separator=','; give the file's\\)",
+            "^time='timestamp' must be a column of .*events.csv, which has user_id, item_id, time; "
+            "did you mean 'time'",
         ),
-        (b"user_id,item_id,timestamp\nu,a,1\nu,a,1,2\n", "events.csv cannot be read: .*line 3"),
+        (
+            b"user_id item_id timestamp\nu a 1\n",
+            "which has user_id item_id timestamp \\(with separator=','; give the file's\\);",
+        ),
+        (b"user_id,item_id,timestamp\nu,a,1\nu,a,1,2\n", "events.csv' cannot be read: .*line 3"),
         (
             b"user_id,item_id,timestamp\nu,a,1,2\n",
-            "events.csv cannot be read: its rows have more values than its header has names",
+            "events.csv' cannot be read: its rows have more values than its header has names",
         ),
         (
             b"user_id,item_id,timestamp\nu,\xff,1\n",
-            "events.csv cannot be read: line 2 is not in utf-8; encoding must be that of the "
+            "events.csv' cannot be read: line 2 is not in utf-8; encoding must be that of the "
             "file, such as cp1252",
         ),
         (

@@ -130,7 +130,8 @@ def test_every_pass_over_a_loader_gives_the_same_candidates(path):
 
 def test_too_many_negatives_say_how_many_there_are(path):
     with pytest.raises(
-        ValueError, match=r"mode='uni39' asks for 39 negatives.*ask for at most \d+"
+        ValueError,
+        match=r"mode='uni39' asks for 39 negatives.* for user 'u\d+' only (\d+) .* at most \1,",
     ):
         frozen(path, "GRU4Rec", eval_args={"mode": "uni39"})
 
@@ -139,7 +140,7 @@ def test_the_pool_is_counted_exactly(path):
     loaders, catalogue = frozen(path, "GRU4Rec")
     user, target, met = np.array([1]), np.array([4]), (np.array([1, 1]), np.array([4, 5]))
     sampler = NegativeSampler(
-        PopulationSampler(np.arange(1, 41), 41, "uniform"), catalogue, met, "x"
+        PopulationSampler(np.arange(1, 41), 41, "uniform"), catalogue, met, "x", np.array(["", "u"])
     )
     left = len(
         {catalogue.titles[i] for i in range(1, 41)} - {catalogue.titles[4], catalogue.titles[5]}
@@ -159,6 +160,7 @@ def test_draws_follow_recboles_distribution(distribution):
         catalogue,
         (np.array([0]), np.array([3])),
         "x",
+        np.array(["u"]),
     )
     with recbole_draws(1, "test"):
         drawn = sampler.draw(np.zeros(20_000, int), np.full(20_000, 5), 1)[:, 0]
@@ -175,7 +177,8 @@ def test_training_negatives_follow_popularity_to_the_power_that_is_asked_for(pat
     (train, *_), catalogue = frozen(
         path, "SDPO-LLM", eval_args={"mode": "pop5"}, train_neg_sample_args=args
     )
-    sampler = NegativeSampler(train._sampler, catalogue, (np.array([0]), np.array([0])), "x")
+    nobody = (np.array([0]), np.array([0]))
+    sampler = NegativeSampler(train._sampler, catalogue, nobody, "x", np.array(["u"]))
     with recbole_draws(1, "test"):
         drawn = sampler.draw(np.zeros(20_000, int), np.zeros(20_000, int), 1)[:, 0]
     # RecBole counts the targets of a sequential model, those held out included.

@@ -316,7 +316,10 @@ def test_every_model_gets_as_many_tries(write):
             {"runs": [{"name": "a", "settings": {"betta": 1}}]},
             "run 'a': Unknown setting 'betta'=1; did you mean 'beta'",
         ),
-        ({"runs": [{"name": "a", "model": "GRU5Rec"}]}, "run 'a': model='GRU5Rec' cannot be found"),
+        (
+            {"runs": [{"name": "a", "model": "GRU5Rec"}]},
+            "run 'a': model='GRU5Rec' must be SDPO-LLM or a",
+        ),
         ({"tries": 0}, "tries=0 must be 1 or more"),
         (
             {"settings": {"seed": 3}},
@@ -346,14 +349,14 @@ def test_every_model_gets_as_many_tries(write):
             "metric 'GenHit' needs a run of SDPO-LLM",
         ),
         (
-            {"settings": {"metrics": ["HR", "NDCG"]}},
-            "run 'a': metrics=.*there is no 'HR'; did you mean 'hit'",
+            {"settings": {"metrics": ["Hits", "NDCG"]}},
+            "run 'a': metrics=.*there is no metric 'Hits'; did you mean 'Hit'",
         ),
         ({"settings": {"metrics": None}}, "run 'a': metrics=None must be a list of metrics"),
         ({"settings": {"metrics": []}}, r"run 'a': metrics=\[\] must be a list of metrics"),
         (
             {"settings": {"metrics": "Hits"}, "metrics": ["GenHit"]},
-            "run 'a': metrics=.*there is no 'Hits'",
+            "run 'a': metrics=.*there is no metric 'Hits'; did you mean 'Hit'",
         ),
         (
             {"settings": {"learning_rate": "fast"}},
