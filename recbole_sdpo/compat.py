@@ -32,13 +32,14 @@ from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.evaluator import metrics
 from recbole.evaluator.collector import DataStruct
+from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.model.context_aware_recommender import kd_dagfm
 from recbole.model.general_recommender import pop
 from recbole.trainer import Trainer
 from recbole.utils import get_model, get_trainer
 from recbole.utils.logger import RemoveColorFilter, log_colors_config
 from scipy.sparse import dok_matrix
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from recbole_sdpo.errors import UserError
@@ -313,7 +314,7 @@ class GAUC(metrics.GAUC):
         }
 
 
-def model_class(name: str) -> type[nn.Module]:
+def model_class(name: str) -> type[AbstractRecommender]:
     """The model that RecBole has under ``name``, or what stands in for it here."""
     return Pop if name == "Pop" else get_model(name)
 

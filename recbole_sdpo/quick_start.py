@@ -20,6 +20,7 @@ import transformers
 from accelerate import PartialState
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.dataloader.general_dataloader import FullSortEvalDataLoader
+from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.trainer import Trainer
 from recbole.utils import dict2str, get_trainer, init_seed, set_color
 
@@ -283,7 +284,8 @@ def _run_stages(
     show = trainer.config["show_progress"]
     trainer.prepare(train_data, *(loader for pair in loaders.values() for loader in pair))
     valid_data, _ = next(iter(loaders.values()))
-    stages, ranks = {}, []
+    stages: dict[str, dict] = {}
+    ranks: list[pd.DataFrame] = []
     for name in trainer.stages:
         selection.begin(name, trainer.validated(name))
         trainer.rank_for(name)
@@ -310,7 +312,8 @@ def _fit(
 ) -> tuple[dict, list]:
     valid_data, _ = next(iter(loaders.values()))
     selection.begin("fit", validated=False)
-    began, ranks = time.time(), []
+    began = time.time()
+    ranks: list[pd.DataFrame] = []
     # what is there afterwards this process has written
     Path(trainer.saved_model_file).unlink(missing_ok=True)
     _, valid = trainer.fit(
@@ -375,7 +378,7 @@ def _test(
 
 def _log_head(
     config: RunConfig,
-    model: torch.nn.Module,
+    model: AbstractRecommender,
     targets: int,
     test_data: AbstractDataLoader,
     sha256: dict[str, str],

@@ -213,7 +213,7 @@ class Recommender:
         return self._item_of[folded(title)]
 
 
-def _nearest(name: str, known: dict[str, object]) -> str:
+def _nearest(name: str, known: Mapping[str, object]) -> str:
     """How the error about an unknown name ends."""
     near = difflib.get_close_matches(name, known, 3, 0.5)
     # NumPy's text, as of the ids of the data, has a repr of its own.

@@ -9,7 +9,7 @@ import itertools
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ class Experiment:
             _check_keys(run, Entry, f"run {number + 1} of {file}", {"name"}, without={"axis"})
             _check_trust(f"run {number + 1} of {file}", run)
             entries.append(with_settings(Entry(**run), overrides))
-        experiment = cls(**{"title": file.stem} | given | {"runs": entries})
+        parts: dict[str, Any] = {"title": file.stem} | given | {"runs": entries}
+        experiment = cls(**parts)
         try:
             experiment._check()
         except UserError as error:
@@ -312,7 +313,7 @@ def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
         elif settings != alone:
             return _resolved(entry, dataset, alone)
     inputs = Inputs.of(config)
-    name = identity(config, inputs, start and start.identity)
+    name = identity(config, inputs, start.identity if start else None)
     return Run(entry.name, entry.model, dataset, settings["seed"], settings, name, start, inputs)
 
 
@@ -383,9 +384,9 @@ def written(file: Path) -> str:
 
 
 def _check_keys(
-    given: Any, kind: type, where: str, needed: set[str], without: set[str] = frozenset()
+    given: Any, kind: type, where: str, needed: set[str], without: Collection[str] = ()
 ) -> None:
-    known = {f.name: f.type for f in fields(kind) if f.name not in without}
+    known = {f.name: str(f.type) for f in fields(kind) if f.name not in without}
     if not isinstance(given, dict):
         raise UserError(
             f"{where} must be a mapping with the keys {', '.join(known)}, not {shown(given)}."

@@ -45,7 +45,7 @@ from recbole_sdpo.model.encoder import TERMINATOR, Encoder, title_lines
 from recbole_sdpo.objectives import OBJECTIVES, Logps
 from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import derive_seed, generator
-from recbole_sdpo.settings import NO_FULL_RANKING, Settings
+from recbole_sdpo.settings import NO_FULL_RANKING, CompleteSettings, Settings
 
 TARGET_ROW = "target_row"
 """Column of an evaluation batch: the number of the target, from 0, that a row's item is a
@@ -67,8 +67,8 @@ class SDPOLLM(SequentialRecommender):
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        self.settings: Settings = getattr(config, "settings", None) or check_settings(config)
-        settings, self.config = self.settings, config
+        settings: Settings = getattr(config, "settings", None) or check_settings(config)
+        self.config = config
         self.seed: int = config["seed"]
         self.window: int = config["MAX_ITEM_LIST_LENGTH"] + 1
         negatives = config["train_neg_sample_args"]
@@ -111,7 +111,9 @@ class SDPOLLM(SequentialRecommender):
         self.lm = load_backbone(
             self.backbone, self.device, tokenizer, lambda purpose: derive_seed(self.seed, purpose)
         )
-        self.settings = settings.suited_to_device(*tokens_at_once(self.lm.causal_lm))
+        self.settings: CompleteSettings = settings.suited_to_device(
+            *tokens_at_once(self.lm.causal_lm)
+        )
         self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer, self.lm.row_multiple)
         # Candidates in an evaluation prompt stand in one order of all items, begun for each user at
         # another place.
@@ -129,22 +131,20 @@ class SDPOLLM(SequentialRecommender):
             sampler: RecBole's sampler of training negatives.
             negatives: how many to draw for a target, or 0 for a stage that needs none.
         """
-        drawn, settings, dataset = (
-            self._negative_sampler(dataset, sampler),
-            self.settings,
-            self._trained_on(dataset),
-        )
+        settings, trained_on = self.settings, self._trained_on(dataset)
+        examples: Examples
         if settings.prompt_style == "history":
-            examples = HistoryExamples(dataset, self.window, self.units, drawn, negatives)
-        else:
-            examples = CandidateExamples(
-                dataset, settings.prompt_candidates, self.units, drawn, negatives
+            negative_sampler = self._negative_sampler(dataset, sampler) if negatives else None
+            examples = HistoryExamples(
+                trained_on, self.window, self.units, negative_sampler, negatives
             )
-        return (
-            FixedExamples(examples, self.seed)
-            if settings.fixed_negatives and negatives
-            else examples
-        )
+        else:
+            negative_sampler = self._negative_sampler(dataset, sampler)
+            examples = CandidateExamples(
+                trained_on, settings.prompt_candidates, self.units, negative_sampler, negatives
+            )
+        fixed = settings.fixed_negatives and negatives
+        return FixedExamples(examples, self.seed) if fixed else examples
 
     def targets_per_epoch(self, dataset: Dataset) -> int:
         """Training targets to an epoch of SFT."""
@@ -186,20 +186,17 @@ class SDPOLLM(SequentialRecommender):
         wanted = {"train_neg_sample_args": self.negatives * self.draws, "prompt_candidates": shown}
         for setting, number in wanted.items():
             if number:
-                drawn = self._negative_sampler(dataset, sampler, setting)
-                drawn.check(rows[self.USER_ID].numpy(), rows[self.ITEM_ID].numpy(), number)
+                self._negative_sampler(dataset, sampler, setting).check(
+                    rows[self.USER_ID].numpy(), rows[self.ITEM_ID].numpy(), number
+                )
 
     def _negative_sampler(
         self,
         dataset: Dataset,
-        sampler: AbstractSampler | None,
+        sampler: AbstractSampler,
         setting: str = "train_neg_sample_args",
-    ) -> NegativeSampler | None:
-        return (
-            NegativeSampler(sampler, self.catalogue, met_items(dataset), setting)
-            if sampler
-            else None
-        )
+    ) -> NegativeSampler:
+        return NegativeSampler(sampler, self.catalogue, met_items(dataset), setting)
 
     def logps(
         self, forest: Forest, width: int, reference: bool, known: Tensor | None = None

@@ -35,7 +35,7 @@ from recbole_sdpo.settings import BackboneSettings, Role, Settings, having
 POLICY_FILE, DATA_FILE = "settings.json", "data.json"
 """How the policy was made, and the settings under which its data were loaded."""
 
-OF_THE_DATA: dict[str, type | tuple[type, ...]] = {
+OF_THE_DATA: dict[str, type] = {
     "data_path": str,
     "encoding": str,
     "field_separator": str,

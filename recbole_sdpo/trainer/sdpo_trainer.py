@@ -15,8 +15,10 @@ from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
 from recbole.utils import calculate_valid_score, dict2str, set_color
+from torch.utils.tensorboard import SummaryWriter
 
 from recbole_sdpo.data.candidates import freeze, samples_candidates
+from recbole_sdpo.data.examples import FixedExamples
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.files import user_path
@@ -63,6 +65,9 @@ class SDPOTrainer(Trainer):
     ``transformers`` load.
     """
 
+    model: SDPOLLM
+    tensorboard: SummaryWriter | None
+
     def __init__(self, config: Config, model: SDPOLLM) -> None:
         super().__init__(config, model)
         self.eval_collector = RankCollector(config, model.catalogue, model)
@@ -76,7 +81,7 @@ class SDPOTrainer(Trainer):
         self._parts: list = []
         self._frozen: list = []
         self._step_file: StepFile | None = None
-        if not self.accelerator.is_main_process:
+        if self.tensorboard and not self.accelerator.is_main_process:
             self.tensorboard.close()
             self.tensorboard = None
 
@@ -262,7 +267,7 @@ class SDPOTrainer(Trainer):
         examples = self.model.examples(train_data._dataset, train_data._sampler, draws)
         limit = settings.targets_limit(name)
         cache = None
-        if kind.reference and settings.caches_reference:
+        if kind.reference and settings.caches_reference and isinstance(examples, FixedExamples):
             cache = ReferenceCache(
                 self._reference_folder(),
                 self.model.lm,
