@@ -114,8 +114,9 @@ def trainer_class(config: Config) -> type[Trainer]:
     one file that is whole.
 
     RecBole's own checkpoint also pickles its ``Config`` and the optimizer: three times the bytes,
-    and torch >= 2.6 refuses to load it (https://github.com/RUCAIBox/RecBole/issues/2142). Its name
-    ends with the second, which two runs may share; reported nowhere that we found.
+    and torch >= 2.6 refuses to load it (https://github.com/RUCAIBox/RecBole/issues/2142), in
+    NeuMF's pretraining, too (https://github.com/RUCAIBox/RecBole/issues/2212). Its name ends with
+    the second, which two runs may share; reported nowhere that we found.
     """
 
     base: Any = get_trainer(config["MODEL_TYPE"], config["model"])
@@ -323,11 +324,11 @@ def model_class(name: str) -> type[AbstractRecommender]:
 def no_arguments() -> Iterator[None]:
     """Hide the arguments of the program, which RecBole takes for its settings wherever a
     ``Config`` is made."""
-    given, sys.argv = sys.argv, sys.argv[:1]
+    arguments, sys.argv = sys.argv, sys.argv[:1]
     try:
         yield
     finally:
-        sys.argv = given
+        sys.argv = arguments
 
 
 @contextmanager

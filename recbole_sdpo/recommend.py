@@ -217,7 +217,7 @@ def _nearest(name: str, known: Mapping[str, object]) -> str:
     """How the error about an unknown name ends."""
     near = difflib.get_close_matches(name, known, 3, 0.5)
     # NumPy's text, as of the ids of the data, has a repr of its own.
-    shown = [repr(str(known[found] if isinstance(known[found], str) else found)) for found in near]
+    shown = [repr(str(known[key] if isinstance(known[key], str) else key)) for key in near]
     return f"; the nearest are {', '.join(shown)}." if near else ", and nothing there is like it."
 
 

@@ -196,11 +196,11 @@ class StageSettings:
 
         Where batches make a step, as many as are given, no device has a say in them.
         """
-        given = {key: value for key, value in vars(self).items() if value is not None}
+        own = {key: value for key, value in vars(self).items() if value is not None}
         if self.gradient_accumulation > 1:
-            given = {"tokens_per_batch": TOKENS_PER_BATCH} | given
-        chosen = {**suited, **given}
-        if "tokens_per_batch" in given and self.targets_per_step is None:
+            own = {"tokens_per_batch": TOKENS_PER_BATCH} | own
+        chosen = {**suited, **own}
+        if "tokens_per_batch" in own and self.targets_per_step is None:
             chosen.pop("targets_per_step", None)
         return replace(self, **chosen)
 

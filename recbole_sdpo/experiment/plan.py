@@ -96,17 +96,17 @@ class Experiment:
         Raises:
             UserError: there is no such file, or a key, a name or a value in it is wrong.
         """
-        given, overrides = _read(file), check_values(overrides or {})
-        _check_keys(given, cls, str(file), {"dataset", "runs"})
-        if not given["runs"]:
+        content, overrides = _read(file), check_values(overrides or {})
+        _check_keys(content, cls, str(file), {"dataset", "runs"})
+        if not content["runs"]:
             raise UserError(f"{file} has no runs; give one or more, each with a name.")
-        _check_trust(str(file), given)
+        _check_trust(str(file), content)
         entries = []
-        for number, run in enumerate(given["runs"]):
+        for number, run in enumerate(content["runs"]):
             _check_keys(run, Entry, f"run {number + 1} of {file}", {"name"}, without={"axis"})
             _check_trust(f"run {number + 1} of {file}", run)
             entries.append(with_settings(Entry(**run), overrides))
-        parts: dict[str, Any] = {"title": file.stem} | given | {"runs": entries}
+        parts: dict[str, Any] = {"title": file.stem} | content | {"runs": entries}
         experiment = cls(**parts)
         try:
             experiment._check()
@@ -358,22 +358,22 @@ def _read(file: Path, depth: int = 0, asked_by: Path | None = None) -> Settings:
             f"{what} does not exist; it must be a YAML file, such as those in "
             f"{Path(recbole_sdpo.__path__[0]) / 'configs'}."
         )
-    given = read_yaml(file)
-    if "base" not in given:
-        return given
-    name = given.pop("base")
+    content = read_yaml(file)
+    if "base" not in content:
+        return content
+    name = content.pop("base")
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{file}: base={shown(name)} must be the name of a file beside it.")
     if depth > 8:
         raise UserError(
             f"{file}: base={name!r} goes on for ever: files cannot be each other's base."
         )
-    base, settings = _read(file.parent / name, depth + 1, file), given.get("settings", {})
+    base, settings = _read(file.parent / name, depth + 1, file), content.get("settings", {})
     below = base.get("settings", {})
     for where, mapping in ((file.parent / name, below), (file, settings)):
         if not isinstance(mapping, dict):
             raise UserError(f"{where}: settings={shown(mapping)} must be a mapping.")
-    return base | given | {"settings": _over(below, settings)}
+    return base | content | {"settings": _over(below, settings)}
 
 
 def written(file: Path) -> str:

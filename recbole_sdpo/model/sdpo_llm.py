@@ -333,7 +333,7 @@ class SDPOLLM(SequentialRecommender):
                 write(self.lm, prompts.take(rows), limit, self._line_ends, among)
             ).to(self.lm.device)
 
-        found = (
+        answers = (
             self._in_batches(prompts.lengths + limit, limit, answer, dtype=torch.int64)
             .cpu()
             .numpy()
@@ -341,7 +341,7 @@ class SDPOLLM(SequentialRecommender):
         if constrained:  # whatever the tokenizer makes of its tokens
             written = (
                 titles.take(np.arange(self.n_items)).padded(NOTHING, limit)[candidates]
-                == found[:, None]
+                == answers[:, None]
             ).all(2)
             # its place would be that of the first candidate, the target
             if not written.any(1).all():
@@ -354,7 +354,7 @@ class SDPOLLM(SequentialRecommender):
                 for item in candidates[np.arange(len(candidates)), written.argmax(1)]
             ]
         texts = self.lm.tokenizer.batch_decode(
-            [row[row != NOTHING] for row in found], skip_special_tokens=True
+            [row[row != NOTHING] for row in answers], skip_special_tokens=True
         )
         return [text.split(TERMINATOR)[0] for text in texts]
 
@@ -387,10 +387,10 @@ class SDPOLLM(SequentialRecommender):
         """Log-probabilities of ``items [T, C]``, for each tree's targets together."""
 
         def score(trees: np.ndarray) -> Tensor:
-            found = self.lm(
+            logps = self.lm(
                 self.encoder.forest(prompts.select(trees), items[prompts.target_index(trees)])
             )
-            return found.view(-1, items.shape[1])
+            return logps.view(-1, items.shape[1])
 
         return self._in_batches(
             self.encoder.sizes(prompts, items), items.shape[1], score, prompts.target_index
