@@ -318,7 +318,8 @@ FIELDS = [key for key in RECBOLE if key.endswith("_FIELD")]
 def properties() -> tuple[dict[str, dict[str, Any]], dict[tuple[str, str], set[str]]]:
     """Of RecBole's models: for each property, each model's default; for some and a model, the
     words that its comment lets choose from."""
-    defaults, words = {}, {}
+    defaults: dict[str, dict[str, Any]] = {}
+    words: dict[tuple[str, str], set[str]] = {}
     for file in sorted(PROPERTIES.glob("model/*.yaml")):
         content = file.read_text(encoding="utf-8")
         for key, default in (yaml.load(content, Loader) or {}).items():
@@ -351,7 +352,7 @@ def model_rule(key: str, default: Any, model: str) -> Rule:
             re.search("size|dim|head|rank|num|factor|len|memory|order|interest|^n[hv]$|^k", key)
             and min(others) > 0
         )
-        return whole(1 if sizes else least, max(10_000, 100 * max(others)))
+        return whole(1 if sizes else int(least), max(10_000, 100 * int(max(others))))
     if (key, model) == ("teacher", "KD_DAGFM"):
         return one_of(*TEACHERS)
     if isinstance(default, str):
@@ -425,7 +426,7 @@ def check_given(
             "or leave it out."
         )
     if defaults:
-        _check_together(defaults | given | merged_parts(defaults, given))
+        _check_together({**defaults, **given, **merged_parts(defaults, given)})
 
 
 def _check_path(key: str, value: Any) -> None:
@@ -906,5 +907,9 @@ def _reads(model_class: type, key: str) -> bool:
         for cls in model_class.__mro__
         if issubclass(cls, AbstractRecommender)
     }
-    texts = [inspect.getsource(module) for module in modules if getattr(module, "__file__", None)]
+    texts = [
+        inspect.getsource(module)
+        for module in modules
+        if module and getattr(module, "__file__", None)
+    ]
     return any(f'"{key}"' in text or f"'{key}'" in text for text in texts)

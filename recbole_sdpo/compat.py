@@ -32,13 +32,14 @@ from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.evaluator import metrics
 from recbole.evaluator.collector import DataStruct
+from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.model.context_aware_recommender import kd_dagfm
 from recbole.model.general_recommender import pop
 from recbole.trainer import Trainer
 from recbole.utils import get_model, get_trainer
 from recbole.utils.logger import RemoveColorFilter, log_colors_config
 from scipy.sparse import dok_matrix
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from recbole_sdpo.errors import UserError
@@ -113,8 +114,10 @@ def trainer_class(config: Config) -> type[Trainer]:
     one file that is whole.
 
     RecBole's own checkpoint also pickles its ``Config`` and the optimizer: three times the bytes,
-    and torch >= 2.6 refuses to load it (https://github.com/RUCAIBox/RecBole/issues/2142). Its name
-    ends with the second, which two runs may share; reported nowhere that we found.
+    and torch >= 2.6, which by default loads weights only, refuses it: in the evaluation after
+    training (https://github.com/RUCAIBox/RecBole/issues/2215), and where NeuMF starts from those of
+    its two halves (https://github.com/RUCAIBox/RecBole/issues/2212). Its name ends with the second,
+    which two runs may share; reported nowhere that we found.
     """
 
     base: Any = get_trainer(config["MODEL_TYPE"], config["model"])
@@ -171,8 +174,9 @@ class EarlyRecords(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append(record)
-        if logging.getLogger().handlers == [self] and record.levelno >= logging.WARNING:
-            logging.lastResort.handle(record)
+        alone, printer = logging.getLogger().handlers == [self], logging.lastResort
+        if alone and printer and record.levelno >= printer.level:
+            printer.handle(record)
 
 
 @contextmanager
@@ -342,7 +346,7 @@ class GAUC(metrics.GAUC):
         }
 
 
-def model_class(name: str) -> type[nn.Module]:
+def model_class(name: str) -> type[AbstractRecommender]:
     """The model that RecBole has under ``name``, or what stands in for it here."""
     return Pop if name == "Pop" else get_model(name)
 
@@ -351,11 +355,11 @@ def model_class(name: str) -> type[nn.Module]:
 def no_arguments() -> Iterator[None]:
     """Hide the arguments of the program, which RecBole takes for its settings wherever a
     ``Config`` is made."""
-    given, sys.argv = sys.argv, sys.argv[:1]
+    arguments, sys.argv = sys.argv, sys.argv[:1]
     try:
         yield
     finally:
-        sys.argv = given
+        sys.argv = arguments
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import recbole
 from recbole.config import Config
+from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import ModelType
 
 from recbole_sdpo.checks import MODEL_NAME, check_settings
@@ -26,7 +27,9 @@ class RunConfig(Config):
         UserError: an unknown or wrong setting of ours.
     """
 
-    def _load_internal_config_dict(self, model: str, model_class: type, dataset: str) -> None:
+    def _load_internal_config_dict(
+        self, model: str, model_class: type[AbstractRecommender], dataset: str
+    ) -> None:
         super()._load_internal_config_dict(model, model_class, dataset)
         if model == MODEL:
             return

@@ -27,15 +27,15 @@ def check_device(config: Config) -> None:
         UserError: ``gpu_id`` names a GPU that is not there, or that this build of torch has no
             kernels for; there are more processes than GPUs; or ``dtype`` is one that a GPU has not.
     """
-    given = config.external_config_dict
+    external = config.external_config_dict
     asked = [part.strip() for part in config["gpu_id"].split(",")]
     asked = asked[: asked.index("-1")] if "-1" in asked else [part for part in asked if part]
     count = torch.cuda.device_count() if config["device"].type == "cuda" else 0
-    if given.get("use_gpu") is False and count:
+    if external.get("use_gpu") is False and count:
         raise UserError(
             "use_gpu=False has no effect in RecBole; give gpu_id='' for a run on the CPU."
         )
-    if asked and "gpu_id" in given and count < len(asked):
+    if asked and "gpu_id" in external and count < len(asked):
         raise UserError(
             f"gpu_id={config['gpu_id']!r} asks for {len(asked)} of this machine's GPUs and torch "
             f"{torch.__version__} finds {count}: "

@@ -26,7 +26,7 @@ def meant(name: object, known: Iterable[object], otherwise: str = "") -> str:
 
 def reason(error: Exception) -> str:
     """Why a file cannot be read, in words."""
-    words = {
+    words: dict[type[Exception], str] = {
         FileNotFoundError: "there is no such file",
         NotADirectoryError: "there is no such file",
         IsADirectoryError: "it is a folder",

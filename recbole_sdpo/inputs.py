@@ -121,7 +121,7 @@ class Inputs:
     def changed(self, digests: Mapping[str, str | None], but_for: str = "") -> str | None:
         """The first file, or package, that ``digests`` has otherwise; files of the kind
         ``but_for`` may differ."""
-        for name in self.digests | digests:
+        for name in [*self.digests, *digests]:
             if self.digests.get(name) != digests.get(name) and name.partition("/")[0] != but_for:
                 return self._named(name)
         return None

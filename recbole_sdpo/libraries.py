@@ -55,21 +55,21 @@ def check_libraries() -> None:
             f"recbole-sdpo needs Python 3.10 or later, and this is {sys.version.split()[0]}: "
             "start it with another one"
         )
-    found = {name: _version(name) for name in ("recbole", *OLDEST, *IMPORTED)}
-    if found["recbole"] != RECBOLE:
+    versions = {name: _version(name) for name in ("recbole", *OLDEST, *IMPORTED)}
+    if versions["recbole"] != RECBOLE:
         # With what it asks for, RecBole cannot be installed from Python 3.12 on: see
         # docs/versions.md.
         refuse(
-            f"recbole-sdpo needs recbole {RECBOLE}, {_is(found['recbole'])}: pip install "
+            f"recbole-sdpo needs recbole {RECBOLE}, {_is(versions['recbole'])}: pip install "
             f"--no-deps recbole=={RECBOLE}"
         )
     for name, oldest in OLDEST.items():
-        if _numbers(found[name] or "0") < _numbers(oldest):
+        if _numbers(versions[name] or "0") < _numbers(oldest):
             refuse(
-                f"recbole-sdpo needs {name} {oldest} or later, {_is(found[name])}: pip install "
+                f"recbole-sdpo needs {name} {oldest} or later, {_is(versions[name])}: pip install "
                 f"'{name}>={oldest}'"
             )
-    if missing := " ".join(name for name in IMPORTED if found[name] is None):
+    if missing := " ".join(name for name in IMPORTED if versions[name] is None):
         refuse(f"recbole-sdpo needs {missing}, {_is(None)}: pip install {missing}")
 
 

@@ -20,6 +20,7 @@ import transformers
 from accelerate import PartialState
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.dataloader.general_dataloader import FullSortEvalDataLoader
+from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.trainer import Trainer
 from recbole.utils import dict2str, get_trainer, init_seed, set_color
 
@@ -168,13 +169,14 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     logger.info(described)
 
     # A trainer of RecBole's has its best weights on the first candidates in a file, or not at all.
-    selected = config.settings.more_candidates if ours or saved else loaders
-    selection = BestWeights(
+    modes = config.settings.more_candidates if ours or saved else loaders
+    best_weights = BestWeights(
         trainer,
-        {mode: loaders[mode][0] for mode in selected},
+        {mode: loaders[mode][0] for mode in modes},
         run_dir / FOLDER if ours and saved else None,
     )
-    stages, ranks = (_run_stages if ours else _fit)(trainer, train_data, loaders, selection, saved)
+    train = _run_stages if ours else _fit
+    stages, ranks = train(trainer, train_data, loaders, best_weights, saved)
     settings = recommender.settings if ours else config.settings  # the model's are complete
     own = {
         key: value
@@ -281,22 +283,23 @@ def _run_stages(
     trainer: Any,
     train_data: AbstractDataLoader,
     loaders: Loaders,
-    selection: BestWeights,
+    best_weights: BestWeights,
     saved: bool,
 ) -> tuple[dict, list]:
     show = trainer.config["show_progress"]
     trainer.prepare(train_data, *(loader for pair in loaders.values() for loader in pair))
     valid_data, _ = next(iter(loaders.values()))
-    stages, ranks = {}, []
+    stages: dict[str, dict] = {}
+    ranks: list[pd.DataFrame] = []
     for name in trainer.stages:
-        selection.begin(name, trainer.validated(name))
+        best_weights.begin(name, trainer.validated(name))
         trainer.rank_for(name)
         if name == "sdpo" and trainer.config["eval_step"] > 0:
-            selection()  # no epoch may be better than its start
+            best_weights()  # no epoch may be better than its start
         report = trainer.fit_stage(
-            name, train_data, valid_data, saved=saved, show_progress=show, callback_fn=selection
+            name, train_data, valid_data, saved=saved, show_progress=show, callback_fn=best_weights
         )
-        tests = _test(trainer, loaders, selection, name, ranks)
+        tests = _test(trainer, loaders, best_weights, name, ranks)
         stages[name] = {
             **vars(report),
             **_of_main(tests, _plain(report.valid)),
@@ -309,12 +312,13 @@ def _fit(
     trainer: Trainer,
     train_data: AbstractDataLoader,
     loaders: Loaders,
-    selection: BestWeights,
+    best_weights: BestWeights,
     saved: bool,
 ) -> tuple[dict, list]:
     valid_data, _ = next(iter(loaders.values()))
-    selection.begin("fit", validated=False)
-    began, ranks = time.time(), []
+    best_weights.begin("fit", validated=False)
+    began = time.time()
+    ranks: list[pd.DataFrame] = []
     # what is there afterwards this process has written
     Path(trainer.saved_model_file).unlink(missing_ok=True)
     _, valid = trainer.fit(
@@ -322,12 +326,12 @@ def _fit(
         valid_data,
         saved=saved,
         show_progress=trainer.config["show_progress"],
-        callback_fn=selection,
+        callback_fn=best_weights,
     )
     wall = time.time() - began
     if saved:
         compat.load_best(trainer)
-    tests = _test(trainer, loaders, selection, "fit", ranks)
+    tests = _test(trainer, loaders, best_weights, "fit", ranks)
     targets = len(train_data._dataset) * len(trainer.train_loss_dict)
     fit = {
         **_of_main(tests, _plain(valid)),
@@ -350,18 +354,18 @@ def _of_main(tests: dict[str, dict], valid: Any) -> dict[str, Any]:
 def _test(
     trainer: Trainer,
     loaders: Loaders,
-    selection: BestWeights,
+    best_weights: BestWeights,
     stage: str,
     ranks: list[pd.DataFrame],
 ) -> dict[str, dict]:
     """Metrics for each candidate set, of the weights that are best on it; the ranks behind them
     are added to ``ranks``."""
-    if trainer.config["eval_step"] > 0 and not selection.valid:
-        selection()  # nothing was trained: the weights are the best there are
-    kept, found = snapshot(trainer.model) if selection.loaders else {}, {}
+    if trainer.config["eval_step"] > 0 and not best_weights.valid:
+        best_weights()  # nothing was trained: the weights are the best there are
+    last_weights, metrics = snapshot(trainer.model) if best_weights.loaders else {}, {}
     for mode, (_, test_data) in loaders.items():
-        if mode in selection.valid:
-            selection.restore(mode)
+        if mode in best_weights.valid:
+            best_weights.restore(mode)
         tokens = test_data._dataset.field2id_token
         collected = (tokens[test_data._dataset.uid_field], tokens[test_data._dataset.iid_field])
         trainer.eval_collector.pop_ranks(*collected)  # those of the validations
@@ -372,14 +376,14 @@ def _test(
             trainer.eval_collector.pop_ranks(*collected).assign(stage=stage, candidates=mode)
         )
         getLogger().info(set_color(f"{stage} test {mode}", "yellow") + f": {dict2str(test)}")
-        found[mode] = {"valid": _plain(selection.valid.get(mode)), "test": _plain(test)}
-    restore(trainer.model, kept)
-    return found
+        metrics[mode] = {"valid": _plain(best_weights.valid.get(mode)), "test": _plain(test)}
+    restore(trainer.model, last_weights)
+    return metrics
 
 
 def _log_head(
     config: RunConfig,
-    model: torch.nn.Module,
+    model: AbstractRecommender,
     targets: int,
     test_data: AbstractDataLoader,
     sha256: dict[str, str],
@@ -442,11 +446,11 @@ def _table(result: dict[str, Any]) -> str:
     ] or list(tested)[:3]
     after = {"sft": "SFT", "sdpo": OBJECTIVES[result["settings"].get("objective", "sdpo")].title}
     rows = [("popularity", result["popularity"])]
-    for stage, found in result["stages"].items():
+    for stage, report in result["stages"].items():
         rows.append(
             (
                 f"{result['model']} after {after[stage]}" if stage in after else result["model"],
-                found["test"],
+                report["test"],
             )
         )
     if discount := result["settings"]["popularity_discount"]:
@@ -459,7 +463,7 @@ def _table(result: dict[str, Any]) -> str:
         ),
     ]
     return markdown_table(
-        head, [[label, *(found.get(name, "") for name in metrics)] for label, found in rows]
+        head, [[label, *(values.get(name, "") for name in metrics)] for label, values in rows]
     )
 
 

@@ -21,7 +21,7 @@ class Ragged:
     lengths: np.ndarray
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Sequence[int]]) -> Ragged:
+    def from_rows(cls, rows: Iterable[Sequence[int] | np.ndarray]) -> Ragged:
         """Pack ``rows``, any of which may be empty."""
         arrays = [np.asarray(row, dtype=np.int64) for row in rows]
         values = np.concatenate(arrays) if arrays else np.empty(0, np.int64)

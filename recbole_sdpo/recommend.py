@@ -215,11 +215,11 @@ class Recommender:
         return self._item_of[folded(title)]
 
 
-def _nearest(name: str, known: dict[str, object]) -> str:
+def _nearest(name: str, known: Mapping[str, object]) -> str:
     """How the error about an unknown name ends."""
     near = difflib.get_close_matches(name, known, 3, 0.5)
     # NumPy's text, as of the ids of the data, has a repr of its own.
-    names = [repr(str(known[found] if isinstance(known[found], str) else found)) for found in near]
+    names = [repr(str(known[key] if isinstance(known[key], str) else key)) for key in near]
     return f"; the nearest are {', '.join(names)}." if near else ", and nothing there is like it."
 
 

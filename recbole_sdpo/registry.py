@@ -71,22 +71,22 @@ def default_settings(dataset: str) -> dict[str, Any]:
 def add_defaults(config: Config, defaults: dict[str, Any]) -> None:
     """Put ``defaults`` under what the user gave, key by key in the settings that are
     dictionaries."""
-    internal, given = config.internal_config_dict, config.external_config_dict
+    internal, external = config.internal_config_dict, config.external_config_dict
     internal |= defaults
     if internal["load_col"] == RECBOLE_LOADS:
         fields = [
-            given.get(key, internal[key])
+            external.get(key, internal[key])
             for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")
         ]
         internal["load_col"] = {"inter": fields}
-    if given.get("field_separator") == "\\t":  # as a shell hands it on
-        given["field_separator"] = "\t"
-    check_given(given, internal, config.model)
+    if external.get("field_separator") == "\\t":  # as a shell hands it on
+        external["field_separator"] = "\t"
+    check_given(external, internal, config.model)
     for key in ("data_path", "checkpoint_dir"):
-        if key in given:
-            given[key] = os.path.expanduser(given[key])
-    given |= merged_parts(internal, given)
-    mode = given.get("eval_args", internal["eval_args"])["mode"]
+        if key in external:
+            external[key] = os.path.expanduser(external[key])
+    external |= merged_parts(internal, external)
+    mode = external.get("eval_args", internal["eval_args"])["mode"]
     if internal["train_neg_sample_args"] is None and "labeled" not in str(mode):
         # RecBole's context-aware models learn from labels in their data; ranked among samples, they
         # learn from samples.

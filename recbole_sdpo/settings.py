@@ -196,13 +196,22 @@ class StageSettings:
 
         Where batches make a step, as many as are given, no device has a say in them.
         """
-        given = {key: value for key, value in vars(self).items() if value is not None}
+        own = {key: value for key, value in vars(self).items() if value is not None}
         if self.gradient_accumulation > 1:
-            given = {"tokens_per_batch": TOKENS_PER_BATCH} | given
-        chosen = {**suited, **given}
-        if "tokens_per_batch" in given and self.targets_per_step is None:
+            own = {"tokens_per_batch": TOKENS_PER_BATCH} | own
+        chosen = {**suited, **own}
+        if "tokens_per_batch" in own and self.targets_per_step is None:
             chosen.pop("targets_per_step", None)
         return replace(self, **chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompleteStage(StageSettings):
+    """Settings of a stage with what suits it in place of null."""
+
+    epochs: int
+    learning_rate: float
+    tokens_per_batch: int
 
 
 # For scratch tuned on the validation set of ml-100k, the second stage for S-DPO with 15 uniform
@@ -465,15 +474,15 @@ class Settings:
         stages = {stage: getattr(self, stage).completed(suited[stage]) for stage in suited}
         return replace(self, **stages)
 
-    def suited_to_device(self, training: int, scoring: int) -> Settings:
-        """With so many tokens to a batch in place of null."""
+    def suited_to_device(self, training: int, scoring: int) -> CompleteSettings:
+        """With so many tokens to a batch in place of null; the rest suits a backbone already."""
         suited = {"tokens_per_batch": training}
-        return replace(
-            self,
-            sft=self.sft.completed(suited),
-            sdpo=self.sdpo.completed(suited),
-            eval_tokens_per_batch=self.eval_tokens_per_batch or scoring,
-        )
+        complete = {
+            "sft": CompleteStage(**vars(self.sft.completed(suited))),
+            "sdpo": CompleteStage(**vars(self.sdpo.completed(suited))),
+            "eval_tokens_per_batch": self.eval_tokens_per_batch or scoring,
+        }
+        return CompleteSettings(**vars(self) | complete)
 
     def to_flat(self) -> dict[str, Any]:
         """All settings under the names that a configuration uses."""
@@ -492,6 +501,15 @@ class Settings:
     def targets_limit(self, stage: str) -> int | None:
         """Training targets to an epoch of ``stage``, or None for all."""
         return (self.sdpo_max_train_targets if stage == "sdpo" else None) or self.max_train_targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompleteSettings(Settings):
+    """Settings that suit a backbone and a device (:meth:`Settings.suited_to_device`)."""
+
+    sft: CompleteStage
+    sdpo: CompleteStage
+    eval_tokens_per_batch: int
 
 
 @dataclass(frozen=True)

@@ -352,7 +352,7 @@ def test_what_is_not_given_suits_the_backbone():
         and scratch.sdpo.epochs > other.sdpo.epochs
     )
     assert (
-        scratch.suited_to_device(4096, 8192).sft == scratch.sft
+        vars(scratch.suited_to_device(4096, 8192).sft) == vars(scratch.sft)
         and scratch.sft.tokens_per_batch == 1024
     )
 

@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import date
 from decimal import Decimal
@@ -171,7 +171,7 @@ def write_atomic(
 def _read(
     source: pd.DataFrame | str | Path,
     what: str,
-    wanted: dict[str, Sequence[str]],
+    wanted: Mapping[str, Sequence[str]],
     separator: str | None,
     encoding: str | None,
 ) -> tuple[pd.DataFrame, str]:

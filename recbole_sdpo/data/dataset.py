@@ -381,8 +381,8 @@ def build(self: Dataset) -> list[Dataset]:
 
 def _check_parts(self: Dataset, parts: Sequence[Dataset]) -> None:
     split = self.config["eval_args"]["split"]
-    kept = {"valid_only": (0, 1), "test_only": (0, 2)}.get(split.get("LS"), (0, 1, 2))
-    for number in kept if self.benchmark_filename_list is None else ():
+    numbers = {"valid_only": (0, 1), "test_only": (0, 2)}.get(split.get("LS"), (0, 1, 2))
+    for number in numbers if self.benchmark_filename_list is None else ():
         if len(parts[number]) == 0:
             what = ("train", "validate", "test")[number]
             need = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,16 +53,13 @@ class Templates:
             known = ", ".join(domains)
             raise UserError(f"prompt_templates={name!r} must be one of {known}, or a .yaml file.")
         content = read_yaml(path, f"prompt_templates={name!r}")
-        templates = content.get("candidates") if isinstance(content, dict) else None
-        texts = (
-            [content.get("header"), *templates]
-            if isinstance(templates, list) and templates
-            else [None]
-        )
-        if not all(isinstance(text, str) for text in texts) or set(content) != {
-            "header",
-            "candidates",
-        }:
+        header, templates = content.get("header"), content.get("candidates")
+        if (
+            set(content) != {"header", "candidates"}
+            or not isinstance(templates, list)
+            or not templates
+            or not all(isinstance(text, str) for text in (header, *templates))
+        ):
             raise UserError(
                 f"prompt_templates={name!r} must hold the keys 'header' (text) and 'candidates' "
                 "(a list of texts)."
@@ -231,21 +227,21 @@ def _with_header(rows: Ragged, header: int) -> Ragged:
     return Ragged(np.insert(rows.values, rows.starts, header), rows.lengths + 1)
 
 
-def batches(sizes: np.ndarray, budget: int, order: Sequence[int] | None = None) -> list[np.ndarray]:
+def batches(sizes: np.ndarray, budget: int, order: np.ndarray | None = None) -> list[np.ndarray]:
     """Cut rows into batches whose padded size (longest row times rows) stays within ``budget``; a
     longer row goes alone.
 
     Args:
         sizes: int ``[rows]``, tokens in each row.
-        order: the rows to use, in the order to take them; sorted by size if left out.
+        order: int64, the rows to use, in the order to take them; sorted by size if left out.
     """
-    order = np.argsort(sizes, kind="stable") if order is None else np.asarray(order)
+    rows = np.argsort(sizes, kind="stable") if order is None else order
     cut, first = [], 0
-    while first < len(order):
+    while first < len(rows):
         # No more than ``budget`` rows of one token each can fit.
-        longest = np.maximum.accumulate(sizes[order[first : first + budget]])
+        longest = np.maximum.accumulate(sizes[rows[first : first + budget]])
         padded = longest * np.arange(1, len(longest) + 1)
         stop = first + max(1, int(np.searchsorted(padded, budget, side="right")))
-        cut.append(order[first:stop])
+        cut.append(rows[first:stop])
         first = stop
     return cut

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import pandas as pd
 from recbole.data.dataset import SequentialDataset
 
 
@@ -20,6 +21,8 @@ class ServedDataset(SequentialDataset):
         users_left_out: for each user whose events a filter leaves out, its name.
         items_left_out: the items that ``item_inter_num_interval`` leaves out.
     """
+
+    inter_feat: pd.DataFrame
 
     def _get_preset(self) -> None:
         super()._get_preset()

@@ -136,16 +136,18 @@ class RankCollector(TitleCollector):
                     "for answers use recbole_sdpo.quick_start.run."
                 )
             candidates = interaction[self.config["ITEM_ID_FIELD"]].view(-1, each).cpu().numpy()
-            batch["answer"], batch["named"] = self._ask(first, candidates)
+            batch["answer"], batch["named"] = self._ask(self.writer, first, candidates)
         self._batches.append(batch)
         return scores
 
-    def _ask(self, rows: Interaction, candidates: np.ndarray) -> tuple[list[str], list[int]]:
+    def _ask(
+        self, writer: Writer, rows: Interaction, candidates: np.ndarray
+    ) -> tuple[list[str], list[int]]:
         """The answers, and the items that they name or 0; the metrics are told.
 
         The target is the first of its candidates.
         """
-        answers, titles = self.writer.answers(rows, candidates), self.writer.catalogue.titles
+        answers, titles = writer.answers(rows, candidates), writer.catalogue.titles
         places = [
             named(answer, [titles[item] for item in row])
             for answer, row in zip(answers, candidates, strict=True)

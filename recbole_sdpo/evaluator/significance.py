@@ -91,8 +91,8 @@ def _test(
 def holm(p: Sequence[float]) -> np.ndarray:
     """Holm's correction (1979): adjusted p-values, float64, which bound the chance of any false
     rejection among all of them."""
-    p = np.asarray(p, float)
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    raw = np.asarray(p, float)
+    order = np.argsort(raw, kind="stable")
+    adjusted = np.empty_like(raw)
+    adjusted[order] = np.minimum(np.maximum.accumulate(raw[order] * np.arange(len(p), 0, -1)), 1)
     return adjusted

@@ -8,7 +8,7 @@ import itertools
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -95,17 +95,18 @@ class Experiment:
         Raises:
             UserError: there is no such file, or a key, a name or a value in it is wrong.
         """
-        given, overrides = _read(file), check_values(overrides or {})
-        _check_keys(given, cls, str(file), {"dataset", "runs"})
-        if not given["runs"]:
+        content, overrides = _read(file), check_values(overrides or {})
+        _check_keys(content, cls, str(file), {"dataset", "runs"})
+        if not content["runs"]:
             raise UserError(f"{file} has no runs; give one or more, each with a name.")
-        _check_trust(str(file), given)
+        _check_trust(str(file), content)
         entries = []
-        for number, run in enumerate(given["runs"]):
+        for number, run in enumerate(content["runs"]):
             _check_keys(run, Entry, f"run {number + 1} of {file}", {"name"}, without={"axis"})
             _check_trust(f"run {number + 1} of {file}", run)
             entries.append(with_settings(Entry(**run), overrides))
-        experiment = cls(**{"title": file.stem} | given | {"runs": entries})
+        parts: dict[str, Any] = {"title": file.stem} | content | {"runs": entries}
+        experiment = cls(**parts)
         try:
             experiment._check()
         except UserError as error:
@@ -311,7 +312,7 @@ def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
         elif settings != alone:
             return _resolved(entry, dataset, alone)
     inputs = Inputs.of(config)
-    name = identity(config, inputs, start and start.identity)
+    name = identity(config, inputs, start.identity if start else None)
     return Run(entry.name, entry.model, dataset, settings["seed"], settings, name, start, inputs)
 
 
@@ -354,22 +355,22 @@ def _read(file: Path, depth: int = 0, asked_by: Path | None = None) -> Settings:
             f"{what} does not exist; it must be a YAML file, such as those in "
             f"{Path(recbole_sdpo.__path__[0]) / 'configs'}."
         )
-    given = read_yaml(file, what)
-    if "base" not in given:
-        return given
-    name = given.pop("base")
+    content = read_yaml(file, what)
+    if "base" not in content:
+        return content
+    name = content.pop("base")
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{file}: base={shown(name)} must be the name of a file beside it.")
     if depth > 8:
         raise UserError(
             f"{file}: base={name!r} goes on for ever: files cannot be each other's base."
         )
-    base, settings = _read(file.parent / name, depth + 1, file), given.get("settings", {})
+    base, settings = _read(file.parent / name, depth + 1, file), content.get("settings", {})
     below = base.get("settings", {})
     for where, mapping in ((file.parent / name, below), (file, settings)):
         if not isinstance(mapping, dict):
             raise UserError(f"{where}: settings={shown(mapping)} must be a mapping.")
-    return base | given | {"settings": _over(below, settings)}
+    return base | content | {"settings": _over(below, settings)}
 
 
 def written(file: Path) -> str:
@@ -380,9 +381,9 @@ def written(file: Path) -> str:
 
 
 def _check_keys(
-    given: Any, kind: type, where: str, needed: set[str], without: set[str] = frozenset()
+    given: Any, kind: type, where: str, needed: set[str], without: Collection[str] = ()
 ) -> None:
-    known = {f.name: f.type for f in fields(kind) if f.name not in without}
+    known = {f.name: str(f.type) for f in fields(kind) if f.name not in without}
     if not isinstance(given, dict):
         raise UserError(
             f"{where} must be a mapping with the keys {', '.join(known)}, not {shown(given)}."

@@ -41,7 +41,8 @@ def run_experiment(
     Raises:
         UserError: a setting of any run is wrong; nothing has run yet.
     """
-    experiment, runner, failures = Experiment.load(file, overrides), Runner(STORE, jobs), []
+    experiment, runner = Experiment.load(file, overrides), Runner(STORE, jobs)
+    failures: list[Failure] = []
     text = written(file)  # as it is now, whatever becomes of it until all have run
     check_writable(output)
     runs = plan(experiment)  # which checks all settings before any run begins
@@ -65,7 +66,7 @@ def _finished(experiment: Experiment, runner: Runner, runs: list[Run]) -> list[F
     finished = []
     for run in runs:
         if runner.done(run) and (run.start is None or runner.done(run.start)):
-            start = run.start and runner.folder(run.start)
+            start = runner.folder(run.start) if run.start else None
             folder, axis = runner.folder(run), axes[run.name]
             finished.append(FinishedRun.read(folder, start, run.name, axis, run.seed))
     return finished

@@ -120,8 +120,9 @@ class _Search:
 
     def _best(self, name: str | None) -> Settings:
         """The first of the best, or nothing for an entry that is not tuned."""
-        tries = self.tries.get(name)
-        return max(tries, key=lambda one: one.score).settings if tries else {}
+        if name not in self.tries:
+            return {}
+        return max(self.tries[name], key=lambda one: one.score).settings
 
     def _with(self, entry: Entry, point: Settings) -> Entry:
         of_sft = self._best(self.sft_row.get(entry.name))

@@ -17,9 +17,9 @@ def end_with_parent() -> None:
     The kernel closes the experiment's end of the pipe whatever it died of. Linux' own signal at a
     parent's death comes at the end of the parent's *thread* instead.
     """
-    given = os.environ.pop(LIFELINE, None)
-    if given is not None:
-        threading.Thread(target=_watch, args=(int(given),), name="lifeline", daemon=True).start()
+    lifeline = os.environ.pop(LIFELINE, None)
+    if lifeline is not None:
+        threading.Thread(target=_watch, args=(int(lifeline),), name="lifeline", daemon=True).start()
 
 
 def _watch(lifeline: int) -> None:

@@ -39,7 +39,8 @@ log-probability after the column's token is asked for::
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,9 +96,11 @@ class Forest:
         return self._with_each(Tensor.pin_memory)
 
     def _with_each(self, move: Callable[[Tensor], Tensor]) -> Forest:
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
-        return replace(self, **{name: move(part) for name, part in tensors.items()})
+        parts = vars(self).items()
+        moved: dict[str, Any] = {
+            name: move(part) for name, part in parts if isinstance(part, Tensor)
+        }
+        return replace(self, **moved)
 
     def attention(self, window: int | None = None) -> Tensor:
         """bool ``[B, L, L]``: may token ``i`` (dim 1) attend to ``j`` (dim 2)?
@@ -144,10 +147,19 @@ def plant(
     np.maximum.at(lengths, tree, start + np.minimum(follows, responses.lengths - 1))
     trunks = trunks.cut(np.arange(len(trunks)), np.zeros_like(lengths), lengths)
     layout = _lay_out(trunks, branches, multiple)
-    states, edges = _ask(layout, trunks, tree, start, follows, branches, responses)
+    states, (state, token, response, step) = _ask(
+        layout, trunks, tree, start, follows, branches, responses
+    )
     return Forest(
-        *map(torch.from_numpy, (layout.tokens, layout.positions, layout.end, states, *edges)),
-        first_edge=np.searchsorted(edges[0], np.arange(len(states) + 1)),
+        tokens=torch.from_numpy(layout.tokens),
+        positions=torch.from_numpy(layout.positions),
+        end=torch.from_numpy(layout.end),
+        states=torch.from_numpy(states),
+        edge_state=torch.from_numpy(state),
+        edge_token=torch.from_numpy(token),
+        edge_response=torch.from_numpy(response),
+        edge_step=torch.from_numpy(step),
+        first_edge=np.searchsorted(state, np.arange(len(states) + 1)),
         steps=int(responses.lengths.max(initial=0)),
         responses=len(responses),
         chains=not branches.fresh.any(),

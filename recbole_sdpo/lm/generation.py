@@ -110,6 +110,6 @@ def line_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _after_end(answers: np.ndarray, ends: Sequence[int], limit: int) -> np.ndarray:
     ended = np.isin(answers, ends)
     before = np.cumsum(ended, axis=1) - ended > 0
-    kept = np.full((len(answers), limit), NOTHING, np.int64)
-    kept[:, : answers.shape[1]] = np.where(before, NOTHING, answers)
-    return kept
+    lines = np.full((len(answers), limit), NOTHING, np.int64)
+    lines[:, : answers.shape[1]] = np.where(before, NOTHING, answers)
+    return lines

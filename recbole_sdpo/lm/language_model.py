@@ -160,15 +160,15 @@ class LanguageModel(nn.Module):
             attention = self._attention(forest)
         if not self._shared:
             return self(forest, attention), self.reference_logps(forest, attention)
-        found: list = []
+        outputs: list = []
         hook = self._layers[self._shared - 1].register_forward_hook(
-            lambda layer, args, output: found.append(output)
+            lambda layer, args, output: outputs.append(output)
         )
         try:
             policy = self(forest, attention)
         finally:
             hook.remove()
-        with self._below_gives(found[0]):
+        with self._below_gives(outputs[0]):
             return policy, self.reference_logps(forest, attention)
 
     @contextmanager
@@ -283,7 +283,7 @@ class LanguageModel(nn.Module):
                     Ragged.from_rows(responses),
                 )
                 forest = forest.to(device)
-                found = self._response_logps(
+                scores = self._response_logps(
                     model, forest, attention_inputs(model, forest, choice)
                 ).double()
         except (MemoryError, torch.OutOfMemoryError):
@@ -299,11 +299,11 @@ class LanguageModel(nn.Module):
         # a GPU's products have 10 bits (TF32)
         tolerance = 5e-2 if not exact else 1e-2 if device.type == "cuda" else 1e-3
         truth = torch.stack(expected)
-        if not torch.allclose(found, truth, rtol=tolerance, atol=tolerance):
+        if not torch.allclose(scores, truth, rtol=tolerance, atol=tolerance):
             raise UserError(
                 f"backbone {model.config.model_type!r} scores a tree otherwise than one sequence "
                 "at a time, by up to "
-                f"{float((found - truth).abs().max()):.2g}: its positions, masks or logits are of "
+                f"{float((scores - truth).abs().max()):.2g}: its positions, masks or logits are of "
                 f"a kind not known here; {VALID}"
             )
 

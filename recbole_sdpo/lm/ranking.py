@@ -202,10 +202,10 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
     first = degree.cumsum(0) - degree
     # The log-probability of each prefix and, after the nodes, of each title; -inf for what is not
     # known yet.
-    found = torch.full(
+    table = torch.full(
         (len(prompts), nodes + len(catalogue)), -torch.inf, device=lm.device, dtype=_dtype(lm)
     )
-    found[:, 0] = 0
+    table[:, 0] = 0
     # known, but not what follows
     frontier = torch.zeros(len(prompts), nodes, dtype=torch.bool, device=lm.device)
 
@@ -220,7 +220,7 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
             + first[opened][state]
         )
         logps = prompted.logps(hidden, state, token[edge])
-        found[rows[state], leads_to[edge]] = found[rows, opened][state] + logps
+        table[rows[state], leads_to[edge]] = table[rows, opened][state] + logps
         frontier[rows, opened] = False
         inner = leads_to[edge] < nodes
         frontier[rows[state][inner], leads_to[edge][inner]] = True
@@ -229,9 +229,9 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
     expand(active, torch.zeros_like(active), prompted.root)
     width = k
     while True:
-        bounds = found[active, :nodes]
+        bounds = table[active, :nodes]
         bounds = bounds.masked_fill(~frontier[active] | bounds.isnan(), -torch.inf)
-        kth = found[active, nodes:].topk(k).values[:, -1:]
+        kth = table[active, nodes:].topk(k).values[:, -1:]
         bounds, best = bounds.topk(min(width, nodes))
         promising = (bounds >= kth) & (bounds > -torch.inf)
         unfinished = promising.any(1)
@@ -242,14 +242,14 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
             active, best, promising = active[unfinished], best[unfinished], promising[unfinished]
         most = int(promising.sum(1).max())  # sorted: the first of each row
         if prompted.nodes.shape[1] + most > NODES_AT_ONCE:
-            found[active, nodes:] = score_all(lm, prompts.take(active.cpu().numpy()), catalogue)
+            table[active, nodes:] = score_all(lm, prompts.take(active.cpu().numpy()), catalogue)
             break
         best, promising = best[:, :most], promising[:, :most]
         hidden = prompted.extend(tree, best.where(promising, -1))
         expand(active[:, None].expand_as(best)[promising], best[promising], hidden[promising])
         width *= 2
 
-    prefix, titles, depth = found[:, :nodes], found[:, nodes:], tree.positions[0]
+    prefix, titles, depth = table[:, :nodes], table[:, nodes:], tree.positions[0]
     inner = leads_to < nodes
     parent = torch.zeros(nodes, dtype=torch.long, device=lm.device)
     parent[leads_to[inner]] = start[inner]

@@ -100,15 +100,15 @@ def _cut(tokenizer: PreTrainedTokenizerBase, text: str, control: set[int]) -> li
     while left:
         clean, row, dirty, tried = 0, [], len(left) + 1, len(left)
         while dirty - clean > 1:
-            (found,) = _ids(tokenizer, [left[:tried]])
-            if control.isdisjoint(found):
-                clean, row = tried, found
+            (attempt,) = _ids(tokenizer, [left[:tried]])
+            if control.isdisjoint(attempt):
+                clean, row = tried, attempt
             else:
                 dirty = tried
             tried = (clean + dirty) // 2
         if not clean:
             token = tokenizer.convert_ids_to_tokens(
-                next(token for token in found if token in control)
+                next(token for token in attempt if token in control)
             )
             raise UserError(
                 f"tokenizer {name_of(tokenizer)} makes the control token {token!r} of {left[0]!r} "

@@ -45,7 +45,7 @@ from recbole_sdpo.model.encoder import TERMINATOR, Encoder, title_lines
 from recbole_sdpo.objectives import OBJECTIVES, Logps
 from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import derive_seed, generator
-from recbole_sdpo.settings import NO_FULL_RANKING, Settings
+from recbole_sdpo.settings import NO_FULL_RANKING, CompleteSettings, Settings
 
 TARGET_ROW = "target_row"
 """Column of an evaluation batch: the number of the target, from 0, that a row's item is a
@@ -67,8 +67,8 @@ class SDPOLLM(SequentialRecommender):
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        self.settings: Settings = getattr(config, "settings", None) or check_settings(config)
-        settings, self.config = self.settings, config
+        settings: Settings = getattr(config, "settings", None) or check_settings(config)
+        self.config = config
         self.seed: int = config["seed"]
         self.window: int = config["MAX_ITEM_LIST_LENGTH"] + 1
         negatives = config["train_neg_sample_args"]
@@ -111,7 +111,9 @@ class SDPOLLM(SequentialRecommender):
         self.lm = load_backbone(
             self.backbone, self.device, tokenizer, lambda purpose: derive_seed(self.seed, purpose)
         )
-        self.settings = settings.suited_to_device(*tokens_at_once(self.lm.causal_lm))
+        self.settings: CompleteSettings = settings.suited_to_device(
+            *tokens_at_once(self.lm.causal_lm)
+        )
         self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer, self.lm.row_multiple)
         # Candidates in an evaluation prompt stand in one order of all items, begun for each user at
         # another place.
@@ -129,22 +131,20 @@ class SDPOLLM(SequentialRecommender):
             sampler: RecBole's sampler of training negatives.
             negatives: how many to draw for a target, or 0 for a stage that needs none.
         """
-        drawn, settings, dataset = (
-            self._negative_sampler(dataset, sampler),
-            self.settings,
-            self._trained_on(dataset),
-        )
+        settings, trained_on = self.settings, self._trained_on(dataset)
+        examples: Examples
         if settings.prompt_style == "history":
-            examples = HistoryExamples(dataset, self.window, self.units, drawn, negatives)
-        else:
-            examples = CandidateExamples(
-                dataset, settings.prompt_candidates, self.units, drawn, negatives
+            negative_sampler = self._negative_sampler(dataset, sampler) if negatives else None
+            examples = HistoryExamples(
+                trained_on, self.window, self.units, negative_sampler, negatives
             )
-        return (
-            FixedExamples(examples, self.seed)
-            if settings.fixed_negatives and negatives
-            else examples
-        )
+        else:
+            negative_sampler = self._negative_sampler(dataset, sampler)
+            examples = CandidateExamples(
+                trained_on, settings.prompt_candidates, self.units, negative_sampler, negatives
+            )
+        fixed = settings.fixed_negatives and negatives
+        return FixedExamples(examples, self.seed) if fixed else examples
 
     def targets_per_epoch(self, dataset: Dataset) -> int:
         """Training targets to an epoch of SFT."""
@@ -186,21 +186,18 @@ class SDPOLLM(SequentialRecommender):
         wanted = {"train_neg_sample_args": self.negatives * self.draws, "prompt_candidates": shown}
         for setting, number in wanted.items():
             if number:
-                drawn = self._negative_sampler(dataset, sampler, setting)
-                drawn.check(rows[self.USER_ID].numpy(), rows[self.ITEM_ID].numpy(), number)
+                self._negative_sampler(dataset, sampler, setting).check(
+                    rows[self.USER_ID].numpy(), rows[self.ITEM_ID].numpy(), number
+                )
 
     def _negative_sampler(
         self,
         dataset: Dataset,
-        sampler: AbstractSampler | None,
+        sampler: AbstractSampler,
         setting: str = "train_neg_sample_args",
-    ) -> NegativeSampler | None:
+    ) -> NegativeSampler:
         users = dataset.field2id_token[dataset.uid_field]
-        return (
-            NegativeSampler(sampler, self.catalogue, met_items(dataset), setting, users)
-            if sampler
-            else None
-        )
+        return NegativeSampler(sampler, self.catalogue, met_items(dataset), setting, users)
 
     def logps(
         self, forest: Forest, width: int, reference: bool, known: Tensor | None = None
@@ -337,7 +334,7 @@ class SDPOLLM(SequentialRecommender):
                 write(self.lm, prompts.take(rows), limit, self._line_ends, among)
             ).to(self.lm.device)
 
-        found = (
+        answers = (
             self._in_batches(prompts.lengths + limit, limit, answer, dtype=torch.int64)
             .cpu()
             .numpy()
@@ -345,7 +342,7 @@ class SDPOLLM(SequentialRecommender):
         if constrained:  # whatever the tokenizer makes of its tokens
             written = (
                 titles.take(np.arange(self.n_items)).padded(NOTHING, limit)[candidates]
-                == found[:, None]
+                == answers[:, None]
             ).all(2)
             # its place would be that of the first candidate, the target
             if not written.any(1).all():
@@ -358,7 +355,7 @@ class SDPOLLM(SequentialRecommender):
                 for item in candidates[np.arange(len(candidates)), written.argmax(1)]
             ]
         texts = self.lm.tokenizer.batch_decode(
-            [row[row != NOTHING] for row in found], skip_special_tokens=True
+            [row[row != NOTHING] for row in answers], skip_special_tokens=True
         )
         return [text.split(TERMINATOR)[0] for text in texts]
 
@@ -391,10 +388,10 @@ class SDPOLLM(SequentialRecommender):
         """Log-probabilities of ``items [T, C]``, for each tree's targets together."""
 
         def score(trees: np.ndarray) -> Tensor:
-            found = self.lm(
+            logps = self.lm(
                 self.encoder.forest(prompts.select(trees), items[prompts.target_index(trees)])
             )
-            return found.view(-1, items.shape[1])
+            return logps.view(-1, items.shape[1])
 
         return self._in_batches(
             self.encoder.sizes(prompts, items), items.shape[1], score, prompts.target_index

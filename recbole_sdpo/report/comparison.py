@@ -29,7 +29,7 @@ class FinishedRun:
         result: ``result.json``.
         ranks: of its last stage, ``ranks.csv``: user, item, rank, candidates, and maybe answer and
             named.
-        steps: ``steps.csv``, or None for models without.
+        steps: ``steps.csv``, or no rows for models without.
         wall_s: seconds of training and validation, those of the SFT that it began from included.
     """
 
@@ -38,7 +38,7 @@ class FinishedRun:
     seed: int
     result: dict[str, Any]
     ranks: pd.DataFrame
-    steps: pd.DataFrame | None
+    steps: pd.DataFrame
     wall_s: float
 
     @classmethod
@@ -58,14 +58,13 @@ class FinishedRun:
         result, *before = (read_result(part) for part in (folder, start) if part)
         text = {"user": str, "item": str, "answer": str, "named": str}
         ranks = pd.read_csv(folder / "ranks.csv", dtype=text, keep_default_na=False)
-        steps = folder / "steps.csv"
+        file = folder / "steps.csv"
+        steps = pd.read_csv(file) if file.is_file() else pd.DataFrame({"stage": []})
         ranks = ranks[ranks["stage"] == list(result["stages"])[-1]]
         wall_s = sum(
             stage["wall_s"] for part in (result, *before) for stage in part["stages"].values()
         )
-        return cls(
-            name, axis, seed, result, ranks, pd.read_csv(steps) if steps.is_file() else None, wall_s
-        )
+        return cls(name, axis, seed, result, ranks, steps, wall_s)
 
 
 @dataclass
@@ -101,7 +100,7 @@ class Row:
 
     def std(self, metric: str) -> float:
         """Over seeds, of the sample; not a number for a single seed."""
-        over_users = self.users[metric].mean(1) if metric in self.users else ()
+        over_users = self.users[metric].mean(1) if metric in self.users else np.empty(0)
         return float(over_users.std(ddof=1)) if len(over_users) > 1 else float("nan")
 
     def significant(self, metric: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import matplotlib
@@ -43,10 +44,13 @@ RESULT_KEYS = (
 )
 """Of each run's ``result.json``, what ``results.jsonl`` has."""
 
-ENDS = {"png": {"format": "png", "dpi": 150}, "svg": {"format": "svg", "metadata": {"Date": None}}}
+ENDS: dict[str, dict[str, Any]] = {
+    "png": {"format": "png", "dpi": 150},
+    "svg": {"format": "svg", "metadata": {"Date": None}},
+}
 """Files of a figure."""
 
-PAGE_PNG = {"format": "png", "dpi": 96}
+PAGE_PNG: dict[str, Any] = {"format": "png", "dpi": 96}
 """The figure in the page."""
 
 PAGE = """<!doctype html>
@@ -151,16 +155,16 @@ def _figures(
     comparisons: Sequence[Comparison], runs: Sequence[FinishedRun]
 ) -> dict[str, Callable[[], Figure]]:
     """How each figure is drawn, by its name."""
-    ways = {f"bars-{table.candidates}": partial(figures.bars, table) for table in comparisons}
+    ways: dict[str, Callable[[], Figure]] = {
+        f"bars-{table.candidates}": partial(figures.bars, table) for table in comparisons
+    }
     for setting in dict.fromkeys(row.axis[1] for row in comparisons[0].rows if row.axis):
         name = re.sub(r"[^\w-]+", "_", setting.split(".")[-1])  # of a file
         ways[f"by-{name}"] = partial(figures.sweep, comparisons, setting)
-    with_steps = [
-        run for run in runs if run.steps is not None and len(figures.alignment_steps(run))
-    ]
     first_seeds: dict[str, FinishedRun] = {}
-    for run in with_steps:
-        first_seeds.setdefault(run.name, run)
+    for run in runs:
+        if len(figures.alignment_steps(run)):
+            first_seeds.setdefault(run.name, run)
     if aligned := list(first_seeds.values()):
         ways["curves"] = partial(figures.curves, aligned)
         ways["hardest-negative"] = partial(figures.hardest_weight, aligned)

@@ -82,12 +82,13 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
         )
     )
     for comparison, line in zip(comparisons, panels):
-        swept = [row for row in comparison.rows if row.axis and row.axis[1] == setting]
+        swept = [(*row.axis, row) for row in comparison.rows if row.axis and row.axis[1] == setting]
+        # In the order of the file, at equal distances.
+        values = list(dict.fromkeys(str(value) for _, _, value, _ in swept))
         for axes, metric in zip(line, metrics):
-            # In the order of the file, at equal distances.
-            values = list(dict.fromkeys(str(row.axis[2]) for row in swept))
             for name in names:
-                _line(axes, [row for row in swept if row.axis[0] == name], metric, values)
+                rows = {values.index(str(value)): row for of, _, value, row in swept if of == name}
+                _line(axes, rows, metric)
             axes.set_xticks(range(len(values)), map(_short, values))
             axes.set(xlabel=setting.split(".")[-1], ylabel=metric, title=comparison.candidates)
             axes.grid(alpha=0.3)
@@ -95,12 +96,12 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
     return figure
 
 
-def _line(axes, rows: list[Row], metric: str, values: list[str]) -> None:
-    spread, means = [row.std(metric) for row in rows], [row.mean(metric) for row in rows]
-    places = [values.index(str(row.axis[2])) for row in rows]
+def _line(axes: Axes, rows: dict[int, Row], metric: str) -> None:
+    """A point for each of ``rows``, at its place."""
+    spread = [row.std(metric) for row in rows.values()]
     axes.errorbar(
-        places,
-        means,
+        list(rows),
+        [row.mean(metric) for row in rows.values()],
         yerr=None if np.isnan(spread).all() else spread,
         marker="o",
         capsize=3,

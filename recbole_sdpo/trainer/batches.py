@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.model.encoder import Encoder
 from recbole_sdpo.ragged import exclusive_cumsum, places
 from recbole_sdpo.random import generator
-from recbole_sdpo.settings import StageSettings
+from recbole_sdpo.settings import CompleteStage
 
 SORTED_TOGETHER = 256
 """Trees, for each 1,024 tokens of a batch, that are sorted by size together, so that it holds trees
@@ -64,7 +64,7 @@ class StageBatches:
     """
 
     stage: str
-    settings: StageSettings
+    settings: CompleteStage
     limit: int | None
     examples: Examples
     encoder: Encoder
@@ -83,14 +83,13 @@ class StageBatches:
         if self.limit is not None:
             seen = np.cumsum(self.examples.targets[order])
             order = order[: 1 + int(np.searchsorted(seen, self.limit))]
-        if self.settings.targets_per_step:
-            return self._of_equal_steps(order)
+        if each := self.settings.targets_per_step:
+            return self._of_equal_steps(order, each)
         return self._of_equal_batches(order, rng)
 
-    def _of_equal_steps(self, order: np.ndarray) -> Plan:
-        """As many targets to a step as are asked for, in as many batches as they need."""
-        before = exclusive_cumsum(self.examples.targets[order])
-        step = before // self.settings.targets_per_step
+    def _of_equal_steps(self, order: np.ndarray, each: int) -> Plan:
+        """``each`` targets to a step, in as many batches as they need."""
+        step = exclusive_cumsum(self.examples.targets[order]) // each
         return [self.cut(trees) for trees in np.split(order, np.flatnonzero(np.diff(step)) + 1)]
 
     def _of_equal_batches(self, order: np.ndarray, rng: np.random.Generator) -> Plan:
@@ -185,5 +184,5 @@ class _Batches(Dataset):
         return Batch(self.encoder.forest(prompts, items), prompts, items, targets)
 
 
-def _unchanged(batch: Batch | None) -> Batch | None:
+def _unchanged(batch: Any) -> Any:
     return batch

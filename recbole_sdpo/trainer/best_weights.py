@@ -56,8 +56,9 @@ class BestWeights:
             UserError: what it left is missing or damaged.
         """
         self.valid, self._weights, self._rest, self._stage = {}, {}, {}, stage
-        for mode in self.loaders if validated and self.folder else ():
-            self.valid[mode], self._weights[mode] = _read(self._file(mode))
+        if validated and self.folder:
+            for mode in self.loaders:
+                self.valid[mode], self._weights[mode] = _read(self._file(self.folder, mode))
 
     def __call__(self, epoch: int | None = None, score: float | None = None) -> None:
         """Validate on each candidate set, and keep the weights where that is better than before."""
@@ -84,17 +85,17 @@ class BestWeights:
         self.valid[mode], self._weights[mode] = metrics, snapshot(model)
         self._rest[mode] = copy.deepcopy(model.other_parameter())
         if self.folder and PartialState().is_main_process:
-            self._write(mode)
+            self._write(self.folder, mode)
 
-    def _file(self, mode: str) -> Path:
-        return self.folder / f"{self._stage}-{mode}.safetensors"
+    def _file(self, folder: Path, mode: str) -> Path:
+        return folder / f"{self._stage}-{mode}.safetensors"
 
-    def _write(self, mode: str) -> None:
+    def _write(self, folder: Path, mode: str) -> None:
         """An epoch that is run again has the same score and writes nothing new."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         valid = json.dumps(self.valid[mode])
         about = {"valid": valid, "sha256": _digest(valid, self._weights[mode])}
-        with whole_file(self._file(mode)) as part:
+        with whole_file(self._file(folder, mode)) as part:
             save_file(self._weights[mode], part, about)
 
 

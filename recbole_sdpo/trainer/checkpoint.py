@@ -35,7 +35,7 @@ from recbole_sdpo.settings import BackboneSettings, Role, Settings, having
 POLICY_FILE, DATA_FILE = "settings.json", "data.json"
 """How the policy was made, and the settings under which its data were loaded."""
 
-OF_THE_DATA: dict[str, type | tuple[type, ...]] = {
+OF_THE_DATA: dict[str, type] = {
     "data_path": str,
     "encoding": str,
     "field_separator": str,
@@ -67,11 +67,12 @@ def save_checkpoint(folder: Path, model: SDPOLLM) -> None:
     Raises:
         OSError: the disk is full, …
     """
-    made = model.settings.to_flat() | _made_with(model)
-    made["header"] = model.units.pieces[0]  # of a template that may be elsewhere, or another, later
+    settings = model.settings.to_flat() | _made_with(model)
+    # of a template that may be elsewhere, or another, later
+    settings["header"] = model.units.pieces[0]
     with whole_folder(folder) as part:
         save_backbone(model.lm, part)
-        write_text(part / POLICY_FILE, json.dumps(made, indent=2))
+        write_text(part / POLICY_FILE, json.dumps(settings, indent=2))
         write_text(part / DATA_FILE, json.dumps(_data(model.config, model.backbone), indent=2))
         seal(part)
 
@@ -122,10 +123,10 @@ def _made_with(model: SDPOLLM) -> dict[str, Any]:
     flat, backbone = model.settings.to_flat(), model.backbone
     flat |= {"backbone": backbone.name, "peft": backbone.peft}
     adapter = having(Role.ADAPTER) if backbone.peft == "lora" else frozenset()
-    made = {key: flat[key] for key in sorted(having(Role.POLICY) | adapter)}
+    settings = {key: flat[key] for key in sorted(having(Role.POLICY) | adapter)}
     if adapter and backbone.name == "scratch":
-        made["seed"] = model.seed  # of the random weights under the adapter
-    return json.loads(json.dumps(made))
+        settings["seed"] = model.seed  # of the random weights under the adapter
+    return json.loads(json.dumps(settings))
 
 
 def _data(config: Config, backbone: BackboneSettings) -> dict[str, Any]:

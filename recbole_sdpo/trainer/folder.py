@@ -58,7 +58,7 @@ def run_folder(config: Config) -> Path:
             f"run_dir={str(wanted)!r} holds a run already; give another folder, or "
             f"resume={str(wanted)!r}."
         )
-    state, chosen = PartialState(), [None]
+    state, chosen = PartialState(), [""]
     if state.is_main_process:
         name = f"{config['model']}-{config['dataset']}-{get_local_time()}"
         tries = (

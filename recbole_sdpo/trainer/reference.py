@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recbole_sdpo.data.examples import FixedExamples
-from recbole_sdpo.files import whole_file
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import user_path, whole_file
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.trainer.batches import Batch, StageBatches
@@ -27,6 +28,22 @@ WRITTEN_TOGETHER = 64
 
 FORMAT = 2
 """To be raised when scores change, so that files of before are not read."""
+
+
+def reference_folder(cache_dir: str) -> Path:
+    """Where ``cache_dir`` has what references said.
+
+    Raises:
+        UserError: nothing can be kept there.
+    """
+    folder = user_path(cache_dir) / "reference"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cache_dir={cache_dir!r} cannot hold files ({error}); give another folder."
+        ) from error
+    return folder
 
 
 class ReferenceCache:
@@ -39,7 +56,7 @@ class ReferenceCache:
     may add theirs at once, and of a file that does not fit its name nothing is believed.
 
     Args:
-        folder: where such folders are.
+        folder: where such folders are (:func:`reference_folder`).
         lm: its policy is the reference, as it is just after ``freeze_reference``.
         examples: with their negatives.
         tokens: the tokens of every unit.

@@ -15,8 +15,10 @@ from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
 from recbole.utils import calculate_valid_score, dict2str, set_color
+from torch.utils.tensorboard import SummaryWriter
 
 from recbole_sdpo.data.candidates import freeze, samples_candidates
+from recbole_sdpo.data.examples import FixedExamples
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.files import user_path
@@ -27,7 +29,7 @@ from recbole_sdpo.settings import kind_of_negatives
 from recbole_sdpo.trainer.best_weights import restore, snapshot
 from recbole_sdpo.trainer.checkpoint import load_checkpoint, save_checkpoint, sft_folder
 from recbole_sdpo.trainer.folder import STAGES, run_folder
-from recbole_sdpo.trainer.reference import ReferenceCache
+from recbole_sdpo.trainer.reference import ReferenceCache, reference_folder
 from recbole_sdpo.trainer.stage import Stage
 from recbole_sdpo.trainer.state import (
     holds_state,
@@ -63,6 +65,9 @@ class SDPOTrainer(Trainer):
     ``transformers`` load.
     """
 
+    model: SDPOLLM
+    tensorboard: SummaryWriter | None
+
     def __init__(self, config: Config, model: SDPOLLM) -> None:
         super().__init__(config, model)
         self.eval_collector = RankCollector(config, model.catalogue, model)
@@ -76,7 +81,7 @@ class SDPOTrainer(Trainer):
         self._parts: list = []
         self._frozen: list = []
         self._step_file: StepFile | None = None
-        if not self.accelerator.is_main_process:
+        if self.tensorboard and not self.accelerator.is_main_process:
             self.tensorboard.close()
             self.tensorboard = None
 
@@ -262,9 +267,9 @@ class SDPOTrainer(Trainer):
         examples = self.model.examples(train_data._dataset, train_data._sampler, draws)
         limit = settings.targets_limit(name)
         cache = None
-        if kind.reference and settings.caches_reference:
+        if kind.reference and settings.caches_reference and isinstance(examples, FixedExamples):
             cache = ReferenceCache(
-                self._reference_folder(),
+                reference_folder(settings.backbone.cache_dir),
                 self.model.lm,
                 examples,
                 self.model.encoder.tokens,
@@ -307,17 +312,6 @@ class SDPOTrainer(Trainer):
         if "worker" in self.config.external_config_dict or self.device.type != "cuda":
             return self.config["worker"]
         return 1
-
-    def _reference_folder(self) -> Path:
-        cache_dir = self.model.settings.backbone.cache_dir
-        folder = user_path(cache_dir) / "reference"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cache_dir={cache_dir!r} cannot hold files ({error}); give another folder."
-            ) from error
-        return folder
 
     def _start_score(
         self, stage: Stage, valid_data: AbstractDataLoader | None, show_progress: bool
@@ -421,7 +415,7 @@ class SDPOTrainer(Trainer):
             self.model.check_negatives(train_data._dataset, train_data._sampler)
             self.model.check_prompts(train_data._dataset, self.model.settings.prompt_candidates)
             if self.model.settings.caches_reference:
-                self._reference_folder()
+                reference_folder(self.model.settings.backbone.cache_dir)
         for loader in eval_data:
             if loader:
                 self._freeze(loader)

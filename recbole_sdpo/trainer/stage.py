@@ -7,12 +7,14 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from recbole.utils import set_color
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -22,7 +24,7 @@ from recbole_sdpo.interrupt import Stopped, asked_to_stop, finishing_steps
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import OBJECTIVES, Diagnostics, Logps, diagnostics
 from recbole_sdpo.random import derive_seed
-from recbole_sdpo.settings import StageSettings
+from recbole_sdpo.settings import CompleteStage
 from recbole_sdpo.trainer.batches import Batch, StageBatches
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.step_file import StepFile
@@ -60,12 +62,12 @@ class Stage:
 
     name: str
     objective: str
-    settings: StageSettings
+    settings: CompleteStage
     limit: int | None
     model: SDPOLLM
     examples: Examples
     accelerator: Accelerator
-    writer: object | None
+    writer: SummaryWriter | None
     cache: ReferenceCache | None = None
     workers: int = 0
     step_file: StepFile | None = field(default=None, init=False)
@@ -92,8 +94,9 @@ class Stage:
         self._parameters = list(self.model.lm.trainable().values())
         decayed = [p for p in self._parameters if p.ndim > 1]
         other = [p for p in self._parameters if p.ndim <= 1]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": other, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": other, "weight_decay": 0.0}],
+            groups,
             lr=self.settings.learning_rate,
             weight_decay=self.settings.weight_decay,
             betas=BETAS,
@@ -250,5 +253,7 @@ class Stage:
         values |= watched._asdict() if watched else {}
         if self.step_file is not None:
             self.step_file.write(self.name, self.step, self.targets, values)
-        for name, value in values.items() if self.writer is not None else ():
+        if self.writer is None:
+            return
+        for name, value in values.items():
             self.writer.add_scalar(f"{self.name}/{name}", value, self.step)

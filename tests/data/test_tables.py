@@ -84,7 +84,7 @@ def test_a_file_that_is_none_is_refused_with_its_line(tmp_path, text, words):
         ("u\ti\t1_000\n", "line 2, column 'timestamp': '1_000' must be a number"),
         (
             "u\ti\t2024-01-31\n",
-            "line 2.*'2024-01-31' must be a number; .*atomic makes numbers of dates",
+            "line 2.*'2024-01-31' must be a number; .*import makes numbers of dates",
         ),
     ],
 )

@@ -71,7 +71,7 @@ def finished(name, seed, strength, axis=None, users=USERS, targets=100, sha="a" 
         "training_targets": targets,
         "settings": {"train_neg_sample_args": {"sample_num": 3}},
     }
-    return FinishedRun(name, axis, seed, result, ranks, rows if steps else None, 60.0)
+    return FinishedRun(name, axis, seed, result, ranks, rows[: None if steps else 0], 60.0)
 
 
 @pytest.fixture
