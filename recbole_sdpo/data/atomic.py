@@ -177,7 +177,7 @@ def _read(
 ) -> tuple[pd.DataFrame, str]:
     """The columns ``wanted``, by the option that names them, as text in which white space is single
     blanks, and what to call their source in an error."""
-    options = {column: option for option, names in reversed(wanted.items()) for column in names}
+    options = {column: option for option, names in reversed([*wanted.items()]) for column in names}
     columns = list(dict.fromkeys(column for names in wanted.values() for column in names))
     if isinstance(source, pd.DataFrame):
         frame, name, hint = source, what, ""

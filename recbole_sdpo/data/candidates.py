@@ -61,6 +61,7 @@ class FrozenCandidates:
         self, phase: str, user: np.ndarray, target: np.ndarray, negatives: np.ndarray
     ) -> None:
         self.phase, self.user, self.target, self.negatives = phase, user, target, negatives
+        # A pair of user and target as one number, to be looked up in a sorted array.
         self._items = 1 + int(target.max(initial=0))
         self._pairs = user * self._items + target
         self._order = np.argsort(self._pairs)
@@ -77,6 +78,7 @@ class FrozenCandidates:
                 np.searchsorted(self._pairs, wanted, sorter=self._order), len(self._order) - 1
             )
         ]
+        # The search gives a place for whatever is asked: a pair that is not there shows here.
         if (self.user[rows] != user).any() or (self.target[rows] != target).any():
             raise KeyError("A target was asked for that the candidates were not frozen for.")
         return torch.from_numpy(self.negatives[rows, :num].T.reshape(-1).copy())
@@ -105,6 +107,8 @@ def freeze(
         return
     dataset, phase, args = loader._dataset, loader._sampler.phase, loader.neg_sample_args
     rows = dataset.inter_feat
+    # In one order, whatever that of the rows: it is another for each kind of model, and what is
+    # drawn for a pair depends on its place.
     pairs = np.unique(
         np.stack([rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()]), axis=1
     )
@@ -131,6 +135,7 @@ class TargetEvalDataLoader(NegSampleEvalDataLoader):
     """
 
     def _init_batch_size_and_step(self) -> None:
+        # RecBole has grouped the rows by user before it calls this; here each row is a group.
         if samples_candidates(self):
             self.sample_size = len(self._dataset)
             self.uid_list = np.arange(self.sample_size)
@@ -169,6 +174,8 @@ def evaluation_loader(
 def with_mode(loader: AbstractDataLoader, mode: str) -> AbstractDataLoader:
     """A loader of the same targets as ``loader``, which must not be frozen yet, for another
     evaluation mode, such as ``pop19``."""
+    # The copy shares its dictionaries with the first loader's configuration, which must stay as it
+    # is: what changes is put in place of them, and not into them.
     config = copy.copy(loader.config)
     args = config["eval_args"] | {"mode": {"valid": mode, "test": mode}}
     config.final_config_dict = config.final_config_dict | {"eval_args": args}

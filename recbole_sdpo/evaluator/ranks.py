@@ -118,6 +118,7 @@ class RankCollector(TitleCollector):
         scores = scores_tensor
         if self.popularity_discount:
             scores = scores - (self.popularity_discount * self._log_popularity).to(scores)
+        # RecBole's collector takes its top items here, so that a discount must come first.
         scores = super().eval_batch_collect(scores, interaction, positive_u, positive_i)
         if positive_u is None:  # RecBole's value metrics rank nothing
             return scores

@@ -223,6 +223,7 @@ def _merge_branches(
     response = np.flatnonzero(lengths > 0)
     rest = responses.cut(response, follows[response], lengths[response])
     tokens, tree, site = rest.padded(-1), tree[response], (start + follows)[response]
+    # lexsort's last key counts most: tree, then site, then the first token, the second, …
     order = np.lexsort((*tokens.T[::-1], site, tree))
     response, tree, site = response[order], tree[order], site[order]
     tokens, lengths = tokens[order], rest.lengths[order]

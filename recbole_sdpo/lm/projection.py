@@ -44,6 +44,7 @@ def token_logps(
             F.pad(hidden, (0, 0, 0, missing)),
             np.pad(first_edge, (0, missing), mode="edge"),
         )
+    # Autograd hands gradients only to what is an argument of apply: so are these.
     trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
     return _TokenLogps.apply(
         partial(_to_logits, model), first_edge, hidden, edge_state, edge_token, *trained
@@ -84,6 +85,8 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden, edge_state, edge_token, *trained = ctx.saved_tensors
+        # The gradient of log pi(token) by the logits is one-hot less softmax. The edges of a state
+        # share the softmax, so that their gradients are summed before it is taken.
         # Not index_add_, which on a GPU adds in whatever order.
         weight = grad_output.new_zeros(len(hidden)).index_put_(
             (edge_state,), grad_output, accumulate=True
@@ -124,6 +127,7 @@ def _chunks(
         * together
     )
     bounds = [*range(0, len(hidden), step), len(hidden)]
+    # Edges stand in the order of their states, so that a cut of the states is one of the edges.
     edges = first_edge[bounds].tolist()
     return [
         (slice(low, high), slice(first, last))

@@ -49,7 +49,10 @@ class TitleTree:
         tree."""
         # one long title widens no other
         rows = [row.tolist() for row in np.split(self.titles.values, self.titles.starts[1:])]
+        # Sorted, titles that begin alike are neighbours, and their block's tree has that beginning
+        # once.
         order = np.array(sorted(range(len(rows)), key=rows.__getitem__))
+        # A title's last token is predicted and predicts nothing: it needs no node.
         number = exclusive_cumsum(self.titles.lengths[order] - 1) // NODES_AT_ONCE
         cuts = np.flatnonzero(np.diff(number)) + 1
         return [
@@ -174,6 +177,7 @@ def score_all(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree) -> Tenso
             below = torch.arange(1, nodes, device=lm.device).expand(rows, -1)
             hidden = torch.cat([hidden, prompted.extend(tree, below)], dim=1)
             prompted.forget()
+        # Flattened, the block's states under prompt r begin at r * nodes.
         first = nodes * torch.arange(rows, device=lm.device)[:, None]
         logps = prompted.logps(
             hidden.flatten(0, 1), (first + tree.edge_state).flatten(), tree.edge_token.repeat(rows)
@@ -212,6 +216,7 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
     def expand(rows: Tensor, opened: Tensor, hidden: Tensor) -> None:
         """Find the log-probabilities of all that leaves node ``opened[i]`` of prompt
         ``rows[i]``; all ``[n]``, and ``[n, H]``."""
+        # Edges are sorted by where they leave: those of a node are first, first + 1, …
         count = degree[opened]
         state = torch.repeat_interleave(count)
         edge = (
@@ -247,12 +252,15 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
         best, promising = best[:, :most], promising[:, :most]
         hidden = prompted.extend(tree, best.where(promising, -1))
         expand(active[:, None].expand_as(best)[promising], best[promising], hidden[promising])
+        # A prompt that is sure has few nodes opened for nothing, and one that is not, few rounds.
         width *= 2
 
     prefix, titles, depth = table[:, :nodes], table[:, nodes:], tree.positions[0]
     inner = leads_to < nodes
     parent = torch.zeros(nodes, dtype=torch.long, device=lm.device)
     parent[leads_to[inner]] = start[inner]
+    # What was not opened has the bound of the nearest prefix above it that is known, found level by
+    # level from the root on.
     for at in range(1, int(depth.max()) + 1):
         level = (depth == at).nonzero()[:, 0]
         prefix[:, level] = prefix[:, level].where(

@@ -108,6 +108,7 @@ class SDPOLLM(SequentialRecommender):
             texts = [*np.repeat(lines, weight), *self.units.pieces * int(weight.max())]
             return train_tokenizer(texts, self.backbone.scratch_vocab_size)
 
+        # The backbone comes after the catalogue: scratch makes its vocabulary of the titles.
         self.lm = load_backbone(
             self.backbone, self.device, tokenizer, lambda purpose: derive_seed(self.seed, purpose)
         )
@@ -235,6 +236,7 @@ class SDPOLLM(SequentialRecommender):
         target = interaction[self.ITEM_ID][:rows].cpu().numpy()
         user = interaction[self.USER_ID][:rows].cpu().numpy()
         offered = target[:, None]
+        # RecBole has the first negative of every target, then the second of every target, …
         if self.NEG_ITEM_ID in interaction:
             offered = np.concatenate(
                 [offered, interaction[self.NEG_ITEM_ID].view(number, rows).T.cpu().numpy()], axis=1
@@ -271,6 +273,7 @@ class SDPOLLM(SequentialRecommender):
             else np.zeros_like(user)
         )
         key = np.concatenate([apart[:, None], user[:, None], past.padded(0)], axis=1)
+        # A row's prompt, and for each prompt the first of its rows.
         _, first, prompt = np.unique(key, axis=0, return_index=True, return_inverse=True)
         prompt = prompt.reshape(-1)
         shown = Ragged(item[np.argsort(prompt, kind="stable")], np.bincount(prompt))
@@ -302,6 +305,7 @@ class SDPOLLM(SequentialRecommender):
                 )
             return score_all(self.lm, prompts.take(rows), self.title_tree)
 
+        # A prompt takes room for itself and for the nodes that stand below it at a time.
         titles = self._in_batches(prompts.lengths + NODES_AT_ONCE, self.n_items - 1, score)
         scores = titles.new_full((len(user), self.n_items), -torch.inf)
         scores[:, 1:] = titles

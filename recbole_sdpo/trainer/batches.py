@@ -82,6 +82,7 @@ class StageBatches:
         order = rng.permutation(len(self.examples.targets))
         if self.limit is not None:
             seen = np.cumsum(self.examples.targets[order])
+            # Up to the tree that reaches the limit, which may pass it: trees are not cut.
             order = order[: 1 + int(np.searchsorted(seen, self.limit))]
         if each := self.settings.targets_per_step:
             return self._of_equal_steps(order, each)
@@ -89,6 +90,7 @@ class StageBatches:
 
     def _of_equal_steps(self, order: np.ndarray, each: int) -> Plan:
         """``each`` targets to a step, in as many batches as they need."""
+        # A tree belongs to the step of its first target.
         step = exclusive_cumsum(self.examples.targets[order]) // each
         return [self.cut(trees) for trees in np.split(order, np.flatnonzero(np.diff(step)) + 1)]
 
@@ -98,6 +100,7 @@ class StageBatches:
         pools = np.array_split(order, max(1, round(len(order) / together)))
         by_size = [pool[np.argsort(self.sizes[pool], kind="stable")] for pool in pools]
         cut = batches(self.sizes, self.settings.tokens_per_batch, np.concatenate(by_size))
+        # Otherwise the batches of each pool would come from short to long.
         cut = [cut[number] for number in rng.permutation(len(cut))]
         each = self.settings.gradient_accumulation
         return [cut[first : first + each] for first in range(0, len(cut), each)]
@@ -175,6 +178,8 @@ class _Batches(Dataset):
     def __getitem__(self, number: int) -> Batch | None:
         trees, own, step, part = self.draws[number]
         prompts, items = self.examples.batch(trees, self.seed, self.stage, step, part)
+        # All processes draw for all trees, and each takes its part: how many processes there are
+        # changes nothing of what is drawn.
         mine = own[self.process[0] :: self.process[1]]
         if not len(mine):
             return None

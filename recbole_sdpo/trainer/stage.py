@@ -92,6 +92,7 @@ class Stage:
             pinned=self.model.lm.device.type == "cuda",
         )
         self._parameters = list(self.model.lm.trainable().values())
+        # Biases and the scales of norms do not decay.
         decayed = [p for p in self._parameters if p.ndim > 1]
         other = [p for p in self._parameters if p.ndim <= 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": other, "weight_decay": 0.0}]
@@ -102,6 +103,7 @@ class Stage:
             betas=BETAS,
             fused=True,
         )
+        # Each epoch draws its own order, and may have another number of steps.
         total = sum(len(self.batches.plan(epoch)) for epoch in range(self.settings.epochs))
         self.scheduler = get_scheduler(
             SCHEDULES[self.settings.schedule],
@@ -185,6 +187,7 @@ class Stage:
         """
         objective, model, settings = OBJECTIVES[self.objective], self.model, self.settings
         process = self.accelerator.process_index
+        # By the step's number, so that a resumed run drops what the uninterrupted one does.
         torch.manual_seed(derive_seed(model.seed, "dropout", self.name, self.step, process))
         self.optimizer.zero_grad()
         # Sums: losses, tokens, processes asked to stop, so that all stop at one step, diagnostics.
@@ -207,6 +210,7 @@ class Stage:
         norm = clip_grad_norm_(self._parameters, settings.clip_norm or float("inf"))
         # All that the host wants to know, at once: each question waits for the GPU.
         norm, loss, tokens, stops, *watched = torch.cat([norm.double()[None], sums]).tolist()
+        # Before the optimizer's step: weights that it spoils would be saved for a resumed run.
         if not np.isfinite([loss, norm]).all():
             raise UserError(
                 f"{self.name} step {self.step}: the loss is {loss / targets} and the gradient's "
@@ -225,6 +229,8 @@ class Stage:
         if self.accelerator.num_processes == 1:
             return sums
         for parameter in self._parameters:
+            # A process that had no tree has no gradient, and must take part in the sum all the
+            # same.
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = self.accelerator.reduce(grad, "sum")
         return self.accelerator.reduce(sums, "sum")
