@@ -257,8 +257,9 @@ class BackboneSettings:
     dtype: Literal["auto", "float32", "bfloat16", "mixed"] = _setting(
         "auto",
         "of weights and arithmetic; mixed: float32 weights, bfloat16 arithmetic; auto: float32, "
-        "but of a pretrained backbone on a GPU that has bfloat16 bfloat16 under an adapter, and "
-        "mixed without one. An adapter's weights are always float32",
+        "but of a pretrained backbone where bfloat16 is fast (a GPU that has it, a CPU with AMX) "
+        "mixed, or bfloat16 where an adapter is all that is trained. An adapter's weights are "
+        "always float32",
     )
     attention: Literal["auto", "sdpa", "eager", "flex_attention"] = _setting(
         "auto",

@@ -24,6 +24,14 @@ Below, a dense mask is faster: on an H200, with rows of 880 to 9,328 tokens, a s
 244 to 265 ms with it, and 288 to 326 ms with FlexAttention (results/gpu).
 """
 
+EAGER_UP_TO = 256
+"""Row length up to which ``auto`` takes eager attention on a CPU in bfloat16.
+
+There SDPA's backward pass has a cost for each row and head: with 48 rows of 24 tokens, 9 heads and
+one thread (AMX) it took 42 ms and eager attention 6.5 ms; with 8 rows of 128 27 and 9; with 2 rows
+of 512 31 and 37.
+"""
+
 BLOCK = 128
 """Tokens to a side of FlexAttention's blocks."""
 
@@ -38,7 +46,7 @@ def attention_inputs(
       nor positions.
     * FlexAttention takes a block mask made from ``j <= i < end[j]``, and skips the blocks in which
       nobody sees anybody.
-    * SDPA and eager take a dense additive mask.
+    * SDPA and eager take a dense additive mask. Short rows in bfloat16 are faster eager on a CPU.
 
     Args:
         model: a causal language model.
@@ -46,6 +54,8 @@ def attention_inputs(
             :func:`check_attention` before.
     """
     dense = dense_implementation(model, choice)
+    if choice == "auto" and forest.tokens.shape[1] <= EAGER_UP_TO and _in_bf16_on_a_cpu(model):
+        dense = "eager"
     if forest.chains:
         return dense, {}
     long = model.device.type == "cuda" and forest.tokens.shape[1] >= FLEX_FROM
@@ -121,9 +131,17 @@ def _why_no_flex(model: PreTrainedModel) -> str | None:
 
 def _dense_mask(model: PreTrainedModel, forest: Forest, window: int | None) -> Tensor:
     """``[B, 1, L, L]`` in the dtype that the model computes in."""
+    return additive(forest.attention(window)[:, None], _dtype(model))
+
+
+def _dtype(model: PreTrainedModel) -> torch.dtype:
+    """That the model computes in here."""
     kind = model.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    return additive(forest.attention(window)[:, None], dtype)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+
+
+def _in_bf16_on_a_cpu(model: PreTrainedModel) -> bool:
+    return model.device.type == "cpu" and _dtype(model) == torch.bfloat16
 
 
 def _block_mask(model: PreTrainedModel, forest: Forest, window: int | None) -> BlockMask:

@@ -38,6 +38,7 @@ log-probability after the column's token is asked for::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,7 +56,7 @@ class Forest:
     """``B`` trees, one to a row, and what is asked: the log-probabilities of ``R`` responses.
 
     Attributes:
-        tokens: int64 ``[B, L]``, right-padded with 0.
+        tokens: int64 ``[B, L]``, right-padded with 0; last rows may be padding alone.
         positions: int64 ``[B, L]``, the depth of each token in its tree, which is its position in
             its sequence.
         end: int64 ``[B, L]``, one past the column of the last descendant; padding sees only itself.
@@ -124,7 +125,12 @@ class Forest:
 
 
 def plant(
-    trunks: Ragged, tree: np.ndarray, start: np.ndarray, responses: Ragged, multiple: int = 1
+    trunks: Ragged,
+    tree: np.ndarray,
+    start: np.ndarray,
+    responses: Ragged,
+    multiple: int = 1,
+    together: int = 1,
 ) -> Forest:
     """Build the forest of the given trunks and responses.
 
@@ -134,6 +140,8 @@ def plant(
         start: int ``[R]``, how many of its trunk's tokens are the response's prompt, at least 1.
         responses: the tokens of each of the ``R`` responses, none empty, no token negative.
         multiple: the length of the rows is padded to a multiple of it.
+        together: the tokens of all rows are padded to a multiple of it, by longer rows or by
+            empty ones, whichever takes fewer. A row may then be no tree's.
 
     Raises:
         UserError: a response is empty, or its prompt is empty or longer than its trunk.
@@ -146,7 +154,7 @@ def plant(
     lengths = np.zeros(len(trunks), np.int64)
     np.maximum.at(lengths, tree, start + np.minimum(follows, responses.lengths - 1))
     trunks = trunks.cut(np.arange(len(trunks)), np.zeros_like(lengths), lengths)
-    layout = _lay_out(trunks, branches, multiple)
+    layout = _lay_out(trunks, branches, multiple, together)
     states, (state, token, response, step) = _ask(
         layout, trunks, tree, start, follows, branches, responses
     )
@@ -276,17 +284,32 @@ class _Layout:
     node_column: np.ndarray
 
 
-def _lay_out(trunks: Ragged, branches: _Branches, multiple: int) -> _Layout:
+def _padded(rows: int, length: int, multiple: int, together: int) -> tuple[int, int]:
+    """The shape of the fewest tokens, and then of the fewest rows."""
+    lengths = {
+        -(-length // step) * step
+        for part in range(1, together + 1)
+        if together % part == 0
+        for step in [math.lcm(multiple, part)]
+    }
+    shapes = []
+    for padded in lengths:
+        step = together // math.gcd(together, padded)
+        shapes.append((-(-rows // step) * step, padded))
+    return min(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
+
+
+def _lay_out(trunks: Ragged, branches: _Branches, multiple: int, together: int) -> _Layout:
     """Depth-first: branches at site ``p`` stand between the trunk's tokens ``p - 1`` and ``p``."""
     each = branches.fresh.sum(1)
     node_tree, node_site = np.repeat(branches.tree, each), np.repeat(branches.site, each)
     nodes_of_tree = np.bincount(node_tree, minlength=len(trunks))
     first_node = exclusive_cumsum(nodes_of_tree)
     sizes = trunks.lengths + nodes_of_tree
-    length = -(-int(sizes.max(initial=1)) // multiple) * multiple
-    tokens = np.zeros((len(trunks), length), np.int64)
-    positions = np.zeros((len(trunks), length), np.int64)
-    end = np.tile(np.arange(1, length + 1), (len(trunks), 1))
+    rows, length = _padded(len(trunks), int(sizes.max(initial=1)), multiple, together)
+    tokens = np.zeros((rows, length), np.int64)
+    positions = np.zeros((rows, length), np.int64)
+    end = np.tile(np.arange(1, length + 1), (rows, 1))
 
     # Before a trunk's token are the trunk's earlier ones, and the nodes of its site and earlier.
     trunk_tree = np.repeat(np.arange(len(trunks)), trunks.lengths)

@@ -224,16 +224,16 @@ class LanguageModel(nn.Module):
         return ((name, weight) for name, weight in everything if f".{REFERENCE}." not in name)
 
     @property
-    def row_multiple(self) -> int:
-        """The length of a forest's rows had better be a multiple of this; padding changes
-        numbers by rounding alone."""
+    def padding(self) -> tuple[int, int]:
+        """``multiple`` and ``together``, to which a forest had better be padded (:func:`plant`);
+        padding changes numbers by rounding alone."""
         if self.device.type == "cuda":
             # Attention copies a mask whose rows are not aligned, in every layer; FlexAttention
             # works by blocks of 128.
-            return 128 if self.attention == FLEX else 16
-        # In bfloat16, oneDNN makes and keeps a program for each shape of a matrix: up to three
+            return (128 if self.attention == FLEX else 16), 1
+        # In bfloat16, oneDNN makes and keeps a program for each number of tokens: up to three
         # quarters of the time, and GiB.
-        return 64 if self.mixed or self.causal_lm.dtype == torch.bfloat16 else 1
+        return 1, 64 if self.mixed or self.causal_lm.dtype == torch.bfloat16 else 1
 
     def arithmetic(self) -> torch.autocast:
         """The precision of matrix products and attention, to be entered around a call of the

@@ -38,7 +38,7 @@ class Encoder:
         catalogue: the titles.
         units: the numbering of titles and template pieces.
         tokenizer: the backbone's.
-        row_multiple: the length of a forest's rows is padded to a multiple of it.
+        padding: of a forest, as :attr:`LanguageModel.padding` has it.
 
     Raises:
         UserError: a title is too long, or the tokenizer makes something else of it, of its
@@ -50,9 +50,9 @@ class Encoder:
         catalogue: Catalogue,
         units: Units,
         tokenizer: PreTrainedTokenizerBase,
-        row_multiple: int = 1,
+        padding: tuple[int, int] = (1, 1),
     ) -> None:
-        self.row_multiple = row_multiple
+        self.padding = padding
         opening = opening_tokens(tokenizer)
         texts = [*title_lines(catalogue)[1:], *units.pieces]  # the padding has no title
         rows = encode_texts(tokenizer, texts)
@@ -87,7 +87,7 @@ class Encoder:
             prompts.tree.repeat(each),
             start.repeat(each),
             self.tokens.take(items.ravel()),
-            self.row_multiple,
+            *self.padding,
         )
 
     def sizes(self, prompts: Prompts, items: np.ndarray) -> np.ndarray:

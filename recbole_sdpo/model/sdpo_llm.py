@@ -115,7 +115,7 @@ class SDPOLLM(SequentialRecommender):
         self.settings: CompleteSettings = settings.suited_to_device(
             *tokens_at_once(self.lm.causal_lm)
         )
-        self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer, self.lm.row_multiple)
+        self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer, self.lm.padding)
         # Candidates in an evaluation prompt stand in one order of all items, begun for each user at
         # another place.
         self._place = generator(self.seed, "evaluation order").permutation(self.n_items)

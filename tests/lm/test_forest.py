@@ -93,14 +93,14 @@ def whole_numbers(values):
     return torch.tensor(list(values), dtype=torch.int64)
 
 
-def planted(trunks, trees, starts, responses, multiple=1):
+def planted(trunks, trees, starts, responses, *padding):
     rows = (
         Ragged.from_rows(trunks),
         np.array(trees, int),
         np.array(starts, int),
         Ragged.from_rows(responses),
     )
-    return plant(*rows, multiple)
+    return plant(*rows, *padding)
 
 
 @settings(max_examples=300, deadline=None)
@@ -280,16 +280,24 @@ def test_blocks_are_those_that_every_pair_would_give(seed):
 
 
 @settings(max_examples=100, deadline=None)
-@given(batches(), st.sampled_from([2, 16]))
-def test_padded_rows_hold_the_same_trees(batch, multiple):
-    plain, padded = planted(*batch), planted(*batch, multiple)
+@given(batches(), st.sampled_from([(2, 1), (16, 1), (1, 64), (1, 12), (4, 6)]))
+def test_padded_rows_hold_the_same_trees(batch, padding):
+    plain, padded = planted(*batch), planted(*batch, *padding)
     rows, length = plain.tokens.shape
-    assert padded.tokens.shape == (rows, -(-length // multiple) * multiple)
+    multiple, together = padding
+    shapes = [
+        (more, longer)
+        for more in range(rows, rows + together)
+        for longer in range(length, length + multiple * together)
+        if longer % multiple == 0 and more * longer % together == 0
+    ]
+    fewest = min(more * longer for more, longer in shapes)
+    assert padded.tokens.shape in shapes and padded.tokens.numel() == fewest
     for name in ("tokens", "positions", "end"):
-        assert getattr(padded, name)[:, :length].equal(getattr(plain, name))
-    assert padded.attention()[:, :length, :length].equal(plain.attention())
-    alone = padded.attention()[:, length:]
-    assert alone.sum() == alone.shape[0] * alone.shape[1]
+        assert getattr(padded, name)[:rows, :length].equal(getattr(plain, name))
+    assert padded.attention()[:rows, :length, :length].equal(plain.attention())
+    for alone in (padded.attention()[:, length:], padded.attention()[rows:]):
+        assert alone.sum() == alone.shape[0] * alone.shape[1]
     row, column = np.divmod(plain.states, length)
     assert padded.states.equal(row * padded.tokens.shape[1] + column)
     assert padded.edge_state.equal(plain.edge_state) and padded.size == plain.size
