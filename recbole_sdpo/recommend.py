@@ -24,7 +24,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import load_backbone, resolved, restore_policy
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.ranking import TitleTree, score_top
-from recbole_sdpo.model.encoder import Encoder
+from recbole_sdpo.model.encoder import Encoder, title_lines
 from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.random import derive_seed
 from recbole_sdpo.settings import MODEL
@@ -113,8 +113,9 @@ class Recommender:
             where,
             lambda: _tokenizer(made.folder),
             lambda purpose: derive_seed(made.seed, purpose),
+            [*title_lines(catalogue)[1:], made.header],
         )
-        restore_policy(lm, made.folder)
+        restore_policy(lm, made.folder, new_titles=made.backbone != "scratch")
         left_out = dataset.users_left_out | (
             {"": "item_inter_num_interval"} if dataset.items_left_out else {}
         )

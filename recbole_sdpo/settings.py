@@ -254,6 +254,12 @@ class BackboneSettings:
         bool,
         "a folder",
     )
+    item_tokens: Literal["pieces", "whole"] = _setting(
+        "pieces",
+        "a title is the backbone's own tokens, or one new token, whose embedding begins as the "
+        "mean of theirs and is trained",
+        Role.POLICY,
+    )
     dtype: Literal["auto", "float32", "bfloat16", "mixed"] = _setting(
         "auto",
         "of weights and arithmetic; mixed: float32 weights, bfloat16 arithmetic; auto: float32, "

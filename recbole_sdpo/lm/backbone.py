@@ -3,12 +3,13 @@ recommender."""
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from logging import getLogger
@@ -44,7 +45,15 @@ from recbole_sdpo.files import check_seal, read_json, seal, sha256, user_path, w
 from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.scratch import build_model
-from recbole_sdpo.lm.text import control_tokens, opening_tokens
+from recbole_sdpo.lm.text import control_tokens, opening_tokens, shorten
+from recbole_sdpo.lm.whole import (
+    is_whole,
+    make_whole,
+    matched,
+    table_names,
+    tables,
+    whole_tokenizer,
+)
 from recbole_sdpo.settings import BackboneSettings
 
 SMOLLM2 = "smollm2-135m"
@@ -70,7 +79,8 @@ def resolved(chosen: BackboneSettings, device: torch.device) -> BackboneSettings
         # Trained weights stay in float32: bfloat16 loses small updates. Scratch is too small to
         # gain by it.
         bf16 = name != "scratch" and bf16_is_fast(device)
-        dtype = ("bfloat16" if peft == "lora" else "mixed") if bf16 else "float32"
+        trained = peft == "none" or chosen.item_tokens == "whole"
+        dtype = ("mixed" if trained else "bfloat16") if bf16 else "float32"
     return replace(chosen, name=name, peft=peft, dtype=dtype)
 
 
@@ -90,6 +100,7 @@ def load_backbone(
     device: torch.device,
     scratch_tokenizer: Callable[[], PreTrainedTokenizerBase],
     seed: Callable[[str], int],
+    texts: Sequence[str] = (),
 ) -> LanguageModel:
     """Load or build the backbone, with a fresh adapter unless it is fully trained.
 
@@ -97,6 +108,8 @@ def load_backbone(
         config: with every ``auto`` resolved.
         scratch_tokenizer: trains or loads the tokenizer of ``scratch``.
         seed: gives the seed for a purpose (``"weights"``, ``"adapter"``).
+        texts: of which prompts and responses are made, each a token where ``item_tokens`` is
+            ``whole``.
 
     Raises:
         UserError: there is no such backbone, it is not a causal language model, or ``attention`` is
@@ -121,10 +134,16 @@ def load_backbone(
             f"{config.gradient_checkpointing} and quantization={config.quantization!r}; leave it "
             "out, or them."
         )
+    whole = config.item_tokens == "whole"
+    if whole and config.dtype == "bfloat16":
+        raise UserError(
+            "dtype='bfloat16' loses small changes of the titles' tokens, which item_tokens='whole' "
+            "trains; it must be mixed, float32 or auto."
+        )
     if config.name == "scratch":
-        tokenizer = scratch_tokenizer()
+        tokenizer = whole_tokenizer(texts) if whole else scratch_tokenizer()
         model = build_model(
-            len(tokenizer),
+            len(tokenizer) - whole,  # what is unknown has no row
             config.scratch_hidden_size,
             config.scratch_layers,
             config.scratch_heads,
@@ -133,12 +152,17 @@ def load_backbone(
         ).to(dtype)
     else:
         model, tokenizer = _load_pretrained(_locate(config), config, dtype, device)
+        if whole:
+            tokenizer = make_whole(model, tokenizer, texts)
     # adapters are in float32, whose products a GPU's fast units take with 10 bits, more than
     # bfloat16's
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     model.to(device)
     adapted = _add_adapter(model, config, seed("adapter")) if config.peft == "lora" else model
+    if whole:
+        for table in tables(model):
+            table.requires_grad_()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # transformers and peft would make the embeddings' output require a gradient, and with it
@@ -151,17 +175,21 @@ def load_backbone(
 def save_backbone(lm: LanguageModel, folder: Path) -> None:
     """Write the policy (its adapter, or all weights) and the tokenizer, as ``peft`` and
     ``transformers`` write them."""
-    # Whether the embeddings were changed, too, peft would ask the hub.
-    adapter = {"selected_adapters": ["default"], "save_embedding_layers": False}
+    # Left to itself, peft would ask the hub whether the embeddings were changed, too.
+    adapter = {"selected_adapters": ["default"], "save_embedding_layers": is_whole(lm.tokenizer)}
     lm.model.save_pretrained(folder, **(adapter if isinstance(lm.model, PeftModel) else {}))
     lm.tokenizer.save_pretrained(folder)
 
 
-def restore_policy(lm: LanguageModel, folder: Path) -> None:
+def restore_policy(lm: LanguageModel, folder: Path, new_titles: bool = False) -> None:
     """Load the policy's weights from a folder that :func:`save_backbone` wrote.
 
     Nothing but weights is taken from it: which classes read them, and how they are used, this run's
-    backbone says.
+    backbone says. Where titles are tokens, each takes the weights that its text has there.
+
+    Args:
+        new_titles: titles that have no token there keep what they began with, the mean of their
+            pieces.
 
     Raises:
         UserError: the folder holds no such checkpoint, one of another shape or tokenizer, or a
@@ -180,10 +208,18 @@ def restore_policy(lm: LanguageModel, folder: Path) -> None:
             folder, local_files_only=True, trust_remote_code=False
         )
         written = read_json(folder / wanted)
-    if tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+    whole, saved = is_whole(lm.tokenizer), tokenizer.get_vocab()
+    known = whole and is_whole(tokenizer)
+    if not known and saved != lm.tokenizer.get_vocab():
         raise UserError(
             f"{what} has another tokenizer than this run; use the data, backbone and settings it "
             "was made with."
+        )
+    unmet = lm.tokenizer.get_vocab().keys() - saved
+    if unmet and not new_titles:
+        raise UserError(
+            f"{what} has no token for {shorten(min(unmet))} ({len(unmet)} such titles), and this "
+            "backbone makes none of a title's words; train on the data as they are now."
         )
     if not adapted and written.get("model_type") != lm.model.config.model_type:
         raise UserError(
@@ -195,13 +231,16 @@ def restore_policy(lm: LanguageModel, folder: Path) -> None:
         weights = (
             load_file(folder / SAFETENSORS_WEIGHTS_NAME)
             if adapted
-            else _full_weights(lm.model, folder)
+            else _full_weights(lm.model, folder, len(saved) - 1 if whole else None)
         )
     mine = (
-        get_peft_model_state_dict(lm.model, save_embedding_layers=False)
+        get_peft_model_state_dict(lm.model, save_embedding_layers=whole)
         if adapted
         else lm.model.state_dict()
     )
+    for name in table_names(lm.causal_lm, mine) if whole else ():
+        if name in weights and weights[name].shape == (len(saved) - 1, *mine[name].shape[1:]):
+            weights[name] = matched(weights[name], mine[name], tokenizer, lm.tokenizer)
     for name in sorted(mine.keys() | weights.keys()):
         if name not in mine or name not in weights or weights[name].shape != mine[name].shape:
             raise UserError(
@@ -214,12 +253,17 @@ def restore_policy(lm: LanguageModel, folder: Path) -> None:
         lm.model.load_state_dict(weights)
 
 
-def _full_weights(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """The weights in ``folder``, read as those of ``model``; what is not there, or of another
-    shape, is not in them."""
+def _full_weights(
+    model: PreTrainedModel, folder: Path, tokens: int | None = None
+) -> dict[str, Tensor]:
+    """The weights in ``folder``, read as those of ``model``, or of one with so many ``tokens``;
+    what is not there, or of another shape, is not in them."""
+    config = copy.deepcopy(model.config)
+    if tokens is not None:
+        config.get_text_config().vocab_size = tokens
     read, report = type(model).from_pretrained(
         folder,
-        config=model.config,
+        config=config,
         generation_config=GenerationConfig(),
         dtype=model.dtype,
         local_files_only=True,

@@ -38,6 +38,9 @@ they are; torch's limit is 8."""
 Attention = tuple[str, dict[str, object]]
 """An implementation, and the decoder's arguments, as :func:`attention_inputs` gives them."""
 
+Places = list[tuple[nn.Module, str, nn.Parameter | None]]
+"""Modules, the name of a weight in each, and the weight."""
+
 REFERENCE = "reference"
 """Name of the adapter that holds the reference."""
 
@@ -79,6 +82,8 @@ class LanguageModel(nn.Module):
         self._moody: tuple[nn.Module, ...] = ()
         # in a list, for it is no part of the policy: not to train, move, save or restore
         self._frozen: list[PreTrainedModel] = []
+        # under an adapter, what is trained beside it: where it is, and the reference's
+        self._beside: Places = []
         check_attention(self.causal_lm, attention)
         self._layers = _decoder_layers(self.causal_lm)
         self._shared = _layers_below_training(self.causal_lm, self._layers)
@@ -142,12 +147,15 @@ class LanguageModel(nn.Module):
             yield self._frozen[0]
             return
         training = [part for part in self._moody if part.training]
+        policy = [(part, name, part._parameters[name]) for part, name, _ in self._beside]
         _switch(self._adapted, REFERENCE)
+        _put(self._beside)
         for part in training:
             vars(part)["training"] = False
         try:
             yield self.causal_lm
         finally:
+            _put(policy)
             _switch(self._adapted, "default")
             for part in training:
                 vars(part)["training"] = True
@@ -195,13 +203,17 @@ class LanguageModel(nn.Module):
                 _compile(_decoder_layers(self._frozen[0]))
             return
         if REFERENCE not in self.model.peft_config:
+            trained = self.trainable().values()
             self.model.add_adapter(REFERENCE, self.model.peft_config["default"])
+            for weight in trained:  # peft freezes what is trained beside adapters
+                weight.requires_grad_()
         weights = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, weight in weights.items():
                 if f".{REFERENCE}." in name:
                     weight.copy_(weights[name.replace(f".{REFERENCE}.", ".default.")])
         self.model.set_adapter("default")
+        self._beside = _trained_beside(self.causal_lm)
         self._adapted = tuple(
             part for part in self.model.modules() if isinstance(part, BaseTunerLayer)
         )
@@ -359,6 +371,31 @@ def _switch(layers: tuple[BaseTunerLayer, ...], adapter: str) -> None:
     """
     for layer in layers:
         layer._active_adapter = [adapter]
+
+
+def _trained_beside(model: PreTrainedModel) -> Places:
+    """What of a model under an adapter is trained, but for the adapter, each with a frozen copy;
+    what is tied shares one."""
+    adapters = {
+        id(p)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for p in layer.parameters()
+    }
+    places = [
+        (part, name, p)
+        for part in model.modules()
+        for name, p in part._parameters.items()
+        if p is not None and p.requires_grad and id(p) not in adapters
+    ]
+    copies = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for *_, p in places}
+    return [(part, name, copies[id(p)]) for part, name, p in places]
+
+
+def _put(weights: Places) -> None:
+    """Put each weight into its place."""
+    for part, name, weight in weights:
+        part._parameters[name] = weight
 
 
 def _depends_on_mode(model: PreTrainedModel) -> bool:

@@ -110,7 +110,11 @@ class SDPOLLM(SequentialRecommender):
 
         # The backbone comes after the catalogue: scratch makes its vocabulary of the titles.
         self.lm = load_backbone(
-            self.backbone, self.device, tokenizer, lambda purpose: derive_seed(self.seed, purpose)
+            self.backbone,
+            self.device,
+            tokenizer,
+            lambda purpose: derive_seed(self.seed, purpose),
+            [*lines[1:], *self.units.pieces],
         )
         self.settings: CompleteSettings = settings.suited_to_device(
             *tokens_at_once(self.lm.causal_lm)

@@ -91,7 +91,7 @@ def load_checkpoint(folder: Path, model: SDPOLLM) -> None:
                 f"checkpoint {str(folder)!r} was made with {key}={made[key]!r}, and this run has "
                 f"{value!r}; use the settings it was made with."
             )
-    restore_policy(model.lm, folder)
+    restore_policy(model.lm, folder, new_titles=model.backbone.name != "scratch")
 
 
 def sft_folder(place: Path) -> Path:

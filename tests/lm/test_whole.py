@@ -1,0 +1,221 @@
+"""Titles as tokens, against the pieces that they are made of."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+
+from recbole_sdpo import quick_start
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.lm.backbone import load_backbone, resolved, restore_policy, save_backbone
+from recbole_sdpo.lm.forest import plant
+from recbole_sdpo.lm.text import encode_texts, opening_tokens
+from recbole_sdpo.lm.whole import UNKNOWN, make_whole, tables, whole_tokenizer
+from recbole_sdpo.ragged import Ragged
+from recbole_sdpo.recommend import Recommender
+from recbole_sdpo.settings import Settings
+from tests.lm.tokenizers import byte_level
+from tests.test_paper import save_backbone as save_tiny
+
+CPU = torch.device("cpu")
+TEXTS = ["Alien (1979)\n", "The green ball\n", "a\tb <s>\n", "Movies, in order:\n", "x\n", "y\n"]
+TEXTS += [f"title {number}\n" for number in range(6)]
+ARCHITECTURES = {
+    "Llama": {"tie_word_embeddings": False},
+    "Gemma3": {"head_dim": 8, "tie_word_embeddings": True},
+    "Phi": {"tie_word_embeddings": False},  # its head has a bias
+    "GPTNeoX": {"tie_word_embeddings": False},
+}
+
+
+def build(name):
+    tokenizer = byte_level()
+    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=3,
+        **ARCHITECTURES[name],
+    )
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval(), tokenizer
+
+
+def load(folder, texts=TEXTS, **given):
+    settings = Settings.from_mapping(
+        {"backbone": str(folder), "item_tokens": "whole", "dtype": "float32", **given}
+    )
+    return load_backbone(
+        resolved(settings.backbone, CPU), CPU, byte_level, lambda purpose: 7, texts
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model, tokenizer = build("Llama")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_token_begins_as_the_mean_of_its_pieces(name):
+    model, old = build(name)
+    before = [table.detach().clone() for table in tables(model)]
+    new = make_whole(model, old, [*TEXTS, TEXTS[0]])
+    assert len(new) == len(TEXTS) + 1 + len(opening_tokens(old))
+    for text, (own,) in zip(TEXTS, encode_texts(new, TEXTS), strict=True):
+        (pieces,) = encode_texts(old, [text])
+        for table, was in zip(tables(model), before, strict=True):
+            mean = sum(was[piece] for piece in pieces) / len(pieces)
+            torch.testing.assert_close(table[own], mean, rtol=0, atol=1e-6)
+    for table, was in zip(tables(model), before, strict=True):
+        for mine, theirs in zip(opening_tokens(new), opening_tokens(old), strict=True):
+            assert table[mine].equal(was[theirs])
+    tied = ARCHITECTURES[name]["tie_word_embeddings"]
+    assert (tables(model)[0] is tables(model)[1]) == tied
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_row_is_trained(name):
+    """Also that which was the padding's, of which an embedding would have no gradient."""
+    model, old = build(name)
+    make_whole(model, old, TEXTS)
+    tokens = torch.arange(len(TEXTS))
+    embedded = model.get_input_embeddings()(tokens)
+    (grad,) = torch.autograd.grad(embedded.sum(), model.get_input_embeddings().weight)
+    assert (grad[tokens] != 0).all()
+
+
+def test_no_text_is_a_control_token_and_none_is_cut():
+    tokenizer = whole_tokenizer(TEXTS, ["<s>", "[INST]"])
+    nasty = ["<s>", "[INST]", f"{UNKNOWN}"[1:], "\n"]
+    tokenizer = whole_tokenizer([*TEXTS, *nasty], ["<s>", "[INST]"])
+    rows = encode_texts(tokenizer, [*TEXTS, *nasty])
+    assert [len(row) for row in rows] == [1] * len(rows)
+    assert tokenizer.batch_decode(rows) == [*TEXTS, *nasty]
+    assert opening_tokens(tokenizer) == [0, 1]
+    with pytest.raises(UserError, match="control token"):
+        encode_texts(tokenizer, ["never met"])
+
+
+def responses_of(lm, texts):
+    """log pi of each text after the first two, by the forest."""
+    (first,), (second,) = encode_texts(lm.tokenizer, TEXTS[:2])
+    rows = Ragged.from_rows(encode_texts(lm.tokenizer, texts))
+    none = np.zeros(len(texts), int)
+    return lm(plant(Ragged.from_rows([[first, second]]), none, none + 2, rows))
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_log_pi_is_a_softmax_over_the_texts(folder, peft):
+    lm = load(folder, peft=peft).eval()
+    names = [text for text, _ in sorted(lm.tokenizer.get_vocab().items(), key=lambda row: row[1])]
+    logps = responses_of(lm, names[:-1])  # the last is the unknown one
+    torch.testing.assert_close(logps.exp().sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_the_reference_has_its_own_tokens(folder, peft):
+    lm = load(folder, peft=peft).eval()
+    lm.freeze_reference()
+    assert {id(table) for table in tables(lm.causal_lm)} <= {
+        id(weight) for weight in lm.trainable().values()
+    }
+    before = responses_of(lm, TEXTS).detach()
+    with torch.no_grad():
+        for weight in lm.trainable().values():
+            weight += 0.1 * torch.randn_like(weight)
+    (first,), (second,) = encode_texts(lm.tokenizer, TEXTS[:2])
+    none = np.zeros(len(TEXTS), int)
+    forest = plant(
+        Ragged.from_rows([[first, second]]),
+        none,
+        none + 2,
+        Ragged.from_rows(encode_texts(lm.tokenizer, TEXTS)),
+    )
+    policy, reference = lm.policy_and_reference(forest)
+    torch.testing.assert_close(reference, before, rtol=0, atol=1e-6)
+    assert (policy - before).abs().min() > 1e-3
+    policy.sum().backward()  # goes into the policy's tables, not the reference's
+    assert all(table.grad.abs().sum() > 0 for table in tables(lm.causal_lm))
+    torch.testing.assert_close(responses_of(lm, TEXTS), policy, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_a_checkpoint_serves_titles_that_came_later(folder, tmp_path, peft):
+    lm, fresh = load(folder, peft=peft).eval(), load(folder, peft=peft).eval()
+    with torch.no_grad():
+        for weight in lm.trainable().values():
+            weight += 0.1 * torch.randn_like(weight)
+    lm.freeze_reference()
+    save_backbone(lm, tmp_path / "saved")
+    restore_policy(fresh, tmp_path / "saved")
+    assert responses_of(fresh, TEXTS).equal(responses_of(lm, TEXTS))
+
+    later = load(folder, [*TEXTS[::-1], "A new one\n"], peft=peft).eval()
+    new = encode_texts(later.tokenizer, ["A new one\n"])[0][0]
+    begun = [table[new].clone() for table in tables(later.causal_lm)]
+    with pytest.raises(UserError, match=r"no token for 'A new one\\n' \(1 such titles\)"):
+        restore_policy(later, tmp_path / "saved")
+    restore_policy(later, tmp_path / "saved", new_titles=True)
+    assert all(
+        table[new].equal(row) for table, row in zip(tables(later.causal_lm), begun, strict=True)
+    )
+    # One more title takes its share of the softmax, and changes nothing else.
+    before, after = responses_of(lm, TEXTS), responses_of(later, TEXTS)
+    share = torch.log1p(-responses_of(later, ["A new one\n"]).exp())
+    torch.testing.assert_close(after - share, before, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_weights_are_refused(folder):
+    with pytest.raises(UserError, match="dtype='bfloat16' loses small changes"):
+        load(folder, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_a_run_aligns_goes_on_and_recommends_what_is_new(ring, tmp_path, peft, monkeypatch):
+    settings = ring | {
+        "backbone": save_tiny(tmp_path / "tiny", "llama2-7b"),
+        "item_tokens": "whole",
+        "dtype": "float32",
+        "peft": peft,
+        "lora_rank": 2,
+        "sft_learning_rate": 1e-2,
+        "sft_epochs": 3,
+        "run_dir": "run",
+    }
+    result = quick_start.run("SDPO-LLM", "toy", config_dict=settings)
+    assert set(result["stages"]) == {"sft", "sdpo"}
+    again = quick_start.run(
+        "SDPO-LLM",
+        "toy",
+        config_dict=settings | {"run_dir": "again", "sft_checkpoint": "run/sft"},
+    )
+    assert again["stages"]["sdpo"]["test"] == result["stages"]["sdpo"]["test"]
+    before = Recommender.load("run").recommend("u1", k=24)
+    item_file = Path(ring["data_path"]) / "toy" / "toy.item"
+    item_file.write_text(item_file.read_text() + "i99\tpink cube\n")
+    after = Recommender.load("run").recommend("u1", k=25)
+    assert set(after["item"]) - set(before["item"]) == {"i99"}
+    old = after[after["item"] != "i99"].reset_index(drop=True)
+    pd.testing.assert_series_equal(old["item"], before["item"])
+
+
+def test_scratch_knows_no_words(ring):
+    quick_start.run(
+        "SDPO-LLM",
+        "toy",
+        config_dict=ring | {"item_tokens": "whole", "run_dir": "run", "objective": "sft"},
+    )
+    assert len(Recommender.load("run").recommend("u1", k=24)) == 24
+    item_file = Path(ring["data_path"]) / "toy" / "toy.item"
+    item_file.write_text(item_file.read_text() + "i99\tpink cube\n")
+    with pytest.raises(UserError, match="no token for 'pink cube"):
+        Recommender.load("run")
