@@ -435,15 +435,15 @@ def _row(
     )
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_show(part)}" for key, part in value.items())
+        return ", ".join(f"{key} {show(part)}" for key, part in value.items())
     return "" if value is None else str(value)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     described = Path("/proc/cpuinfo")
@@ -492,7 +492,7 @@ def main() -> None:
     def note(row: dict[str, object] | None, rows: list) -> None:
         if row:
             rows.append(row)
-            print({key: _show(value) for key, value in row.items()}, file=sys.stderr)
+            print({key: show(value) for key, value in row.items()}, file=sys.stderr)
 
     for style in ("candidates", "history"):
         bench = Bench.build(style, args)
@@ -512,18 +512,18 @@ def main() -> None:
             note(row, compared)
 
     machine = {
-        "device": _device_name(bench.device),
+        "device": device_name(bench.device),
         "threads": torch.get_num_threads(),
         "dtype": str(bench.recommender.lm.causal_lm.dtype),
         "backbone": args.backbone,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "recbole")},
         "date": time.strftime("%Y-%m-%d"),
     }
-    print(markdown_table(COLUMNS, [[_show(row[column]) for column in COLUMNS] for row in compared]))
+    print(markdown_table(COLUMNS, [[show(row[column]) for column in COLUMNS] for row in compared]))
     for row in others:
         print(
             f"\n{row['row']}, K = {row['K']}: "
-            + ", ".join(f"{key} {_show(row[key])}" for key in list(row)[2:])
+            + ", ".join(f"{key} {show(row[key])}" for key in list(row)[2:])
         )
     print(f"\n{json.dumps(machine)}")
     if args.json:

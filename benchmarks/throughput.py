@@ -39,6 +39,8 @@ TRAINED = {
     "LoRA, cast to float32": {"peft": "lora"},
     "LoRA, compiled": {"peft": "lora", "compile": True},
     "full, compiled": {"peft": "none", "compile": True},
+    "LoRA, whole titles": {"peft": "lora", "item_tokens": "whole"},
+    "full, whole titles": {"peft": "none", "item_tokens": "whole"},
 }
 """Ways to train; "cast to float32" is what peft does by itself: adapters compute in float32,
 under a backbone in bfloat16."""
@@ -117,6 +119,21 @@ class Workload:
         }
         row["share of matrix rate"] = measure.operations(run) / seconds / rate
         return row | {"MiB": measure.peak_mib(run, self.device)}
+
+    def over_products(self, negatives: int, tokens: int) -> Row:
+        """A step beside its matrix products alone, in turns: no way to organise the rest could be
+        faster than those. Attention's own are not among them where one kernel does it all."""
+        prompts, items = self.batch(negatives, tokens)
+        run, size = self.step(prompts, items)
+        alone = measure.multiplications_alone(run)
+        took = measure.median_seconds({"step": run, "products": alone}, self.repeats, self.device)
+        return {
+            "ms": 1e3 * took["step"],
+            "tokens": size,
+            "tokens/s": size / took["step"],
+            "targets/s": len(items) / took["step"],
+            "products, share of the step": took["products"] / took["step"],
+        }
 
     def long_rows(self, window: int, tokens: int) -> Row:
         """Seconds of a step with rows of a length, by a dense mask and by FlexAttention."""

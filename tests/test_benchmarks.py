@@ -199,3 +199,17 @@ def test_the_last_stage_trains_and_goes_on(benchmarks, tmp_path, ring, monkeypat
     assert "SFT" in (tmp_path / "out" / "train" / "table.md").read_text()
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--minutes=0"])
     assert gpu.main() == 1  # no time is left
+
+
+def test_the_cpu_program_compares_steps_with_their_products(benchmarks, monkeypatch, capsys):
+    import cpu
+
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    options = ["--backbone=scratch", "--tokens", "64", "--repeats=1", "--trained"]
+    monkeypatch.setattr(sys, "argv", ["cpu.py", *options, "full, whole titles"])
+    cpu.main()
+    table, _, machine = capsys.readouterr().out.rpartition("\n\n")
+    _, _, *rows = table.splitlines()
+    assert len(rows) == 2 and json.loads(machine)["backbone"] == "scratch"
+    shares = [float(row.split("|")[-2]) for row in rows]
+    assert all(0 < share < 1 for share in shares)
