@@ -62,10 +62,13 @@ def cells(notebook: Path) -> str:
 
 def suited_table() -> str:
     """The defaults that follow from the backbone."""
-    lines = ["| setting | `scratch` | a pretrained backbone |", "|---|---|---|"]
+    lines = [
+        "| setting | `scratch` | a pretrained backbone | the same, `item_tokens=whole` |",
+        "|---|---|---|---|",
+    ]
     for stage in ("sft", "sdpo"):
         for name in dict.fromkeys([key for kind in SUITED.values() for key in kind[stage]]):
-            values = (SUITED[kind][stage].get(name) for kind in ("scratch", "pretrained"))
+            values = (SUITED[kind][stage].get(name) for kind in SUITED)
             otherwise = "by the device" if name == "tokens_per_batch" else "those of one batch"
             cells = (otherwise if value is None else f"`{value}`" for value in values)
             lines.append(f"| `{stage}_{name}` | {' | '.join(cells)} |")

@@ -228,6 +228,10 @@ SUITED: dict[str, dict[str, dict[str, Any]]] = {
         "sft": {"epochs": 2, "learning_rate": 5e-4, "targets_per_step": 256},
         "sdpo": {"epochs": 1, "learning_rate": 1e-4, "targets_per_step": 128},
     },
+    "whole titles": {
+        "sft": {"epochs": 3, "learning_rate": 3e-4, "targets_per_step": 512},
+        "sdpo": {"epochs": 1, "learning_rate": 1e-4, "targets_per_step": 512},
+    },
 }
 
 
@@ -309,6 +313,12 @@ class BackboneSettings:
         258, 1_000_000, 12288, "tokens of the BPE from which its vocabulary is chosen"
     )
     scratch_dropout: float = _share(0.3, "its dropout, of embeddings, attention and layers")
+
+    @property
+    def kind(self) -> str:
+        """Which of :data:`SUITED` suits it, once its name is known."""
+        pretrained = "whole titles" if self.item_tokens == "whole" else "pretrained"
+        return "scratch" if self.name == "scratch" else pretrained
 
 
 @dataclass(frozen=True)
@@ -475,9 +485,9 @@ class Settings:
             )
         return cls(**own, **{name: GROUPS[name](**group) for name, group in read.items()})
 
-    def suited_to(self, backbone: str) -> Settings:
+    def suited_to(self, backbone: BackboneSettings) -> Settings:
         """With epochs, learning rates and sizes that suit ``backbone`` in place of null."""
-        suited = SUITED["scratch" if backbone == "scratch" else "pretrained"]
+        suited = SUITED[backbone.kind]
         stages = {stage: getattr(self, stage).completed(suited[stage]) for stage in suited}
         return replace(self, **stages)
 

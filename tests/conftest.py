@@ -10,6 +10,7 @@ import sys
 from copy import deepcopy
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +18,8 @@ import recbole_sdpo  # noqa: F401  registers the plugin
 from recbole_sdpo.lm import backbone
 
 torch.set_num_threads(1)  # tiny models are slower on more
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is slow at times
+hypothesis.settings.load_profile("any machine")
 
 TINY = {
     "backbone": "scratch",

@@ -11,7 +11,7 @@ from recbole_sdpo.checks import check_given, check_settings, check_unknown
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import TEMPLATE_FOLDER
 from recbole_sdpo.quick_start import run
-from recbole_sdpo.settings import Settings, kind_of_negatives, names
+from recbole_sdpo.settings import BackboneSettings, Settings, kind_of_negatives, names
 from tests.conftest import write_dataset
 
 
@@ -341,10 +341,13 @@ def test_what_recbole_would_stumble_over_is_refused(given, message):
         check_given(given)
 
 
+SCRATCH, SMOLLM2 = BackboneSettings(name="scratch"), BackboneSettings(name="smollm2-135m")
+
+
 def test_what_is_not_given_suits_the_backbone():
     given = Settings.from_mapping({"sft_epochs": 7, "sdpo_learning_rate": 0.5})
     assert (given.sft.learning_rate, given.sdpo.epochs) == (None, None)
-    scratch, other = given.suited_to("scratch"), given.suited_to("smollm2-135m")
+    scratch, other = given.suited_to(SCRATCH), given.suited_to(SMOLLM2)
     for settings in (scratch, other):
         assert settings.sft.epochs == 7 and settings.sdpo.learning_rate == 0.5
     assert (
@@ -369,14 +372,14 @@ def test_what_is_not_given_suits_the_backbone():
     ],
 )
 def test_a_device_may_choose_the_size_of_batches_but_not_of_steps(given, targets, tokens):
-    settings = Settings.from_mapping(given).suited_to("smollm2-135m")
+    settings = Settings.from_mapping(given).suited_to(SMOLLM2)
     small, large = (settings.suited_to_device(*sizes) for sizes in ((1024, 8192), (16384, 65536)))
     for suited, here in ((small, 1024), (large, 16384)):
         assert (suited.sft.targets_per_step, suited.sft.tokens_per_batch) == (
             targets,
             tokens or here,
         )
-        assert suited.suited_to("smollm2-135m").suited_to_device(1, 1) == suited
+        assert suited.suited_to(SMOLLM2).suited_to_device(1, 1) == suited
     assert (small.eval_tokens_per_batch, large.eval_tokens_per_batch) == (8192, 65536)
 
 

@@ -21,7 +21,7 @@ def identity(config: RunConfig, inputs: Inputs, begun_from: str | None) -> str:
     """
     ours, own = config["model"] == MODEL, config.settings
     if ours:
-        own = own.suited_to(resolved(own.backbone, config["device"]).name)
+        own = own.suited_to(resolved(own.backbone, config["device"]))
     settings = config.final_config_dict | own.to_flat()
     # RecBole's loaders draw a baseline's negatives in their worker processes; ours come before.
     idle = having(Role.IDLE) | ({"worker"} if ours else set(names()) - having(Role.EVERY_MODEL))

@@ -86,7 +86,7 @@ class SDPOLLM(SequentialRecommender):
         templates = Templates.load(settings.prompt_templates).of_style(settings.prompt_style)
         self.units = Units(len(self.catalogue.titles), templates)
         self.backbone = resolved(settings.backbone, self.device)
-        settings = settings.suited_to(self.backbone.name)
+        settings = settings.suited_to(self.backbone)
         idle = [
             key
             for key in config.external_config_dict
