@@ -22,6 +22,12 @@ CELLS = re.compile(r"<!-- cells of ([\w.]+) -->")
 ROLE = re.compile(r":(?:func|meth|class|data|mod):(?=<code>)")
 """In a docstring, what a name in backticks is."""
 
+CODE = re.compile(r"(?<=<code>)[^<]*(?=</code>)")
+"""Code without colours: a few words in a line, or a block of commands."""
+
+HYPHENED = re.compile(r"(?<!\S)\S*-\S*")
+"""A word that a browser would break at a hyphen, such as an option."""
+
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables and the notebook in."""
@@ -31,8 +37,15 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Leave out what Sphinx alone reads: roles, and the second colon before a block of code."""
-    return ROLE.sub("", html).replace("::</p>", ":</p>")
+    """Leave out what Sphinx alone reads: roles, and the second colon before a block of code. Keep
+    options in one line."""
+    html = ROLE.sub("", html).replace("::</p>", ":</p>")
+    return CODE.sub(lambda code: HYPHENED.sub(lambda word: whole(word[0]), code[0]), html)
+
+
+def whole(word: str) -> str:
+    """Marked for extra.css, unless it is longer than a narrow page is wide."""
+    return f'<span class="whole">{word}</span>' if len(word) <= 40 else word
 
 
 def settings_table(names: list[str]) -> str:
@@ -41,13 +54,14 @@ def settings_table(names: list[str]) -> str:
     Raises:
         KeyError: there is no such setting.
     """
-    head, line, *rows = table().splitlines()
-    rows = {row.split("`")[1]: row for row in rows}
-    return "\n".join([head, line, *(_of_both_stages(rows[name]) for name in names)])
-
-
-def _of_both_stages(row: str) -> str:
-    return re.sub(r"`sft_(\w+)`", r"`sft_\1`, `sdpo_\1`", row, count=1)
+    head, line, *rows = table().replace("<", "&lt;").splitlines()
+    by_name = {row.split("`")[1]: row for row in rows}
+    shown = []
+    for name in names:
+        second = re.sub("^sft_", "sdpo_", name)
+        both = f"`{name}`, `{second}`" if second != name and second in by_name else f"`{name}`"
+        shown.append(by_name[name].replace(f"`{name}`", both, 1))
+    return "\n".join([head, line, *shown])
 
 
 def cells(notebook: Path) -> str:

@@ -78,8 +78,10 @@ def write_atomic(
     Args:
         events: a frame or a CSV file, in any order; the file may be compressed.
         items: a frame or a CSV file; of several rows of one item the first counts.
-        user, item, time: columns of ``events``. Time is a number, written as it is, or a date,
-            written as seconds since 1970.
+        user: a column of ``events``.
+        item: a column of ``events``, and of ``items`` unless ``item_key``.
+        time: a column of ``events``: a number, written as it is, or a date, written as seconds
+            since 1970.
         titles: columns of ``items``. The first becomes ``title``, the others keep their names, for
             ``title_fields``.
         item_key: the column of ``items`` that holds the item, if it is not called ``item`` there.

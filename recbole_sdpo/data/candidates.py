@@ -51,9 +51,10 @@ class FrozenCandidates:
     """Takes a sampler's place in an evaluation loader and gives each target the same negatives
     every time.
 
-    Attributes:
+    Args:
         phase: ``valid`` or ``test``.
-        user, target: int64 ``[T]``.
+        user: int64 ``[T]``.
+        target: int64 ``[T]``.
         negatives: int64 ``[T, N]``.
     """
 
