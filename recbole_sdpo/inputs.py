@@ -155,13 +155,18 @@ class Inputs:
             UserError: a file is not what the run began with.
         """
         if holds_state(run_dir):
-            began = read_state(run_dir)["settings"]["dataset"]
-            if began != self.config["dataset"]:
-                now = self.config["dataset"]
-                raise UserError(
-                    f"resume={str(run_dir)!r}: that run had dataset={began!r} (now {now!r}); "
-                    "give the options that it had."
-                )
+            # Another file is read where another is named: that is what to say then.
+            now = {"dataset": self.config["dataset"]}
+            if self.config["model"] == MODEL:
+                flat = self.config.settings.to_flat()
+                now |= {key: flat[key] for key in ("backbone", "prompt_templates")}
+            began = read_state(run_dir)["settings"]
+            for key, value in now.items():
+                if began.get(key, value) != value:
+                    raise UserError(
+                        f"resume={str(run_dir)!r}: that run had {key}={began[key]!r} (now "
+                        f"{value!r}); give the options that it had."
+                    )
             name = self.changed_since(run_dir)
             if name:
                 raise UserError(

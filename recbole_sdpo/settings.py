@@ -707,11 +707,11 @@ def _kind_name(kind: Any) -> str:
     return words[kind]
 
 
-def table() -> str:
-    """The settings as a Markdown table."""
+def table(word: str = "") -> str:
+    """The settings with ``word`` in their row, as a Markdown table."""
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for key, setting in SETTINGS.items():
         default = "null" if setting.default is None else setting.default
         valid = f" ({setting.valid})" if setting.valid else ""
         rows.append(f"| `{key}` | `{default}` | {setting.help}{valid} |")
-    return "\n".join(rows)
+    return "\n".join([*rows[:2], *(row for row in rows[2:] if word.lower() in row.lower())])

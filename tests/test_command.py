@@ -195,6 +195,17 @@ def test_what_is_no_command_shows_how_to_call_it(monkeypatch, capsys, arguments,
     assert said.startswith("usage: recbole-sdpo") and message in said
 
 
+def test_an_option_is_given_once(monkeypatch):
+    given = ["recommend", "--checkpoint=a", "--user=1", "--user=2"]
+    assert call_program(monkeypatch, *given) == "error: --user is given twice; give it once."
+
+
+def test_settings_with_a_word(monkeypatch, capsys):
+    assert not call_program(monkeypatch, "settings", "Negatives")
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert rows and all("negatives" in row.lower() for row in rows)
+
+
 def test_of_several_checkpoints_one_must_be_chosen(monkeypatch):
     said = call_program(monkeypatch, "recommend", "--user=1", "--checkpoint", "a", "b")
     assert said == "error: --checkpoint names 2 folders, a and b; give one."
@@ -216,5 +227,5 @@ def test_the_examples_of_a_command_are_right(monkeypatch, capsys, name):
         module = program.COMMANDS[name]
         monkeypatch.setattr(module, "call", lambda args, rest, seen=seen: seen.extend(rest))
         assert not call_program(monkeypatch, name, *words)
-        known = {*names(), "data_path", "device", "resume", "epochs"}
+        known = {*names(), "data_path", "resume", "epochs"}
         assert {word.removeprefix("--").partition("=")[0] for word in seen} <= known

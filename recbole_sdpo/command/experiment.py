@@ -21,7 +21,7 @@ EXAMPLES = """\
   recbole-sdpo experiment configs/ml-100k/compare.yaml             all that is not done yet
   recbole-sdpo experiment configs/ml-100k/compare.yaml --jobs=2    two runs at once
   recbole-sdpo experiment my.yaml --tune                           first search, on validation
-  recbole-sdpo experiment my.yaml --device=cpu                     a setting for every run
+  recbole-sdpo experiment my.yaml --sft_epochs=1                   a setting for every run
 
 Any setting of RecBole or of ours follows as --name=value, and holds for every run."""
 

@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="titles, oldest first, separated by ';'; or the option once for each title",
     )
-    parser.add_argument("-k", type=int, default=10, help="how many (default: 10)")
+    parser.add_argument("-k", "--k", type=int, default=10, help="how many (default: 10)")
     parser.add_argument(
         "--exclude_history",
         action="store_true",

@@ -9,6 +9,7 @@ import sys
 from recbole_sdpo.command import experiment, run, settings
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.interrupt import endings
+from recbole_sdpo.settings import table
 
 
 @endings()
@@ -26,7 +27,7 @@ def main() -> None:
     experiment.add_further_options(parser)
     args, rest = parser.parse_known_args()
     if args.settings:
-        settings.call(args, rest)
+        print(table())
     elif args.experiment:
         if args.model != parser.get_default("model") or args.dataset or args.config_files:
             raise UserError(

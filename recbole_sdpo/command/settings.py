@@ -11,13 +11,14 @@ HELP = "print our settings with their defaults"
 
 EXAMPLES = """\
   recbole-sdpo settings
-  recbole-sdpo settings | grep negatives"""
+  recbole-sdpo settings negatives           those with that word in their name or explanation"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """Which of them."""
+    parser.add_argument("word", nargs="?", default="", help="print those with this word alone")
 
 
 def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the table."""
-    print(table())
+    print(table(args.word))

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from logging import getLogger
+from logging import INFO, WARNING, getLogger
 from pathlib import Path
 
 import torch
@@ -220,6 +220,13 @@ def restore_policy(lm: LanguageModel, folder: Path, new_titles: bool = False) ->
         raise UserError(
             f"{what} has no token for {shorten(min(unmet))} ({len(unmet)} such titles), and this "
             "backbone makes none of a title's words; train on the data as they are now."
+        )
+    if unmet:
+        titles = len(lm.tokenizer.get_vocab())
+        getLogger().log(
+            WARNING if 2 * len(unmet) > titles else INFO,
+            f"{what} has no token for {len(unmet)} of {titles} titles and texts, such as "
+            f"{shorten(min(unmet))}; each begins as the mean of its pieces.",
         )
     if not adapted and written.get("model_type") != lm.model.config.model_type:
         raise UserError(

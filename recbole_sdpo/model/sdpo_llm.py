@@ -188,7 +188,11 @@ class SDPOLLM(SequentialRecommender):
         """
         rows, in_text = dataset.inter_feat, self.settings.prompt_style == "candidates"
         shown = (self.settings.prompt_candidates - 1) * in_text
-        wanted = {"train_neg_sample_args": self.negatives * self.draws, "prompt_candidates": shown}
+        each = " (sample_num times candidate_num)" if self.draws > 1 else ""
+        wanted = {
+            f"train_neg_sample_args{each}": self.negatives * self.draws,
+            "prompt_candidates, less one for the target,": shown,
+        }
         for setting, number in wanted.items():
             if number:
                 self._negative_sampler(dataset, sampler, setting).check(

@@ -219,3 +219,14 @@ def test_scratch_knows_no_words(ring):
     item_file.write_text(item_file.read_text() + "i99\tpink cube\n")
     with pytest.raises(UserError, match="no token for 'pink cube"):
         Recommender.load("run")
+
+
+def test_what_begins_from_its_pieces_is_told(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    save_backbone(load(folder), tmp_path / "saved")
+    restore_policy(load(folder, [*TEXTS, "new\n"]), tmp_path / "saved", new_titles=True)
+    (told,) = (record for record in caplog.records if "mean of its pieces" in record.message)
+    assert told.levelname == "INFO" and "no token for 1 of" in told.message
+    others = [f"other {number}\n" for number in range(20)]
+    restore_policy(load(folder, others), tmp_path / "saved", new_titles=True)
+    assert caplog.records[-1].levelname == "WARNING" and "for 20 of" in caplog.records[-1].message
