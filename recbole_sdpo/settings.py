@@ -218,7 +218,9 @@ class CompleteStage(StageSettings):
 # negatives; for pretrained backbones, usual values for LoRA. Where the size of a batch follows from
 # the device, that of a step must not: alignment takes the 128 targets of the paper on S-DPO, which
 # with 15 negatives are 24,000 tokens of ml-100k; SFT twice as many, 6,000 tokens, for fewer leave a
-# GPU idle.
+# GPU idle. Titles as tokens learn by many small steps: on the validation set of ml-100k, SFT of all
+# weights of SmolLM2-135M had NDCG@5 0.664 after an epoch of 160 targets to a step, and 0.595 of 500
+# (with histories of 50, not 20).
 SUITED: dict[str, dict[str, dict[str, Any]]] = {
     "scratch": {
         "sft": {"epochs": 30, "learning_rate": 3e-3, "tokens_per_batch": TOKENS_PER_BATCH},
@@ -229,8 +231,8 @@ SUITED: dict[str, dict[str, dict[str, Any]]] = {
         "sdpo": {"epochs": 1, "learning_rate": 1e-4, "targets_per_step": 128},
     },
     "whole titles": {
-        "sft": {"epochs": 3, "learning_rate": 3e-4, "targets_per_step": 512},
-        "sdpo": {"epochs": 1, "learning_rate": 1e-4, "targets_per_step": 512},
+        "sft": {"epochs": 2, "learning_rate": 3e-4, "targets_per_step": 160},
+        "sdpo": {"epochs": 1, "learning_rate": 1e-4, "targets_per_step": 160},
     },
 }
 
