@@ -483,3 +483,17 @@ def test_checkpointing_keeps_no_more_of_the_layers_that_are_shared(tmp_path):
     (seen, gradient), (with_it, same) = tracked(False), tracked(True)
     assert seen == [False] and with_it == [False]
     torch.testing.assert_close(same, gradient)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "implementation"), [(torch.bfloat16, "eager"), (torch.float32, "sdpa")]
+)
+def test_the_check_of_scores_compares_within_one_implementation(monkeypatch, dtype, implementation):
+    """Of two, bfloat16's rounding differs by more than what the check allows."""
+    asked = []
+    own = language_model.set_attention
+    monkeypatch.setattr(
+        language_model, "set_attention", lambda model, name: (asked.append(name), own(model, name))
+    )
+    LanguageModel(build("Llama", "sdpa", False, dtype), None)
+    assert set(asked) == {implementation} and len(asked) == 2
