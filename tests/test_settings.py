@@ -124,7 +124,7 @@ def test_every_setting_is_explained():
         ),
         (
             {"train_neg_sample_args": {"sample_num": 3, "dynamic": True, "candidate_num": 8}},
-            "train_neg_sample_args asks for 24 negatives",
+            r"train_neg_sample_args \(sample_num times candidate_num\) asks for 24 negatives",
         ),
         (
             {"train_neg_sample_args": {"distribution": "popularity", "alpha": -1}},
