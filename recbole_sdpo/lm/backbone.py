@@ -208,24 +208,22 @@ def restore_policy(lm: LanguageModel, folder: Path, new_titles: bool = False) ->
             folder, local_files_only=True, trust_remote_code=False
         )
         written = read_json(folder / wanted)
-    whole, saved = is_whole(lm.tokenizer), tokenizer.get_vocab()
-    known = whole and is_whole(tokenizer)
-    if not known and saved != lm.tokenizer.get_vocab():
+    whole, saved, here = is_whole(lm.tokenizer), tokenizer.get_vocab(), lm.tokenizer.get_vocab()
+    if saved != here and not (whole and is_whole(tokenizer)):
         raise UserError(
             f"{what} has another tokenizer than this run; use the data, backbone and settings it "
             "was made with."
         )
-    unmet = lm.tokenizer.get_vocab().keys() - saved
+    unmet = here.keys() - saved
     if unmet and not new_titles:
         raise UserError(
             f"{what} has no token for {shorten(min(unmet))} ({len(unmet)} such titles), and this "
             "backbone makes none of a title's words; train on the data as they are now."
         )
     if unmet:
-        titles = len(lm.tokenizer.get_vocab())
         getLogger().log(
-            WARNING if 2 * len(unmet) > titles else INFO,
-            f"{what} has no token for {len(unmet)} of {titles} titles and texts, such as "
+            WARNING if 2 * len(unmet) > len(here) else INFO,
+            f"{what} has no token for {len(unmet)} of {len(here)} titles and texts, such as "
             f"{shorten(min(unmet))}; each begins as the mean of its pieces.",
         )
     if not adapted and written.get("model_type") != lm.model.config.model_type:

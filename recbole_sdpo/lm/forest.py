@@ -286,16 +286,12 @@ class _Layout:
 
 def _padded(rows: int, length: int, multiple: int, together: int) -> tuple[int, int]:
     """The shape of the fewest tokens, and then of the fewest rows."""
-    lengths = {
-        -(-length // step) * step
-        for part in range(1, together + 1)
-        if together % part == 0
-        for step in [math.lcm(multiple, part)]
-    }
     shapes = []
-    for padded in lengths:
-        step = together // math.gcd(together, padded)
-        shapes.append((-(-rows // step) * step, padded))
+    for part in (part for part in range(1, together + 1) if together % part == 0):
+        step = math.lcm(multiple, part)
+        padded = -(-length // step) * step
+        each = together // math.gcd(together, padded)
+        shapes.append((-(-rows // each) * each, padded))
     return min(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
 
 
