@@ -126,9 +126,9 @@ def _above(bound: float, default: Any, help: str, roles: Role = NONE) -> Any:
     return _setting(default, help, roles, above, f"more than {bound}")
 
 
-def _at_least(bound: float, default: Any, help: str, roles: Role = NONE) -> Any:
+def _at_least(bound: float, default: Any, help: str, roles: Role = NONE, key: str = "") -> Any:
     at_least = lambda value: value is None or value >= bound  # noqa: E731
-    return _setting(default, help, roles, at_least, f"{bound} or more")
+    return _setting(default, help, roles, at_least, f"{bound} or more", key)
 
 
 def _within(least: float, most: float, default: Any, help: str, roles: Role = NONE) -> Any:
@@ -137,8 +137,8 @@ def _within(least: float, most: float, default: Any, help: str, roles: Role = NO
     return _setting(default, help, roles, within, f"{least} to {most}")
 
 
-def _share(default: float, help: str, roles: Role = NONE) -> Any:
-    return _setting(default, help, roles, lambda value: 0 <= value < 1, "from 0 to below 1")
+def _share(default: float, help: str, roles: Role = NONE, key: str = "") -> Any:
+    return _setting(default, help, roles, lambda value: 0 <= value < 1, "from 0 to below 1", key)
 
 
 def _group(kind: type, prefix: str, roles: Role = NONE) -> Any:
@@ -162,6 +162,9 @@ class StageSettings:
     )
     learning_rate: float | None = _within(
         0, 1000, None, "peak learning rate of AdamW, or null for what suits the backbone"
+    )
+    title_rate: float = _above(
+        0, 1.0, "how many times the learning rate is for titles that are tokens (item_tokens=whole)"
     )
     schedule: Literal["cosine", "linear", "constant"] = _setting(
         "cosine", "what the learning rate does after its warm-up"
@@ -249,6 +252,24 @@ class BackboneSettings:
         bool,
         "a name or path",
         key="backbone",
+    )
+    layers: int | None = _at_least(
+        1,
+        None,
+        "how many of a pretrained backbone's layers to use, from the lowest up, or null for all",
+        Role.POLICY,
+        key="backbone_layers",
+    )
+    weights: Literal["pretrained", "body", "random"] = _setting(
+        "pretrained",
+        "which of a pretrained backbone's weights to begin with: all, all but the tokens' "
+        "embeddings, or none, for a control of the same shape",
+        key="backbone_weights",
+    )
+    dropout: float = _share(
+        0.0,
+        "dropout, in training, of a pretrained backbone's embeddings and of what each layer adds",
+        key="backbone_dropout",
     )
     trust_remote_code: bool = _setting(
         False, "run code that comes with a backbone's files", Role.CALLER

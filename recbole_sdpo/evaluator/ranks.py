@@ -101,9 +101,14 @@ class RankCollector(TitleCollector):
         self._train = train_data._dataset
 
     @cached_property
+    def _met(self) -> Tensor:
+        """How many users met each item in training, int64 ``[items]``."""
+        return popularity(self._train)
+
+    @cached_property
     def _log_popularity(self) -> Tensor:
         """Of each item, or of its title; 1 is added, as it may be 0."""
-        met = popularity(self._train)
+        met = self._met
         if self._by_title and self._group is not None:
             met = torch.bincount(self._group, weights=met)[self._group]
         return (met + 1).double().log()
@@ -129,7 +134,8 @@ class RankCollector(TitleCollector):
         rank = target_ranks(scores, row, target, max(self.topk))
         user = first[self.config["USER_ID_FIELD"]].cpu().numpy()
         item = positive_i.cpu().numpy()
-        batch = pd.DataFrame({"user": user[place], "item": item, "rank": rank.cpu().numpy()})
+        columns = {"user": user[place], "item": item, "rank": rank.cpu().numpy()}
+        batch = pd.DataFrame(columns | {"met": self._met[item].numpy()})
         if self.writer:
             if len(positive_i) != len(scores):
                 raise UserError(
@@ -168,10 +174,11 @@ class RankCollector(TitleCollector):
     def pop_ranks(self, user_token: np.ndarray, item_token: np.ndarray) -> pd.DataFrame:
         """All ranks so far, in the data's own ids, which are then forgotten.
 
-        Columns are ``user``, ``item``, ``rank``, and if answers were asked for ``answer`` and
+        Columns are ``user``, ``item``, ``rank``, ``met``, the users who met the item in training,
+        and if answers were asked for ``answer`` and
         ``named``, the candidate that it names or nothing.
         """
-        nothing = pd.DataFrame({"user": [], "item": [], "rank": []}, dtype=np.int64)
+        nothing = pd.DataFrame({"user": [], "item": [], "rank": [], "met": []}, dtype=np.int64)
         ranks, self._batches = pd.concat(self._batches or [nothing]), []
         if "named" in ranks:
             ranks["named"] = np.where(ranks["named"] > 0, item_token[ranks["named"]], "")

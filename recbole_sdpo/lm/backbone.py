@@ -43,6 +43,7 @@ from transformers.utils import find_adapter_config_file
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import check_seal, read_json, seal, sha256, user_path, whole_folder
 from recbole_sdpo.lm.attention import FLEX
+from recbole_sdpo.lm.body import add_dropout, keep_layers, redraw
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.scratch import build_model
 from recbole_sdpo.lm.text import control_tokens, opening_tokens, shorten
@@ -127,6 +128,11 @@ def load_backbone(
             "give a backbone and peft=lora "
             f"(now {config.name!r} and {config.peft!r})."
         )
+    if config.quantization != "none" and config.weights != "pretrained":
+        raise UserError(
+            f"backbone_weights={config.weights!r} is for full weights, and this run has "
+            f"quantization={config.quantization!r}; leave it out."
+        )
     if config.compile and (config.gradient_checkpointing or config.quantization != "none"):
         raise UserError(
             "compile=True is for layers that are computed once, in full weights, and this run "
@@ -152,8 +158,14 @@ def load_backbone(
         ).to(dtype)
     else:
         model, tokenizer = _load_pretrained(_locate(config), config, dtype, device)
+        if config.layers is not None:
+            keep_layers(model, config.layers)
         if whole:
             tokenizer = make_whole(model, tokenizer, texts)
+        if config.weights != "pretrained":
+            redraw(model, config.weights == "body", seed("weights"))
+        if config.dropout:
+            add_dropout(model, config.dropout)
     # adapters are in float32, whose products a GPU's fast units take with 10 bits, more than
     # bfloat16's
     if device.type == "cuda":

@@ -25,8 +25,10 @@ from recbole_sdpo.lm.attention import (
     dense_implementation,
     set_attention,
 )
+from recbole_sdpo.lm.body import decoder_layers
 from recbole_sdpo.lm.forest import Forest, plant
 from recbole_sdpo.lm.projection import token_logps
+from recbole_sdpo.lm.whole import is_whole, tables
 from recbole_sdpo.ragged import Ragged
 
 VALID = "choose another backbone, such as a Llama, Qwen, Gemma, Mistral or GPT-2."
@@ -85,7 +87,7 @@ class LanguageModel(nn.Module):
         # under an adapter, what is trained beside it: where it is, and the reference's
         self._beside: Places = []
         check_attention(self.causal_lm, attention)
-        self._layers = _decoder_layers(self.causal_lm)
+        self._layers = tuple(decoder_layers(self.causal_lm))
         self._shared = _layers_below_training(self.causal_lm, self._layers)
         _check_kinds(self.causal_lm)
         if compiled:
@@ -200,7 +202,7 @@ class LanguageModel(nn.Module):
             self._frozen = []  # before the copy, which needs its memory
             self._frozen = [copy.deepcopy(self.model).eval().requires_grad_(False)]
             if self.compiled:  # a copy is not
-                _compile(_decoder_layers(self._frozen[0]))
+                _compile(tuple(decoder_layers(self._frozen[0])))
             return
         if REFERENCE not in self.model.peft_config:
             trained = self.trainable().values()
@@ -229,6 +231,10 @@ class LanguageModel(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The policy's trained parameters by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def title_tables(self) -> list[nn.Parameter]:
+        """What has a row for each title, where titles are tokens."""
+        return tables(self.causal_lm) if is_whole(self.tokenizer) else []
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All that the policy is made of, trained or not, buffers too, by name."""
@@ -413,17 +419,6 @@ def _depends_on_mode(model: PreTrainedModel) -> bool:
         isinstance(value, float | int) and value and re.search("drop|jitter", key)
         for key, value in shape.items()
     )
-
-
-def _decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """The decoder's layers from the lowest up; none where the model has no plain list of them."""
-    depth = model.config.get_text_config().num_hidden_layers
-    lists = (
-        part
-        for part in model.base_model.modules()
-        if isinstance(part, nn.ModuleList) and len(part) == depth
-    )
-    return tuple(next(lists, ()))
 
 
 def _layers_below_training(model: PreTrainedModel, layers: tuple[nn.Module, ...]) -> int:

@@ -92,13 +92,19 @@ class Stage:
             pinned=self.model.lm.device.type == "cuda",
         )
         self._parameters = list(self.model.lm.trainable().values())
+        titles = {id(table) for table in self.model.lm.title_tables()}
+        rate = self.settings.learning_rate
+        title = [p for p in self._parameters if id(p) in titles]
+        body = [p for p in self._parameters if id(p) not in titles]
         # Biases and the scales of norms do not decay.
-        decayed = [p for p in self._parameters if p.ndim > 1]
-        other = [p for p in self._parameters if p.ndim <= 1]
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": other, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in body if p.ndim > 1]},
+            {"params": [p for p in body if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": title, "lr": self.settings.title_rate * rate},
+        ]
         self.optimizer = torch.optim.AdamW(
             groups,
-            lr=self.settings.learning_rate,
+            lr=rate,
             weight_decay=self.settings.weight_decay,
             betas=BETAS,
             fused=True,
