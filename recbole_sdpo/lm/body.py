@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.whole import table_names
 
+DROPOUT = "added_dropout"
+"""Its name in the parts of a model that it was added to."""
+
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder's layers from the lowest up; none where the model has no plain list of them."""
@@ -70,24 +73,26 @@ def add_dropout(model: PreTrainedModel, share: float) -> None:
             f"backbone_dropout={share} finds no list of layers in backbone "
             f"{model.config.model_type!r}; leave it out."
         )
-    for part in (model.get_input_embeddings(), *layers):
-        # a module, so that it follows the model's mode
-        part.added_dropout = nn.Dropout(share).train(part.training)
-    model.get_input_embeddings().register_forward_hook(_drop)
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(_drop)
     for layer in layers:
         layer.register_forward_hook(_drop_added, with_kwargs=True)
+    for part in (embeddings, *layers):
+        # a part of it, so that it follows the model's mode
+        part.add_module(DROPOUT, nn.Dropout(share).train(part.training))
 
 
 def _drop(embeddings: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return embeddings.added_dropout(output)
+    return embeddings.get_submodule(DROPOUT)(output)
 
 
 def _drop_added(
     layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
-    if not layer.added_dropout.training:
+    dropout = layer.get_submodule(DROPOUT)
+    if not dropout.training:
         return output  # to the last digit
     before = args[0] if args else kwargs["hidden_states"]
     after = output[0] if isinstance(output, tuple) else output
-    dropped = before + layer.added_dropout(after - before)
+    dropped = before + dropout(after - before)
     return (dropped, *output[1:]) if isinstance(output, tuple) else dropped

@@ -4,7 +4,7 @@ its title."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from itertools import chain
 
@@ -45,7 +45,7 @@ from recbole_sdpo.model.encoder import TERMINATOR, Encoder, title_lines
 from recbole_sdpo.objectives import OBJECTIVES, Logps
 from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import derive_seed, generator
-from recbole_sdpo.settings import NO_FULL_RANKING, CompleteSettings, Settings
+from recbole_sdpo.settings import NO_FULL_RANKING, BackboneSettings, CompleteSettings, Settings
 
 TARGET_ROW = "target_row"
 """Column of an evaluation batch: the number of the target, from 0, that a row's item is a
@@ -87,16 +87,8 @@ class SDPOLLM(SequentialRecommender):
         self.units = Units(len(self.catalogue.titles), templates)
         self.backbone = resolved(settings.backbone, self.device)
         settings = settings.suited_to(self.backbone)
-        idle = [
-            key
-            for key in config.external_config_dict
-            if key.startswith("lora_") and self.backbone.peft != "lora"
-        ]
-        if idle:
-            self.logger.warning(
-                f"{', '.join(idle)} has no effect with peft='none', which trains all weights; set "
-                "peft=lora."
-            )
+        for sentence in _without_effect(config.external_config_dict, self.backbone):
+            self.logger.warning(sentence)
 
         def tokenizer() -> PreTrainedTokenizerBase:
             # The root damps the most popular titles, so that the rarer ones get merges of their
@@ -477,3 +469,26 @@ class SDPOLLM(SequentialRecommender):
         memo[id(self)] = clone
         clone.__dict__ = copy.deepcopy(self.__dict__, memo)
         return clone
+
+
+def _without_effect(chosen: Collection[str], backbone: BackboneSettings) -> Iterator[str]:
+    """A sentence for each kind of settings that do nothing with ``backbone``, whose ``auto`` are
+    resolved."""
+    does_nothing = {
+        "lora_": (
+            backbone.peft != "lora",
+            "peft='none', which trains all weights; set peft=lora",
+        ),
+        "backbone_": (
+            backbone.name == "scratch",
+            "backbone='scratch', which has scratch_layers and scratch_dropout; set a backbone",
+        ),
+        "title_rate": (
+            backbone.item_tokens != "whole",
+            "item_tokens='pieces', where no token is a title; set item_tokens=whole",
+        ),
+    }
+    for kind, (nothing, why) in does_nothing.items():
+        keys = [key for key in chosen if key.startswith(kind) or key.endswith(f"_{kind}")]
+        if keys and nothing:
+            yield f"{', '.join(keys)} has no effect with {why}."

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from recbole_sdpo.files import whole_file
 from recbole_sdpo.report import figures
+from recbole_sdpo.report.bands import band_frame, band_table
 from recbole_sdpo.report.comparison import Comparison, FinishedRun
 from recbole_sdpo.report.table import (
     NOTE,
@@ -27,6 +28,8 @@ from recbole_sdpo.report.table import (
     comparison_html,
     comparison_latex,
     comparison_markdown,
+    html_table,
+    markdown_table,
     markdown_text,
 )
 
@@ -66,6 +69,8 @@ pre {{ overflow: auto; background: #f5f5f5; padding: 1em }}
 </body></html>
 """
 
+BANDS_HEADING = "By how many users met the target in training"
+
 Picture = dict[str, bytes]
 """A figure by the kinds of its files: those of :data:`ENDS`, and ``page``."""
 
@@ -78,7 +83,8 @@ def write_report(
     warnings: Sequence[str],
     origin: str,
 ) -> list[str]:
-    """Write ``table.md``, ``.csv`` and ``.tex``, ``results.jsonl``, figures and ``report.html``.
+    """Write ``table.md``, ``.csv`` and ``.tex``, ``bands.csv``, ``results.jsonl``, figures and
+    ``report.html``.
 
     All are written beside their places first, and then take them together, so that they are of one
     report. Title, names, warnings and ``origin`` are text of users, in every format.
@@ -98,9 +104,13 @@ def write_report(
     pictures = {name: picture for name, picture in pictures.items() if picture}
     note = f"{NOTE}; {_sizes(comparisons[0])}. Minutes are of training, SFT included."
     frame = pd.concat([comparison_frame(comparison) for comparison in comparisons])
+    modes, metrics = [table.candidates for table in comparisons], comparisons[0].metrics
+    by_band = band_frame(runs, modes, metrics)
+    bands = [table for mode in modes if (table := band_table(by_band, mode, metrics[0]))]
     texts = {
-        "report.html": _page(title, comparisons, note, warnings, pictures, origin),
-        "table.md": _markdown(title, comparisons, note, warnings, origin),
+        "report.html": _page(title, comparisons, bands, note, warnings, pictures, origin),
+        "table.md": _markdown(title, comparisons, bands, note, warnings, origin),
+        "bands.csv": by_band.to_csv(index=False, float_format="%.6g").removesuffix("\n"),
         "table.tex": "\n\n".join(comparison_latex(comparison) for comparison in comparisons),
         "results.jsonl": "\n".join(json.dumps(_line(run)) for run in runs),
         "table.csv": frame.to_csv(index=False, float_format="%.6g").removesuffix("\n"),
@@ -121,6 +131,7 @@ def write_report(
 def _page(
     title: str,
     comparisons: Sequence[Comparison],
+    bands: Sequence[list[list[str]]],
     note: str,
     warnings: Sequence[str],
     pictures: dict[str, Picture],
@@ -129,6 +140,9 @@ def _page(
     body = [comparison_html(comparison) for comparison in comparisons]
     body.append(f"<p class='note'>{html.escape(note)}</p>")
     body += [f"<p class='warning'>Warning: {html.escape(text)}</p>" for text in warnings]
+    if bands:
+        body.append(f"<h2>{html.escape(BANDS_HEADING)}</h2>")
+    body += [html_table([[*map(html.escape, line)] for line in table]) for table in bands]
     for name, picture in pictures.items():
         source = "data:image/png;base64," + base64.b64encode(picture["page"]).decode()
         heading, name = html.escape(name.replace("-", " ")), html.escape(name)
@@ -138,11 +152,21 @@ def _page(
 
 
 def _markdown(
-    title: str, comparisons: Sequence[Comparison], note: str, warnings: Sequence[str], origin: str
+    title: str,
+    comparisons: Sequence[Comparison],
+    bands: Sequence[list[list[str]]],
+    note: str,
+    warnings: Sequence[str],
+    origin: str,
 ) -> str:
     tables = [comparison_markdown(comparison) for comparison in comparisons]
     lines = [markdown_text(f"Warning: {text}") for text in warnings]
-    return "\n\n".join([f"# {markdown_text(title)}", *tables, note, *lines, _fenced(origin)])
+    parts = [[[*map(markdown_text, line)] for line in table] for table in bands]
+    by_band = [f"## {BANDS_HEADING}"] * bool(bands) + [
+        markdown_table(head, rows) for head, *rows in parts
+    ]
+    heading = f"# {markdown_text(title)}"
+    return "\n\n".join([heading, *tables, note, *lines, *by_band, _fenced(origin)])
 
 
 def _sizes(comparison: Comparison) -> str:

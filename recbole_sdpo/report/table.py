@@ -84,8 +84,13 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 def comparison_html(comparison: Comparison) -> str:
     """The table of a comparison in HTML."""
+    return html_table(_cells(comparison, HTML))
+
+
+def html_table(cells: Sequence[Sequence[str]]) -> str:
+    """A table in HTML, the first of ``cells`` its head; each is HTML already."""
     lines = []
-    for number, row in enumerate(_cells(comparison, HTML)):
+    for number, row in enumerate(cells):
         tag = "td" if number else "th"
         lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in row) + "</tr>")
     return "<table>\n" + "\n".join(lines) + "\n</table>"

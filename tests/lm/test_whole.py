@@ -180,6 +180,45 @@ def test_bfloat16_weights_are_refused(folder):
 
 
 @pytest.mark.parametrize("peft", ["none", "lora"])
+def test_a_shallower_backbone_with_dropout_is_saved_and_read_again(folder, tmp_path, peft):
+    settings = {"peft": peft, "backbone_layers": 1, "backbone_dropout": 0.5}
+    lm, other = load(folder, **settings), load(folder, **settings)
+    lm.freeze_reference()
+    with torch.no_grad():
+        for weight in lm.trainable().values():
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    texts = TEXTS[2:]
+    reference = responses_of(other.eval(), texts)
+    save_backbone(lm, tmp_path / "saved")
+    restore_policy(other, tmp_path / "saved")
+    lm.eval()
+    torch.testing.assert_close(responses_of(other, texts), responses_of(lm, texts))
+    lm.train()
+    assert not responses_of(lm, texts).equal(responses_of(lm, texts))  # dropout
+    (first,), (second,) = encode_texts(lm.tokenizer, TEXTS[:2])
+    none = np.zeros(len(texts), int)
+    forest = plant(
+        Ragged.from_rows([[first, second]]),
+        none,
+        none + 2,
+        Ragged.from_rows(encode_texts(lm.tokenizer, texts)),
+    )
+    for _ in range(2):  # the reference has none, also while the policy trains
+        torch.testing.assert_close(lm.policy_and_reference(forest)[1], reference)
+
+
+def test_a_control_begins_without_the_language(folder):
+    pretrained, body, nothing = (
+        dict(load(folder, peft="none", backbone_weights=weights).model.named_parameters())
+        for weights in ("pretrained", "body", "random")
+    )
+    for name, weight in pretrained.items():
+        titles = "embed_tokens" in name or "lm_head" in name
+        assert weight.equal(body[name]) == (not titles)
+        assert weight.equal(nothing[name]) == (weight.ndim == 1)  # norms begin at 1
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
 def test_a_run_aligns_goes_on_and_recommends_what_is_new(ring, tmp_path, peft, monkeypatch):
     settings = ring | {
         "backbone": save_tiny(tmp_path / "tiny", "llama2-7b"),

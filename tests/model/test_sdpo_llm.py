@@ -286,10 +286,17 @@ def test_no_model_is_trained_for_a_top_k_beyond_the_catalogue(ring):
 
 
 def test_settings_without_effect_say_so(ring, caplog):
-    build(ring | {"lora_layers": [1], "full_sort": "topk"})
-    assert (
-        "lora_layers has no effect with peft='none'" in caplog.text
-        and "full_sort='topk' has no effect" in caplog.text
-    )
+    idle = {"lora_layers": [1], "full_sort": "topk", "backbone_layers": 1, "sft_title_rate": 2}
+    build(ring | idle)
+    for said in (
+        "lora_layers has no effect with peft='none'",
+        "full_sort='topk' has no effect",
+        "backbone_layers has no effect with backbone='scratch'",
+        "sft_title_rate has no effect with item_tokens='pieces'",
+    ):
+        assert said in caplog.text
+    caplog.clear()
+    build(ring | {"item_tokens": "whole", "sft_title_rate": 2})
+    assert "has no effect" not in caplog.text
     with pytest.raises(ValueError, match="worker=-1 must be a whole number from 0 to 256"):
         build(ring | {"worker": -1})

@@ -16,6 +16,7 @@ import pytest
 
 from recbole_sdpo.evaluator.significance import holm, paired_difference
 from recbole_sdpo.report import figures
+from recbole_sdpo.report.bands import band_frame, band_table
 from recbole_sdpo.report.comparison import FinishedRun, compare, unfair
 from recbole_sdpo.report.experiment import write_report
 from recbole_sdpo.report.table import (
@@ -446,3 +447,47 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(runs, tmp_path, m
         len(written) == 4
         and {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     )
+
+
+def test_bands_are_by_the_users_who_met_the_target():
+    """Against a loop over targets."""
+    runs = [finished(name, seed, 0.4) for name in ("mine", "other") for seed in (1, 2)]
+    for run in runs:
+        rng = np.random.default_rng(run.seed)
+        run.ranks["met"] = rng.choice([0, 1, 4, 5, 19, 20, 400], len(run.ranks))
+    frame = band_frame(runs, ["uni19"], METRICS)
+    within = {"0": (0, 0), "1-4": (1, 4), "5-19": (5, 19), "20 or more": (20, 10**9)}
+    assert len(frame) == len(METRICS) * 2 * len(within)
+    assert frame["band"].tolist() == [*within] * len(METRICS) * 2
+    for row in frame.itertuples():
+        low, high = within[row.band]
+        ranks = [
+            target.rank
+            for run in runs
+            if run.name == row.model
+            for target in run.ranks.itertuples()
+            if low <= target.met <= high
+        ]
+        gain = {"HR@1": lambda r: r == 1, "NDCG@5": lambda r: (r <= 5) / math.log2(r + 1)}
+        assert row.targets == len(ranks)
+        assert row.mean == pytest.approx(sum(map(gain[row.metric], ranks)) / len(ranks))
+    head, *lines = band_table(frame, "uni19", "HR@1")
+    assert head[1:] == [*within]
+    assert [line[0] for line in lines] == ["mine", "other", "targets"]
+    assert float(lines[0][2]) == pytest.approx(
+        frame.query("model == 'mine' and metric == 'HR@1' and band == '1-4'")["mean"].item(),
+        abs=5e-5,
+    )
+
+
+def test_no_bands_of_runs_that_do_not_say_who_met_the_target(tmp_path):
+    runs = [finished("mine", 1, 0.4)]
+    frame = band_frame(runs, ["uni19"], METRICS)
+    assert frame.empty and band_table(frame, "uni19", "HR@1") == []
+    write_report(tmp_path, "bands", [compare(runs, "uni19", METRICS, [])], runs, [], "made")
+    assert "met the target" not in (tmp_path / "table.md").read_text()
+    runs[0].ranks["met"] = 3
+    write_report(tmp_path, "bands", [compare(runs, "uni19", METRICS, [])], runs, [], "made")
+    for file in ("table.md", "report.html"):
+        assert "met the target" in (tmp_path / file).read_text()
+    assert pd.read_csv(tmp_path / "bands.csv")["band"].unique().tolist() == ["1-4"]

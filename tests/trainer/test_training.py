@@ -365,6 +365,36 @@ def test_accumulated_batches_step_like_one(ring, style):
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
 
 
+def test_titles_learn_at_a_rate_of_their_own(ring):
+    """A first step of Adam is the rate, whatever the gradient: 3 to 1 for titles, 1 for others."""
+    moves = []
+    for rate in (1.0, 3.0):
+        trainer, loaders = start(
+            ring
+            | {
+                "item_tokens": "whole",
+                "scratch_dropout": 0.0,
+                "sft_title_rate": rate,
+                "sft_weight_decay": 0.0,
+                "sft_schedule": "constant",
+                "sft_warmup": 0.0,
+                "sft_learning_rate": 1e-3,
+            }
+        )
+        weights = trainer.model.lm.trainable()
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        stage = trainer._open("sft", loaders[0], False, False)
+        (step, *_) = stage.batches.plan(0)
+        stage._step([*stage.batches.loader([step], 0)], stage.batches.targets([step]))
+        moves.append({name: weights[name].detach() - before[name] for name in weights})
+    one, three = moves
+    (titles,) = (name for name in one if "embed_in" in name)
+    assert one[titles].abs().max() > 5e-4
+    for name in one:
+        times = 3 if name == titles else 1
+        torch.testing.assert_close(three[name], times * one[name], rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("peft", ["lora", "none"])
 def test_a_step_asks_the_device_once(ring, monkeypatch, peft):
     """Each number that the host reads keeps it waiting for a GPU, and the GPU for it."""
