@@ -9,6 +9,8 @@ import sys
 from glob import glob
 from pathlib import Path
 
+import pandas as pd
+
 from recbole_sdpo.command.program import main
 
 ROOT = Path(__file__).parents[1]
@@ -47,14 +49,14 @@ def commands() -> list[str]:
 
 
 def steps(command: str) -> str:
-    """What ``make`` would do last, or the command itself."""
+    """The last program that ``make`` would run, or the command itself."""
     if not command.startswith("make"):
         return command
     told = subprocess.run(["bash", "-c", command.replace("make", "make -n", 1)], **IN_THE_CHECKOUT)
-    program = r"\S*venv/bin/(python|recbole-sdpo)"
-    last, in_venv = re.subn(program, r"\1", told.stdout.splitlines()[-1])
-    assert in_venv, told.stdout + told.stderr  # wherever VENV says that it is
-    return last
+    program = r"\S*venv/bin/(python|recbole-sdpo)"  # wherever VENV says that it is
+    programs = [line for line in told.stdout.splitlines() if re.search(program, line)]
+    assert programs, told.stdout + told.stderr
+    return re.sub(program, r"\1", programs[-1])
 
 
 def call(command: str, monkeypatch) -> None:
@@ -132,3 +134,13 @@ def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_make_says_what_the_pretrained_alternative_gives():
+    """As the results have it, where it stands."""
+    (line,) = re.findall(r"^PRETRAINED = (.*)$", (ROOT / "Makefile").read_text(), flags=re.M)
+    (config,) = re.findall(r"configs/\S+\.yaml", line)
+    assert (ROOT / config).is_file()
+    table = pd.read_csv(ROOT / "results" / "ml-100k" / Path(config).stem / "table.csv")
+    row = table.query("model == 'S-DPO' and metric == 'HR@1'").iloc[0]
+    assert f"HR@1 {row['mean']:.4f} after {row['train_s'] / 60:.0f} minutes" in line
