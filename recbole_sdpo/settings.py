@@ -164,7 +164,9 @@ class StageSettings:
         0, 1000, None, "peak learning rate of AdamW, or null for what suits the backbone"
     )
     title_rate: float = _above(
-        0, 1.0, "how many times the learning rate is for titles that are tokens (item_tokens=whole)"
+        0,
+        1.0,
+        "learning rate of titles that are tokens (item_tokens=whole), as a multiple of the stage's",
     )
     schedule: Literal["cosine", "linear", "constant"] = _setting(
         "cosine", "what the learning rate does after its warm-up"
@@ -262,8 +264,8 @@ class BackboneSettings:
     )
     weights: Literal["pretrained", "body", "random"] = _setting(
         "pretrained",
-        "which of a pretrained backbone's weights to begin with: all, all but the tokens' "
-        "embeddings, or none, for a control of the same shape",
+        "which of a pretrained backbone's weights to begin with: all, all but those of the "
+        "tokens (embeddings and head), or none: a control of the same shape, fully trained",
         key="backbone_weights",
     )
     dropout: float = _share(

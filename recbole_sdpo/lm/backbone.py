@@ -128,10 +128,10 @@ def load_backbone(
             "give a backbone and peft=lora "
             f"(now {config.name!r} and {config.peft!r})."
         )
-    if config.quantization != "none" and config.weights != "pretrained":
-        raise UserError(
-            f"backbone_weights={config.weights!r} is for full weights, and this run has "
-            f"quantization={config.quantization!r}; leave it out."
+    if config.name != "scratch" and config.weights != "pretrained" and config.peft != "none":
+        raise UserError(  # an adapter's checkpoint does not hold what was drawn
+            f"backbone_weights={config.weights!r} needs peft=none (now {config.peft!r}), which "
+            "trains what was drawn."
         )
     if config.compile and (config.gradient_checkpointing or config.quantization != "none"):
         raise UserError(

@@ -18,10 +18,10 @@ DROPOUT = "added_dropout"
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder's layers from the lowest up; none where the model has no plain list of them."""
     depth = model.config.get_text_config().num_hidden_layers
+    # a model of pictures, too, has a list for these
+    decoder = getattr(model.base_model, "language_model", model.base_model)
     lists = (
-        part
-        for part in model.base_model.modules()
-        if isinstance(part, nn.ModuleList) and len(part) == depth
+        part for part in decoder.modules() if isinstance(part, nn.ModuleList) and len(part) == depth
     )
     return next(lists, nn.ModuleList())
 
@@ -34,10 +34,15 @@ def keep_layers(model: PreTrainedModel, number: int) -> None:
     """
     layers, shape = decoder_layers(model), model.config.get_text_config()
     depth = len(layers)
-    if getattr(shape, "num_kv_shared_layers", 0) or not 1 <= number <= depth:
+    if not depth or getattr(shape, "num_kv_shared_layers", None):
         raise UserError(
-            f"backbone_layers={number} must be from 1 to the backbone's number of layers "
-            f"({depth} of {model.config.model_type!r} can be told apart), or null for all."
+            f"backbone_layers={number}: the layers of backbone {model.config.model_type!r} cannot "
+            "do without each other; leave it out."
+        )
+    if not 1 <= number <= depth:
+        raise UserError(
+            f"backbone_layers={number} must be from 1 to {depth}, the number of the backbone's "
+            "layers, or null for all."
         )
     del layers[number:]
     for key, value in shape.to_dict().items():  # such as the kind of each layer

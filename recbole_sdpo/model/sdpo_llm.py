@@ -4,9 +4,10 @@ its title."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -471,9 +472,10 @@ class SDPOLLM(SequentialRecommender):
         return clone
 
 
-def _without_effect(chosen: Collection[str], backbone: BackboneSettings) -> Iterator[str]:
+def _without_effect(chosen: Mapping[str, Any], backbone: BackboneSettings) -> Iterator[str]:
     """A sentence for each kind of settings that do nothing with ``backbone``, whose ``auto`` are
-    resolved."""
+    resolved; what is ``chosen`` as it is anyway does no harm."""
+    defaults = Settings().to_flat()
     does_nothing = {
         "lora_": (
             backbone.peft != "lora",
@@ -489,6 +491,8 @@ def _without_effect(chosen: Collection[str], backbone: BackboneSettings) -> Iter
         ),
     }
     for kind, (nothing, why) in does_nothing.items():
-        keys = [key for key in chosen if key.startswith(kind) or key.endswith(f"_{kind}")]
+        named = {key for key in chosen if key.startswith(kind) or key.endswith(f"_{kind}")}
+        keys = [key for key in chosen if key in named and chosen[key] != defaults.get(key)]
         if keys and nothing:
-            yield f"{', '.join(keys)} has no effect with {why}."
+            have = "have" if len(keys) > 1 else "has"
+            yield f"{', '.join(keys)} {have} no effect with {why}."

@@ -67,7 +67,11 @@ def band_table(frame: pd.DataFrame, candidates: str, metric: str) -> list[list[s
     sizes = part.groupby("band", observed=True)["targets"].max()
     lines = [
         [f"{candidates}, {metric}, met by", *bands],
-        *([name, *(f"{means.loc[name, band]:.4f}" for band in bands)] for name in means.index),
+        *([name, *(_shown(means.loc[name, band]) for band in bands)] for name in means.index),
         ["targets", *(f"{sizes[band]:,}" for band in bands)],
     ]
     return lines if bands else []
+
+
+def _shown(mean: float) -> str:
+    return "" if np.isnan(mean) else f"{mean:.4f}"

@@ -92,15 +92,18 @@ class Stage:
             pinned=self.model.lm.device.type == "cuda",
         )
         self._parameters = list(self.model.lm.trainable().values())
+        # Biases and the scales of norms do not decay.
+        matrices = [p for p in self._parameters if p.ndim > 1]
+        others = [p for p in self._parameters if p.ndim <= 1]
         titles = {id(table) for table in self.model.lm.title_tables()}
         rate = self.settings.learning_rate
-        title = [p for p in self._parameters if id(p) in titles]
-        body = [p for p in self._parameters if id(p) not in titles]
-        # Biases and the scales of norms do not decay.
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in body if p.ndim > 1]},
-            {"params": [p for p in body if p.ndim <= 1], "weight_decay": 0.0},
-            {"params": title, "lr": self.settings.title_rate * rate},
+            {"params": [p for p in matrices if id(p) not in titles]},
+            {"params": others, "weight_decay": 0.0},
+            {
+                "params": [p for p in matrices if id(p) in titles],
+                "lr": self.settings.title_rate * rate,
+            },
         ]
         self.optimizer = torch.optim.AdamW(
             groups,
@@ -220,7 +223,8 @@ class Stage:
         if not np.isfinite([loss, norm]).all():
             raise UserError(
                 f"{self.name} step {self.step}: the loss is {loss / targets} and the gradient's "
-                f"norm {norm}; lower {self.name}_learning_rate (now {settings.learning_rate})."
+                f"norm {norm}; lower {self.name}_learning_rate (now {settings.learning_rate}) or "
+                f"{self.name}_title_rate (now {settings.title_rate})."
             )
         self.optimizer.step()
         means = Diagnostics(*(total / targets for total in watched))

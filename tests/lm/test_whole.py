@@ -216,6 +216,8 @@ def test_a_control_begins_without_the_language(folder):
         titles = "embed_tokens" in name or "lm_head" in name
         assert weight.equal(body[name]) == (not titles)
         assert weight.equal(nothing[name]) == (weight.ndim == 1)  # norms begin at 1
+    with pytest.raises(UserError, match="backbone_weights='random' needs peft=none"):
+        load(folder, peft="lora", backbone_weights="random")
 
 
 @pytest.mark.parametrize("peft", ["none", "lora"])
