@@ -143,4 +143,4 @@ def test_make_says_what_the_pretrained_alternative_gives():
     assert (ROOT / config).is_file()
     table = pd.read_csv(ROOT / "results" / "ml-100k" / Path(config).stem / "table.csv")
     row = table.query("model == 'S-DPO' and metric == 'HR@1'").iloc[0]
-    assert f"HR@1 {row['mean']:.4f} after {row['train_s'] / 60:.0f} minutes" in line
+    assert f"HR@1 {row['mean']:.4f} on ml-100k after {row['train_s'] / 60:.0f} minutes" in line

@@ -101,9 +101,8 @@ def test_the_report_has_what_the_runs_found(experiment):
         for name in ("bars-uni5", "bars-pop3", "by-beta", "curves", "hardest-negative")
         for end in ("png", "svg")
     }
-    assert (
-        names == {"table.md", "table.csv", "table.tex", "results.jsonl", "report.html"} | pictures
-    )
+    texts = {"table.md", "table.csv", "table.tex", "bands.csv", "results.jsonl", "report.html"}
+    assert names == texts | pictures
     lines = [json.loads(line) for line in (report / "results.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["Pop", "S-DPO, beta = 0.5", "S-DPO, beta = 2.0"]
     table = pd.read_csv(report / "table.csv").set_index(["candidates", "model", "metric"])
@@ -120,6 +119,12 @@ def test_the_report_has_what_the_runs_found(experiment):
                 assert table.loc[(mode, name, metric), "mean"] == pytest.approx(
                     metric_of_ranks(metric, found["rank"]).mean(), rel=1e-5
                 )
+    bands = pd.read_csv(report / "bands.csv")
+    parts = bands.assign(sum=bands["mean"] * bands["targets"])
+    sums = parts.groupby(["candidates", "model", "metric"])[["sum", "targets"]].sum()
+    whole = table.loc[sums.index, "mean"].to_numpy()
+    np.testing.assert_allclose(sums["sum"] / sums["targets"], whole, rtol=1e-4)
+    assert len(sums) == len(table)
     page = (report / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "http" not in page.replace(
         "http-equiv", ""
