@@ -175,8 +175,8 @@ class RankCollector(TitleCollector):
         """All ranks so far, in the data's own ids, which are then forgotten.
 
         Columns are ``user``, ``item``, ``rank``, ``met``, the users who met the item in training,
-        and if answers were asked for ``answer`` and
-        ``named``, the candidate that it names or nothing.
+        and if answers were asked for ``answer`` and ``named``, the candidate that it names or
+        nothing.
         """
         nothing = pd.DataFrame({"user": [], "item": [], "rank": [], "met": []}, dtype=np.int64)
         ranks, self._batches = pd.concat(self._batches or [nothing]), []

@@ -161,10 +161,10 @@ def _markdown(
 ) -> str:
     tables = [comparison_markdown(comparison) for comparison in comparisons]
     lines = [markdown_text(f"Warning: {text}") for text in warnings]
-    parts = [[[*map(markdown_text, line)] for line in table] for table in bands]
-    by_band = [f"## {BANDS_HEADING}"] * bool(bands) + [
-        markdown_table(head, rows) for head, *rows in parts
-    ]
+    by_band = [f"## {BANDS_HEADING}"] if bands else []
+    for table in bands:
+        head, *rows = ([*map(markdown_text, line)] for line in table)
+        by_band.append(markdown_table(head, rows))
     heading = f"# {markdown_text(title)}"
     return "\n\n".join([heading, *tables, note, *lines, *by_band, _fenced(origin)])
 

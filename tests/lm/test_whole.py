@@ -105,12 +105,17 @@ def test_no_text_is_a_control_token_and_none_is_cut():
         encode_texts(tokenizer, ["never met"])
 
 
-def responses_of(lm, texts):
-    """log pi of each text after the first two, by the forest."""
+def forest_of(lm, texts):
+    """Each text after the first two."""
     (first,), (second,) = encode_texts(lm.tokenizer, TEXTS[:2])
     rows = Ragged.from_rows(encode_texts(lm.tokenizer, texts))
     none = np.zeros(len(texts), int)
-    return lm(plant(Ragged.from_rows([[first, second]]), none, none + 2, rows))
+    return plant(Ragged.from_rows([[first, second]]), none, none + 2, rows)
+
+
+def responses_of(lm, texts):
+    """log pi of each text after the first two, by the forest."""
+    return lm(forest_of(lm, texts))
 
 
 @pytest.mark.parametrize("peft", ["none", "lora"])
@@ -132,14 +137,7 @@ def test_the_reference_has_its_own_tokens(folder, peft):
     with torch.no_grad():
         for weight in lm.trainable().values():
             weight += 0.1 * torch.randn_like(weight)
-    (first,), (second,) = encode_texts(lm.tokenizer, TEXTS[:2])
-    none = np.zeros(len(TEXTS), int)
-    forest = plant(
-        Ragged.from_rows([[first, second]]),
-        none,
-        none + 2,
-        Ragged.from_rows(encode_texts(lm.tokenizer, TEXTS)),
-    )
+    forest = forest_of(lm, TEXTS)
     policy, reference = lm.policy_and_reference(forest)
     torch.testing.assert_close(reference, before, rtol=0, atol=1e-6)
     assert (policy - before).abs().min() > 1e-3
@@ -195,14 +193,7 @@ def test_a_shallower_backbone_with_dropout_is_saved_and_read_again(folder, tmp_p
     torch.testing.assert_close(responses_of(other, texts), responses_of(lm, texts))
     lm.train()
     assert not responses_of(lm, texts).equal(responses_of(lm, texts))  # dropout
-    (first,), (second,) = encode_texts(lm.tokenizer, TEXTS[:2])
-    none = np.zeros(len(texts), int)
-    forest = plant(
-        Ragged.from_rows([[first, second]]),
-        none,
-        none + 2,
-        Ragged.from_rows(encode_texts(lm.tokenizer, texts)),
-    )
+    forest = forest_of(lm, texts)
     for _ in range(2):  # the reference has none, also while the policy trains
         torch.testing.assert_close(lm.policy_and_reference(forest)[1], reference)
 
