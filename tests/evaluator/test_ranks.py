@@ -19,6 +19,14 @@ def test_metrics_of_ranks_are_recboles(ring, model, mode):
         model, "toy", config_dict=ring | few | {"run_dir": "here", "eval_args": {"mode": mode}}
     )
     ranks = pd.read_csv("here/ranks.csv")
+    events = pd.read_csv(f"{ring['data_path']}/toy/toy.inter", sep="\t")
+    user, item, time = (
+        next(c for c in events if c.startswith(k)) for k in ("user", "item", "time")
+    )
+    events = events.sort_values(time, kind="stable")
+    trained = events[events.groupby(user).cumcount(ascending=False) > 1]  # two are held out
+    met = trained.drop_duplicates([user, item])[item].value_counts()
+    assert ranks["met"].tolist() == [met.get(target, 0) for target in ranks["item"]]
     assert ranks.user.is_unique and len(ranks) == 72 and set(ranks.candidates) == {mode}
     for name, value in result["test_result"].items():
         assert metric_of_ranks(name, ranks["rank"].to_numpy()).mean() == pytest.approx(
