@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 SECONDS = 60
 """A program that runs for longer hangs."""
 
@@ -155,6 +157,9 @@ def warm_up(folder: Path, call: Callable[[], object]) -> None:
 
 
 def _settle_in(folder: Path, streams: list[int]) -> None:
+    # After a fork torch makes its pool of threads anew at the first call, without a lock: two
+    # threads at once fail with "Invalid thread pool!" (pytorch/pytorch#55341).
+    torch.set_num_threads(torch.get_num_threads())
     os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
