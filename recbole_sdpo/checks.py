@@ -628,6 +628,14 @@ def check_settings(config: Config) -> Settings:
             f"popularity_discount={settings.popularity_discount} is for metrics of a ranking, and "
             f"{config['metrics']} are none."
         )
+    args = config["eval_args"]
+    if settings.held_out_items and (
+        args["split"] != LEAVE_ONE_OUT or args["order"] != "TO" or config["benchmark_filename"]
+    ):
+        raise UserError(
+            f"held_out_items={settings.held_out_items} needs eval_args with split={LEAVE_ONE_OUT} "
+            "and order=TO, and no benchmark_filename: the tests are users' last events."
+        )
     if not ours:
         if settings.resume:
             raise UserError(

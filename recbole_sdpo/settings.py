@@ -369,6 +369,12 @@ class Settings:
     candidates_seed: int | None = _within(
         0, 2**32 - 1, None, "seed of the candidates, or null for RecBole's seed", Role.EVERY_MODEL
     )
+    held_out_items: float = _share(
+        0.0,
+        "share of the items, drawn by the candidates' seed, that are met in no history and are no "
+        "target but where a user's last event is one: how a model ranks what nobody has met",
+        Role.EVERY_MODEL,
+    )
     more_candidates: list[str] = _setting(
         [],
         "further evaluation modes, such as ['pop19']; each is tested with the weights that are "

@@ -26,6 +26,7 @@ from recbole.utils import FeatureSource, FeatureType, ModelType
 from recbole_sdpo.data.columns import FILTERS, UNFILTERED, by_time, check_columns, list_field
 from recbole_sdpo.data.tables import Table, read_table
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.random import generator
 
 PICKLES = ("dataset_save_path", "dataloaders_save_path", "save_dataset", "save_dataloaders")
 """RecBole's settings that load or write a pickle."""
@@ -116,6 +117,7 @@ def install() -> None:
         _load_feat,
         _set_alias,
         _fill_nan,
+        _data_filtering,
         _remove_duplication,
         _reset_index,
         _change_feat_format,
@@ -126,7 +128,14 @@ def install() -> None:
 
 RECBOLE = {
     name: getattr(Dataset, name)
-    for name in ("_load_data", "_set_alias", "_reset_index", "_change_feat_format", "build")
+    for name in (
+        "_load_data",
+        "_set_alias",
+        "_data_filtering",
+        "_reset_index",
+        "_change_feat_format",
+        "build",
+    )
 }
 """The methods as RecBole has them, which ours call."""
 
@@ -236,6 +245,28 @@ def _fill_nan(self: Dataset) -> None:
                 nothing = np.empty(0, np.int64 if kind == FeatureType.TOKEN_SEQ else np.float64)
                 rows = [nothing if isinstance(row, float) else row for row in column]
                 frame[field] = pd.Series(rows, index=frame.index, dtype=object)
+
+
+def _data_filtering(self: Dataset) -> None:
+    """As RecBole's; then items that are held out lose all events that are no user's last."""
+    RECBOLE["_data_filtering"](self)
+    share = self.config["held_out_items"]
+    if not share:
+        return
+    events, seed = self.inter_feat, self.config["candidates_seed"]
+    seed = self.config["seed"] if seed is None else seed
+    items = np.unique(events[self.iid_field])
+    number = round(share * len(items))
+    held_out = generator(seed, "held-out items").choice(items, number, replace=False)
+    ordered = events.sort_values(self.time_field, kind="stable")
+    last = ordered.drop_duplicates(self.uid_field, keep="last").index
+    meets, ends = events[self.iid_field].isin(held_out), events.index.isin(last)
+    getLogger().info(
+        f"held_out_items={share}: {number:,} of {len(items):,} items; {(meets & ends).sum():,} "
+        f"users end with one, and {(meets & ~ends).sum():,} other events of theirs are left out"
+    )
+    self.inter_feat = events[~meets | ends]
+    self._reset_index()
 
 
 def _remove_duplication(self: Dataset) -> None:

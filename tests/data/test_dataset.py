@@ -124,6 +124,47 @@ def test_shares_are_split_in_order_too(tmp_path, model, group_by, kind):
         assert max(parts[0] + parts[1]) < min(parts[2])
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_held_out_items_are_met_in_tests_alone(tmp_path, model, share):
+    rows, ordered = events(np.random.default_rng(6), FORMS["seconds"])
+    path, whole = write(tmp_path, rows), of_users(ordered)
+    held_out = set()
+    for seed in (1, 2):
+        config = config_of(path, model, held_out_items=share, candidates_seed=seed)
+        dataset = create_dataset(config)
+        names = dataset.field2id_token["item_id"]
+        left = {user: names[items].tolist() for user, items in user_histories(dataset).items()}
+        gone = {
+            item for user, items in whole.items() for item in items if item not in left[user]
+        }
+        assert len(gone) == round(share * len({item for _, item, _ in rows}))
+        for user, items in whole.items():
+            past = [item for item in items[:-1] if item not in gone]
+            assert left[user] == [*past, items[-1]]
+        train, valid, _ = (loader._dataset for loader in data_preparation(config, dataset))
+        assert not gone & set(names[met_items(train, valid)[1]])
+        held_out.add(frozenset(gone))
+    assert len(held_out) == 2
+    same = create_dataset(config_of(path, model, held_out_items=share, seed=2))
+    assert user_histories(same).keys() == left.keys()
+    for user, items in user_histories(same).items():
+        assert same.field2id_token["item_id"][items].tolist() == left[user]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}, "mode": "uni5"}},
+        {"eval_args": {"order": "RO", "mode": "uni5"}},
+    ],
+)
+def test_held_out_items_need_last_events(tmp_path, settings):
+    rows, _ = events(np.random.default_rng(6), FORMS["seconds"])
+    with pytest.raises(UserError, match="held_out_items=0.1 needs eval_args"):
+        config_of(write(tmp_path, rows), "BPR", held_out_items=0.1, **settings)
+
+
 @pytest.mark.parametrize("keep", ["first", "last"])
 @pytest.mark.parametrize("model", ["SDPO-LLM", "BPR"])
 def test_of_events_that_repeat_at_one_time_the_file_decides(tmp_path, keep, model):
