@@ -468,6 +468,14 @@ class Settings:
         "the same for the second stage alone, or null for max_train_targets",
         Role.ALIGNMENT,
     )
+    title_prior: float = _within(
+        0,
+        LARGEST,
+        1.0,
+        "of what a stage adds to the token of a title that n users met, n / (n + title_prior) is "
+        "kept (item_tokens=whole): rare titles stay near their words, and one that nobody met has "
+        "nothing else; 0 keeps all",
+    )
     sft_checkpoint: str | None = _setting(
         None,
         "start at the second stage from this folder",

@@ -105,3 +105,8 @@ def met_items(*datasets: Dataset) -> tuple[np.ndarray, np.ndarray]:
     users, items = np.concatenate(pairs, axis=1) if pairs else np.empty((2, 0), np.int64)
     each = items.max(initial=0) + 1  # one number for a pair sorts many times as fast as two
     return np.divmod(np.unique(users * each + items), each)
+
+
+def popularity(dataset: Dataset) -> np.ndarray:
+    """The number of users who met each item in ``dataset``, int64 ``[items]``."""
+    return np.bincount(met_items(dataset)[1], minlength=dataset.item_num)

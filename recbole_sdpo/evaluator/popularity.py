@@ -7,20 +7,13 @@ import copy
 import torch
 from recbole.config import Config
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
-from recbole.data.dataset import Dataset
 from recbole.model.general_recommender.pop import Pop
 from recbole.trainer import Trainer
-from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.data.sequences import met_items
+from recbole_sdpo.data.sequences import popularity
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.titles import TitleCollector
-
-
-def popularity(dataset: Dataset) -> Tensor:
-    """The number of users who met each item in ``dataset``, int64 ``[items]``."""
-    return torch.bincount(torch.from_numpy(met_items(dataset)[1]), minlength=dataset.item_num)
 
 
 def popularity_result(
@@ -35,7 +28,7 @@ def popularity_result(
     metrics = [metric for metric in config["metrics"] if metric.lower() not in OF_ANSWERS]
     config.final_config_dict = config.final_config_dict | {"metrics": metrics}
     pop = Pop(config, dataset)
-    pop.item_cnt = popularity(dataset)[:, None].to(pop.device)
+    pop.item_cnt = torch.from_numpy(popularity(dataset))[:, None].to(pop.device)
     pop.max_cnt = pop.item_cnt.max(dim=0)[0]
     trainer = Trainer(config, pop.to(config["device"]))
     trainer.eval_collector = TitleCollector(config, catalogue)

@@ -14,9 +14,9 @@ from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.sequences import popularity
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import HIT, OF_ANSWERS, VALID, named
-from recbole_sdpo.evaluator.popularity import popularity
 from recbole_sdpo.evaluator.titles import TitleCollector
 
 METRICS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
@@ -103,7 +103,7 @@ class RankCollector(TitleCollector):
     @cached_property
     def _met(self) -> Tensor:
         """How many users met each item in training, int64 ``[items]``."""
-        return popularity(self._train)
+        return torch.from_numpy(popularity(self._train))
 
     @cached_property
     def _log_popularity(self) -> Tensor:

@@ -84,10 +84,11 @@ def is_whole(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def tables(model: PreTrainedModel) -> list[nn.Parameter]:
-    """What has a row for each token: the embeddings, and the head's weights, which may be one with
-    them."""
+    """What has a row for each token: the embeddings, and the head's weights where they are not one
+    with them."""
     parts = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [weight for part in parts for weight in part.parameters(recurse=False)]
+    weights = (weight for part in parts for weight in part.parameters(recurse=False))
+    return list(dict.fromkeys(weights))
 
 
 def table_names(model: PreTrainedModel, state: Mapping[str, Tensor]) -> list[str]:

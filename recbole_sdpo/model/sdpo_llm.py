@@ -34,7 +34,13 @@ from recbole_sdpo.data.prompts import (
     candidate_prompts,
     history_prompts,
 )
-from recbole_sdpo.data.sequences import histories, last_targets, met_items, training_sequences
+from recbole_sdpo.data.sequences import (
+    histories,
+    last_targets,
+    met_items,
+    popularity,
+    training_sequences,
+)
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import load_backbone, resolved
 from recbole_sdpo.lm.forest import Forest
@@ -113,6 +119,7 @@ class SDPOLLM(SequentialRecommender):
             *tokens_at_once(self.lm.causal_lm)
         )
         self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer, self.lm.padding)
+        self._met = popularity(dataset)
         # Candidates in an evaluation prompt stand in one order of all items, begun for each user at
         # another place.
         self._place = generator(self.seed, "evaluation order").permutation(self.n_items)
@@ -365,6 +372,25 @@ class SDPOLLM(SequentialRecommender):
         return [text.split(TERMINATOR)[0] for text in texts]
 
     @cached_property
+    def title_shares(self) -> Tensor | None:
+        """Of what a stage adds to each token's row of :meth:`LanguageModel.title_tables`, the share
+        to keep, float32 ``[tokens]``; None, all.
+
+        For a title that n users met it is n / (n + ``title_prior``): so much a mean of n
+        observations counts beside what was believed of it before, here by its words. AdamW takes
+        steps of one size for all, so that titles which are never a target, with a small but steady
+        gradient away from every history, are moved the farthest of all.
+        """
+        prior, backbone = self.settings.title_prior, self.backbone
+        if backbone.kind != "whole titles" or backbone.weights != "pretrained" or not prior:
+            return None
+        token = self.encoder.tokens.take(np.arange(1, self.n_items)).values
+        met = np.bincount(token, weights=self._met[1:], minlength=len(self.lm.title_tables()[0]))
+        shares = np.ones(len(met))
+        shares[token] = met[token] / (met[token] + prior)
+        return torch.from_numpy(shares).float().to(self.lm.device)
+
+    @cached_property
     def _line_ends(self) -> list[int]:
         return line_ends(self.lm.tokenizer)
 
@@ -488,6 +514,11 @@ def _without_effect(chosen: Mapping[str, Any], backbone: BackboneSettings) -> It
         "title_rate": (
             backbone.item_tokens != "whole",
             "item_tokens='pieces', where no token is a title; set item_tokens=whole",
+        ),
+        "title_prior": (
+            backbone.kind != "whole titles" or backbone.weights != "pretrained",
+            "titles that do not begin as words of a pretrained backbone; set a backbone, "
+            "item_tokens=whole and backbone_weights=pretrained",
         ),
     }
     for kind, (nothing, why) in does_nothing.items():

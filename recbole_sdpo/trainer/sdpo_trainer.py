@@ -190,9 +190,10 @@ class SDPOTrainer(Trainer):
                 + self._generate_train_loss_output(epoch, epoch_began, time.time(), loss),
                 verbose,
             )
-            if self._judge(stage, valid_data, verbose, show, callback_fn):
-                best, improved = snapshot(self.model), True
-                self._save(name, saved)
+            with stage.titles_near_words():
+                if self._judge(stage, valid_data, verbose, show, callback_fn):
+                    best, improved = snapshot(self.model), True
+                    self._save(name, saved)
             keep_state(now=True)
         if self.cur_step > patience:
             self._log(

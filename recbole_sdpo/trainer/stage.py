@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,13 @@ class Stage:
             betas=BETAS,
             fused=True,
         )
+        shares, tables = self.model.title_shares, self.model.lm.title_tables()
+        # Of which a share is kept, each as the stage begins, and its shares.
+        self._leaning = [
+            (table, table.detach().clone(), shares.view(-1, *[1] * (table.ndim - 1)))
+            for table in tables
+            if shares is not None
+        ]
         # Each epoch draws its own order, and may have another number of steps.
         total = sum(len(self.batches.plan(epoch)) for epoch in range(self.settings.epochs))
         self.scheduler = get_scheduler(
@@ -186,6 +194,21 @@ class Stage:
         self.epoch += 1
         self.epoch_steps, self.epoch_loss, self.epoch_targets = 0, 0.0, 0
         return mean
+
+    @contextmanager
+    @torch.no_grad()
+    def titles_near_words(self) -> Iterator[None]:
+        """Meanwhile each title has its share of what the stage has added to it
+        (:attr:`SDPOLLM.title_shares`): so the policy is judged, kept and saved; it trains on with
+        all of it."""
+        trained = [table.detach().clone() for table, _, _ in self._leaning]
+        for table, begun, share in self._leaning:
+            table.copy_(torch.lerp(begun, table, share))
+        try:
+            yield
+        finally:
+            for (table, _, _), weights in zip(self._leaning, trained, strict=True):
+                table.copy_(weights)
 
     def _step(self, step: list[Batch | None], targets: int) -> tuple[float, int, bool]:
         """One optimizer step on this process's parts of some batches with so many ``targets``.

@@ -135,9 +135,7 @@ def test_held_out_items_are_met_in_tests_alone(tmp_path, model, share):
         dataset = create_dataset(config)
         names = dataset.field2id_token["item_id"]
         left = {user: names[items].tolist() for user, items in user_histories(dataset).items()}
-        gone = {
-            item for user, items in whole.items() for item in items if item not in left[user]
-        }
+        gone = {item for user, items in whole.items() for item in items if item not in left[user]}
         assert len(gone) == round(share * len({item for _, item, _ in rows}))
         for user, items in whole.items():
             past = [item for item in items[:-1] if item not in gone]

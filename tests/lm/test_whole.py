@@ -1,5 +1,6 @@
 """Titles as tokens, against the pieces that they are made of."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.errors import UserError
@@ -17,6 +19,7 @@ from recbole_sdpo.lm.whole import UNKNOWN, make_whole, tables, whole_tokenizer
 from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.recommend import Recommender
 from recbole_sdpo.settings import Settings
+from tests.conftest import TINY, write_dataset
 from tests.lm.tokenizers import byte_level
 from tests.test_paper import save_backbone as save_tiny
 
@@ -79,7 +82,8 @@ def test_a_token_begins_as_the_mean_of_its_pieces(name):
         for mine, theirs in zip(opening_tokens(new), opening_tokens(old), strict=True):
             assert table[mine].equal(was[theirs])
     tied = ARCHITECTURES[name]["tie_word_embeddings"]
-    assert (tables(model)[0] is tables(model)[1]) == tied
+    assert (model.get_output_embeddings().weight is tables(model)[0]) == tied
+    assert len({id(table) for table in tables(model)}) == len(tables(model))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -238,6 +242,65 @@ def test_a_run_aligns_goes_on_and_recommends_what_is_new(ring, tmp_path, peft, m
     assert set(after["item"]) - set(before["item"]) == {"i99"}
     old = after[after["item"] != "i99"].reset_index(drop=True)
     pd.testing.assert_series_equal(old["item"], before["item"])
+
+
+@pytest.mark.parametrize(
+    ("name", "peft"), [("Llama", "none"), ("Llama", "lora"), ("Gemma3", "none"), ("Phi", "none")]
+)
+def test_rare_titles_stay_near_their_words(tmp_path, name, peft):
+    """By how often each title stands in the sequences that the test has written."""
+    rng, share = np.random.default_rng(1), np.arange(1, 13) ** 2.0
+    rows = [rng.choice(12, 6, replace=False, p=share / share.sum()).tolist() for _ in range(9)]
+    rows.append([*range(5, 11), 0, 11])  # nobody meets item 0 in training
+    names = {item: f"film {'abcdefghijkk'[item]}" for item in range(12)}  # two have one name
+    model, tokenizer = build(name)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    settings = TINY | {
+        "data_path": str(write_dataset(tmp_path / "data", rows, names)),
+        "backbone": str(tmp_path / "model"),
+        "item_tokens": "whole",
+        "dtype": "float32",
+        "peft": peft,
+        "lora_rank": 2,
+        "sft_epochs": 2,
+        "sdpo_epochs": 2,
+        "eval_step": 0,
+        "eval_args": {"mode": "uni3"},
+    }
+
+    def tables_after(stage, **given):
+        run_dir = f"run{len(list(Path().glob('run*')))}"
+        quick_start.run("SDPO-LLM", "toy", config_dict=settings | given | {"run_dir": run_dir})
+        folder = Path(run_dir, stage)
+        weights = load_file(next(folder.glob("*model.safetensors")))
+        vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+        near = len(vocabulary) - 1  # what is unknown has no row
+        return vocabulary, {key: weight for key, weight in weights.items() if len(weight) == near}
+
+    vocabulary, begun = tables_after("sft", sft_epochs=0, objective="sft")
+    _, all_of_it = tables_after("sft", title_prior=0, objective="sft")
+    _, share_of_it = tables_after("sft", title_prior=2, objective="sft")
+    aligned = [
+        tables_after("sdpo", title_prior=prior, sft_checkpoint="run2/sft")[1] for prior in (0, 2)
+    ]
+    count = {title: 0 for title in names.values()}
+    for row in rows:
+        for item in row[:-2]:
+            count[names[item]] += 1
+    assert min(count.values()) == 0 and count["film k"] > 9
+    assert begun and begun.keys() == all_of_it.keys()
+    for first, whole, part in ((begun, all_of_it, share_of_it), (share_of_it, *aligned)):
+        for key in first:
+            assert first is share_of_it or (whole[key] - first[key]).abs().max() > 1e-3
+            for title, number in count.items():
+                row = vocabulary[f"{title}\n"]
+                move = whole[key][row] - first[key][row]
+                expected = first[key][row] + number / (number + 2) * move
+                torch.testing.assert_close(part[key][row], expected, rtol=1e-4, atol=1e-6)
+            texts = [number for text, number in vocabulary.items() if not text.startswith("film")]
+            texts = [number for number in texts if number < len(first[key])]
+            torch.testing.assert_close(part[key][texts], whole[key][texts])
 
 
 def test_scratch_knows_no_words(ring):
