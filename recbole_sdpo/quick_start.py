@@ -133,11 +133,11 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     inputs.keep(run_dir, write=state.is_main_process)
     raw = create_dataset(config)
     described = str(raw)  # RecBole changes the dataset as it splits it
-    catalogue = _catalogue(config, raw)
+    catalogue = catalogue_of(config, raw)
     check_topk(config, raw.item_num - 1)
     check_memory(config, len(raw))
     train_data, *rest = data_preparation(config, raw)
-    loaders = _evaluation_loaders(config, train_data, rest, catalogue)
+    loaders = evaluation_loaders(config, train_data, rest, catalogue)
     _, test_data = next(iter(loaders.values()))
     _warn_of_users_ranked_once(test_data)
     if config["train_stage"] not in (None, "finetune"):
@@ -226,7 +226,7 @@ def _process_settings() -> dict[str, Any]:
     return quiet | ({"gpu_id": devices} if devices else {})
 
 
-def _catalogue(config: RunConfig, dataset: Any) -> Catalogue:
+def catalogue_of(config: RunConfig, dataset: Any) -> Catalogue:
     settings = config.settings
     try:
         catalogue = Catalogue.from_dataset(
@@ -253,7 +253,7 @@ Loaders = dict[str, tuple[AbstractDataLoader, AbstractDataLoader]]
 and test."""
 
 
-def _evaluation_loaders(
+def evaluation_loaders(
     config: RunConfig,
     train_data: AbstractDataLoader,
     rest: list[AbstractDataLoader],

@@ -14,9 +14,11 @@ import torch
 import transformers
 import yaml
 
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.lm.forest import plant
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.ragged import Ragged
+from tests.conftest import write_dataset
 from tests.lm.test_architectures import build, one_by_one, sample
 
 CPU = torch.device("cpu")
@@ -31,9 +33,10 @@ def benchmarks(monkeypatch):
     import plain
     import run
     import throughput
+    import words
 
-    yield measure, plain, run, exactness, throughput, gpu
-    for name in ("measure", "plain", "run", "exactness", "throughput", "gpu"):
+    yield measure, plain, run, exactness, throughput, gpu, words
+    for name in ("measure", "plain", "run", "exactness", "throughput", "gpu", "words"):
         del sys.modules[name]
 
 
@@ -213,3 +216,28 @@ def test_the_cpu_program_compares_steps_with_their_products(benchmarks, monkeypa
     assert len(rows) == 2 and json.loads(machine)["backbone"] == "scratch"
     shares = [float(row.split("|")[-2]) for row in rows]
     assert all(0 < share < 1 for share in shares)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_floor_of_words_knows_words_alone(benchmarks, tmp_path, alike):
+    """Each user stays with one word, or all titles have one."""
+    colours = ["red", "green", "blue", "black", "white"]
+    rng = np.random.default_rng(1)
+    titles = {item: f"{colours[item // 8] if alike else 'no'} {10 + item}" for item in range(40)}
+    rows = [
+        [8 * (user % 5) + item for item in rng.permutation(8)[:6].tolist()] for user in range(400)
+    ]
+    config = RunConfig(
+        "SASRec",
+        "toy",
+        config_dict={
+            "data_path": str(write_dataset(tmp_path / "d", rows, titles)),
+            "eval_args": {"mode": "uni5"},
+            "show_progress": False,
+        },
+    )
+    (ranks,) = benchmarks[6].ranks_by_words(config).values()
+    assert len(ranks) == len(rows) and (ranks["met"] > 0).all()
+    first = (ranks["rank"] == 1).mean()
+    # Of five others, some are of the user's colour; without words it is one of six by chance.
+    assert first > 0.6 if alike else 0.1 < first < 0.25
