@@ -2,7 +2,7 @@
 
     python benchmarks/words.py --dataset=amazon-games --data_path=data --held_out_items=0.1
 
-It takes RecBole's settings and ours, ranks the test's frozen candidates, and prints a table by how
+It takes RecBole's settings and ours, ranks the test's sampled candidates, and prints a table by how
 many users met the target in training. Titles are bags of words, TF-IDF by all titles of the
 catalogue; ties are broken by chance.
 """
@@ -15,10 +15,12 @@ from recbole.data.interaction import Interaction
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.dataset import create_dataset, data_preparation
 from recbole_sdpo.data.sequences import histories, popularity
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import metric_of_ranks
-from recbole_sdpo.quick_start import catalogue_of, evaluation_loaders
+from recbole_sdpo.quick_start import evaluation_loaders
 from recbole_sdpo.random import generator
 from recbole_sdpo.report.bands import BANDS, EDGES
 
@@ -39,12 +41,22 @@ def main() -> None:
 
 def ranks_by_words(config: RunConfig) -> dict[str, pd.DataFrame]:
     """For each candidate set a row for each target of the test: its ``rank``, from 1, and ``met``,
-    the users who met it in training."""
+    the users who met it in training.
+
+    Raises:
+        UserError: there are no titles, or a set is the whole catalogue.
+    """
     raw = create_dataset(config)
-    catalogue = catalogue_of(config, raw)
+    catalogue = Catalogue.from_dataset(
+        raw, config.settings.title_fields, config.settings.title_article_first
+    )
     train, *rest = data_preparation(config, raw)
-    words = TfidfVectorizer().fit_transform(catalogue.titles)
+    words = TfidfVectorizer(token_pattern=r"\w+").fit_transform(catalogue.titles)
     met, rng = popularity(train._dataset), generator(config["seed"], "ties")
+
+    modes = [config["eval_args"]["mode"]["test"], *config.settings.more_candidates]
+    if "full" in modes:
+        raise UserError(f"The modes {modes} must be of sampled candidates, such as uni19.")
 
     def rank(rows: Interaction, targets: int) -> pd.DataFrame:
         # A row for each candidate, those of a target together, which is the first.

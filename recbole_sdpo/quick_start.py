@@ -133,7 +133,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     inputs.keep(run_dir, write=state.is_main_process)
     raw = create_dataset(config)
     described = str(raw)  # RecBole changes the dataset as it splits it
-    catalogue = catalogue_of(config, raw)
+    catalogue = _catalogue(config, raw)
     check_topk(config, raw.item_num - 1)
     check_memory(config, len(raw))
     train_data, *rest = data_preparation(config, raw)
@@ -226,7 +226,7 @@ def _process_settings() -> dict[str, Any]:
     return quiet | ({"gpu_id": devices} if devices else {})
 
 
-def catalogue_of(config: RunConfig, dataset: Any) -> Catalogue:
+def _catalogue(config: RunConfig, dataset: Any) -> Catalogue:
     settings = config.settings
     try:
         catalogue = Catalogue.from_dataset(

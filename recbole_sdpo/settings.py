@@ -369,11 +369,13 @@ class Settings:
     candidates_seed: int | None = _within(
         0, 2**32 - 1, None, "seed of the candidates, or null for RecBole's seed", Role.EVERY_MODEL
     )
-    held_out_items: float = _share(
+    held_out_items: float = _within(
+        0,
+        0.5,
         0.0,
-        "share of the items, drawn by the candidates' seed, that are met in no history and are no "
+        "share of the items, drawn by the candidates' seed, that no history holds and that are no "
         "target but where a user's last event is one: how a model ranks what nobody has met",
-        Role.EVERY_MODEL,
+        Role.EVERY_MODEL | Role.POLICY,
     )
     more_candidates: list[str] = _setting(
         [],
@@ -472,9 +474,9 @@ class Settings:
         0,
         LARGEST,
         1.0,
-        "of what a stage adds to the token of a title that n users met, n / (n + title_prior) is "
-        "kept (item_tokens=whole): rare titles stay near their words, and one that nobody met has "
-        "nothing else; 0 keeps all",
+        "of what a stage adds to the token of a title that n users met in training, n / (n "
+        "+ title_prior) is kept (item_tokens=whole): rare titles stay near their words, and one "
+        "that nobody met has nothing else; 0 keeps all",
     )
     sft_checkpoint: str | None = _setting(
         None,

@@ -117,7 +117,7 @@ def install() -> None:
         _load_feat,
         _set_alias,
         _fill_nan,
-        _data_filtering,
+        _remap_ID_all,
         _remove_duplication,
         _reset_index,
         _change_feat_format,
@@ -131,7 +131,7 @@ RECBOLE = {
     for name in (
         "_load_data",
         "_set_alias",
-        "_data_filtering",
+        "_remap_ID_all",
         "_reset_index",
         "_change_feat_format",
         "build",
@@ -247,25 +247,35 @@ def _fill_nan(self: Dataset) -> None:
                 frame[field] = pd.Series(rows, index=frame.index, dtype=object)
 
 
-def _data_filtering(self: Dataset) -> None:
-    """As RecBole's; then items that are held out lose all events that are no user's last."""
-    RECBOLE["_data_filtering"](self)
+def _remap_ID_all(self: Dataset) -> None:
+    """As RecBole's; then items that are held out lose all events that are no user's last. They
+    keep their numbers, so that they stay in the catalogue and among the candidates."""
+    RECBOLE["_remap_ID_all"](self)
     share = self.config["held_out_items"]
     if not share:
         return
-    events, seed = self.inter_feat, self.config["candidates_seed"]
+    events, tokens = self.inter_feat, self.field2id_token[self.iid_field]
+    seed = self.config["candidates_seed"]
     seed = self.config["seed"] if seed is None else seed
-    items = np.unique(events[self.iid_field])
-    number = round(share * len(items))
-    held_out = generator(seed, "held-out items").choice(items, number, replace=False)
+    by_name = np.argsort(tokens[1:]) + 1  # whatever comes first in the file
+    number = round(share * len(by_name))
+    held_out = generator(seed, "held-out items").choice(by_name, number, replace=False)
     ordered = events.sort_values(self.time_field, kind="stable")
     last = ordered.drop_duplicates(self.uid_field, keep="last").index
     meets, ends = events[self.iid_field].isin(held_out), events.index.isin(last)
+    # RecBole trains on the last event of a user who has no three.
+    others = events[self.uid_field].map(events[~meets][self.uid_field].value_counts())
+    tests = meets & ends & (others >= 2)
+    if not tests.any():
+        raise UserError(
+            f"held_out_items={share} is {number:,} of {len(by_name):,} items, with which no user "
+            "ends who has two other events; it must be more."
+        )
     getLogger().info(
-        f"held_out_items={share}: {number:,} of {len(items):,} items; {(meets & ends).sum():,} "
-        f"users end with one, and {(meets & ~ends).sum():,} other events of theirs are left out"
+        f"held_out_items={share}: {number:,} of {len(by_name):,} items; {tests.sum():,} users end "
+        f"with one, and {(meets & ~tests).sum():,} other events of theirs are left out"
     )
-    self.inter_feat = events[~meets | ends]
+    self.inter_feat = events[~meets | tests]
     self._reset_index()
 
 

@@ -4,6 +4,7 @@ responses."""
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -240,6 +241,13 @@ class LanguageModel(nn.Module):
         """All that the policy is made of, trained or not, buffers too, by name."""
         everything = chain(self.model.named_parameters(), self.model.named_buffers())
         return ((name, weight) for name, weight in everything if f".{REFERENCE}." not in name)
+
+    def add_to(self, digest: hashlib._Hash) -> None:
+        """Add to ``digest`` the name, the dtype and the bytes of each of :meth:`policy_weights`."""
+        for name, weight in self.policy_weights():
+            digest.update(f"{name} {weight.dtype}".encode())
+            content = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(content.numpy().data)
 
     @property
     def padding(self) -> tuple[int, int]:

@@ -376,10 +376,11 @@ class SDPOLLM(SequentialRecommender):
         """Of what a stage adds to each token's row of :meth:`LanguageModel.title_tables`, the share
         to keep, float32 ``[tokens]``; None, all.
 
-        For a title that n users met it is n / (n + ``title_prior``): so much a mean of n
-        observations counts beside what was believed of it before, here by its words. AdamW takes
-        steps of one size for all, so that titles which are never a target, with a small but steady
-        gradient away from every history, are moved the farthest of all.
+        For a title that n users met in the training data, each of its items counted by itself, it
+        is n / (n + ``title_prior``): so much a mean of n observations counts beside what was
+        believed before, here by the title's words. AdamW takes steps of one size for all, so that
+        titles which are never a target, with a small but steady gradient away from every history,
+        are moved the farthest of all.
         """
         prior, backbone = self.settings.title_prior, self.backbone
         if backbone.kind != "whole titles" or backbone.weights != "pretrained" or not prior:

@@ -176,9 +176,7 @@ def _digest(lm: LanguageModel, examples: FixedExamples, tokens: Ragged, precisio
         examples.items,
     ):
         digest.update(np.ascontiguousarray(array).data)
-    for name, weight in lm.policy_weights():
-        digest.update(f"{name} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    lm.add_to(digest)
     return digest.hexdigest()[:32]
 
 

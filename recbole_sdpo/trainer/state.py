@@ -89,8 +89,8 @@ def read_state_of(run_dir: Path, identity: dict[str, Any]) -> dict[str, Any]:
         UserError: it is damaged, or that run had other settings.
     """
     state = read_state(run_dir)
-    # A setting that is younger than the state had its default.
-    had = Settings().to_flat() | state["settings"]
+    # A setting that is younger than the state had its default, or did nothing.
+    had = Settings().to_flat() | {"title_prior": 0.0} | state["settings"]
     other = [
         f"{key}={had.get(key)!r} (now {value!r})"
         for key, value in identity.items()

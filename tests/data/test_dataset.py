@@ -125,42 +125,60 @@ def test_shares_are_split_in_order_too(tmp_path, model, group_by, kind):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("share", [0.1, 0.3])
+@pytest.mark.parametrize("share", [0.1, 0.4])
 def test_held_out_items_are_met_in_tests_alone(tmp_path, model, share):
-    rows, ordered = events(np.random.default_rng(6), FORMS["seconds"])
-    path, whole = write(tmp_path, rows), of_users(ordered)
-    held_out = set()
+    """Also where users have one, two or three events, which RecBole would train on."""
+    rng = np.random.default_rng(6)
+    rows = [
+        (f"u{user}", f"i{item}", step)
+        for user in range(60)
+        for step, item in enumerate(rng.permutation(40)[: 1 + user % 7])
+    ]
+    path, whole = write(tmp_path, rows), of_users(rows)
+    every = {item for _, item, _ in rows}
+    drawn = {}
     for seed in (1, 2):
         config = config_of(path, model, held_out_items=share, candidates_seed=seed)
         dataset = create_dataset(config)
         names = dataset.field2id_token["item_id"]
+        assert set(names[1:]) == every  # in the catalogue, and among candidates
         left = {user: names[items].tolist() for user, items in user_histories(dataset).items()}
-        gone = {item for user, items in whole.items() for item in items if item not in left[user]}
-        assert len(gone) == round(share * len({item for _, item, _ in rows}))
+        gone = {
+            item
+            for user, items in whole.items()
+            for item in items
+            if item not in left.get(user, ())
+        }
+        assert len(gone) == round(share * len(every))
         for user, items in whole.items():
             past = [item for item in items[:-1] if item not in gone]
-            assert left[user] == [*past, items[-1]]
-        train, valid, _ = (loader._dataset for loader in data_preparation(config, dataset))
+            test = items[-1:] if items[-1] not in gone or len(past) >= 2 else []
+            assert left.get(user, []) == past + test
+        train, valid, test = (loader._dataset for loader in data_preparation(config, dataset))
         assert not gone & set(names[met_items(train, valid)[1]])
-        held_out.add(frozenset(gone))
-    assert len(held_out) == 2
-    same = create_dataset(config_of(path, model, held_out_items=share, seed=2))
-    assert user_histories(same).keys() == left.keys()
-    for user, items in user_histories(same).items():
-        assert same.field2id_token["item_id"][items].tolist() == left[user]
+        ends = {items[-1] for items in left.values()}
+        assert set(names[test.inter_feat["item_id"].numpy()]) >= gone & ends != set()
+        drawn[seed] = gone, left
+    assert drawn[1] != drawn[2]
+    again = create_dataset(config_of(path, model, held_out_items=share, seed=2))
+    names = again.field2id_token["item_id"]
+    assert {u: names[i].tolist() for u, i in user_histories(again).items()} == drawn[2][1]
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "message"),
     [
-        {"eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}, "mode": "uni5"}},
-        {"eval_args": {"order": "RO", "mode": "uni5"}},
+        ({"eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}, "mode": "uni5"}}, "needs eval_args"),
+        ({"eval_args": {"order": "RO", "mode": "uni5"}}, "needs eval_args"),
+        ({"held_out_items": 0.6}, "held_out_items=0.6.*0 to 0.5"),
+        ({"held_out_items": 0.01}, "held_out_items=0.01 is 0 of"),
     ],
 )
-def test_held_out_items_need_last_events(tmp_path, settings):
+def test_held_out_items_that_show_nothing_are_refused(tmp_path, settings, message):
     rows, _ = events(np.random.default_rng(6), FORMS["seconds"])
-    with pytest.raises(UserError, match="held_out_items=0.1 needs eval_args"):
-        config_of(write(tmp_path, rows), "BPR", held_out_items=0.1, **settings)
+    with pytest.raises(UserError, match=message):
+        path = write(tmp_path, rows)
+        create_dataset(config_of(path, "BPR", **({"held_out_items": 0.1} | settings)))
 
 
 @pytest.mark.parametrize("keep", ["first", "last"])
