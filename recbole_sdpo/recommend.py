@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,13 @@ from recbole_sdpo import compat
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.catalogue import Catalogue, folded, read_items
 from recbole_sdpo.data.dataset import user_histories
-from recbole_sdpo.data.prompts import Templates, Units, history_prompts
+from recbole_sdpo.data.prompts import Templates, Units, batches, history_prompts
 from recbole_sdpo.data.serving import ServedDataset
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import load_backbone, resolved, restore_policy
 from recbole_sdpo.lm.language_model import LanguageModel
-from recbole_sdpo.lm.ranking import TitleTree, score_top
+from recbole_sdpo.lm.memory import tokens_at_once
+from recbole_sdpo.lm.ranking import NODES_AT_ONCE, TitleTree, score_top
 from recbole_sdpo.model.encoder import Encoder, title_lines
 from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.random import derive_seed
@@ -157,38 +158,82 @@ class Recommender:
                 "history must be a list of titles."
             )
         met = (
-            self._met(str(user))
+            self.met(str(user))
             if history is None
             else np.array([self._item(title) for title in history], np.int64)
         )
         if not len(met):
             raise UserError(f"history={history!r} must be a list of one title or more.")
-        allowed = self._first  # of each title
-        if exclude_history:
-            allowed = allowed[~np.isin(self.catalogue.group[allowed], self.catalogue.group[met])]
-        if not isinstance(k, int | np.integer) or not 1 <= k <= len(allowed):
-            raise UserError(
-                f"k={shown(k)} must be a whole number from 1 to {len(allowed)}, the titles that "
-                "there are to recommend."
-            )
-        recent = Ragged.from_rows([met[-self.window :]])
-        tree = TitleTree(self._encoder.tokens.take(allowed)) if exclude_history else self._tree
-        prompt = self._encoder.trunks(
-            history_prompts(recent, np.zeros(1, int), np.zeros(1, int), self.units.header)
-        )
-        with torch.no_grad():
-            score, place = score_top(self.lm, prompt, tree, int(k))[0].topk(int(k))
-        items = allowed[place.cpu().numpy()]
-        titles = [self.catalogue.titles[item] for item in items]
-        return pd.DataFrame(
-            {
-                "item": self.item_tokens[items],
-                "title": titles,
-                "score": score.double().cpu().numpy(),
-            }
-        )
+        self.check_k(k, [met] if exclude_history else [])
+        score, items = self._best([met], int(k), exclude_history)
+        return self._frame(score[0], items[0])
 
-    def _met(self, user: str) -> np.ndarray:
+    def recommend_to_users(
+        self, users: Sequence[str], k: int = 10, exclude_history: bool = False
+    ) -> pd.DataFrame:
+        """The same for each of ``users``, some at a time; a row for each user and item, with the
+        columns ``user`` and ``rank``, from 1, before the others.
+
+        Raises:
+            UserError: a user is unknown, or ``k`` is out of range for one.
+        """
+        met = [self.met(str(user)) for user in users]
+        self.check_k(k, met if exclude_history else [])
+        score, items = self._best(met, int(k), exclude_history)
+        frame = self._frame(score.ravel(), items.ravel())
+        frame.insert(0, "user", np.repeat(np.array(users, object), k))
+        frame.insert(1, "rank", np.tile(np.arange(1, k + 1), len(users)))
+        return frame
+
+    def check_k(self, k: object, left_out: Iterable[np.ndarray] = ()) -> None:
+        """Are there ``k`` titles to recommend, without those of the items of any of ``left_out``?
+
+        Raises:
+            UserError: there are fewer, or it is no number.
+        """
+        group = self.catalogue.group
+        most = max((len(np.unique(group[items])) for items in left_out), default=0)
+        if not isinstance(k, int | np.integer) or not 1 <= k <= len(self._first) - most:
+            raise UserError(
+                f"k={shown(k)} must be a whole number from 1 to {len(self._first) - most}, the "
+                "titles that there are to recommend."
+            )
+
+    @torch.no_grad()
+    def _best(
+        self, met: Sequence[np.ndarray], k: int, exclude_history: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """After each history ``met`` the log-probabilities of the ``k`` best titles, float64
+        ``[histories, k]``, and their items."""
+        recent = Ragged.from_rows([items[-self.window :] for items in met])
+        nobody = np.zeros(len(met), int)
+        prompts = self._encoder.trunks(history_prompts(recent, nobody, nobody, self.units.header))
+        score, best = np.empty((len(met), k)), np.empty((len(met), k), np.int64)
+        group, (_, budget) = self.catalogue.group, tokens_at_once(self.lm.causal_lm)
+        # A prompt takes room for itself and for the nodes that stand below it at a time.
+        for rows in batches(prompts.lengths + NODES_AT_ONCE, budget):
+            left_out = np.zeros((len(rows), len(self._first)), bool)
+            for row, of_user in enumerate(rows if exclude_history else []):
+                left_out[row] = np.isin(group[self._first], group[met[of_user]])
+            # Of so many, k are left whatever is taken out.
+            wanted = k + int(left_out.sum(1).max())
+            scores = score_top(self.lm, prompts.take(rows), self._tree, wanted)
+            scores[torch.from_numpy(left_out).to(scores.device)] = -torch.inf
+            top = scores.topk(k)
+            score[rows] = top.values.double().cpu().numpy()
+            best[rows] = self._first[top.indices.cpu().numpy()]
+        return score, best
+
+    def _frame(self, score: np.ndarray, items: np.ndarray) -> pd.DataFrame:
+        titles = [self.catalogue.titles[item] for item in items]
+        return pd.DataFrame({"item": self.item_tokens[items], "title": titles, "score": score})
+
+    def met(self, user: str) -> np.ndarray:
+        """The items that a user of the data has met, oldest first, as internal ids.
+
+        Raises:
+            UserError: there is no such user, or a filter leaves none of its events.
+        """
         if user in self.left_out:
             raise UserError(
                 f"user {str(user)!r} has events in the data, but {self.left_out[user]} of the "

@@ -372,7 +372,7 @@ def test_the_command_prints_a_table_or_json(trained, monkeypatch, capsys):
     assert shown == call("--history", "red cube", "--history", "green cube", "-k", "2")
     assert len(shown.splitlines()) == 4 and "title" in shown
     for wrong in (
-        ["--users", "u7"],
+        ["--use", "u7"],
         ["--hist", "red cube"],
         ["--user", "u7", "-k", "x"],
         ["--user", "u7", "--history", "red cube"],

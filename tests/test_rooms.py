@@ -24,6 +24,7 @@ ROOMS = (
     "inputs device",
     "report",
     "quick_start recommend",
+    "recommend_all",
     "experiment",
     "command",
     "__main__",

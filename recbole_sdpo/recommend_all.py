@@ -1,0 +1,198 @@
+"""The best titles of every user, in one file.
+
+It is written in parts of so many users each, which lie beside it until all are there:
+
+    best.csv.parts/what.json       of which policy, data and options they are
+                   00000.csv       users 0 to 499
+                   00001.csv       users 500 to 999, …
+
+So memory is bounded, a call that was interrupted goes on, and several processes share the parts
+without a word to each other: each takes every n-th, and the first waits for all and joins them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import read_record, whole_file, write_record
+from recbole_sdpo.interrupt import add_note
+from recbole_sdpo.recommend import Recommender
+
+USERS = 500
+"""Users to a part: minutes of work for a large model on a CPU, seconds of it for a small one."""
+
+RECORD = "what.json"
+
+WAIT_S = 0.2
+"""Seconds between two looks at what other processes have written."""
+
+
+def check_output(file: Path) -> None:
+    """Can a table be written to ``file``?
+
+    Raises:
+        UserError: its name has another ending, it exists, its folder does not, or a package is
+            missing.
+    """
+    if file.suffix not in WRITERS:
+        raise UserError(f"output={str(file)!r} must end in {' or '.join(WRITERS)}.")
+    if file.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
+        raise UserError(
+            f"output={str(file)!r} needs the package pyarrow; pip install pyarrow, or give a name "
+            "that ends in .csv."
+        )
+    if file.exists():
+        raise UserError(f"output={str(file)!r} exists; remove it, or give another name.")
+    if not file.parent.is_dir():
+        raise UserError(f"output={str(file)!r}: its folder must exist.")
+
+
+def recommend_all(
+    recommender: Recommender,
+    file: Path,
+    users: Sequence[str],
+    k: int = 10,
+    exclude_history: bool = False,
+    share: tuple[int, int] = (0, 1),
+    show_progress: bool = False,
+) -> None:
+    """Write the ``k`` best titles of each of ``users`` to ``file``: the rows of
+    :meth:`Recommender.recommend_to_users`, in the order of ``users``.
+
+    Args:
+        file: ``.csv``, or ``.parquet``, which needs the package pyarrow.
+        share: which of how many processes this is, from 0; each has the same arguments.
+
+    Raises:
+        UserError: the file cannot be written, a user is unknown, ``k`` is out of range for one, or
+            what lies beside the file is of another policy, other data or other options.
+    """
+    process, processes = share
+    if process and file.exists():  # the first has joined what was there already
+        return
+    check_output(file)
+    if not users:
+        raise UserError("There are no users to recommend to.")
+    met = [recommender.met(user) for user in users]
+    recommender.check_k(k, met if exclude_history else [])
+    folder = file.with_name(f"{file.name}.parts")
+    folder.mkdir(exist_ok=True)
+    _check_record(folder, _identity(recommender, users, met, k, exclude_history), file)
+    parts = [
+        (folder / f"{number:05}{file.suffix}", users[first : first + USERS])
+        for number, first in enumerate(range(0, len(users), USERS))
+    ]
+    mine = parts[process::processes]
+    try:
+        with tqdm(
+            total=sum(len(those) for _, those in mine),
+            ncols=110,
+            unit="user",
+            disable=not show_progress,
+            desc="recommending",
+        ) as bar:
+            for part, those in mine:
+                if not part.exists():
+                    best = recommender.recommend_to_users(those, k, exclude_history)
+                    with whole_file(part) as new:
+                        WRITERS[file.suffix]([best], new)
+                bar.update(len(those))
+        if process == 0:
+            _join([part for part, _ in parts], file)
+            shutil.rmtree(folder)
+    except (OSError, KeyboardInterrupt) as error:
+        add_note(error, f"the same command goes on from what is in {folder}")
+        raise
+
+
+def _join(parts: Sequence[Path], file: Path) -> None:
+    """Put the parts together, once the other processes have written theirs."""
+    read = pd.read_parquet if file.suffix == ".parquet" else _read_csv
+
+    def tables() -> Iterator[pd.DataFrame]:
+        for part in parts:
+            while not part.exists():
+                time.sleep(WAIT_S)
+            yield read(part)
+
+    with whole_file(file) as new:
+        WRITERS[file.suffix](tables(), new)
+
+
+def _read_csv(file: Path) -> pd.DataFrame:
+    """As it was written: text stays text, whatever it looks like, and so do numbers."""
+    return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+def _write_csv(tables: Iterable[pd.DataFrame], file: Path) -> None:
+    for number, table in enumerate(tables):
+        table.to_csv(file, mode="a", index=False, header=number == 0)
+
+
+def _write_parquet(tables: Iterable[pd.DataFrame], file: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    writer = None
+    for table in tables:
+        rows = pyarrow.Table.from_pandas(table, preserve_index=False)
+        writer = writer or pyarrow.parquet.ParquetWriter(file, rows.schema)
+        writer.write_table(rows)
+    if writer:
+        writer.close()
+
+
+WRITERS: dict[str, Callable[[Iterable[pd.DataFrame], Path], None]] = {
+    ".csv": _write_csv,
+    ".parquet": _write_parquet,
+}
+"""By the ending of a file's name: write some tables into it, one after another."""
+
+
+def _identity(
+    recommender: Recommender,
+    users: Sequence[str],
+    met: Sequence[np.ndarray],
+    k: int,
+    exclude_history: bool,
+) -> dict[str, Any]:
+    """What recommendations depend on: digests of the policy and of the data, and the options."""
+    policy, data = hashlib.sha256(), hashlib.sha256()
+    recommender.lm.add_to(policy)
+    texts = [list(map(str, users)), list(recommender.catalogue.titles), recommender.window]
+    data.update(json.dumps([*texts, list(map(str, recommender.item_tokens))]).encode())
+    for items in met:
+        data.update(np.int64(len(items)).tobytes() + items.astype(np.int64).tobytes())
+    return {
+        "policy": policy.hexdigest(),
+        "data": data.hexdigest(),
+        "k": k,
+        "exclude_history": exclude_history,
+        "users_to_a_part": USERS,
+    }
+
+
+def _check_record(folder: Path, identity: dict[str, Any], file: Path) -> None:
+    """Are the parts in ``folder``, if there are some, of this ``identity``? Then it is there."""
+    path = folder / RECORD
+    if not path.exists():
+        write_record(path, identity)  # by several processes: the same
+    record = read_record(path) or {}
+    other = [key for key, value in identity.items() if record.get(key) != value]
+    if other:
+        raise UserError(
+            f"{folder} holds parts of another call for {file.name} (other {', '.join(other)}); "
+            "remove it, or give another name as output."
+        )
