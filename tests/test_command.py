@@ -186,7 +186,10 @@ def test_the_settings_by_the_program(monkeypatch, capsys):
         (["ruin"], "invalid choice: 'ruin'"),
         ([], "required: COMMAND"),
         (["settings", "--beta=1"], "unrecognized arguments: --beta=1"),
-        (["recommend", "--checkpoint=x"], "one of the arguments --user --history --users is required"),
+        (
+            ["recommend", "--checkpoint=x"],
+            "one of the arguments --user --history --users is required",
+        ),
     ],
 )
 def test_what_is_no_command_shows_how_to_call_it(monkeypatch, capsys, arguments, message):
