@@ -48,6 +48,7 @@ from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.scratch import build_model
 from recbole_sdpo.lm.text import control_tokens, opening_tokens, shorten
 from recbole_sdpo.lm.whole import (
+    TitleHead,
     is_whole,
     make_whole,
     matched,
@@ -166,6 +167,8 @@ def load_backbone(
             redraw(model, config.weights == "body", seed("weights"))
         if config.dropout:
             add_dropout(model, config.dropout)
+    if whole:
+        model.set_output_embeddings(TitleHead.of(model.get_output_embeddings()))
     # adapters are in float32, whose products a GPU's fast units take with 10 bits, more than
     # bfloat16's
     if device.type == "cuda":

@@ -244,6 +244,26 @@ def test_a_run_aligns_goes_on_and_recommends_what_is_new(ring, tmp_path, peft, m
     pd.testing.assert_series_equal(old["item"], before["item"])
 
 
+@pytest.mark.parametrize("name", ["Llama", "Gemma3", "Phi"])
+def test_logits_of_titles_do_not_tie_in_bfloat16(tmp_path, name):
+    model, tokenizer = build(name)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(100)  # logits of 10 and more
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    lm = load(tmp_path / "model", dtype="mixed", peft="none")
+    states = torch.randn(40, 32)
+    with torch.no_grad(), lm.arithmetic():
+        logits = lm.causal_lm.get_output_embeddings()(states)
+    head = lm.causal_lm.get_output_embeddings()
+    expected = states.double() @ head.weight.double().T
+    expected = expected if head.bias is None else expected + head.bias
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+    assert logits.abs().max() > 10
+    tied = ARCHITECTURES[name]["tie_word_embeddings"]
+    assert (head.weight is lm.causal_lm.get_input_embeddings().weight) == tied
+
+
 @pytest.mark.parametrize(
     ("name", "peft"), [("Llama", "none"), ("Llama", "lora"), ("Gemma3", "none"), ("Phi", "none")]
 )
