@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
-from recbole_sdpo import quick_start, recommend_all
+from recbole_sdpo import quick_start, recommend, recommend_all
 from recbole_sdpo.command import program
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.lm.ranking import score_all
 from recbole_sdpo.recommend import Recommender
 from tests.conftest import write_dataset
 from tests.faults.checkpoints import evil_texts
@@ -61,6 +63,22 @@ def test_all_users_have_what_each_has_alone(recommender, ending, exclude_history
             assert item not in recommender.item_tokens[recommender.users[user]]
 
 
+def test_what_is_left_out_leaves_the_best_of_the_others(recommender, monkeypatch):
+    """Also where the search knows no more than a bound of all but the best that it was asked
+    for."""
+    expected = alone(recommender, k=5, exclude_history=True)
+
+    def as_little_as_allowed(lm, prompts, tree, k):
+        scores = score_all(lm, prompts, tree)
+        best = scores.topk(k)
+        bounds = best.values[:, -1:] - 1e-3 - 1e-6 * torch.arange(len(tree))
+        return bounds.scatter(1, best.indices, best.values)
+
+    monkeypatch.setattr(recommend, "score_top", as_little_as_allowed)
+    written = recommender.recommend_to_users(list(recommender.users), 5, True)
+    pd.testing.assert_frame_equal(written, expected, check_dtype=False, atol=1e-5)
+
+
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])
 def test_what_was_interrupted_goes_on(recommender, ending, monkeypatch):
     users = list(recommender.users)
@@ -89,12 +107,26 @@ def test_what_was_interrupted_goes_on(recommender, ending, monkeypatch):
     assert asked == [users[:7], users[14:21]]
 
 
-def test_processes_share_the_users(recommender):
+def test_processes_share_the_users(recommender, monkeypatch):
     users = list(recommender.users)
     recommend_all.recommend_all(recommender, Path("whole.csv"), users, 3)
+    ask, asked = Recommender.recommend_to_users, []
+    monkeypatch.setattr(
+        Recommender,
+        "recommend_to_users",
+        lambda self, some, *args: asked.extend(some) or ask(self, some, *args),
+    )
     for process in (1, 2, 0):
         assert not Path("best.csv").exists()
         recommend_all.recommend_all(recommender, Path("best.csv"), users, 3, share=(process, 3))
+    assert asked == [
+        *users[7:14],
+        *users[28:35],
+        *users[14:21],
+        *users[35:],
+        *users[:7],
+        *users[21:28],
+    ]
     recommend_all.recommend_all(recommender, Path("best.csv"), users, 3, share=(1, 3))  # late
     assert Path("best.csv").read_text() == Path("whole.csv").read_text()
     assert not list(Path().glob("*.parts"))
