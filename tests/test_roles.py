@@ -114,3 +114,12 @@ def test_a_resumed_run_may_have_another_value_of_what_is_free_and_of_nothing_els
         with pytest.raises(UserError, match=f"that run had {key}=.*now 'other'"):
             read_state_of(tmp_path, now({}))
         config.final_config_dict[key] = before
+
+
+def test_a_state_of_before_title_prior_had_none(tmp_path):
+    (tmp_path / "state").mkdir()
+    identity = {"title_prior": 1.0, "beta": Settings().beta}
+    write_record(tmp_path / "state" / "state.json", {"settings": {}})
+    with pytest.raises(UserError, match=r"that run had title_prior=0.0 \(now 1.0\)"):
+        read_state_of(tmp_path, identity)
+    assert read_state_of(tmp_path, identity | {"title_prior": 0.0})
