@@ -22,14 +22,14 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import metric_of_ranks
 from recbole_sdpo.quick_start import evaluation_loaders
 from recbole_sdpo.random import generator
-from recbole_sdpo.report.bands import BANDS, EDGES
+from recbole_sdpo.report.bands import BANDS, band_of
 
 METRICS = ("HR@1", "NDCG@5")
 
 
 def main() -> None:
     for mode, ranks in ranks_by_words(RunConfig("SASRec")).items():  # for its kind of data
-        band = np.array(BANDS)[np.searchsorted(EDGES, ranks["met"], "right") - 1]
+        band = band_of(ranks["met"])
         rank = ranks["rank"].to_numpy()
         values = pd.DataFrame({metric: metric_of_ranks(metric, rank) for metric in METRICS})
         table = values.groupby(band).mean().reindex(BANDS)
@@ -46,6 +46,9 @@ def ranks_by_words(config: RunConfig) -> dict[str, pd.DataFrame]:
     Raises:
         UserError: there are no titles, or a set is the whole catalogue.
     """
+    modes = [config["eval_args"]["mode"]["test"], *config.settings.more_candidates]
+    if "full" in modes:
+        raise UserError(f"The modes {modes} must be of sampled candidates, such as uni19.")
     raw = create_dataset(config)
     catalogue = Catalogue.from_dataset(
         raw, config.settings.title_fields, config.settings.title_article_first
@@ -53,10 +56,6 @@ def ranks_by_words(config: RunConfig) -> dict[str, pd.DataFrame]:
     train, *rest = data_preparation(config, raw)
     words = TfidfVectorizer(token_pattern=r"\w+").fit_transform(catalogue.titles)
     met, rng = popularity(train._dataset), generator(config["seed"], "ties")
-
-    modes = [config["eval_args"]["mode"]["test"], *config.settings.more_candidates]
-    if "full" in modes:
-        raise UserError(f"The modes {modes} must be of sampled candidates, such as uni19.")
 
     def rank(rows: Interaction, targets: int) -> pd.DataFrame:
         # A row for each candidate, those of a target together, which is the first.

@@ -119,7 +119,7 @@ class SDPOLLM(SequentialRecommender):
             *tokens_at_once(self.lm.causal_lm)
         )
         self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer, self.lm.padding)
-        self._met = popularity(dataset)
+        self.title_shares = self._title_shares(dataset)
         # Candidates in an evaluation prompt stand in one order of all items, begun for each user at
         # another place.
         self._place = generator(self.seed, "evaluation order").permutation(self.n_items)
@@ -371,8 +371,7 @@ class SDPOLLM(SequentialRecommender):
         )
         return [text.split(TERMINATOR)[0] for text in texts]
 
-    @cached_property
-    def title_shares(self) -> Tensor | None:
+    def _title_shares(self, dataset: Dataset) -> Tensor | None:
         """Of what a stage adds to each token's row of :meth:`LanguageModel.title_tables`, the share
         to keep, float32 ``[tokens]``; None, all.
 
@@ -386,7 +385,8 @@ class SDPOLLM(SequentialRecommender):
         if backbone.kind != "whole titles" or backbone.weights != "pretrained" or not prior:
             return None
         token = self.encoder.tokens.take(np.arange(1, self.n_items)).values
-        met = np.bincount(token, weights=self._met[1:], minlength=len(self.lm.title_tables()[0]))
+        tokens = len(self.lm.title_tables()[0])
+        met = np.bincount(token, weights=popularity(dataset)[1:], minlength=tokens)
         shares = np.ones(len(met))
         shares[token] = met[token] / (met[token] + prior)
         return torch.from_numpy(shares).float().to(self.lm.device)

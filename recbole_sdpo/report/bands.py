@@ -21,6 +21,11 @@ BANDS = [
 """The bands' names."""
 
 
+def band_of(met: pd.Series) -> np.ndarray:
+    """The band's name of each target, by how many users met it."""
+    return np.array(BANDS)[np.searchsorted(EDGES, met, "right") - 1]
+
+
 def band_frame(
     runs: Sequence[FinishedRun], candidates: Sequence[str], metrics: Sequence[str]
 ) -> pd.DataFrame:
@@ -36,7 +41,7 @@ def band_frame(
                 "candidates": mode,
                 "metric": metric,
                 "model": run.name,
-                "band": np.array(BANDS)[np.searchsorted(EDGES, targets["met"], "right") - 1],
+                "band": band_of(targets["met"]),
                 "value": values,
             }
         )

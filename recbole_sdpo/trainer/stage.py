@@ -96,7 +96,8 @@ class Stage:
         # Biases and the scales of norms do not decay.
         matrices = [p for p in self._parameters if p.ndim > 1]
         others = [p for p in self._parameters if p.ndim <= 1]
-        titles = {id(table) for table in self.model.lm.title_tables()}
+        tables, shares = self.model.lm.title_tables(), self.model.title_shares
+        titles = {id(table) for table in tables}
         rate = self.settings.learning_rate
         groups: list[dict[str, Any]] = [
             {"params": [p for p in matrices if id(p) not in titles]},
@@ -113,7 +114,6 @@ class Stage:
             betas=BETAS,
             fused=True,
         )
-        shares, tables = self.model.title_shares, self.model.lm.title_tables()
         # Of which a share is kept, each as the stage begins, and its shares.
         self._leaning = [
             (table, table.detach().clone(), shares.view(-1, *[1] * (table.ndim - 1)))
