@@ -122,7 +122,7 @@ class Bench:
     def loss(self, prompts: Prompts, items: np.ndarray, known: Tensor | None = None) -> Tensor:
         """Our S-DPO step up to the loss, packing included."""
         forest = self.recommender.encoder.forest(prompts, items)
-        return sdpo(self.recommender.logps(forest, items.shape[1], True, known), 1.0).mean()
+        return sdpo(self.recommender(forest, items.shape[1], True, known), 1.0).mean()
 
     def gradient(self, loss: Callable[[], Tensor]) -> list[Tensor]:
         """A step up to the optimizer."""
@@ -321,7 +321,7 @@ class Bench:
 
         def step(forest: Forest, width: int) -> None:
             optimizer.zero_grad()
-            sdpo(self.recommender.logps(forest, width, True), 1.0).mean().backward()
+            sdpo(self.recommender(forest, width, True), 1.0).mean().backward()
             optimizer.step()
 
         packed = pack()

@@ -25,7 +25,8 @@ def check_device(config: Config) -> None:
 
     Raises:
         UserError: ``gpu_id`` names a GPU that is not there, or that this build of torch has no
-            kernels for; there are more processes than GPUs; or ``dtype`` is one that a GPU has not.
+            kernels for; there are more processes than GPUs, or no NCCL to
+            join them; or ``dtype`` is one that a GPU has not.
     """
     external = config.external_config_dict
     asked = [part.strip() for part in config["gpu_id"].split(",")]
@@ -51,6 +52,12 @@ def check_device(config: Config) -> None:
         raise UserError(
             f"A launch of {processes} processes needs as many GPUs, and there are {count}; start "
             f"{count}, or set gpu_id=''."
+        )
+    if count and processes > 1 and not torch.distributed.is_nccl_available():
+        raise UserError(
+            f"A launch of {processes} processes needs NCCL between its GPUs, which torch "
+            f"{torch.__version__} is built without; install a build that has it ({BUILDS}/locally),"
+            " or set gpu_id=''."
         )
     for number in range(count):
         _check_gpu(config, number)

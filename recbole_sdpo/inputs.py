@@ -123,10 +123,11 @@ class Inputs:
         ``but_for`` may differ."""
         for name in [*self.digests, *digests]:
             if self.digests.get(name) != digests.get(name) and name.partition("/")[0] != but_for:
-                return self._named(name)
+                return self.named(name)
         return None
 
-    def _named(self, name: str) -> str:
+    def named(self, name: str) -> str:
+        """What a user calls the file, package or setting that is ``name`` here."""
         if name == "sources":
             return "a source file of recbole_sdpo"
         kind, _, package = name.partition("/")

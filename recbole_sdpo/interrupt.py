@@ -45,6 +45,10 @@ LAUNCHERS_REPEAT_S = 1.0
 """A launcher passes a terminal's Ctrl-C on to processes that have had it already; so soon, it is
 not a second one."""
 
+AFTER_THE_FIRST_S = 3.0
+"""What one process of a launch finds wrong, most likely all do: after so many seconds the first has
+said it, and the launcher has ended the others."""
+
 
 class Stopped(KeyboardInterrupt):
     """The run was told to end, by the signal ``signum``."""
@@ -95,7 +99,11 @@ def endings() -> Iterator[None]:
         _say(f"stopped by {signal.Signals(signum).name}" + _then("; ", error))
         sys.exit(128 + signum)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        process = int(os.environ.get("RANK", 0))
+        if process:
+            time.sleep(AFTER_THE_FIRST_S)
+        who = f"process {process}: " if process else ""
+        sys.exit(f"error: {who}{error}{_then('; ', error) if hasattr(error, '__notes__') else ''}")
     except OSError as error:
         if error.errno not in REMEDIES:
             raise

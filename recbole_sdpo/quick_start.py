@@ -39,6 +39,7 @@ from recbole_sdpo.files import whole_file
 from recbole_sdpo.inputs import Inputs, package_versions
 from recbole_sdpo.interrupt import say_how_to_go_on
 from recbole_sdpo.objectives import OBJECTIVES
+from recbole_sdpo.processes import check_alike, lost
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.result import RESULT_FILE, write_result
 from recbole_sdpo.settings import MODEL, Role, having, kind_of_negatives
@@ -114,6 +115,12 @@ def run(
         stack.enter_context(compat.records_in(run_dir, LOG_FILE, config, early))
         try:
             return _run(config, state, run_dir, saved)
+        except RuntimeError as error:
+            if state.num_processes == 1 or not lost(error):
+                raise
+            ended = UserError("another process of this launch has ended before its time")
+            say_how_to_go_on(ended, run_dir if holds_state(run_dir) else None)
+            raise ended from error
         except (OSError, KeyboardInterrupt) as error:
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = str(run_dir)  # where all that a run writes lies
@@ -130,6 +137,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
         )
     init_seed(config["seed"], config["reproducibility"])
     inputs = Inputs.of(config)
+    check_alike(config, inputs)
     inputs.keep(run_dir, write=state.is_main_process)
     raw = create_dataset(config)
     described = str(raw)  # RecBole changes the dataset as it splits it

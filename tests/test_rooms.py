@@ -22,7 +22,7 @@ ROOMS = (
     "registry",
     "config",
     "inputs device",
-    "report",
+    "report processes",
     "quick_start recommend",
     "recommend_all",
     "experiment",

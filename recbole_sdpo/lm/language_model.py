@@ -223,6 +223,11 @@ class LanguageModel(nn.Module):
         self._moody = tuple(self.model.modules()) if _depends_on_mode(self.causal_lm) else ()
 
     @property
+    def reads_more_than_text(self) -> bool:
+        """Has the model parts that no title reaches, such as those for pictures?"""
+        return hasattr(self.causal_lm.base_model, "language_model")
+
+    @property
     def has_reference(self) -> bool:
         """Has a reference been frozen?"""
         return bool(self._frozen) or (

@@ -208,7 +208,7 @@ class SDPOLLM(SequentialRecommender):
         users = dataset.field2id_token[dataset.uid_field]
         return NegativeSampler(sampler, self.catalogue, met_items(dataset), setting, users)
 
-    def logps(
+    def forward(
         self, forest: Forest, width: int, reference: bool, known: Tensor | None = None
     ) -> Logps:
         """Log-probabilities of a forest whose responses are, for each target, its title and K
@@ -258,7 +258,7 @@ class SDPOLLM(SequentialRecommender):
             histories(interaction[:rows], self.config), Ragged.from_matrix(offered), target, user
         )
         items = offered[:, : 1 + min(number, objective.negatives)]
-        logps = self.logps(self.encoder.forest(prompts, items), items.shape[1], objective.reference)
+        logps = self(self.encoder.forest(prompts, items), items.shape[1], objective.reference)
         return objective.loss(logps, self.settings.beta).mean()
 
     @torch.no_grad()

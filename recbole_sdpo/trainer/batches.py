@@ -34,12 +34,15 @@ class Batch:
         prompts: of the forest.
         items: int64 ``[T, 1 + K]``, its responses: each target and its negatives.
         targets: int64 ``[T]``, the numbers of its targets among all of the examples'.
+        counts: is it the process's own? A process that has none is given another's, as each must
+            take part in each sum over all processes.
     """
 
     forest: Forest
     prompts: Prompts
     items: np.ndarray
     targets: np.ndarray
+    counts: bool = True
 
     @property
     def width(self) -> int:
@@ -117,8 +120,8 @@ class StageBatches:
     def loader(self, plan: Plan, first_step: int) -> DataLoader:
         """The batches of ``plan``, whose first step has this number in its stage.
 
-        Of each batch this process has its part, or None where there are fewer trees than processes
-        and none is left for it.
+        Of each batch this process has its part; where there are fewer trees than processes, it may
+        have one that does not count.
         """
         numbered = enumerate(plan, first_step)
         draws = [draw for number, step in numbered for draw in self._draws(step, number)]
@@ -175,18 +178,18 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return len(self.draws)
 
-    def __getitem__(self, number: int) -> Batch | None:
+    def __getitem__(self, number: int) -> Batch:
         trees, own, step, part = self.draws[number]
         prompts, items = self.examples.batch(trees, self.seed, self.stage, step, part)
         # All processes draw for all trees, and each takes its part: how many processes there are
         # changes nothing of what is drawn.
         mine = own[self.process[0] :: self.process[1]]
-        if not len(mine):
-            return None
+        counts = len(mine) > 0
+        mine = mine if counts else own[:1]
         prompts, items = prompts.select(mine), items[prompts.target_index(mine)]
         each = self.examples.targets[trees[mine]]
         targets = np.repeat(self.first_target[trees[mine]], each) + places(each)
-        return Batch(self.encoder.forest(prompts, items), prompts, items, targets)
+        return Batch(self.encoder.forest(prompts, items), prompts, items, targets, counts)
 
 
 def _unchanged(batch: Any) -> Any:

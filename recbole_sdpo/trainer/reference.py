@@ -147,11 +147,13 @@ class ReferenceCache:
         none = np.empty(0, np.int64)
         return np.intersect1d(np.concatenate([none, *planned]), self._trees[missing])
 
-    def _ask(self, targets: np.ndarray, batches: Iterable[Batch | None]) -> Tensor:
+    def _ask(self, targets: np.ndarray, batches: Iterable[Batch]) -> Tensor:
         """What the reference says of ``targets``, as far as they are in ``batches``, else 0."""
         width = self._values.shape[1]
         logps = torch.zeros(len(targets), width, device=self._lm.device)
-        for batch in filter(None, batches):
+        for batch in batches:
+            if not batch.counts:
+                continue
             said = self._lm.reference_logps(batch.forest).view(-1, width)
             place = torch.from_numpy(np.searchsorted(targets, batch.targets))
             logps[place.to(logps.device)] = said.to(logps.dtype)

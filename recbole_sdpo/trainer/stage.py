@@ -6,8 +6,8 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from recbole_sdpo.objectives import OBJECTIVES, Diagnostics, Logps, diagnostics
 from recbole_sdpo.random import derive_seed
 from recbole_sdpo.settings import CompleteStage
 from recbole_sdpo.trainer.batches import Batch, StageBatches
+from recbole_sdpo.trainer.engine import joined
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.step_file import StepFile
 
@@ -93,6 +94,7 @@ class Stage:
             pinned=self.model.lm.device.type == "cuda",
         )
         self._parameters = list(self.model.lm.trainable().values())
+        self._policy = joined(self.model, self.accelerator)
         # Biases and the scales of norms do not decay.
         matrices = [p for p in self._parameters if p.ndim > 1]
         others = [p for p in self._parameters if p.ndim <= 1]
@@ -210,7 +212,7 @@ class Stage:
             for (table, _, _), weights in zip(self._leaning, trained, strict=True):
                 table.copy_(weights)
 
-    def _step(self, step: list[Batch | None], targets: int) -> tuple[float, int, bool]:
+    def _step(self, step: list[Batch], targets: int) -> tuple[float, int, bool]:
         """One optimizer step on this process's parts of some batches with so many ``targets``.
 
         Returns:
@@ -218,27 +220,31 @@ class Stage:
             them was asked to stop.
         """
         objective, model, settings = OBJECTIVES[self.objective], self.model, self.settings
-        process = self.accelerator.process_index
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
         # By the step's number, so that a resumed run drops what the uninterrupted one does.
         torch.manual_seed(derive_seed(model.seed, "dropout", self.name, self.step, process))
         self.optimizer.zero_grad()
         # Sums: losses, tokens, processes asked to stop, so that all stop at one step, diagnostics.
         width = 3 + len(Diagnostics._fields)
         sums = torch.zeros(width, device=model.lm.device, dtype=torch.float64)
-        for batch in filter(None, step):
+        for number, batch in enumerate(step, 1):
             if objective.negatives and model.draws > 1:
                 batch = self._hardest(batch)
-            logps = self._logps(batch, objective.reference)
-            losses = objective.loss(logps, model.settings.beta)
-            # Summed over batches and processes, this is the mean over the step's targets.
-            self.accelerator.backward(losses.sum() / targets)
+            # The engine sums gradients over the processes once, after the last batch.
+            with nullcontext() if number == len(step) else self.accelerator.no_sync(self._policy):
+                logps = self._logps(batch, objective.reference)
+                losses = objective.loss(logps, model.settings.beta) * batch.counts
+                # Summed over batches, and by the engine the mean over processes, this is the mean
+                # over the step's targets.
+                self.accelerator.backward(losses.sum() * (processes / targets))
             sums[0] += losses.detach().sum()
-            sums[1] += batch.forest.size
-            if objective.negatives:
+            if batch.counts:
+                sums[1] += batch.forest.size
+            if batch.counts and objective.negatives:
                 means = diagnostics(logps.detach(), model.settings.beta)
                 sums[3:] += torch.stack(means).double() * len(losses)
         sums[2] = bool(asked_to_stop())
-        sums = self._over_processes(sums)
+        sums = self.accelerator.reduce(sums, "sum")
         norm = clip_grad_norm_(self._parameters, settings.clip_norm or float("inf"))
         # All that the host wants to know, at once: each question waits for the GPU.
         norm, loss, tokens, stops, *watched = torch.cat([norm.double()[None], sums]).tolist()
@@ -257,17 +263,6 @@ class Stage:
         self.tokens += int(tokens)
         return loss, targets, bool(stops)
 
-    def _over_processes(self, sums: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes; gradients are summed, too."""
-        if self.accelerator.num_processes == 1:
-            return sums
-        for parameter in self._parameters:
-            # A process that had no tree has no gradient, and must take part in the sum all the
-            # same.
-            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.accelerator.reduce(grad, "sum")
-        return self.accelerator.reduce(sums, "sum")
-
     @torch.no_grad()
     def _hardest(self, batch: Batch) -> Batch:
         """``batch`` with, of each negative's draws, the one that the policy scores highest, as
@@ -280,11 +275,11 @@ class Stage:
         hardest = np.take_along_axis(drawn, best, 2).squeeze(2)
         items = np.concatenate([batch.items[:, :1], hardest], axis=1)
         forest = self.model.encoder.forest(batch.prompts, items)
-        return Batch(forest, batch.prompts, items, batch.targets)
+        return replace(batch, forest=forest, items=items)
 
     def _logps(self, batch: Batch, reference: bool) -> Logps:
         known = self.cache.read(batch.targets).to(self.model.lm.device) if self.cache else None
-        return self.model.logps(batch.forest, batch.width, reference, known)
+        return self._policy(batch.forest, batch.width, reference, known)
 
     def _write(self, loss: float, watched: Diagnostics | None, norm: float) -> None:
         rate = self.scheduler.get_last_lr()[0]

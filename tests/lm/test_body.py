@@ -69,8 +69,8 @@ def test_a_model_of_fewer_layers_is_saved_and_read_again(name, tmp_path):
     assert again(input_ids=TOKENS).logits.equal(model(input_ids=TOKENS).logits)
 
 
-def test_the_layers_are_those_of_the_text():
-    """A model of pictures has as many layers for these, and they come first."""
+def with_pictures():
+    """A model that has as many layers for pictures as for text, and has them first."""
     text, pictures = (
         {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2} for _ in range(2)
     )
@@ -80,7 +80,11 @@ def test_the_layers_are_those_of_the_text():
         vision_config=pictures | {"num_attention_heads": 4, "image_size": 28, "patch_size": 14},
         mm_tokens_per_image=4,
     )
-    model = transformers.Gemma3ForConditionalGeneration(config)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def test_the_layers_are_those_of_the_text():
+    model = with_pictures()
     assert {type(layer).__name__ for layer in decoder_layers(model)} == {"Gemma3DecoderLayer"}
 
 

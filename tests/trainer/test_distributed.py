@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,73 @@ def test_two_processes_are_one(ring, tmp_path, peft):
 def test_baselines_ask_for_one_process(ring, tmp_path):
     with pytest.raises(AssertionError, match="serves SDPO-LLM only; start Pop with plain python"):
         launch(2, ring, tmp_path / "pop", model="Pop")
+
+
+def start(process, settings, folder, port, *options):
+    """One of two processes, as a scheduler starts them without torchrun."""
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.yaml").write_text(
+        yaml.safe_dump(settings | {"run_dir": str(folder / "run")})
+    )
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    place |= {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "recbole_sdpo", "run", "--dataset=toy"]
+    return subprocess.Popen(
+        [*command, "--config_files=settings.yaml", *options],
+        cwd=folder,
+        env=os.environ | place | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as place:
+        place.bind(("localhost", 0))
+        return place.getsockname()[1]
+
+
+def said(process):
+    return [line for line in process.communicate(timeout=120)[1].splitlines() if "error" in line]
+
+
+def test_processes_must_be_alike(ring, tmp_path, port):
+    pair = [
+        start(str(number), ring, tmp_path / "both", port, f"--beta={beta}")
+        for number, beta in enumerate([1.0, 2.0])
+    ]
+    sentence = (
+        "error: The processes of a launch must be alike: beta is 1.0 for process 0 and 2.0 for "
+        "process 1."
+    )
+    assert said(pair[0]) == [sentence]
+    assert [process.wait() for process in pair] == [1, 1]
+
+
+def test_a_process_that_is_left_alone_says_how_to_go_on_and_goes_on_bit_for_bit(
+    ring, tmp_path, port
+):
+    settings = ring | {"objective": "sft", "sft_epochs": 2, "save_minutes": 0}
+    whole = [start(str(n), settings, tmp_path / "whole", port) for n in range(2)]
+    assert [(said(process), process.wait()) for process in whole] == [([], 0)] * 2
+
+    folder = tmp_path / "cut"
+    cut = [start(str(number), settings, folder, port) for number in range(2)]
+    steps = folder / "run" / "steps.csv"
+    while cut[0].poll() is None and not (steps.is_file() and len(steps.read_bytes()) > 200):
+        time.sleep(0.02)
+    cut[1].kill()
+    (sentence,) = said(cut[0])
+    assert "error: another process of this launch has ended before its time; go on with: " in (
+        sentence
+    )
+    assert cut[0].wait() == 1 and "--resume=" in sentence
+
+    resumed = [
+        start(str(n), settings, folder, port, f"--resume={folder / 'run'}") for n in range(2)
+    ]
+    assert [(said(process), process.wait()) for process in resumed] == [([], 0)] * 2
+    weights = [path / "run" / "sft" / "model.safetensors" for path in (folder, tmp_path / "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
