@@ -488,6 +488,12 @@ class Settings:
         "folder of an interrupted run to go on with, under the settings that it had",
         Role.IDLE | Role.FREE | Role.OF_THIS_RUN | Role.EXPERIMENT | Role.PATH,
     )
+    parallel: Literal["auto", "ddp", "fsdp"] = _setting(
+        "auto",
+        "of several processes; ddp: each has the whole model; fsdp: each has a part of it, for "
+        "models that one GPU has no room to train; auto: ddp",
+        Role.IDLE | Role.FREE | Role.OF_THIS_RUN,
+    )
     save_minutes: float = _at_least(
         0,
         10.0,

@@ -21,7 +21,6 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -45,6 +44,7 @@ from recbole_sdpo.files import check_seal, read_json, seal, sha256, user_path, w
 from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.body import add_dropout, keep_layers, redraw
 from recbole_sdpo.lm.language_model import LanguageModel
+from recbole_sdpo.lm.parts import all_of, parted_as
 from recbole_sdpo.lm.scratch import build_model
 from recbole_sdpo.lm.text import control_tokens, opening_tokens, shorten
 from recbole_sdpo.lm.whole import (
@@ -187,12 +187,20 @@ def load_backbone(
     return LanguageModel(adapted, tokenizer, config.attention, mixed, config.compile)
 
 
-def save_backbone(lm: LanguageModel, folder: Path) -> None:
+def save_backbone(
+    lm: LanguageModel, folder: Path, weights: dict[str, Tensor] | None = None
+) -> None:
     """Write the policy (its adapter, or all weights) and the tokenizer, as ``peft`` and
-    ``transformers`` write them."""
+    ``transformers`` write them.
+
+    Args:
+        weights: the model's, where they are not in it.
+    """
     # Left to itself, peft would ask the hub whether the embeddings were changed, too.
     adapter = {"selected_adapters": ["default"], "save_embedding_layers": is_whole(lm.tokenizer)}
-    lm.model.save_pretrained(folder, **(adapter if isinstance(lm.model, PeftModel) else {}))
+    lm.model.save_pretrained(
+        folder, state_dict=weights, **(adapter if isinstance(lm.model, PeftModel) else {})
+    )
     lm.tokenizer.save_pretrained(folder)
 
 
@@ -260,17 +268,16 @@ def restore_policy(lm: LanguageModel, folder: Path, new_titles: bool = False) ->
     )
     for name in table_names(lm.causal_lm, mine) if whole else ():
         if name in weights and weights[name].shape == (len(saved) - 1, *mine[name].shape[1:]):
-            weights[name] = matched(weights[name], mine[name], tokenizer, lm.tokenizer)
+            weights[name] = matched(weights[name], all_of(mine[name]), tokenizer, lm.tokenizer)
     for name in sorted(mine.keys() | weights.keys()):
         if name not in mine or name not in weights or weights[name].shape != mine[name].shape:
             raise UserError(
                 f"{what} does not fit this backbone at {name!r}; use the settings it was made with."
             )
     _check_finite(weights.items(), what)
-    if adapted:
-        set_peft_model_state_dict(lm.model, weights)
-    else:
-        lm.model.load_state_dict(weights)
+    with torch.no_grad():
+        for name, weight in mine.items():
+            weight.copy_(parted_as(weight, weights[name]))
 
 
 def _full_weights(

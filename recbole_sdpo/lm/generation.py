@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from recbole_sdpo.lm.attention import dense_implementation, set_attention
 from recbole_sdpo.lm.language_model import LanguageModel
+from recbole_sdpo.lm.parts import is_parted
 from recbole_sdpo.lm.text import line_breaks
 from recbole_sdpo.ragged import Ragged
 
@@ -69,6 +70,7 @@ def write(
                 attention_mask=seen.long().to(lm.device),
                 generation_config=settings,
                 prefix_allowed_tokens_fn=only,
+                synced_gpus=is_parted(model),
             )
     finally:
         lm.train(training)

@@ -28,6 +28,7 @@ from recbole_sdpo.lm.attention import (
 )
 from recbole_sdpo.lm.body import decoder_layers
 from recbole_sdpo.lm.forest import Forest, plant
+from recbole_sdpo.lm.parts import all_of
 from recbole_sdpo.lm.projection import token_logps
 from recbole_sdpo.lm.whole import is_whole, tables
 from recbole_sdpo.ragged import Ragged
@@ -83,8 +84,8 @@ class LanguageModel(nn.Module):
         self._adapted: tuple[BaseTunerLayer, ...] = ()  # what switches between the adapters
         # what has to leave the training mode for the reference
         self._moody: tuple[nn.Module, ...] = ()
-        # in a list, for it is no part of the policy: not to train, move, save or restore
-        self._frozen: list[PreTrainedModel] = []
+        # the reference of a policy that is trained as a whole
+        self.frozen: PreTrainedModel | None = None
         # under an adapter, what is trained beside it: where it is, and the reference's
         self._beside: Places = []
         check_attention(self.causal_lm, attention)
@@ -110,6 +111,8 @@ class LanguageModel(nn.Module):
         """As in ``nn.Module``, but what policy and reference share stays in evaluation mode, so
         that no dropout is in it."""
         super().train(mode)
+        if self.frozen is not None:
+            self.frozen.eval()
         if self._shared:
             self.causal_lm.eval()
             for layer in self._layers[self._shared :]:
@@ -146,8 +149,8 @@ class LanguageModel(nn.Module):
         """
         if not self.has_reference:
             raise RuntimeError("There is no reference yet; call freeze_reference() first.")
-        if not isinstance(self.model, PeftModel):
-            yield self._frozen[0]
+        if self.frozen is not None:
+            yield self.frozen
             return
         training = [part for part in self._moody if part.training]
         policy = [(part, name, part._parameters[name]) for part, name, _ in self._beside]
@@ -199,11 +202,15 @@ class LanguageModel(nn.Module):
 
     def freeze_reference(self) -> None:
         """Make the policy as it now is the reference."""
+        if self.frozen is not None:
+            with torch.no_grad():
+                for mine, theirs in zip(_state(self.frozen), _state(self.model), strict=True):
+                    mine.copy_(theirs)
+            return
         if not isinstance(self.model, PeftModel):
-            self._frozen = []  # before the copy, which needs its memory
-            self._frozen = [copy.deepcopy(self.model).eval().requires_grad_(False)]
+            self.frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
             if self.compiled:  # a copy is not
-                _compile(tuple(decoder_layers(self._frozen[0])))
+                _compile(tuple(decoder_layers(self.frozen)))
             return
         if REFERENCE not in self.model.peft_config:
             trained = self.trainable().values()
@@ -230,9 +237,14 @@ class LanguageModel(nn.Module):
     @property
     def has_reference(self) -> bool:
         """Has a reference been frozen?"""
-        return bool(self._frozen) or (
+        return self.frozen is not None or (
             isinstance(self.model, PeftModel) and REFERENCE in self.model.peft_config
         )
+
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The decoder's layers from the lowest up, and a frozen reference's."""
+        return (*self._layers, *(decoder_layers(self.frozen) if self.frozen is not None else ()))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The policy's trained parameters by name."""
@@ -251,7 +263,7 @@ class LanguageModel(nn.Module):
         """Add to ``digest`` the name, the dtype and the bytes of each of :meth:`policy_weights`."""
         for name, weight in self.policy_weights():
             digest.update(f"{name} {weight.dtype}".encode())
-            content = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            content = all_of(weight).cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(content.numpy().data)
 
     @property
@@ -367,6 +379,10 @@ class LanguageModel(nn.Module):
         states = hidden.flatten(0, 1).index_select(0, forest.states)
         logps = token_logps(model, states, forest.edge_state, forest.edge_token, forest.first_edge)
         return forest.sum_by_response(logps)
+
+
+def _state(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
 
 
 def _compile(layers: tuple[nn.Module, ...]) -> None:

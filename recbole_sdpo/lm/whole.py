@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from recbole_sdpo.lm.parts import own
 from recbole_sdpo.lm.text import encode_texts, opening_tokens
 
 CONTROL = "\t"
@@ -111,8 +112,8 @@ def tables(model: PreTrainedModel) -> list[nn.Parameter]:
 
 def table_names(model: PreTrainedModel, state: Mapping[str, Tensor]) -> list[str]:
     """The names that :func:`tables` have in ``state``, which holds the model's weights."""
-    places = {table.data_ptr() for table in tables(model)}
-    return [name for name, weight in state.items() if weight.data_ptr() in places]
+    places = {own(table).data_ptr() for table in tables(model)}
+    return [name for name, weight in state.items() if own(weight).data_ptr() in places]
 
 
 def matched(

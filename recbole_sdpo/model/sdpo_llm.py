@@ -42,10 +42,12 @@ from recbole_sdpo.data.sequences import (
     training_sequences,
 )
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.backbone import load_backbone, resolved
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.lm.generation import NOTHING, line_ends, write
 from recbole_sdpo.lm.memory import tokens_at_once
+from recbole_sdpo.lm.parts import is_parted, part
 from recbole_sdpo.lm.ranking import NODES_AT_ONCE, TitleTree, score_all, score_top
 from recbole_sdpo.lm.scratch import train_tokenizer
 from recbole_sdpo.model.encoder import TERMINATOR, Encoder, title_lines
@@ -53,6 +55,9 @@ from recbole_sdpo.objectives import OBJECTIVES, Logps
 from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import derive_seed, generator
 from recbole_sdpo.settings import NO_FULL_RANKING, BackboneSettings, CompleteSettings, Settings
+
+PASSES = ("predict", "full_sort_predict", "answers")
+"""Methods of the model that call the backbone, beside ``forward``."""
 
 TARGET_ROW = "target_row"
 """Column of an evaluation batch: the number of the target, from 0, that a row's item is a
@@ -94,6 +99,9 @@ class SDPOLLM(SequentialRecommender):
         self.units = Units(len(self.catalogue.titles), templates)
         self.backbone = resolved(settings.backbone, self.device)
         settings = settings.suited_to(self.backbone)
+        parted = settings.parallel == "fsdp" and PartialState().num_processes > 1
+        if parted:
+            _check_parts(settings, self.backbone)
         for sentence in _without_effect(config.external_config_dict, self.backbone):
             self.logger.warning(sentence)
 
@@ -110,7 +118,7 @@ class SDPOLLM(SequentialRecommender):
         # The backbone comes after the catalogue: scratch makes its vocabulary of the titles.
         self.lm = load_backbone(
             self.backbone,
-            self.device,
+            torch.device("cpu") if parted else self.device,  # which may have no room for all of it
             tokenizer,
             lambda purpose: derive_seed(self.seed, purpose),
             [*lines[1:], *self.units.pieces],
@@ -126,6 +134,10 @@ class SDPOLLM(SequentialRecommender):
         self._begin = generator(self.seed, "evaluation begin").integers(
             self.n_items, size=dataset.num(self.USER_ID)
         )
+        if parted:
+            if OBJECTIVES[settings.objective].reference:
+                self.lm.freeze_reference()  # what has parts is not copied
+            part(self, self.lm.layers, PASSES, self.device)
 
     def examples(
         self, dataset: Dataset, sampler: AbstractSampler | None, negatives: int
@@ -225,7 +237,8 @@ class SDPOLLM(SequentialRecommender):
             policy = self.lm(forest)
         policy = policy.view(-1, width)
         ref = torch.zeros_like(policy) if known is None else known.view(-1, width)
-        return Logps(policy[:, 0], policy[:, 1:], ref[:, 0], ref[:, 1:])
+        # Copies: what is in place of a view is lost on FSDP2, which hooks on what a pass returns.
+        return Logps(policy[:, 0].clone(), policy[:, 1:].clone(), ref[:, 0], ref[:, 1:])
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Mean loss of RecBole's batch under the current objective, for training by any RecBole
@@ -452,12 +465,14 @@ class SDPOLLM(SequentialRecommender):
         scores = torch.zeros(
             len(rows_of(np.arange(len(sizes)))), width, device=self.lm.device, dtype=dtype
         )
-        for trees in batches(sizes, self.settings.eval_tokens_per_batch)[
-            state.process_index :: state.num_processes
-        ]:
-            scores[torch.from_numpy(rows_of(trees)).to(scores.device)] = score(trees).to(
-                scores.dtype
-            )
+        cut = batches(sizes, self.settings.eval_tokens_per_batch)
+        for first in range(0, len(cut), state.num_processes):
+            number = first + state.process_index
+            if number < len(cut):
+                rows = torch.from_numpy(rows_of(cut[number])).to(scores.device)
+                scores[rows] = score(cut[number]).to(scores.dtype)
+            elif is_parted(self):
+                score(cut[first])  # every process makes every pass
         scores = reduce(scores, "sum") if state.num_processes > 1 else scores
         if not scores.isfinite().all():
             raise UserError(
@@ -499,11 +514,37 @@ class SDPOLLM(SequentialRecommender):
         return clone
 
 
+def _check_parts(settings: Settings, backbone: BackboneSettings) -> None:
+    """Refuse what does not go with ``parallel=fsdp``.
+
+    Raises:
+        UserError: naming it.
+    """
+    beside = backbone.peft == "lora" and backbone.item_tokens == "whole"
+    refused = {
+        "quantization": (backbone.quantization, backbone.quantization != "none", "'none'"),
+        "compile": (backbone.compile, backbone.compile, "False"),
+        "attention": (backbone.attention, backbone.attention == FLEX, "auto, sdpa or eager"),
+        "full_sort": (settings.full_sort, settings.full_sort == "topk", "'exact'"),
+        "item_tokens": (backbone.item_tokens, beside, "'pieces' with peft=lora"),
+    }
+    for key, (value, wrong, right) in refused.items():
+        if wrong:
+            raise UserError(
+                f"{key}={value!r} does not go with parallel='fsdp'; it must be {right}, or set "
+                "parallel=ddp."
+            )
+
+
 def _without_effect(chosen: Mapping[str, Any], backbone: BackboneSettings) -> Iterator[str]:
     """A sentence for each kind of settings that do nothing with ``backbone``, whose ``auto`` are
     resolved; what is ``chosen`` as it is anyway does no harm."""
     defaults = Settings().to_flat()
     does_nothing = {
+        "parallel": (
+            PartialState().num_processes == 1,
+            "one process; start several, as in torchrun --nproc_per_node=2",
+        ),
         "lora_": (
             backbone.peft != "lora",
             "peft='none', which trains all weights; set peft=lora",

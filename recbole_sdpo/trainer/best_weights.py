@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import whole_file
+from recbole_sdpo.lm.parts import gathered, own, parted_as
 
 FOLDER = "selection"
 
@@ -57,8 +58,13 @@ class BestWeights:
         """
         self.valid, self._weights, self._rest, self._stage = {}, {}, {}, stage
         if validated and self.folder:
+            state = _changing(self.trainer.model)
             for mode in self.loaders:
-                self.valid[mode], self._weights[mode] = _read(self._file(self.folder, mode))
+                self.valid[mode], weights = _read(self._file(self.folder, mode))
+                self._weights[mode] = {
+                    name: own(parted_as(state[name], value)).cpu()
+                    for name, value in weights.items()
+                }
 
     def __call__(self, epoch: int | None = None, score: float | None = None) -> None:
         """Validate on each candidate set, and keep the weights where that is better than before."""
@@ -84,19 +90,22 @@ class BestWeights:
         model = self.trainer.model
         self.valid[mode], self._weights[mode] = metrics, snapshot(model)
         self._rest[mode] = copy.deepcopy(model.other_parameter())
-        if self.folder and PartialState().is_main_process:
-            self._write(self.folder, mode)
+        if self.folder:
+            main = PartialState().is_main_process
+            weights = gathered(_changing(model).items(), main)
+            if main:
+                self._write(self.folder, mode, weights)
 
     def _file(self, folder: Path, mode: str) -> Path:
         return folder / f"{self._stage}-{mode}.safetensors"
 
-    def _write(self, folder: Path, mode: str) -> None:
+    def _write(self, folder: Path, mode: str, weights: dict[str, Tensor]) -> None:
         """An epoch that is run again has the same score and writes nothing new."""
         folder.mkdir(parents=True, exist_ok=True)
         valid = json.dumps(self.valid[mode])
-        about = {"valid": valid, "sha256": _digest(valid, self._weights[mode])}
+        about = {"valid": valid, "sha256": _digest(valid, weights)}
         with whole_file(self._file(folder, mode)) as part:
-            save_file(self._weights[mode], part, about)
+            save_file(weights, part, about)
 
 
 def _read(file: Path) -> tuple[Metrics, dict[str, Tensor]]:
@@ -125,8 +134,9 @@ def _digest(valid: str, weights: dict[str, Tensor]) -> str:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy, on the CPU, of what training changes in ``model``: trained parameters and buffers."""
-    return {name: value.detach().cpu().clone() for name, value in _changing(model).items()}
+    """A copy, on the CPU, of what training changes in ``model``, or in this process's part of it:
+    trained parameters and buffers."""
+    return {name: own(value).cpu().clone() for name, value in _changing(model).items()}
 
 
 @torch.no_grad()
@@ -134,7 +144,7 @@ def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Put a :func:`snapshot` back."""
     state = _changing(model)
     for name, value in weights.items():
-        state[name].copy_(value)
+        own(state[name]).copy_(value)
 
 
 def _changing(model: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import recbole
+from accelerate import PartialState
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from recbole.config import Config
 
@@ -29,6 +30,7 @@ from recbole_sdpo.files import (
     write_text,
 )
 from recbole_sdpo.lm.backbone import ADAPTER_FILE, restore_policy, save_backbone
+from recbole_sdpo.lm.parts import gathered, is_parted
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.settings import BackboneSettings, Role, Settings, having
 
@@ -64,14 +66,21 @@ All may be null but ``data_path``.
 def save_checkpoint(folder: Path, model: SDPOLLM) -> None:
     """Write the policy of ``model`` and what it takes to load it again, whole or not at all.
 
+    A process that has a part of the model gives it to the first, which writes.
+
     Raises:
         OSError: the disk is full, …
     """
+    main, weights = PartialState().is_main_process, None
+    if is_parted(model):
+        weights = gathered(model.lm.model.state_dict().items(), main)
+    if not main:
+        return
     settings = model.settings.to_flat() | _made_with(model)
     # of a template that may be elsewhere, or another, later
     settings["header"] = model.units.pieces[0]
     with whole_folder(folder) as part:
-        save_backbone(model.lm, part)
+        save_backbone(model.lm, part, weights)
         write_text(part / POLICY_FILE, json.dumps(settings, indent=2))
         write_text(part / DATA_FILE, json.dumps(_data(model.config, model.backbone), indent=2))
         seal(part)

@@ -1,9 +1,14 @@
-"""What trains one policy in several processes: torch's ``DistributedDataParallel``."""
+"""What trains one policy in several processes: torch's ``DistributedDataParallel``, or FSDP2."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import cast
+
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from recbole_sdpo.model import SDPOLLM
@@ -15,6 +20,17 @@ def joined(model: SDPOLLM, accelerator: Accelerator) -> nn.Module:
 
     Each process must make as many passes through it as any other.
     """
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or isinstance(model, FSDPModule):
         return model
     return DistributedDataParallel(model, find_unused_parameters=model.lm.reads_more_than_text)
+
+
+@contextmanager
+def adding_up(policy: nn.Module, last: bool) -> Iterator[None]:
+    """Around a pass through ``policy`` (:func:`joined`) and its backward pass: gradients add up in
+    each process, and become the mean over all with the ``last`` batch of a step."""
+    if isinstance(policy, FSDPModule):
+        policy.set_requires_gradient_sync(last)
+    apart = isinstance(policy, DistributedDataParallel) and not last
+    with cast(DistributedDataParallel, policy).no_sync() if apart else nullcontext():
+        yield

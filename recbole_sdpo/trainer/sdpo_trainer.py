@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from recbole.config import Config
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.interaction import Interaction
@@ -22,6 +23,7 @@ from recbole_sdpo.data.examples import FixedExamples
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.files import user_path
+from recbole_sdpo.lm.parts import is_parted
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.model.sdpo_llm import TARGET_ROW
 from recbole_sdpo.objectives import OBJECTIVES
@@ -166,15 +168,12 @@ class SDPOTrainer(Trainer):
 
         def keep_state(now: bool = False) -> None:
             nonlocal saved_at
-            if (
-                saved
-                and main
-                and (now or time.time() - saved_at > 60 * self.model.settings.save_minutes)
-            ):
+            due = time.time() - saved_at > 60 * self.model.settings.save_minutes
+            if saved and (now or self._agreed(due)):
                 self._save_state(stage, improved, time.time() - began)
                 saved_at = time.time()
 
-        if not holds_state(self.run_dir):
+        if not self._agreed(holds_state(self.run_dir)):
             keep_state(now=True)  # a folder with a checkpoint is a run's, and a run can be resumed
         patience = (
             self.stopping_step
@@ -268,7 +267,12 @@ class SDPOTrainer(Trainer):
         examples = self.model.examples(train_data._dataset, train_data._sampler, draws)
         limit = settings.targets_limit(name)
         cache = None
-        if kind.reference and settings.caches_reference and isinstance(examples, FixedExamples):
+        if (
+            kind.reference
+            and settings.caches_reference
+            and not is_parted(self.model)
+            and isinstance(examples, FixedExamples)
+        ):
             cache = ReferenceCache(
                 reference_folder(settings.backbone.cache_dir),
                 self.model.lm,
@@ -438,8 +442,14 @@ class SDPOTrainer(Trainer):
         freeze(loader, self._parts, self.model.catalogue, seed, settings.candidates_exclude_history)
         self.model.check_prompts(loader._dataset, loader.times if samples_candidates(loader) else 0)
 
+    def _agreed(self, due: bool) -> bool:
+        """As the first process has it: what all do together, each must know of."""
+        if not is_parted(self.model):
+            return due
+        return bool(broadcast(torch.tensor(int(due), device=self.device)))
+
     def _save(self, stage: str, saved: bool) -> None:
-        if saved and self.accelerator.is_main_process:
+        if saved:
             save_checkpoint(self.run_dir / stage, self.model)
 
     def _log(self, message: str, verbose: bool) -> None:

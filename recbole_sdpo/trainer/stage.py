@@ -6,7 +6,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,12 +22,13 @@ from transformers import get_scheduler
 from recbole_sdpo.data.examples import Examples
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.interrupt import Stopped, asked_to_stop, finishing_steps
+from recbole_sdpo.lm.parts import all_of, own, parted_as
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import OBJECTIVES, Diagnostics, Logps, diagnostics
 from recbole_sdpo.random import derive_seed
 from recbole_sdpo.settings import CompleteStage
 from recbole_sdpo.trainer.batches import Batch, StageBatches
-from recbole_sdpo.trainer.engine import joined
+from recbole_sdpo.trainer.engine import adding_up, joined
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.step_file import StepFile
 
@@ -118,7 +119,7 @@ class Stage:
         )
         # Of which a share is kept, each as the stage begins, and its shares.
         self._leaning = [
-            (table, table.detach().clone(), shares.view(-1, *[1] * (table.ndim - 1)))
+            (own(table), own(table).clone(), own(parted_as(table, _rows(shares, table.ndim))))
             for table in tables
             if shares is not None
         ]
@@ -203,7 +204,7 @@ class Stage:
         """Meanwhile each title has its share of what the stage has added to it
         (:attr:`SDPOLLM.title_shares`): so the policy is judged, kept and saved; it trains on with
         all of it."""
-        trained = [table.detach().clone() for table, _, _ in self._leaning]
+        trained = [table.clone() for table, _, _ in self._leaning]
         for table, begun, share in self._leaning:
             table.copy_(torch.lerp(begun, table, share))
         try:
@@ -230,8 +231,7 @@ class Stage:
         for number, batch in enumerate(step, 1):
             if objective.negatives and model.draws > 1:
                 batch = self._hardest(batch)
-            # The engine sums gradients over the processes once, after the last batch.
-            with nullcontext() if number == len(step) else self.accelerator.no_sync(self._policy):
+            with adding_up(self._policy, last=number == len(step)):
                 logps = self._logps(batch, objective.reference)
                 losses = objective.loss(logps, model.settings.beta) * batch.counts
                 # Summed over batches, and by the engine the mean over processes, this is the mean
@@ -245,7 +245,7 @@ class Stage:
                 sums[3:] += torch.stack(means).double() * len(losses)
         sums[2] = bool(asked_to_stop())
         sums = self.accelerator.reduce(sums, "sum")
-        norm = clip_grad_norm_(self._parameters, settings.clip_norm or float("inf"))
+        norm = all_of(clip_grad_norm_(self._parameters, settings.clip_norm or float("inf")))
         # All that the host wants to know, at once: each question waits for the GPU.
         norm, loss, tokens, stops, *watched = torch.cat([norm.double()[None], sums]).tolist()
         # Before the optimizer's step: weights that it spoils would be saved for a resumed run.
@@ -268,7 +268,7 @@ class Stage:
         """``batch`` with, of each negative's draws, the one that the policy scores highest, as
         RecBole's ``dynamic`` has it."""
         self.model.eval()
-        scores = self.model.lm(batch.forest).view(-1, batch.width)[:, 1:]
+        scores = self._policy(batch.forest, batch.width, False).negatives
         self.model.train()
         drawn = batch.items[:, 1:].reshape(len(scores), -1, self.model.draws)
         best = scores.view(drawn.shape).argmax(-1, keepdim=True).cpu().numpy()
@@ -291,3 +291,8 @@ class Stage:
             return
         for name, value in values.items():
             self.writer.add_scalar(f"{self.name}/{name}", value, self.step)
+
+
+def _rows(values: torch.Tensor, dimensions: int) -> torch.Tensor:
+    """One value for each row of what has so many dimensions."""
+    return values.view(-1, *[1] * (dimensions - 1))

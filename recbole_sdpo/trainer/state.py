@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from recbole.data.dataset import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from recbole_sdpo.data.sequences import training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import read_record, sha256, whole_file, write_record
+from recbole_sdpo.lm.parts import gathered, parted_as
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.settings import Role, Settings, having
 from recbole_sdpo.trainer.stage import Stage
@@ -36,18 +39,16 @@ def save_state(run_dir: Path, stage: Stage, rest: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full, …
     """
+    tensors = gathered(_tensors(stage), stage.accelerator.is_main_process)
+    if not tensors:
+        return
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, weight in stage.model.lm.trainable().items():
-        tensors[f"weight/{name}"] = weight.detach().contiguous()
-        for moment, value in stage.optimizer.state.get(weight, {}).items():
-            tensors[f"{moment}/{name}"] = value.contiguous()
     # Never the one that state.json now points to.
     file = folder / f"{stage.name}-{stage.step}-{time.time_ns()}.safetensors"
     try:
         with whole_file(file) as part:
-            save_file(tensors, part)
+            save_file({name: value.contiguous() for name, value in tensors.items()}, part)
         state = {
             "tensors": file.name,
             "sha256_of_tensors": sha256(file),
@@ -63,6 +64,14 @@ def save_state(run_dir: Path, stage: Stage, rest: dict[str, Any]) -> None:
     for old in folder.iterdir():  # what died while it was written, too
         if old not in (file, folder / STATE_FILE):
             old.unlink()
+
+
+def _tensors(stage: Stage) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights and the optimizer's moments by name, be they in parts."""
+    for name, weight in stage.model.lm.trainable().items():
+        yield f"weight/{name}", weight
+        for moment, value in stage.optimizer.state.get(weight, {}).items():
+            yield f"{moment}/{name}", value
 
 
 def holds_state(run_dir: Path) -> bool:
@@ -138,16 +147,20 @@ def load_state(run_dir: Path, stage: Stage) -> None:
     if broken := broken_part(run_dir):
         raise _damaged(broken)
     state = read_state(run_dir)
-    tensors = load_file(run_dir / FOLDER / state["tensors"], device=str(stage.model.lm.device))
-    for name, weight in stage.model.lm.trainable().items():
-        weight.copy_(tensors[f"weight/{name}"])
-        moments = {
-            moment: tensors[f"{moment}/{name}"]
-            for moment in MOMENTS
-            if f"{moment}/{name}" in tensors
-        }
-        if moments:
-            stage.optimizer.state[weight] = moments
+    with safe_open(run_dir / FOLDER / state["tensors"], framework="pt") as stream:
+        names = set(stream.keys())
+        for name, weight in stage.model.lm.trainable().items():
+            weight.copy_(parted_as(weight, stream.get_tensor(f"weight/{name}")))
+            moments = {
+                moment: stream.get_tensor(f"{moment}/{name}").to(weight.device)
+                for moment in MOMENTS
+                if f"{moment}/{name}" in names
+            }
+            if moments:
+                stage.optimizer.state[weight] = {
+                    moment: parted_as(weight, value) if value.ndim else value
+                    for moment, value in moments.items()
+                }
     stage.continue_from(state["progress"])
 
 

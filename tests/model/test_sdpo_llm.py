@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from recbole.data import create_dataset, data_preparation
 
 from recbole_sdpo import quick_start
@@ -164,10 +165,10 @@ def test_dpo_draws_and_scores_the_one_negative_that_it_looks_at(ring, style, mon
     drawn = model.examples(train._dataset, train._sampler, model.negatives)
     assert model.negatives == 1 and drawn.batch(np.arange(5), 0)[1].shape[1] == 2
     model.lm.freeze_reference()
-    model.objective, widths, plain = "dpo", [], model.logps
+    model.objective, widths, plain = "dpo", [], model.forward
     monkeypatch.setattr(
         model,
-        "logps",
+        "forward",
         lambda forest, width, *rest: widths.append(width) or plain(forest, width, *rest),
     )
     assert float(model.calculate_loss(next(iter(train)))) == pytest.approx(
@@ -287,12 +288,14 @@ def test_no_model_is_trained_for_a_top_k_beyond_the_catalogue(ring):
 
 def test_settings_without_effect_say_so(ring, caplog):
     idle = {"lora_layers": [1], "full_sort": "topk", "backbone_layers": 1, "sft_title_rate": 2}
+    idle |= {"parallel": "ddp"}
     build(ring | idle)
     for said in (
         "lora_layers has no effect with peft='none'",
         "full_sort='topk' has no effect",
         "backbone_layers has no effect with backbone='scratch'",
         "sft_title_rate has no effect with item_tokens='pieces'",
+        "parallel has no effect with one process",
     ):
         assert said in caplog.text
     caplog.clear()
@@ -300,3 +303,20 @@ def test_settings_without_effect_say_so(ring, caplog):
     assert "has no effect" not in caplog.text
     with pytest.raises(ValueError, match="worker=-1 must be a whole number from 0 to 256"):
         build(ring | {"worker": -1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"full_sort": "topk", "eval_args": {"mode": "full"}}, "full_sort='topk'"),
+        ({"item_tokens": "whole", "peft": "lora"}, "item_tokens='whole'"),
+        ({"compile": True}, "compile=True"),
+        ({"quantization": "nf4"}, "quantization='nf4'"),
+    ],
+)
+def test_what_does_not_go_with_parts_is_refused_before_the_backbone_is_loaded(
+    ring, monkeypatch, settings, refused
+):
+    monkeypatch.setattr(PartialState(cpu=True), "num_processes", 2)
+    with pytest.raises(UserError, match=f"{refused} does not go with parallel='fsdp'"):
+        build(ring | settings | {"parallel": "fsdp"})

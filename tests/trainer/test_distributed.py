@@ -46,8 +46,10 @@ def launch(processes, settings, folder, model="SDPO-LLM"):
     return json.loads((folder / "run" / "result.json").read_text()), losses
 
 
-@pytest.mark.parametrize("peft", ["none", "lora"])
-def test_two_processes_are_one(ring, tmp_path, peft):
+@pytest.mark.parametrize(
+    ("parallel", "peft"), [("ddp", "none"), ("fsdp", "none"), ("fsdp", "lora")]
+)
+def test_two_processes_are_one(ring, tmp_path, peft, parallel):
     # One batch of many trees, and batches of one tree, of which the second process has no share.
     settings = ring | {
         "peft": peft,
@@ -58,10 +60,10 @@ def test_two_processes_are_one(ring, tmp_path, peft):
     settings |= {
         "sft_gradient_accumulation": 2,
         "prompt_style": "history",
-        "fixed_negatives": peft == "lora",
+        "fixed_negatives": parallel == "ddp",
     }
     one, losses_of_one = launch(1, settings, tmp_path / "one")
-    two, losses_of_two = launch(2, settings, tmp_path / "two")
+    two, losses_of_two = launch(2, settings | {"parallel": parallel}, tmp_path / "two")
     assert two["machine"]["processes"] == 2
     assert two["candidates_sha256"] == one["candidates_sha256"]
     for stage in ("sft", "sdpo"):
@@ -130,7 +132,7 @@ def test_processes_must_be_alike(ring, tmp_path, port):
 def test_a_process_that_is_left_alone_says_how_to_go_on_and_goes_on_bit_for_bit(
     ring, tmp_path, port
 ):
-    settings = ring | {"objective": "sft", "sft_epochs": 2, "save_minutes": 0}
+    settings = ring | {"objective": "sft", "sft_epochs": 2, "save_minutes": 0, "parallel": "fsdp"}
     whole = [start(str(n), settings, tmp_path / "whole", port) for n in range(2)]
     assert [(said(process), process.wait()) for process in whole] == [([], 0)] * 2
 
