@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Ragged:
         """The rows of an integer matrix."""
         return cls(matrix.astype(np.int64).ravel(), np.full(len(matrix), matrix.shape[1], np.int64))
 
-    @property
+    @cached_property
     def starts(self) -> np.ndarray:
         """int64 ``[rows]``: where each row begins in ``values``."""
         return exclusive_cumsum(self.lengths)
@@ -41,7 +42,7 @@ class Ragged:
         return len(self.lengths)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        start = self.lengths[:row].sum()
+        start = self.starts[row]
         return self.values[start : start + self.lengths[row]]
 
     def take(self, rows: np.ndarray) -> Ragged:

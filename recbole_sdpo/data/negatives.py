@@ -4,6 +4,7 @@ user has met."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from recbole.sampler.sampler import AbstractSampler
@@ -66,19 +67,10 @@ class NegativeSampler:
         Raises:
             UserError: for some user there are fewer.
         """
-        if self.sampler.distribution == "popularity":
-            drawable = np.unique(self.catalogue.group[list(self.sampler.prob)])
-        else:
-            drawable = np.unique(self.catalogue.group[1:])
-        met_user, met_title = np.divmod(self._met, self._groups)
-        pool = (
-            len(drawable)
-            - np.bincount(
-                met_user[_is_in(met_title, drawable)], minlength=int(user.max(initial=0)) + 1
-            )[user]
-        )
         title = self.catalogue.group[target]
-        pool = pool - (_is_in(title, drawable) & ~_is_in(user * self._groups + title, self._met))
+        pool = self._left[user] - (
+            self._drawable[title] & ~_is_in(user * self._groups + title, self._met)
+        )
         if len(pool) and pool.min() < number:
             raise UserError(
                 f"{self.setting} asks for {number} negatives of distinct titles, but for user "
@@ -86,6 +78,24 @@ class NegativeSampler:
                 f"user has not met; ask for at most {pool.min()}, or leave such users out with "
                 "user_inter_num_interval."
             )
+
+    @cached_property
+    def _drawable(self) -> np.ndarray:
+        """Which titles can be drawn at all, bool ``[titles]``."""
+        popular = self.sampler.distribution == "popularity"
+        drawable = np.zeros(self._groups, bool)
+        drawable[self.catalogue.group[list(self.sampler.prob) if popular else slice(1, None)]] = (
+            True
+        )
+        return drawable
+
+    @cached_property
+    def _left(self) -> np.ndarray:
+        """How many titles there are to draw for each user, int64 ``[users]``. Once, for a training
+        set draws as often as it has batches."""
+        met_user, met_title = np.divmod(self._met, self._groups)
+        met = np.bincount(met_user[self._drawable[met_title]], minlength=len(self.users))
+        return self._drawable.sum() - met
 
 
 def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -107,25 +108,24 @@ class Prompts:
 
     def select(self, trees: np.ndarray) -> Prompts:
         """The prompts of the given trees, in that order, with their targets."""
-        targets = self.target_index(trees)
-        tree = np.repeat(np.arange(len(trees)), np.bincount(self.tree, minlength=len(self))[trees])
+        targets = self._targets.take(trees)
         return Prompts(
             self.trunks.take(trees),
-            tree,
-            self.before[targets],
-            self.target[targets],
-            self.user[targets],
+            np.repeat(np.arange(len(trees)), targets.lengths),
+            self.before[targets.values],
+            self.target[targets.values],
+            self.user[targets.values],
         )
 
     def target_index(self, trees: np.ndarray) -> np.ndarray:
         """Which targets, by number in this batch, ``select(trees)`` holds, in its order."""
-        return (
-            Ragged(
-                np.argsort(self.tree, kind="stable"), np.bincount(self.tree, minlength=len(self))
-            )
-            .take(trees)
-            .values
-        )
+        return self._targets.take(trees).values
+
+    @cached_property
+    def _targets(self) -> Ragged:
+        """The targets of each tree. Once, for a training set selects as often as it has batches."""
+        counts = np.bincount(self.tree, minlength=len(self))
+        return Ragged(np.argsort(self.tree, kind="stable"), counts)
 
 
 class Units:
