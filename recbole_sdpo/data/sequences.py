@@ -11,6 +11,10 @@ from recbole.data.interaction import Interaction
 
 from recbole_sdpo.ragged import Ragged, places
 
+ROWS_AT_ONCE = 2**20
+"""Rows whose histories are looked through at a time: together they hold each event as many times as
+a history has items."""
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -38,7 +42,8 @@ def histories(rows: Interaction, config: Config) -> Ragged:
     padding."""
     lists = rows[config["ITEM_ID_FIELD"] + config["LIST_SUFFIX"]].cpu().numpy()
     lengths = rows[config["ITEM_LIST_LENGTH_FIELD"]].cpu().numpy().astype(np.int64)
-    return Ragged(lists[np.arange(lists.shape[1]) < lengths[:, None]].astype(np.int64), lengths)
+    items = lists[np.arange(lists.shape[1]) < lengths[:, None]]
+    return Ragged(items.astype(np.int64, copy=False), lengths)
 
 
 def training_sequences(dataset: Dataset) -> Sequences:
@@ -96,13 +101,19 @@ def met_items(*datasets: Dataset) -> tuple[np.ndarray, np.ndarray]:
     for dataset in datasets:
         rows = dataset.inter_feat
         user = rows[dataset.uid_field].numpy()
-        pairs.append(np.stack([user, rows[dataset.iid_field].numpy()]))
+        pairs.append((user, rows[dataset.iid_field].numpy()))
         if dataset.benchmark_filename_list is not None:
-            pairs.append(np.stack(dataset.histories_met))
+            pairs.append(dataset.histories_met)
         elif dataset.iid_field + dataset.config["LIST_SUFFIX"] in rows:
-            past = histories(rows, dataset.config)
-            pairs.append(np.stack([np.repeat(user, past.lengths), past.values]))
+            for first in range(0, len(rows), ROWS_AT_ONCE):
+                some = slice(first, first + ROWS_AT_ONCE)
+                past = histories(rows[some], dataset.config)
+                pairs.append(_distinct(np.repeat(user[some], past.lengths), past.values))
     users, items = np.concatenate(pairs, axis=1) if pairs else np.empty((2, 0), np.int64)
+    return _distinct(users, items)
+
+
+def _distinct(users: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     each = items.max(initial=0) + 1  # one number for a pair sorts many times as fast as two
     return np.divmod(np.unique(users * each + items), each)
 

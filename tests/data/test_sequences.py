@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from recbole.data import create_dataset, data_preparation
 
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data import sequences
 from recbole_sdpo.data.prompts import batches, history_windows
 from recbole_sdpo.data.sequences import (
     Sequences,
@@ -63,7 +64,11 @@ def test_rows_that_do_not_chain_stand_alone(loaders):
     assert len(sequences.items) == len(dataset)
 
 
-def test_met_items_are_the_same_for_general_and_sequential_models(loaders):
+@pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
+def test_met_items_are_the_same_for_general_and_sequential_models(
+    loaders, rows_at_once, monkeypatch
+):
+    monkeypatch.setattr(sequences, "ROWS_AT_ONCE", rows_at_once)
     content, load = loaders
     found = []
     for model in ("GRU4Rec", "BPR"):
