@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -241,3 +242,70 @@ def test_a_floor_of_words_knows_words_alone(benchmarks, tmp_path, alike):
     first = (ranks["rank"] == 1).mean()
     # Of five others, some are of the user's colour; without words it is one of six by chance.
     assert first > 0.6 if alike else 0.1 < first < 0.25
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    import scaling
+
+    yield scaling
+    del sys.modules["scaling"]
+
+
+def test_the_exponent_is_that_of_a_power_law(scaling):
+    sizes = [1e3, 1e4, 1e5, 1e6]
+    assert scaling.exponent(sizes, [7 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    # what does not grow is nothing at the larger sizes
+    assert scaling.exponent(sizes, [1e4 + size for size in sizes]) == pytest.approx(1, abs=0.05)
+    assert scaling.exponent(sizes[:1], [1]) is None and scaling.exponent(sizes, [0] * 4) is None
+
+
+def test_what_grows_is_measured(scaling, tmp_path, monkeypatch, capsys):
+    sizes = {"small": (40, 80)}
+    small = scaling.Point(40, 6, 60, 5, 2, ranked=2, learned=10)
+    monkeypatch.setattr(scaling, "BASE", {"small": small})
+    grow = {name: (scaling.FACTORS[name][0], sizes) for name in ("users", "items")}
+    monkeypatch.setattr(scaling, "FACTORS", grow)
+    file = tmp_path / "rows.json"
+    options = [
+        "--factor",
+        "users",
+        "items",
+        "--only",
+        "load",
+        "freeze",
+        "topk",
+        "--json",
+        str(file),
+    ]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *options])
+    scaling.main()
+    rows = json.loads(file.read_text())
+    for row in rows:
+        assert not row["not measured"] and min(row["seconds"].values()) >= 0
+    table = capsys.readouterr().out
+    assert table.count("| freezing candidates ") == 2 and table.count(", RecBole's part") == 2
+    whole, recboles, ours = (list(row["seconds"].values())[-1] for row in rows[:3])
+    assert 0 < recboles + ours <= whole
+
+
+def test_larger_sizes_than_the_limit_allows_are_named(scaling, tmp_path, monkeypatch):
+    def done(bench, names):
+        yield from ((name, {"seconds": {"": 1.0}, "MiB": 2.0}) for name in names)
+
+    def dies(bench, names):
+        yield from done(bench, names[:1])
+        raise SystemExit(3)
+
+    monkeypatch.setattr(scaling, "each_alone", done)
+    found = scaling.measure_factor("K", "small", ["step"], 0.0, tmp_path)
+    (row,) = scaling.rows_of("K", found)
+    assert row["seconds"] == {3: 1.0} and row["not measured"] == {7: "not measured: over the limit"}
+    assert "not measured: over the limit" in scaling.table("K", [row])
+    monkeypatch.setattr(scaling, "each_alone", dies)
+    found = scaling.measure_factor("K", "small", ["pack", "step"], 60.0, tmp_path)
+    assert found["pack"][7]["MiB"] == 2.0
+    assert found["step"] == {size: {"why": "failed, exit code 3"} for size in (3, 7)}
