@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from recbole_sdpo.lm.attention import additive, dense_implementation, for_each_kind, set_attention
@@ -62,8 +62,8 @@ class TitleTree:
 
     @cached_property
     def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What leaves each node, sorted by node: where from ``[E]``, by which token ``[E]``, and
-        where to ``[E]``.
+        """What leaves each node: its first edge, and E, ``[nodes + 1]``; by which token ``[E]``;
+        and where to ``[E]``.
 
         Where to is the number of a node, or that of a title plus the number of nodes where the
         title ends.
@@ -80,7 +80,24 @@ class TitleTree:
         # titles that begin alike share their first edges
         _, once = np.unique(to, return_index=True)
         once = once[np.argsort(state[once], kind="stable")]
-        return state[once], token[once], to[once]
+        return np.searchsorted(state[once], np.arange(nodes + 1)), token[once], to[once]
+
+    @cached_property
+    def spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """In a depth-first order of the titles, from which place on those under a node stand, or
+        a title, and how many they are; int64 ``[nodes + titles]`` each, numbered as in
+        :attr:`edges`."""
+        first, _, to = self.edges
+        before = np.empty(self.nodes + len(self), np.int64)
+        before[to] = np.repeat(np.arange(self.nodes), np.diff(first))
+        last = before[self.nodes :]  # the node before a title's last token
+        order = np.argsort(last, kind="stable")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        node, end = np.arange(self.nodes), self.whole.end[0].numpy()
+        start, stop = (np.searchsorted(last[order], column) for column in (node, end))
+        each = np.concatenate([stop - start, np.ones_like(place)])
+        return np.concatenate([start, place]), each
 
     @property
     def nodes(self) -> int:
@@ -201,74 +218,76 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
     """
     prompted = _Prompted(lm, prompts)
     tree, nodes, k = catalogue.whole.to(lm.device), catalogue.nodes, min(k, len(catalogue))
-    start, token, leads_to = (torch.from_numpy(part).to(lm.device) for part in catalogue.edges)
-    degree = torch.bincount(start, minlength=nodes)
-    first = degree.cumsum(0) - degree
-    # The log-probability of each prefix and, after the nodes, of each title; -inf for what is not
-    # known yet.
-    table = torch.full(
-        (len(prompts), nodes + len(catalogue)), -torch.inf, device=lm.device, dtype=_dtype(lm)
-    )
-    table[:, 0] = 0
-    # known, but not what follows
-    frontier = torch.zeros(len(prompts), nodes, dtype=torch.bool, device=lm.device)
+    first, token, leads_to = (torch.from_numpy(part).to(lm.device) for part in catalogue.edges)
+    place, titles_of = (torch.from_numpy(part).to(lm.device) for part in catalogue.spans)
+    scores = torch.empty(len(prompts), len(catalogue), device=lm.device, dtype=_dtype(lm))
+    # Of each prompt that is still searched, the nodes that wait to be opened and the titles, as
+    # numbered by the edges, and their log-probabilities; -1 for none. No more than that is looked
+    # through in a round, however large the catalogue.
+    row = torch.arange(len(prompts), device=lm.device)
+    known = torch.zeros(len(prompts), 1, dtype=torch.long, device=lm.device)
+    value = torch.zeros(len(prompts), 1, device=lm.device, dtype=scores.dtype)
 
-    def expand(rows: Tensor, opened: Tensor, hidden: Tensor) -> None:
-        """Find the log-probabilities of all that leaves node ``opened[i]`` of prompt
-        ``rows[i]``; all ``[n]``, and ``[n, H]``."""
-        # Edges are sorted by where they leave: those of a node are first, first + 1, …
-        count = degree[opened]
-        state = torch.repeat_interleave(count)
-        edge = (
-            torch.arange(len(state), device=lm.device)
-            - (count.cumsum(0) - count)[state]
-            + first[opened][state]
-        )
-        logps = prompted.logps(hidden, state, token[edge])
-        table[rows[state], leads_to[edge]] = table[rows, opened][state] + logps
-        frontier[rows, opened] = False
-        inner = leads_to[edge] < nodes
-        frontier[rows[state][inner], leads_to[edge][inner]] = True
+    def open_nodes(chosen: Tensor, promising: Tensor, hidden: Tensor) -> None:
+        """Put what leaves the ``promising`` of the ``chosen [B, n]`` of what is known in their
+        place; ``hidden [B, n, H]``."""
+        nonlocal known, value
+        owner, _ = promising.nonzero(as_tuple=True)
+        column = chosen[promising]
+        opened, above = known[owner, column], value[owner, column]
+        known[owner, column] = -1
+        state, edge = _segments(first[opened], first[opened + 1] - first[opened])
+        logps = above[state] + prompted.logps(hidden[promising], state, token[edge])
+        count = torch.bincount(owner[state], minlength=len(known))
+        owner, column = _segments(torch.zeros_like(count), count)
+        further = known.new_full((len(known), int(count.max())), -1)
+        further[owner, column] = leads_to[edge]
+        known = torch.cat([known, further], dim=1)
+        value = torch.cat([value, value.new_zeros(further.shape)], dim=1)
+        value[:, -further.shape[1] :][owner, column] = logps
 
-    active = torch.arange(len(prompts), device=lm.device)
-    expand(active, torch.zeros_like(active), prompted.root)
+    def settle(finished: Tensor) -> None:
+        """Give each title what is known of it, or of what it lies under."""
+        for number in finished.nonzero()[:, 0].tolist():
+            some = known[number] >= 0
+            what, found = known[number, some], value[number, some]
+            order = place[what].argsort()
+            in_order = found[order].repeat_interleave(titles_of[what[order]])
+            scores[row[number]] = in_order[place[nodes:]]
+
+    open_nodes(torch.zeros_like(known), known == 0, prompted.root[:, None])
     width = k
     while True:
-        bounds = table[active, :nodes]
-        bounds = bounds.masked_fill(~frontier[active] | bounds.isnan(), -torch.inf)
-        kth = table[active, nodes:].topk(k).values[:, -1:]
-        bounds, best = bounds.topk(min(width, nodes))
+        waiting = (known >= 0) & (known < nodes) & ~value.isnan()
+        titles = value.masked_fill(known < nodes, -torch.inf)
+        kth = nn.functional.pad(titles, (0, k), value=-torch.inf).topk(k).values[:, -1:]
+        bounds, best = value.masked_fill(~waiting, -torch.inf).topk(min(width, known.shape[1]))
         promising = (bounds >= kth) & (bounds > -torch.inf)
         unfinished = promising.any(1)
+        settle(~unfinished)
         if not unfinished.any():
-            break
+            return scores
         if not unfinished.all():
             prompted.select(unfinished.nonzero()[:, 0])
-            active, best, promising = active[unfinished], best[unfinished], promising[unfinished]
+            row, known, value = row[unfinished], known[unfinished], value[unfinished]
+            best, promising = best[unfinished], promising[unfinished]
         most = int(promising.sum(1).max())  # sorted: the first of each row
         if prompted.nodes.shape[1] + most > NODES_AT_ONCE:
-            table[active, nodes:] = score_all(lm, prompts.take(active.cpu().numpy()), catalogue)
-            break
+            scores[row] = score_all(lm, prompts.take(row.cpu().numpy()), catalogue)
+            return scores
         best, promising = best[:, :most], promising[:, :most]
-        hidden = prompted.extend(tree, best.where(promising, -1))
-        expand(active[:, None].expand_as(best)[promising], best[promising], hidden[promising])
+        hidden = prompted.extend(tree, known.gather(1, best).where(promising, -1))
+        open_nodes(best, promising, hidden)
         # A prompt that is sure has few nodes opened for nothing, and one that is not, few rounds.
         width *= 2
 
-    prefix, titles, depth = table[:, :nodes], table[:, nodes:], tree.positions[0]
-    inner = leads_to < nodes
-    parent = torch.zeros(nodes, dtype=torch.long, device=lm.device)
-    parent[leads_to[inner]] = start[inner]
-    # What was not opened has the bound of the nearest prefix above it that is known, found level by
-    # level from the root on.
-    for at in range(1, int(depth.max()) + 1):
-        level = (depth == at).nonzero()[:, 0]
-        prefix[:, level] = prefix[:, level].where(
-            prefix[:, level] != -torch.inf, prefix[:, parent[level]]
-        )
-    last = torch.empty(len(catalogue), dtype=torch.long, device=lm.device)
-    last[leads_to[~inner] - nodes] = start[~inner]
-    return titles.where(titles != -torch.inf, prefix[:, last])
+
+def _segments(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """``count[i]`` numbers from ``start[i]`` on, one after another; and of each its ``i``, which
+    comes first."""
+    owner = torch.repeat_interleave(count)
+    shift = start - (count.cumsum(0) - count)
+    return owner, torch.arange(len(owner), device=count.device) + shift[owner]
 
 
 def _under_root(titles: Ragged) -> Forest:

@@ -128,12 +128,23 @@ def test_what_is_not_a_number_stays_so():
 
 
 @torch.no_grad()
-def test_the_search_leaves_out_what_cannot_be_among_the_best(sharp):
-    titles = catalogue(np.random.default_rng(1), 400, tokens=30)
+def test_the_search_leaves_out_what_cannot_be_among_the_best(sharp, monkeypatch):
+    titles = catalogue(np.random.default_rng(1), 4000, tokens=30)
     lm, tree = LanguageModel(sharp, None), TitleTree(Ragged.from_rows(titles))
     computed = []
     sharp.model.register_forward_pre_hook(
         lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
+    looked_through, topk = [], torch.Tensor.topk
+    monkeypatch.setattr(
+        torch.Tensor,
+        "topk",
+        lambda self, k: looked_through.append(self.shape[1]) or topk(self, k),
+    )
     score_top(lm, Ragged.from_rows([PROMPTS[0]]), tree, 3)
-    assert sum(computed) - len(PROMPTS[0]) < tree.nodes / 4
+    opened = sum(computed) - len(PROMPTS[0])
+    assert opened < tree.nodes / 4
+    # each round, at most what leaves the root and the nodes opened so far, and k
+    most = int(np.diff(tree.edges[0]).max())
+    assert 0 < max(looked_through) <= (1 + opened) * most + 3
+    assert max(looked_through) < len(tree) / 2
