@@ -246,7 +246,7 @@ class Bench:
         alone = Accelerator(cpu=True)
         stage = Stage("sft", "sft", sft, self.point.learned, model, examples, alone, None)
         stage.run_epoch(False, lambda last: None)
-        len(model.title_tree.blocks), len(model.title_tree.edges)  # made as they are asked for
+        len(model.title_tree.blocks), len(model.title_tree.spans)  # made as they are asked for
         return model.eval()
 
     @cached_property
