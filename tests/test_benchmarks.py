@@ -309,3 +309,17 @@ def test_larger_sizes_than_the_limit_allows_are_named(scaling, tmp_path, monkeyp
     found = scaling.measure_factor("K", "small", ["pack", "step"], 60.0, tmp_path)
     assert found["pack"][7]["MiB"] == 2.0
     assert found["step"] == {size: {"why": "failed, exit code 3"} for size in (3, 7)}
+
+
+@pytest.mark.parametrize("way", ["LoRA", "full"])
+def test_the_rule_of_memory_is_what_a_small_model_holds(monkeypatch, way):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import memory
+
+    shape = memory.SMALL[0] | {"num_hidden_layers": 2}
+    state, peak, each = memory.measured(shape, way, tokens=256)
+    rule = memory.Shape.of(shape)
+    assert state * 2**20 == pytest.approx(memory.state_bytes(rule, way), rel=1e-3)
+    assert peak > 0 and 20 < each < 200
+    one, eight = (memory.fits(rule, way, gpus, gpus > 1, 256) for gpus in (1, 8))
+    assert eight < one

@@ -46,8 +46,11 @@ OF_THE_COMMAND = {
     "tune",
     "settings",
 }
-OF_OTHERS = {"help", "no", "nproc_per_node", "num_processes", "cpu", "logdir", "check", "same"}
-"""Options of pip, torchrun, accelerate and the like, to the first hyphen."""
+OF_OTHERS = {
+    *("help", "no", "nproc_per_node", "num_processes", "cpu", "logdir", "check", "same"),
+    *("nnodes", "rdzv_backend", "rdzv_endpoint", "nodes", "ntasks", "gpus"),
+}
+"""Options of pip, torchrun, accelerate, Slurm and the like, to the first hyphen."""
 
 OF_THE_READER = ("objective", "hinge")
 """What add-an-objective.md lets its reader write."""

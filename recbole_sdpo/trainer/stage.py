@@ -268,7 +268,7 @@ class Stage:
         """``batch`` with, of each negative's draws, the one that the policy scores highest, as
         RecBole's ``dynamic`` has it."""
         self.model.eval()
-        scores = self._policy(batch.forest, batch.width, False).negatives
+        scores = self._policy(batch.forest, batch.width, False).policy_neg
         self.model.train()
         drawn = batch.items[:, 1:].reshape(len(scores), -1, self.model.draws)
         best = scores.view(drawn.shape).argmax(-1, keepdim=True).cpu().numpy()
