@@ -27,7 +27,13 @@ from recbole.utils import dict2str, get_trainer, init_seed, set_color
 from recbole_sdpo import compat
 from recbole_sdpo.checks import check_folders, check_memory, check_topk
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.data.candidates import evaluation_loader, fingerprint, freeze, with_mode
+from recbole_sdpo.data.candidates import (
+    candidates_seed,
+    evaluation_loader,
+    fingerprint,
+    freeze,
+    with_mode,
+)
 from recbole_sdpo.data.catalogue import Catalogue, NoTitles
 from recbole_sdpo.data.dataset import create_dataset, data_preparation
 from recbole_sdpo.device import check_device
@@ -270,7 +276,7 @@ def evaluation_loaders(
     """Of RecBole's loaders for validation and test, ``rest``, one of each for every evaluation
     mode, their candidates frozen."""
     settings, parts = config.settings, [loader._dataset for loader in (train_data, *rest)]
-    seed = config["seed"] if settings.candidates_seed is None else settings.candidates_seed
+    seed = candidates_seed(config)
     phases = zip(rest, ("valid", "test"), strict=True)
     valid_data, test_data = (
         evaluation_loader(loader, phase, settings.max_eval_targets, seed)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from recbole.config import Config
 from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader, NegSampleDataLoader
 from recbole.data.dataset import Dataset
@@ -184,6 +185,13 @@ def with_mode(loader: AbstractDataLoader, mode: str) -> AbstractDataLoader:
         config._set_eval_neg_sample_args(phase)
     kind = FullSortEvalDataLoader if mode == "full" else TargetEvalDataLoader
     return kind(config, loader._dataset, loader._sampler, shuffle=False)
+
+
+def candidates_seed(config: Config) -> int:
+    """By which all that every model meets alike is drawn: the setting of that name, or else that of
+    the run."""
+    seed = config["candidates_seed"]
+    return config["seed"] if seed is None else seed
 
 
 def samples_candidates(loader: AbstractDataLoader) -> bool:

@@ -23,6 +23,7 @@ from recbole.data import data_preparation as recbole_preparation
 from recbole.data.dataset import Dataset, SequentialDataset
 from recbole.utils import FeatureSource, FeatureType, ModelType
 
+from recbole_sdpo.data.candidates import candidates_seed
 from recbole_sdpo.data.columns import FILTERS, UNFILTERED, by_time, check_columns, list_field
 from recbole_sdpo.data.tables import Table, read_table
 from recbole_sdpo.errors import UserError
@@ -255,11 +256,10 @@ def _remap_ID_all(self: Dataset) -> None:
     if not share:
         return
     events, tokens = self.inter_feat, self.field2id_token[self.iid_field]
-    seed = self.config["candidates_seed"]
-    seed = self.config["seed"] if seed is None else seed
     by_name = np.argsort(tokens[1:]) + 1  # whatever comes first in the file
     number = round(share * len(by_name))
-    held_out = generator(seed, "held-out items").choice(by_name, number, replace=False)
+    rng = generator(candidates_seed(self.config), "held-out items")
+    held_out = rng.choice(by_name, number, replace=False)
     ordered = events.sort_values(self.time_field, kind="stable")
     last = ordered.drop_duplicates(self.uid_field, keep="last").index
     meets, ends = events[self.iid_field].isin(held_out), events.index.isin(last)

@@ -18,7 +18,7 @@ from recbole.trainer import Trainer
 from recbole.utils import calculate_valid_score, dict2str, set_color
 from torch.utils.tensorboard import SummaryWriter
 
-from recbole_sdpo.data.candidates import freeze, samples_candidates
+from recbole_sdpo.data.candidates import candidates_seed, freeze, samples_candidates
 from recbole_sdpo.data.examples import FixedExamples
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import RankCollector
@@ -437,9 +437,11 @@ class SDPOTrainer(Trainer):
             )
         self._frozen.append(loader)
         self._parts.append(loader._dataset)
-        settings = self.model.settings
-        seed = self.config["seed"] if settings.candidates_seed is None else settings.candidates_seed
-        freeze(loader, self._parts, self.model.catalogue, seed, settings.candidates_exclude_history)
+        seed, exclude = (
+            candidates_seed(self.config),
+            self.model.settings.candidates_exclude_history,
+        )
+        freeze(loader, self._parts, self.model.catalogue, seed, exclude)
         self.model.check_prompts(loader._dataset, loader.times if samples_candidates(loader) else 0)
 
     def _agreed(self, due: bool) -> bool:
