@@ -48,6 +48,9 @@ Places = list[tuple[nn.Module, str, nn.Parameter | None]]
 REFERENCE = "reference"
 """Name of the adapter that holds the reference."""
 
+FROZEN = "lm.frozen."
+"""Begins the names of what a frozen reference is made of, in a recommender."""
+
 
 class LanguageModel(nn.Module):
     """Policy and reference over one backbone.

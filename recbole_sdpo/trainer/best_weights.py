@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import whole_file
+from recbole_sdpo.lm.language_model import FROZEN
 from recbole_sdpo.lm.parts import gathered, own, parted_as
 
 FOLDER = "selection"
@@ -148,10 +149,11 @@ def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def _changing(model: nn.Module) -> dict[str, Tensor]:
-    """By name, each once, whatever is tied to it."""
+    """By name, each once, whatever is tied to it; a frozen reference has buffers, too, and none
+    changes."""
     everything = chain(model.named_parameters(), model.named_buffers())
     return {
         name: value
         for name, value in everything
-        if value.requires_grad or not isinstance(value, nn.Parameter)
+        if (value.requires_grad or not isinstance(value, nn.Parameter)) and FROZEN not in name
     }
