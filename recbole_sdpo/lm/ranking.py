@@ -83,14 +83,20 @@ class TitleTree:
         return np.searchsorted(state[once], np.arange(nodes + 1)), token[once], to[once]
 
     @cached_property
+    def before(self) -> np.ndarray:
+        """The node that each node or title comes after, int64 ``[nodes + titles]``, numbered as in
+        :attr:`edges`; the root, 0, is its own."""
+        first, _, to = self.edges
+        before = np.zeros(self.nodes + len(self), np.int64)
+        before[to] = np.repeat(np.arange(self.nodes), np.diff(first))
+        return before
+
+    @cached_property
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """In a depth-first order of the titles, from which place on those under a node stand, or
         a title, and how many they are; int64 ``[nodes + titles]`` each, numbered as in
         :attr:`edges`."""
-        first, _, to = self.edges
-        before = np.empty(self.nodes + len(self), np.int64)
-        before[to] = np.repeat(np.arange(self.nodes), np.diff(first))
-        last = before[self.nodes :]  # the node before a title's last token
+        last = self.before[self.nodes :]  # the node before a title's last token
         order = np.argsort(last, kind="stable")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
@@ -170,6 +176,8 @@ class _Prompted:
 
     def forget(self) -> None:
         """Keep the prompts alone."""
+        if not self.nodes.shape[1]:
+            return
         self.cache.crop(-self.nodes.shape[1])
         self.nodes = self.nodes[:, :0]
 
@@ -210,8 +218,9 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
 
     Best first: the log-probability of a prefix bounds that of every title that begins with it, so
     that what lies under a prefix below the k-th best title found need not be looked at. All bounds
-    are below the k-th best score. A prompt for which the model is so unsure that more than
-    :data:`NODES_AT_ONCE` nodes would be opened has all titles scored.
+    are below the k-th best score. Where more than :data:`NODES_AT_ONCE` nodes would be kept, they
+    are forgotten, and those to open come with what stands above them. Prompts for which the model
+    is so unsure that this costs half of it all have all titles scored.
 
     Args:
         k: at least 1; more than the catalogue has means all of it.
@@ -256,7 +265,8 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
             scores[row[number]] = in_order[place[nodes:]]
 
     open_nodes(torch.zeros_like(known), known == 0, prompted.root[:, None])
-    width = k
+    depth, parent = int(tree.positions[0].max()), torch.from_numpy(catalogue.before).to(lm.device)
+    width, opened, afresh = k, 0, False
     while True:
         waiting = (known >= 0) & (known < nodes) & ~value.isnan()
         titles = value.masked_fill(known < nodes, -torch.inf)
@@ -272,14 +282,39 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
             row, known, value = row[unfinished], known[unfinished], value[unfinished]
             best, promising = best[unfinished], promising[unfinished]
         most = int(promising.sum(1).max())  # sorted: the first of each row
-        if prompted.nodes.shape[1] + most > NODES_AT_ONCE:
+        afresh |= prompted.nodes.shape[1] + most > NODES_AT_ONCE
+        if afresh:
+            most = min(most, max(1, NODES_AT_ONCE // depth))
+        opened += most
+        if 2 * opened * depth > max(nodes, NODES_AT_ONCE):
             scores[row] = score_all(lm, prompts.take(row.cpu().numpy()), catalogue)
             return scores
         best, promising = best[:, :most], promising[:, :most]
-        hidden = prompted.extend(tree, known.gather(1, best).where(promising, -1))
+        chosen = known.gather(1, best).where(promising, -1)
+        if afresh:
+            prompted.forget()
+            path = _with_ancestors(chosen, parent, depth)
+            column = (path[:, None, :] == chosen[:, :, None]).int().argmax(-1)
+            hidden = prompted.extend(tree, path)
+            hidden = hidden.gather(1, column[:, :, None].expand(-1, -1, hidden.shape[2]))
+        else:
+            hidden = prompted.extend(tree, chosen)
         open_nodes(best, promising, hidden)
         # A prompt that is sure has few nodes opened for nothing, and one that is not, few rounds.
         width *= 2
+
+
+def _with_ancestors(nodes: Tensor, parent: Tensor, depth: int) -> Tensor:
+    """Each row of ``nodes [B, n]`` and what stands above them but for the root, each once, and -1
+    for none."""
+    paths = [nodes.clamp(min=0)]
+    for _ in range(depth - 1):
+        paths.append(parent[paths[-1]])
+    path = torch.cat(paths, dim=1).sort(dim=1, descending=True).values
+    path[:, 1:][path[:, 1:] == path[:, :-1]] = 0
+    path = path.sort(dim=1, descending=True).values
+    path = path[:, : max(1, int((path > 0).sum(1).max()))]
+    return path.where(path > 0, -1)
 
 
 def _segments(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

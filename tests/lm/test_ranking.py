@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from recbole_sdpo.lm import ranking
 from recbole_sdpo.lm.language_model import LanguageModel
-from recbole_sdpo.lm.ranking import TitleTree, score_all, score_top
+from recbole_sdpo.lm.ranking import TitleTree, _with_ancestors, score_all, score_top
 from recbole_sdpo.ragged import Ragged
 from tests.lm.test_architectures import EAGER_ONLY, NAMES, build, one_by_one
 
@@ -112,6 +112,43 @@ def test_an_unsure_model_has_all_titles_scored(sharp, monkeypatch):
         score(LanguageModel(sharp, None), prompts, tree),
         8,
     )
+
+
+@pytest.mark.parametrize("room", [1, 12, 40])
+@torch.no_grad()
+def test_a_large_catalogue_is_searched_in_little_room(sharp, monkeypatch, room):
+    """What was opened is forgotten when there is no room, and the search goes on."""
+    rng, prompts = np.random.default_rng(4), Ragged.from_rows(PROMPTS)
+    lm, tree = (
+        LanguageModel(sharp, None),
+        TitleTree(Ragged.from_rows(catalogue(rng, 3000, tokens=12))),
+    )
+    truth = score_all(lm, prompts, tree)
+    monkeypatch.setattr(ranking, "NODES_AT_ONCE", room)
+    monkeypatch.setattr(ranking, "score_all", None)
+    widths, extend = [], ranking._Prompted.extend
+    monkeypatch.setattr(
+        ranking._Prompted,
+        "extend",
+        lambda self, tree, nodes: widths.append(nodes.shape[1]) or extend(self, tree, nodes),
+    )
+    check_top(score_top(lm, prompts, tree, 6), truth, 6)
+    assert len(widths) > 1 and max(widths) <= max(room, int(tree.whole.positions.max()))
+
+
+@given(seed=st.integers(0, 10**6))
+def test_nodes_come_with_what_stands_above_them_each_once(seed):
+    rng = np.random.default_rng(seed)
+    tree = TitleTree(Ragged.from_rows(catalogue(rng, 30)))
+    parent, depth = tree.before, int(tree.whole.positions.max())
+    rows = [rng.integers(1, max(2, tree.nodes), rng.integers(1, 6)) % tree.nodes for _ in range(3)]
+    nodes = torch.from_numpy(Ragged.from_rows([np.unique(row[row > 0]) for row in rows]).padded(-1))
+    for row, path in zip(nodes, _with_ancestors(nodes, torch.from_numpy(parent), depth)):
+        above, last = set(), set(row.tolist()) - {-1}
+        while last:
+            above |= last
+            last = {int(parent[node]) for node in last} - {0}
+        assert sorted(path[path >= 0].tolist()) == sorted(above)
 
 
 @torch.no_grad()
