@@ -137,11 +137,17 @@ CHUNKS = 4 * 4 * 2**26
 
 
 def fits(shape: Shape, way: str, gpus: int, parts: bool, tokens: int) -> float:
-    """GiB on each of ``gpus``; with ``parts``, each has a part of the model, and two layers of it
-    at a time."""
+    """GiB on each of ``gpus``; with ``parts``, each has a part of the model.
+
+    Meanwhile the embeddings and the head are whole, and two layers at a time; where they are
+    trained, so are the reference's, and their gradients.
+    """
     state, width = state_bytes(shape, way), 4 if way == "full" else 2
     if parts:
-        state = state / gpus + 2 * width * max(shape.layer, shape.rest)
+        together = width * (shape.rest + 2 * shape.layer)
+        if way == "full":
+            together += 4 * shape.rest + 4 * (shape.rest + shape.layer)
+        state = state / gpus + together
     return (state + activation_bytes(shape, way, tokens)) / GIB
 
 

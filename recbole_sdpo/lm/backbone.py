@@ -103,15 +103,18 @@ def load_backbone(
     scratch_tokenizer: Callable[[], PreTrainedTokenizerBase],
     seed: Callable[[str], int],
     texts: Sequence[str] = (),
+    place: torch.device | None = None,
 ) -> LanguageModel:
     """Load or build the backbone, with a fresh adapter unless it is fully trained.
 
     Args:
         config: with every ``auto`` resolved.
+        device: that will compute.
         scratch_tokenizer: trains or loads the tokenizer of ``scratch``.
         seed: gives the seed for a purpose (``"weights"``, ``"adapter"``).
         texts: of which prompts and responses are made, each a token where ``item_tokens`` is
             ``whole``.
+        place: where it is left, if not on ``device``.
 
     Raises:
         UserError: there is no such backbone, it is not a causal language model, or ``attention`` is
@@ -158,7 +161,7 @@ def load_backbone(
             seed("weights"),
         ).to(dtype)
     else:
-        model, tokenizer = _load_pretrained(_locate(config), config, dtype, device)
+        model, tokenizer = _load_pretrained(_locate(config), config, dtype, place or device)
         if config.layers is not None:
             keep_layers(model, config.layers)
         if whole:
@@ -173,7 +176,7 @@ def load_backbone(
     # bfloat16's
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    model.to(device)
+    model.to(place or device)
     adapted = _add_adapter(model, config, seed("adapter")) if config.peft == "lora" else model
     if whole:
         for table in tables(model):

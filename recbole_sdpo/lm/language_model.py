@@ -72,6 +72,8 @@ class LanguageModel(nn.Module):
             ``compiled`` is not for this model.
     """
 
+    _caches = True  # weights in bfloat16, while it computes
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -233,9 +235,24 @@ class LanguageModel(nn.Module):
         self._moody = tuple(self.model.modules()) if _depends_on_mode(self.causal_lm) else ()
 
     @property
-    def reads_more_than_text(self) -> bool:
-        """Has the model parts that no title reaches, such as those for pictures?"""
-        return hasattr(self.causal_lm.base_model, "language_model")
+    def may_leave_weights_out(self) -> bool:
+        """May a pass reach not all of the weights, such as those for pictures? Of what is not by
+        ``transformers``, that is not known."""
+        model = self.causal_lm
+        return (
+            hasattr(model.base_model, "language_model")
+            or not type(model).__module__.startswith("transformers.models.")
+            or bool(getattr(model.config.get_text_config(), "layerdrop", 0))
+        )
+
+    def take_parts(self) -> None:
+        """Be ready for :func:`~recbole_sdpo.lm.parts.part`.
+
+        A bfloat16 copy of each layer, kept for a whole pass, would be the whole model. And whether
+        to try FlexAttention is each process's own question, whose answer takes passes of all.
+        """
+        self._caches = False
+        self.attention = dense_implementation(self.causal_lm, self.attention)
 
     @property
     def has_reference(self) -> bool:
@@ -284,7 +301,9 @@ class LanguageModel(nn.Module):
     def arithmetic(self) -> torch.autocast:
         """The precision of matrix products and attention, to be entered around a call of the
         model."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.mixed, cache_enabled=self._caches
+        )
 
     @property
     def device(self) -> torch.device:

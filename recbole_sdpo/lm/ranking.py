@@ -34,6 +34,7 @@ class TitleTree:
 
     def __init__(self, titles: Ragged) -> None:
         self.titles = titles
+        self._on: dict[torch.device, tuple[Forest, list[Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self.titles)
@@ -104,6 +105,15 @@ class TitleTree:
         start, stop = (np.searchsorted(last[order], column) for column in (node, end))
         each = np.concatenate([stop - start, np.ones_like(place)])
         return np.concatenate([start, place]), each
+
+    def on(self, device: torch.device) -> tuple[Forest, list[Tensor]]:
+        """:attr:`whole`, and of :attr:`edges`, :attr:`spans` and :attr:`before` each array, on
+        ``device``, where they stay."""
+        if device not in self._on:
+            arrays = [*self.edges, *self.spans, self.before]
+            tensors = [torch.from_numpy(array).to(device) for array in arrays]
+            self._on[device] = self.whole.to(device), tensors
+        return self._on[device]
 
     @property
     def nodes(self) -> int:
@@ -226,9 +236,8 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
         k: at least 1; more than the catalogue has means all of it.
     """
     prompted = _Prompted(lm, prompts)
-    tree, nodes, k = catalogue.whole.to(lm.device), catalogue.nodes, min(k, len(catalogue))
-    first, token, leads_to = (torch.from_numpy(part).to(lm.device) for part in catalogue.edges)
-    place, titles_of = (torch.from_numpy(part).to(lm.device) for part in catalogue.spans)
+    tree, (first, token, leads_to, place, titles_of, parent) = catalogue.on(lm.device)
+    nodes, k = catalogue.nodes, min(k, len(catalogue))
     scores = torch.empty(len(prompts), len(catalogue), device=lm.device, dtype=_dtype(lm))
     # Of each prompt that is still searched, the nodes that wait to be opened and the titles, as
     # numbered by the edges, and their log-probabilities; -1 for none. No more than that is looked
@@ -265,8 +274,8 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
             scores[row[number]] = in_order[place[nodes:]]
 
     open_nodes(torch.zeros_like(known), known == 0, prompted.root[:, None])
-    depth, parent = int(tree.positions[0].max()), torch.from_numpy(catalogue.before).to(lm.device)
-    width, opened, afresh = k, 0, False
+    depth = int(tree.positions[0].max())
+    width, cost, afresh = k, 0, False
     while True:
         waiting = (known >= 0) & (known < nodes) & ~value.isnan()
         titles = value.masked_fill(known < nodes, -torch.inf)
@@ -285,8 +294,8 @@ def score_top(lm: LanguageModel, prompts: Ragged, catalogue: TitleTree, k: int) 
         afresh |= prompted.nodes.shape[1] + most > NODES_AT_ONCE
         if afresh:
             most = min(most, max(1, NODES_AT_ONCE // depth))
-        opened += most
-        if 2 * opened * depth > max(nodes, NODES_AT_ONCE):
+        cost += most * depth if afresh else most
+        if 2 * cost > max(nodes, 2 * NODES_AT_ONCE):
             scores[row] = score_all(lm, prompts.take(row.cpu().numpy()), catalogue)
             return scores
         best, promising = best[:, :most], promising[:, :most]

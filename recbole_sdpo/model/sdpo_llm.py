@@ -118,11 +118,18 @@ class SDPOLLM(SequentialRecommender):
         # The backbone comes after the catalogue: scratch makes its vocabulary of the titles.
         self.lm = load_backbone(
             self.backbone,
-            torch.device("cpu") if parted else self.device,  # which may have no room for all of it
+            self.device,
             tokenizer,
             lambda purpose: derive_seed(self.seed, purpose),
             [*lines[1:], *self.units.pieces],
+            # a GPU may have no room for all of it
+            torch.device("cpu") if parted else self.device,
         )
+        if parted:
+            if OBJECTIVES[settings.objective].reference:
+                self.lm.freeze_reference()  # what has parts is not copied
+            self.lm.take_parts()
+            part(self, self.lm.layers, PASSES, self.device)
         self.settings: CompleteSettings = settings.suited_to_device(
             *tokens_at_once(self.lm.causal_lm)
         )
@@ -134,10 +141,6 @@ class SDPOLLM(SequentialRecommender):
         self._begin = generator(self.seed, "evaluation begin").integers(
             self.n_items, size=dataset.num(self.USER_ID)
         )
-        if parted:
-            if OBJECTIVES[settings.objective].reference:
-                self.lm.freeze_reference()  # what has parts is not copied
-            part(self, self.lm.layers, PASSES, self.device)
 
     def examples(
         self, dataset: Dataset, sampler: AbstractSampler | None, negatives: int

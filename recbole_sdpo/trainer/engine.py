@@ -22,15 +22,18 @@ def joined(model: SDPOLLM, accelerator: Accelerator) -> nn.Module:
     """
     if accelerator.num_processes == 1 or isinstance(model, FSDPModule):
         return model
-    return DistributedDataParallel(model, find_unused_parameters=model.lm.reads_more_than_text)
+    return DistributedDataParallel(
+        model,
+        find_unused_parameters=model.lm.may_leave_weights_out,
+        gradient_as_bucket_view=True,  # gradients once, and not twice
+    )
 
 
 @contextmanager
 def adding_up(policy: nn.Module, last: bool) -> Iterator[None]:
     """Around a pass through ``policy`` (:func:`joined`) and its backward pass: gradients add up in
-    each process, and become the mean over all with the ``last`` batch of a step."""
-    if isinstance(policy, FSDPModule):
-        policy.set_requires_gradient_sync(last)
+    each process, and become the mean over all with the ``last`` batch of a step. Those of a parted
+    model become so with each batch: until then a process would have all of them."""
     apart = isinstance(policy, DistributedDataParallel) and not last
     with cast(DistributedDataParallel, policy).no_sync() if apart else nullcontext():
         yield

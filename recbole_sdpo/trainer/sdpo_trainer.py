@@ -158,6 +158,7 @@ class SDPOTrainer(Trainer):
                 load_checkpoint(checkpoint, self.model)
                 best, improved = snapshot(self.model), True
             load_state(self.run_dir, stage)
+            self.accelerator.wait_for_everyone()  # before the first writes another
             self.best_valid_score, self.best_valid_result, self.cur_step = resumed["best"]
             began -= resumed["wall_s"]
             self._log(f"{name}: resumed at step {stage.step}, epoch {stage.epoch}.", verbose)
