@@ -3,12 +3,18 @@ one. tests/trainer/test_distributed.py has two processes."""
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from recbole_sdpo.lm.body import decoder_layers
+from recbole_sdpo.lm.forest import plant
+from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.parts import all_of, gathered, is_parted, own, part, parted_as
+from recbole_sdpo.ragged import Ragged
+from tests.lm.test_architectures import build as build_adapted
 from tests.lm.test_body import TOKENS, build
 
 
@@ -41,6 +47,47 @@ def test_a_parted_model_computes_and_gathers_what_a_whole_one_does(name):
     assert tied == tied_in_truth
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(all_of(mine.grad), theirs.grad)
+
+
+class Both(nn.Module):
+    """Policy and reference of a language model, in one pass."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, forest):
+        return self.lm.policy_and_reference(forest)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_policy_and_reference_of_a_parted_model_are_those_of_a_whole_one(lora):
+    results = []
+    forest = plant(
+        Ragged.from_rows([[1, 2, 3]]),
+        np.array([0, 0]),
+        np.array([3, 2]),
+        Ragged.from_rows([[4], [5]]),
+    )
+    for parted in (False, True):
+        lm = LanguageModel(build_adapted("Llama", "sdpa", lora, torch.float32), None)
+        lm.freeze_reference()
+        both = Both(lm)
+        if parted:
+            lm.take_parts()
+            part(both, lm.layers, [], torch.device("cpu"))
+        with torch.no_grad():
+            for weight in lm.trainable().values():
+                own(weight).mul_(1.1)
+        moved = both(forest)
+        (moved[0] - moved[1]).sum().backward()
+        lm.freeze_reference()  # anew, in place
+        same = both(forest)
+        torch.testing.assert_close(same[0], same[1])
+        gradients = [all_of(p.grad) for p in lm.trainable().values()]
+        results.append([*(each.detach() for each in moved), *gradients])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_who_is_not_to_keep_what_is_gathered_has_nothing():
