@@ -25,8 +25,8 @@ def check_device(config: Config) -> None:
 
     Raises:
         UserError: ``gpu_id`` names a GPU that is not there, or that this build of torch has no
-            kernels for; there are more processes than GPUs, or no NCCL to
-            join them; or ``dtype`` is one that a GPU has not.
+            kernels for; there are more processes than GPUs, or no NCCL to join them; or
+            ``dtype`` is one that a GPU has not.
     """
     external = config.external_config_dict
     asked = [part.strip() for part in config["gpu_id"].split(",")]

@@ -8,9 +8,9 @@ from typing import cast
 
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from recbole_sdpo.lm.parts import is_parted
 from recbole_sdpo.model import SDPOLLM
 
 
@@ -20,7 +20,7 @@ def joined(model: SDPOLLM, accelerator: Accelerator) -> nn.Module:
 
     Each process must make as many passes through it as any other.
     """
-    if accelerator.num_processes == 1 or isinstance(model, FSDPModule):
+    if accelerator.num_processes == 1 or is_parted(model):
         return model
     return DistributedDataParallel(
         model,

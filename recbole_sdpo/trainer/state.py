@@ -152,13 +152,13 @@ def load_state(run_dir: Path, stage: Stage) -> None:
         for name, weight in stage.model.lm.trainable().items():
             weight.copy_(parted_as(weight, stream.get_tensor(f"weight/{name}")))
             moments = {
-                moment: stream.get_tensor(f"{moment}/{name}").to(weight.device)
+                moment: stream.get_tensor(f"{moment}/{name}")
                 for moment in MOMENTS
                 if f"{moment}/{name}" in names
             }
             if moments:
                 stage.optimizer.state[weight] = {
-                    moment: parted_as(weight, value) if value.ndim else value
+                    moment: parted_as(weight, value) if value.ndim else value.to(weight.device)
                     for moment, value in moments.items()
                 }
     stage.continue_from(state["progress"])
