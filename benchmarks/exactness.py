@@ -26,7 +26,7 @@ from recbole_sdpo.lm.generation import write
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.ranking import TitleTree, score_all, score_top
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.objectives import sdpo
+from recbole_sdpo.objectives import Constants, sdpo
 from recbole_sdpo.ragged import Ragged
 
 VOCABULARY, WINDOW, TIMES = 256, 64, 3.0
@@ -241,7 +241,7 @@ def sdpo_loss(device: torch.device, negatives: int = 3) -> dict[str, object]:
         examples = recommender.examples(train_data._dataset, train_data._sampler, negatives)
         prompts, items = examples.batch(np.arange(8), 0, "exactness")
         forest = recommender.encoder.forest(prompts, items)
-        loss = sdpo(recommender(forest, 1 + negatives, True), 1.0).mean()
+        loss = sdpo(recommender(forest, 1 + negatives, True), Constants()).mean()
         loss.backward()
         sides.append(
             (

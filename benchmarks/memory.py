@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from recbole_sdpo.lm.forest import plant
 from recbole_sdpo.lm.language_model import LanguageModel
-from recbole_sdpo.objectives import Logps, sdpo
+from recbole_sdpo.objectives import Constants, Logps, sdpo
 from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.report.table import markdown_table
 
@@ -177,8 +177,8 @@ def measured(shape: dict[str, int], way: str, tokens: int) -> tuple[float, float
 
     def step() -> None:
         policy, reference = (each.view(-1, 4) for each in lm.policy_and_reference(forest))
-        logps = Logps(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:])
-        sdpo(logps, 1.0).mean().backward()
+        logps = Logps.of(policy, reference, torch.ones_like(policy))
+        sdpo(logps, Constants()).mean().backward()
 
     step()
     optimizer.step()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from recbole_sdpo.data.prompts import Prompts
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.objectives import Logps, sdpo
+from recbole_sdpo.objectives import Constants, Logps, sdpo
 
 
 def some_targets(prompts: Prompts, items: np.ndarray, number: int) -> tuple[Prompts, np.ndarray]:
@@ -80,8 +80,8 @@ def sdpo_loss(recommender: SDPOLLM, prompts: Prompts, items: np.ndarray) -> Tens
     policy = score(recommender.lm.causal_lm, recommender, prompts, items, everything)
     with torch.no_grad(), recommender.lm.reference() as model:
         reference = score(model, recommender, prompts, items, everything)
-    logps = Logps(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:])
-    return sdpo(logps, 1.0).mean()
+    logps = Logps.of(policy, reference, torch.ones_like(policy))
+    return sdpo(logps, Constants()).mean()
 
 
 def sequence_tokens(recommender: SDPOLLM, prompts: Prompts, items: np.ndarray) -> int:

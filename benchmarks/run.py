@@ -34,7 +34,7 @@ from recbole_sdpo.data.sequences import histories
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.lm.ranking import score_all, score_top
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.objectives import sdpo
+from recbole_sdpo.objectives import Constants, sdpo
 from recbole_sdpo.ragged import exclusive_cumsum
 from recbole_sdpo.report.table import markdown_table
 
@@ -122,7 +122,7 @@ class Bench:
     def loss(self, prompts: Prompts, items: np.ndarray, known: Tensor | None = None) -> Tensor:
         """Our S-DPO step up to the loss, packing included."""
         forest = self.recommender.encoder.forest(prompts, items)
-        return sdpo(self.recommender(forest, items.shape[1], True, known), 1.0).mean()
+        return sdpo(self.recommender(forest, items.shape[1], True, known), Constants()).mean()
 
     def gradient(self, loss: Callable[[], Tensor]) -> list[Tensor]:
         """A step up to the optimizer."""
@@ -321,7 +321,7 @@ class Bench:
 
         def step(forest: Forest, width: int) -> None:
             optimizer.zero_grad()
-            sdpo(self.recommender(forest, width, True), 1.0).mean().backward()
+            sdpo(self.recommender(forest, width, True), Constants()).mean().backward()
             optimizer.step()
 
         packed = pack()

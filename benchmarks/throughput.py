@@ -28,7 +28,7 @@ from recbole_sdpo.data.prompts import Prompts, batches, history_prompts
 from recbole_sdpo.data.sequences import histories
 from recbole_sdpo.lm.ranking import score_all, score_top
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.objectives import sdpo
+from recbole_sdpo.objectives import Constants, sdpo
 
 Row = dict[str, object]
 
@@ -95,7 +95,7 @@ class Workload:
         def loss() -> Tensor:
             if items.shape[1] == 1:
                 return -self.lm(forest).mean()
-            return sdpo(self.recommender(forest, items.shape[1], True), 1.0).mean()
+            return sdpo(self.recommender(forest, items.shape[1], True), Constants()).mean()
 
         def run() -> None:
             self.optimizer.zero_grad()
@@ -171,7 +171,7 @@ class Workload:
                 self.recommender.encoder.forest(part, few), items.shape[1], True
             )
             theirs_of_few = plain.sdpo_loss(self.recommender, part, few)
-            losses = float(sdpo(ours_of_few, 1.0).mean()), float(theirs_of_few)
+            losses = float(sdpo(ours_of_few, Constants()).mean()), float(theirs_of_few)
         if not abs(losses[0] - losses[1]) <= 0.05 * abs(losses[1]):  # bfloat16's rounding in both
             raise AssertionError(f"the losses are {losses}")
         run, _ = self.step(prompts, items)

@@ -8,9 +8,10 @@ from recbole_sdpo.threads import spin_briefly
 check_libraries()
 spin_briefly()
 
+from recbole_sdpo.objectives import register_objective
 from recbole_sdpo.registry import register
 from recbole_sdpo.version import __version__
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "register_objective"]
 
 register()

@@ -24,7 +24,7 @@ from recbole_sdpo.compat import TEACHERS
 from recbole_sdpo.data.columns import check_columns
 from recbole_sdpo.errors import UserError, meant
 from recbole_sdpo.files import user_path
-from recbole_sdpo.objectives import OBJECTIVES
+from recbole_sdpo.objectives import OBJECTIVES, Constants
 from recbole_sdpo.rules import ANY, FLAG, Parts, Rule, dict_of, list_of, number, one_of, text, whole
 from recbole_sdpo.settings import (
     LEAVE_ONE_OUT,
@@ -673,6 +673,7 @@ def check_settings(config: Config) -> Settings:
             else "see recbole-sdpo settings"
         )
         getLogger().warning(f"{key}={config[key]!r} has no effect on {MODEL}; {own}.")
+    _warn_of_constants(config, settings)
     in_text, aligned = (
         settings.prompt_style == "candidates",
         OBJECTIVES[settings.objective].negatives,
@@ -706,6 +707,19 @@ def check_settings(config: Config) -> Settings:
             f"more_candidates={settings.more_candidates}: {NO_FULL_RANKING}"
         )
     return settings
+
+
+def _warn_of_constants(config: Config, settings: Settings) -> None:
+    """Say which of those that were given the objective does not read."""
+    objective = OBJECTIVES[settings.objective]
+    read = {*objective.reads, *(["sft_weight"] if objective.negatives else [])}
+    for key in Constants._fields:
+        value = getattr(settings, key)
+        if value != Constants._field_defaults[key] and key not in read:
+            getLogger().warning(
+                f"{key}={value:g} has no effect on objective={settings.objective!r}, which reads "
+                f"{', '.join(sorted(read)) or 'no such setting'}."
+            )
 
 
 def _check_dynamic(args: Mapping[str, Any], settings: Settings) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import time
@@ -21,6 +22,7 @@ from recbole_sdpo.data.prompts import template_file
 from recbole_sdpo.errors import UserError, reason
 from recbole_sdpo.files import sha256, user_path, write_text
 from recbole_sdpo.lm.backbone import resolved, weights_source
+from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.settings import MODEL
 from recbole_sdpo.trainer.checkpoint import sft_folder
 from recbole_sdpo.trainer.state import holds_state, read_state
@@ -111,6 +113,7 @@ class Inputs:
         files = _files(config)
         ours = config["model"] == MODEL
         code = {"sources": sources(ONLOOKERS if ours else ONLOOKERS | OF_SDPO_LLM)}
+        code |= _objective_of_others(config) if ours else {}
         versions = {
             f"versions/{name}": str(version) for name, version in package_versions().items()
         }
@@ -130,6 +133,8 @@ class Inputs:
         """What a user calls the file, package or setting that is ``name`` here."""
         if name == "sources":
             return "a source file of recbole_sdpo"
+        if name == "objective":
+            return f"the source of objective={self.config.settings.objective!r}"
         kind, _, package = name.partition("/")
         return (
             f"the version of {package}" if kind == "versions" else str(self.files.get(name, name))
@@ -216,6 +221,13 @@ def _files(config: RunConfig) -> dict[str, Path]:
                 f"{role}={shown(str(place))} cannot be read: {reason(error)}."
             ) from error
     return files
+
+
+def _objective_of_others(config: RunConfig) -> dict[str, str]:
+    """The source of an objective that was registered from outside of the package."""
+    file = inspect.getsourcefile(OBJECTIVES[config.settings.objective].loss)
+    inside = file and Path(recbole_sdpo.__path__[0]) in Path(file).parents
+    return {} if inside or not file else {"objective": _known(Path(file), _meaning)}
 
 
 def _data_files(config: RunConfig) -> dict[str, Path]:

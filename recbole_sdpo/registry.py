@@ -18,6 +18,7 @@ from recbole_sdpo.checks import check_dataset, check_given
 from recbole_sdpo.data import dataset
 from recbole_sdpo.evaluator.answers import register_metrics
 from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.objectives import register_installed
 from recbole_sdpo.settings import MODEL, merged_parts
 from recbole_sdpo.trainer import SDPOTrainer
 from recbole_sdpo.values import read_yaml
@@ -40,6 +41,7 @@ def register() -> None:
     sys.modules[name] = module
     setattr(recbole.trainer, f"{MODEL}Trainer", SDPOTrainer)
     register_metrics()
+    register_installed()
     metrics_dict["gauc"] = compat.GAUC
     compat.take_values_as_data()
     dataset.install()

@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.objectives import OBJECTIVES
+from recbole_sdpo.objectives import OBJECTIVES, Constants
 from recbole_sdpo.values import shown
 
 MODEL = "SDPO-LLM"
@@ -111,10 +111,11 @@ def _setting(
     help: str,
     roles: Role = NONE,
     check: Callable[[Any], bool] = lambda value: True,
-    valid: str = "",
+    valid: str | Callable[[], str] = "",
     key: str = "",
 ) -> Any:
-    """``key`` is its name in a configuration, if that is not the attribute's."""
+    """``key`` is its name in a configuration, if that is not the attribute's; ``valid`` is asked
+    each time if others may add to what is."""
     metadata = {"help": help, "roles": roles, "check": check, "valid": valid, "key": key}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -433,7 +434,7 @@ class Settings:
         "of the second stage; sft stops after the first",
         Role.ALIGNMENT,
         OBJECTIVES.__contains__,
-        "one of " + ", ".join(OBJECTIVES),
+        lambda: "one of " + ", ".join(OBJECTIVES),
     )
     beta: float = _setting(
         1.0,
@@ -441,6 +442,27 @@ class Settings:
         Role.ALIGNMENT,
         lambda beta: 0 < beta <= 1000,
         "more than 0 and at most 1000",
+    )
+    reward_margin: float = _within(
+        0,
+        1000,
+        0.0,
+        "by how much the reward of a target is to be above those of its negatives",
+        Role.ALIGNMENT,
+    )
+    label_smoothing: float = _setting(
+        0.0,
+        "share of the preferences that the second stage takes to be the wrong way round",
+        Role.ALIGNMENT,
+        lambda share: 0 <= share < 0.5,
+        "from 0 to below 0.5",
+    )
+    sft_weight: float = _within(
+        0,
+        1000,
+        0.0,
+        "how many times SFT's loss is added to that of the second stage",
+        Role.ALIGNMENT,
     )
     fixed_negatives: bool = _setting(
         False,
@@ -558,6 +580,11 @@ class Settings:
         return self.objective != "sft"
 
     @property
+    def constants(self) -> Constants:
+        """Of the second stage's loss."""
+        return Constants(*(getattr(self, name) for name in Constants._fields))
+
+    @property
     def caches_reference(self) -> bool:
         """Are the reference's log-probabilities kept?"""
         return self.fixed_negatives and self.reference != "compute"
@@ -596,7 +623,7 @@ class Setting:
     kinds: tuple[Any, ...]
     choices: tuple[str, ...]
     help: str
-    valid: str
+    valid: str | Callable[[], str]
     check: Callable[[Any], bool]
     roles: Role
 
@@ -633,10 +660,15 @@ class Setting:
         return value
 
     @property
+    def valid_words(self) -> str:
+        """:attr:`valid`, as it is now."""
+        return self.valid if isinstance(self.valid, str) else self.valid()
+
+    @property
     def must_be(self) -> str:
         """Its values in words; of null also what it stands for."""
         kinds = [kind for kind in self.kinds if kind is not type(None)]
-        words = self.valid
+        words = self.valid_words
         if not words or {int, float} & set(kinds):
             words = ", ".join(filter(None, [" or ".join(map(_kind_name, kinds)), words]))
         if len(kinds) == len(self.kinds):
@@ -759,6 +791,6 @@ def table(word: str = "") -> str:
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for key, setting in SETTINGS.items():
         default = "null" if setting.default is None else setting.default
-        valid = f" ({setting.valid})" if setting.valid else ""
+        valid = f" ({setting.valid_words})" if setting.valid else ""
         rows.append(f"| `{key}` | `{default}` | {setting.help}{valid} |")
     return "\n".join([*rows[:2], *(row for row in rows[2:] if word.lower() in row.lower())])

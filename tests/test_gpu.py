@@ -11,7 +11,7 @@ import torch
 
 from recbole_sdpo.lm.forest import plant
 from recbole_sdpo.lm.language_model import LanguageModel
-from recbole_sdpo.objectives import Logps, sdpo
+from recbole_sdpo.objectives import Constants, Logps, sdpo
 from recbole_sdpo.quick_start import run
 from recbole_sdpo.ragged import Ragged
 from tests.lm.test_architectures import build, sample
@@ -78,8 +78,8 @@ def test_nothing_waits_for_the_device_between_forward_and_backward():
 
     def step() -> None:
         policy, reference = (part.view(-1, width) for part in lm.policy_and_reference(forest))
-        logps = Logps(policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:])
-        sdpo(logps, 1.0).mean().backward()
+        logps = Logps.of(policy, reference, torch.ones_like(policy))
+        sdpo(logps, Constants()).mean().backward()
 
     step()
     torch.cuda.set_sync_debug_mode("error")

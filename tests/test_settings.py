@@ -41,7 +41,7 @@ def test_defaults_are_valid_and_round_trip():
         ({"sdpo_schedule": "cos"}, "sdpo_schedule='cos' must be one of cosine, linear, constant"),
         ({"title_fields": [1]}, "title_fields=.1. must be a list of columns, one or more"),
         ({"title_fields": []}, "must be a list of columns, one or more"),
-        ({"objective": "ppo"}, "must be one of sft, sdpo, dpo, dpo_multi, softmax"),
+        ({"objective": "ppo"}, "must be one of sft, sdpo, dpo, dpo_multi, dmpo, "),
         ({"trust_remote_code": 1}, "trust_remote_code=1 must be true or false"),
         ({"max_train_targets": 0}, "must be a whole number, 1 or more, or null for all"),
         ({"popularity_discount": -1}, "popularity_discount=-1.0 must be a number, 0 to 1000"),

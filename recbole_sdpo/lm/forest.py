@@ -92,6 +92,10 @@ class Forest:
         """The same forest on ``device``."""
         return self._with_each(lambda part: part.to(device, non_blocking=True))
 
+    def lengths(self) -> Tensor:
+        """Tokens of each response, int64 ``[R]``, where the forest is."""
+        return torch.bincount(self.edge_response, minlength=self.responses)
+
     def pin_memory(self) -> Forest:
         """The same forest in memory from which a GPU copies while the host goes on."""
         return self._with_each(Tensor.pin_memory)

@@ -240,8 +240,10 @@ class SDPOLLM(SequentialRecommender):
             policy = self.lm(forest)
         policy = policy.view(-1, width)
         ref = torch.zeros_like(policy) if known is None else known.view(-1, width)
+        length = forest.lengths().to(policy).view(-1, width)
+        pos, neg, *others = Logps.of(policy, ref, length)
         # Copies: what is in place of a view is lost on FSDP2, which hooks on what a pass returns.
-        return Logps(policy[:, 0].clone(), policy[:, 1:].clone(), ref[:, 0], ref[:, 1:])
+        return Logps(pos.clone(), neg.clone(), *others)
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Mean loss of RecBole's batch under the current objective, for training by any RecBole
@@ -275,7 +277,7 @@ class SDPOLLM(SequentialRecommender):
         )
         items = offered[:, : 1 + min(number, objective.negatives)]
         logps = self(self.encoder.forest(prompts, items), items.shape[1], objective.reference)
-        return objective.loss(logps, self.settings.beta).mean()
+        return objective.losses(logps, self.settings.constants).mean()
 
     @torch.no_grad()
     def predict(self, interaction: Interaction) -> Tensor:

@@ -233,7 +233,7 @@ class Stage:
                 batch = self._hardest(batch)
             with adding_up(self._policy, last=number == len(step)):
                 logps = self._logps(batch, objective.reference)
-                losses = objective.loss(logps, model.settings.beta) * batch.counts
+                losses = objective.losses(logps, model.settings.constants) * batch.counts
                 # Summed over batches, and by the engine the mean over processes, this is the mean
                 # over the step's targets.
                 self.accelerator.backward(losses.sum() * (processes / targets))

@@ -16,7 +16,7 @@ from recbole_sdpo.data.sequences import histories
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import ranking
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.objectives import Logps, sdpo
+from recbole_sdpo.objectives import Constants, Logps, sdpo
 from recbole_sdpo.ragged import Ragged
 
 
@@ -152,8 +152,9 @@ def test_calculate_loss_serves_any_recbole_trainer(ring, style):
             ]
         )
         model.objective = "softmax"
-        logps = Logps(pos, neg, torch.zeros_like(pos), torch.zeros_like(neg))
-        expected = sdpo(logps, 1.0).mean()
+        policy = torch.cat([pos[:, None], neg], dim=1)
+        logps = Logps.of(policy, torch.zeros_like(policy), torch.ones_like(policy))
+        expected = sdpo(logps, Constants()).mean()
         assert float(model.calculate_loss(batch)) == pytest.approx(float(expected), abs=1e-5)
 
 
