@@ -325,7 +325,9 @@ def test_the_objective_that_is_shown_is_one(monkeypatch):
     )
     ref_pos, ref_neg = torch.tensor([-1.5, -1.5]), torch.tensor([[-2.0, -2.0], [-1.0, -1.0]])
     kind = objectives.OBJECTIVES["hinge"]
-    loss = kind.loss(objectives.Logps(pos, neg, ref_pos, ref_neg), 0.5)
+    ones = torch.ones_like(pos), torch.ones_like(neg)
+    logps = objectives.Logps(pos, neg, ref_pos, ref_neg, *ones)
+    loss = kind.loss(logps, objectives.Constants(beta=0.5))
     rows = zip(*(part.tolist() for part in (pos, neg, ref_pos, ref_neg)), strict=True)
     each = [
         [max(0.0, 1 + 0.5 * ((n - rn) - (p - rp))) for n, rn in zip(ns, rns, strict=True)]
