@@ -128,6 +128,47 @@ class Forest:
         return table.sum(-1)
 
 
+def cut_wide(
+    trunks: Ragged, tree: np.ndarray, branch: np.ndarray, breadth: float
+) -> tuple[Ragged, np.ndarray]:
+    """Cut trees that are so wide that it is cheaper to compute their trunk several times.
+
+    Attention without blocks looks at all pairs of a row. Of a tree with a trunk of ``t`` tokens and
+    ``w`` on branches, cut into ``n`` parts, a layer costs about
+    ``n * (t + w / n) * (breadth + t + w / n)``, least where a part has ``sqrt(t * (t + breadth))``
+    tokens on branches. Each part has the trunk as far as its own prompts need it (:func:`plant`)::
+
+        a - b - c - d          a - b          a - b - c - d
+            |   |   |    ->        |    and           |   |
+            x   y   z              x                  y   z
+
+    Args:
+        trunks: of the trees.
+        tree: int64 ``[T]``, increasing, the tree of each prompt.
+        branch: int64 ``[T]``, about how many tokens the prompt has on branches.
+        breadth: tokens of a row at which attention costs as much as all else; infinite where it
+            looks at no more than it needs.
+
+    Returns:
+        the trunks of the parts, and the part of each prompt; trees whose cost falls by less than
+        a third are left whole, for a cut changes numbers by rounding.
+    """
+    length, prompts = trunks.lengths, np.bincount(tree, minlength=len(trunks))
+    wide = np.bincount(tree, weights=branch, minlength=len(trunks))
+
+    def cost(parts: np.ndarray) -> np.ndarray:
+        row = length + wide / parts
+        return parts * row * (breadth + row)
+
+    if not np.isfinite(breadth):
+        return trunks, tree
+    best = np.ceil(wide / np.sqrt(length * (length + breadth))).clip(1, prompts.clip(1))
+    parts = np.where(cost(best) * 1.5 < cost(np.ones_like(best)), best, 1).astype(np.int64)
+    place = np.arange(len(tree)) - exclusive_cumsum(prompts)[tree]
+    part = exclusive_cumsum(parts)[tree] + place * parts[tree] // prompts[tree]
+    return trunks.take(np.repeat(np.arange(len(trunks)), parts)), part
+
+
 def plant(
     trunks: Ragged,
     tree: np.ndarray,

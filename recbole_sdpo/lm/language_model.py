@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -297,6 +298,17 @@ class LanguageModel(nn.Module):
         # In bfloat16, oneDNN makes and keeps a program for each number of tokens: up to three
         # quarters of the time, and GiB.
         return 1, 64 if self.mixed or self.causal_lm.dtype == torch.bfloat16 else 1
+
+    @property
+    def breadth(self) -> float:
+        """Tokens of a row at which attention costs as much as a layer's products
+        (:func:`cut_wide`).
+
+        A layer of width h has about 12 h^2 weights, and 2 h numbers for each pair of tokens.
+        Infinite on a GPU, where FlexAttention leaves out what is masked.
+        """
+        width = self.causal_lm.config.get_text_config().hidden_size
+        return math.inf if self.device.type == "cuda" else 6.0 * width
 
     def arithmetic(self) -> torch.autocast:
         """The precision of matrix products and attention, to be entered around a call of the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from recbole_sdpo.data.catalogue import Catalogue, folded
 from recbole_sdpo.data.prompts import Prompts, Units
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.lm.forest import Forest, plant
+from recbole_sdpo.lm.forest import Forest, cut_wide, plant
 from recbole_sdpo.lm.text import (
     BYTE_LEVEL,
     encode_texts,
@@ -39,6 +40,7 @@ class Encoder:
         units: the numbering of titles and template pieces.
         tokenizer: the backbone's.
         padding: of a forest, as :attr:`LanguageModel.padding` has it.
+        breadth: of a row, as :attr:`LanguageModel.breadth` has it.
 
     Raises:
         UserError: a title is too long, or the tokenizer makes something else of it, of its
@@ -51,8 +53,9 @@ class Encoder:
         units: Units,
         tokenizer: PreTrainedTokenizerBase,
         padding: tuple[int, int] = (1, 1),
+        breadth: float = math.inf,
     ) -> None:
-        self.padding = padding
+        self.padding, self.breadth = padding, breadth
         opening = opening_tokens(tokenizer)
         texts = [*title_lines(catalogue)[1:], *units.pieces]  # the padding has no title
         rows = encode_texts(tokenizer, texts)
@@ -81,14 +84,10 @@ class Encoder:
         # A prompt's tokens end where its last unit ends.
         last = prompts.trunks.starts[prompts.tree] + prompts.before - 1
         start = unit_start[last] + trunk_units.lengths[last] - trunks.starts[prompts.tree]
-        each = items.shape[1]
-        return plant(
-            trunks,
-            prompts.tree.repeat(each),
-            start.repeat(each),
-            self.tokens.take(items.ravel()),
-            *self.padding,
-        )
+        each, branch = items.shape[1], (self.tokens.lengths[items] - 1).sum(1)
+        trunks, tree = cut_wide(trunks, prompts.tree, branch, self.breadth)
+        responses = self.tokens.take(items.ravel())
+        return plant(trunks, tree.repeat(each), start.repeat(each), responses, *self.padding)
 
     def sizes(self, prompts: Prompts, items: np.ndarray) -> np.ndarray:
         """Tokens in each tree, counted as if no two responses shared any: an upper bound, int64

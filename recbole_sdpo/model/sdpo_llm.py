@@ -133,7 +133,9 @@ class SDPOLLM(SequentialRecommender):
         self.settings: CompleteSettings = settings.suited_to_device(
             *tokens_at_once(self.lm.causal_lm)
         )
-        self.encoder = Encoder(self.catalogue, self.units, self.lm.tokenizer, self.lm.padding)
+        self.encoder = Encoder(
+            self.catalogue, self.units, self.lm.tokenizer, self.lm.padding, self.lm.breadth
+        )
         self.title_shares = self._title_shares(dataset)
         # Candidates in an evaluation prompt stand in one order of all items, begun for each user at
         # another place.

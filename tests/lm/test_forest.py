@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from recbole_sdpo.lm import forest as module
 from recbole_sdpo.lm.attention import _block_mask
-from recbole_sdpo.lm.forest import Forest, plant
+from recbole_sdpo.lm.forest import Forest, cut_wide, plant
 from recbole_sdpo.ragged import Ragged
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=7)
@@ -301,3 +301,41 @@ def test_padded_rows_hold_the_same_trees(batch, padding):
     row, column = np.divmod(plain.states, length)
     assert padded.states.equal(row * padded.tokens.shape[1] + column)
     assert padded.edge_state.equal(plain.edge_state) and padded.size == plain.size
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(0, 30)), min_size=1, max_size=5),
+    st.integers(0, 200),
+    st.floats(0, 1000),
+    st.integers(0, 2**32 - 1),
+)
+def test_a_wide_tree_is_cut_into_the_parts_that_cost_least(trees, branch, breadth, seed):
+    """By trying every number of equal parts: a tree is cut as the best of them, to within the
+    rounding of its width, and only where that costs two thirds at most."""
+    trunks = Ragged.from_rows([list(range(1, 1 + length)) for length, _ in trees])
+    tree = np.repeat(np.arange(len(trees)), [prompts for _, prompts in trees])
+    wide = np.full(len(tree), branch) + np.random.default_rng(seed).integers(0, 3, len(tree))
+    cut, part = cut_wide(trunks, tree, wide, breadth)
+    assert (np.diff(part) >= 0).all() and set(np.diff(part)) <= {0, *range(1, 1 + len(cut))}
+    for number, (length, prompts) in enumerate(trees):
+        mine = part[tree == number]
+        parts = len(set(mine.tolist())) or 1
+
+        def cost(count, width=float(wide[tree == number].sum()), length=length):
+            return count * (length + width / count) * (breadth + length + width / count)
+
+        best = min(range(1, 1 + max(prompts, 1)), key=cost)
+        assert cost(parts) <= min(cost(best) * 1.5, cost(1))
+        if parts > 1:
+            assert cost(parts) * 1.5 < cost(1)
+            assert np.ptp(np.bincount(mine - mine[0])) <= 1  # as many prompts in each, but for one
+    for number, row in enumerate(cut):
+        (owner,) = {*tree[part == number].tolist()} or {None}
+        if owner is not None:
+            assert row.tolist() == list(range(1, 1 + trees[owner][0]))
+
+
+def test_a_row_without_a_price_is_left_whole():
+    trunks, tree = Ragged.from_rows([[1, 2, 3]]), np.zeros(3, np.int64)
+    assert cut_wide(trunks, tree, np.full(3, 10**6), np.inf) == (trunks, tree)

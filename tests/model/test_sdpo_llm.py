@@ -15,7 +15,7 @@ from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.sequences import histories
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import ranking
-from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.model import SDPOLLM, encoder
 from recbole_sdpo.objectives import Constants, Logps, sdpo
 from recbole_sdpo.ragged import Ragged
 
@@ -156,6 +156,34 @@ def test_calculate_loss_serves_any_recbole_trainer(ring, style):
         logps = Logps.of(policy, torch.zeros_like(policy), torch.ones_like(policy))
         expected = sdpo(logps, Constants()).mean()
         assert float(model.calculate_loss(batch)) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_trees_that_are_cut_say_the_same(ring, monkeypatch):
+    model, (train, *_) = build(ring)
+    assert model.encoder.breadth == 6 * 32
+    examples = model.examples(train._dataset, train._sampler, 3)
+    prompts, items = examples.batch(np.arange(6), 0)
+    said = []
+
+    def apart(trunks, tree, branch, breadth):
+        """Each prompt in a tree of its own."""
+        assert branch.tolist() == (model.encoder.tokens.lengths[items] - 1).sum(1).tolist()
+        return trunks.take(tree), np.arange(len(tree))
+
+    for cut in (encoder.cut_wide, apart):
+        monkeypatch.setattr(encoder, "cut_wide", cut)
+        forest = model.encoder.forest(prompts, items)
+        model.zero_grad()
+        logps = model(forest, 4, False)
+        (-logps.policy_pos + logps.policy_neg.exp().sum(1)).sum().backward()
+        slopes = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        said.append((len(forest.tokens), logps, slopes))
+    (whole, *uncut), (parts, *cut) = said
+    assert (whole, parts) == (6, len(items))
+    torch.testing.assert_close(cut, uncut, rtol=1e-4, atol=1e-6)
+    expected = torch.from_numpy(model.encoder.tokens.lengths[items]).float()
+    lengths = torch.cat([uncut[0].length_pos[:, None], uncut[0].length_neg], dim=1)
+    assert torch.equal(lengths, expected)
 
 
 @pytest.mark.parametrize("style", ["history", "candidates"])
