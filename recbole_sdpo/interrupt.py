@@ -133,8 +133,7 @@ def add_note(error: BaseException, note: str) -> None:
 
 def as_given() -> list[str]:
     """The words of the command by which this program was started."""
-    program, processes = sys.argv[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    start = ["python"] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
+    program, start = sys.argv[0], _launcher()
     if Path(program).name == "__main__.py":
         start += ["-m", "recbole_sdpo"]
     elif program.endswith(".py"):
@@ -142,6 +141,17 @@ def as_given() -> list[str]:
     else:
         start = [Path(program).name]
     return [*start, *sys.argv[1:]]
+
+
+def _launcher() -> list[str]:
+    """The words before the program; of several machines the line is for each of them."""
+    everywhere, here = (int(os.environ.get(key, 1)) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if everywhere == 1:
+        return ["python"]
+    machines = everywhere // here
+    first = os.environ.get("MASTER_ADDR", "localhost")
+    together = [f"--nnodes={machines}", "--rdzv_backend=c10d", f"--rdzv_endpoint={first}:29500"]
+    return ["torchrun", *(together if machines > 1 else []), f"--nproc_per_node={here}"]
 
 
 def _command(folder: Path) -> str:

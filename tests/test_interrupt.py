@@ -111,6 +111,34 @@ def test_the_line_that_goes_on_is_the_command_as_it_was_given(
     assert capsys.readouterr().err == expected
 
 
+@pytest.mark.parametrize(
+    ("processes", "here", "start"),
+    [
+        ("2", "2", ["torchrun", "--nproc_per_node=2"]),
+        (
+            *("6", "2"),
+            [
+                *("torchrun", "--nnodes=3", "--rdzv_backend=c10d", "--rdzv_endpoint=first:29500"),
+                "--nproc_per_node=2",
+            ],
+        ),
+        (
+            *("2", "1"),
+            [
+                *("torchrun", "--nnodes=2", "--rdzv_backend=c10d", "--rdzv_endpoint=first:29500"),
+                "--nproc_per_node=1",
+            ],
+        ),
+    ],
+)
+def test_the_line_of_several_processes_starts_as_many(monkeypatch, processes, here, start):
+    monkeypatch.setattr("sys.argv", ["run.py", "--seed=1"])
+    place = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": here, "MASTER_ADDR": "first"}
+    for key, value in place.items():
+        monkeypatch.setenv(key, value)
+    assert interrupt.as_given() == [*start, "run.py", "--seed=1"]
+
+
 def test_a_fault_of_ours_shows_its_traceback():
     with pytest.raises(BrokenPipeError), endings():
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")

@@ -322,8 +322,11 @@ def test_a_wide_tree_is_cut_into_the_parts_that_cost_least(trees, branch, breadt
         mine = part[tree == number]
         parts = len(set(mine.tolist())) or 1
 
-        def cost(count, width=float(wide[tree == number].sum()), length=length):
-            return count * (length + width / count) * (breadth + length + width / count)
+        width = float(wide[tree == number].sum())
+
+        def cost(count, width=width, length=length):
+            row = length + width / count
+            return count * row * (breadth + row)
 
         best = min(range(1, 1 + max(prompts, 1)), key=cost)
         assert cost(parts) <= min(cost(best) * 1.5, cost(1))
