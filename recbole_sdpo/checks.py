@@ -22,6 +22,7 @@ from recbole.utils import EvaluatorType, InputType, ModelType
 
 from recbole_sdpo.compat import TEACHERS
 from recbole_sdpo.data.columns import check_columns
+from recbole_sdpo.data.negatives import SELF, shares
 from recbole_sdpo.errors import UserError, meant
 from recbole_sdpo.files import user_path
 from recbole_sdpo.objectives import OBJECTIVES, Constants
@@ -694,6 +695,7 @@ def check_settings(config: Config) -> Settings:
                 f"distribution={args['distribution']!r}."
             )
         _check_dynamic(args, settings)
+        _check_sources(args, settings)
         if in_text and aligned and negatives >= settings.prompt_candidates:
             raise UserError(
                 f"train_neg_sample_args.sample_num={negatives}: the negatives are among the "
@@ -720,6 +722,38 @@ def _warn_of_constants(config: Config, settings: Settings) -> None:
                 f"{key}={value:g} has no effect on objective={settings.objective!r}, which reads "
                 f"{', '.join(sorted(read)) or 'no such setting'}."
             )
+
+
+def _check_sources(args: Mapping[str, Any], settings: Settings) -> None:
+    """Can negatives come from where ``negative_sources`` says?"""
+    sources = settings.negative_sources
+    if not sources or not OBJECTIVES[settings.objective].negatives:
+        return
+    given = f"negative_sources={sources!r}"
+    if args["dynamic"]:
+        raise UserError(
+            f"{given}: train_neg_sample_args.dynamic=True picks among draws of one source; leave "
+            "one of the two out."
+        )
+    most = OBJECTIVES[settings.objective].negatives
+    each = shares(sources, int(min(args["sample_num"], most)))
+    for name, share in each.items():
+        if not share:
+            raise UserError(
+                f"{given}: of {sum(each.values())} negatives, {name!r} would give none; raise its "
+                "weight, or train_neg_sample_args.sample_num."
+            )
+    if SELF not in sources:
+        return
+    if settings.prompt_style == "candidates":
+        raise UserError(
+            f"{given}: {SELF!r} ranks the whole catalogue, and prompt_style='candidates' shows a "
+            "few; use prompt_style='history'."
+        )
+    if settings.fixed_negatives:
+        raise UserError(
+            f"{given}: {SELF!r} changes as the policy learns; set fixed_negatives=False."
+        )
 
 
 def _check_dynamic(args: Mapping[str, Any], settings: Settings) -> None:

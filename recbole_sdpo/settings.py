@@ -102,6 +102,9 @@ NONE = Role(0)
 LARGEST = 10**9
 """No number of ours may be larger; those that take memory have lower bounds."""
 
+SOURCES = {"uniform", "popularity", "self"}
+"""Of negatives."""
+
 MODE = r"full|(uni|pop)[1-9][0-9]*"
 """Evaluation modes of RecBole that rank a target among items."""
 
@@ -464,6 +467,22 @@ class Settings:
         "how many times SFT's loss is added to that of the second stage",
         Role.ALIGNMENT,
     )
+    negative_sources: dict[str, float] | None = _setting(
+        None,
+        "weights of the sources of negatives, such as {'uniform': 0.5, 'self': 0.5}; self: the "
+        "titles that the policy ranks highest, found anew each epoch; or null for "
+        "train_neg_sample_args.distribution",
+        Role.ALIGNMENT,
+        lambda weights: (
+            weights is None
+            or (
+                len(weights) > 0
+                and weights.keys() <= SOURCES
+                and all(weight > 0 for weight in weights.values())
+            )
+        ),
+        "a dictionary of weights above 0 for " + ", ".join(sorted(SOURCES)),
+    )
     fixed_negatives: bool = _setting(
         False,
         "let each target of the second stage keep its negatives and prompt over all epochs",
@@ -644,10 +663,13 @@ class Setting:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if float in self.kinds and whole and abs(value) <= LARGEST:
             value = float(value)
+        if isinstance(value, dict):
+            value = {key: float(each) if _is_a(each, int) else each for key, each in value.items()}
         given = f"{self.key}={shown(value)}"
         if not any(_is_a(value, kind) for kind in self.kinds):
             raise UserError(f"{given} must be {self.must_be}.")
-        for item in value if isinstance(value, list) else [value]:
+        parts = value.values() if isinstance(value, dict) else value
+        for item in parts if isinstance(value, list | dict) else [value]:
             if isinstance(item, str) and not item.strip():
                 raise UserError(
                     f"{self.key}={value!r} must not be blank; leave it out for the default, "
@@ -758,16 +780,26 @@ def merged_parts(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str
     return {key: lower[key] | upper[key] for key in both}
 
 
-def kind_of_negatives(args: Mapping[str, Any]) -> str:
-    """The sampler that ``train_neg_sample_args`` asks for, in a word.
+def kind_of_negatives(args: Mapping[str, Any], sources: Mapping[str, float] | None = None) -> str:
+    """Where ``train_neg_sample_args`` and ``negative_sources`` take negatives from, in a word.
 
-    Such as "none", "uniform", "popularity" or "popularity^2".
+    Such as "none", "uniform", "popularity", "popularity^2" or "0.5 uniform + 0.5 self".
     """
-    kind = args["distribution"]
-    return f"{kind}^{args['alpha']:g}" if kind == "popularity" and args["alpha"] != 1 else kind
+
+    def named(kind: str) -> str:
+        return f"{kind}^{args['alpha']:g}" if kind == "popularity" and args["alpha"] != 1 else kind
+
+    if not sources:
+        return named(args["distribution"])
+    return " + ".join(f"{weight:g} {named(kind)}" for kind, weight in sources.items())
 
 
 def _is_a(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is dict:
+        of_key, of_value = get_args(kind)
+        return isinstance(value, dict) and all(
+            _is_a(key, of_key) and _is_a(each, of_value) for key, each in value.items()
+        )
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)
     # Python's bool is an int.
@@ -782,6 +814,7 @@ def _kind_name(kind: Any) -> str:
         bool: "true or false",
         list[int]: "a list of whole numbers",
         list[str]: "a list of texts",
+        dict[str, float]: "a dictionary of numbers",
     }
     return words[kind]
 

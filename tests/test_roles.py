@@ -18,6 +18,7 @@ from recbole_sdpo.settings import SETTINGS, Role, Settings, having
 from recbole_sdpo.trainer.state import read_state_of, resume_identity
 
 VALUES = [True, False, 1, 2, 3, 16, 300, 400, 0.25, 0.5, ["pop4"], ["name"], [0], "elsewhere"]
+VALUES += [{"popularity": 1.0}]
 
 
 def other(key, given):

@@ -42,6 +42,19 @@ def test_defaults_are_valid_and_round_trip():
         ({"title_fields": [1]}, "title_fields=.1. must be a list of columns, one or more"),
         ({"title_fields": []}, "must be a list of columns, one or more"),
         ({"objective": "ppo"}, "must be one of sft, sdpo, dpo, dpo_multi, dmpo, "),
+        (
+            {"negative_sources": {"uniform": -1}},
+            "negative_sources=.'uniform': -1.0. must be a dictionary of weights above 0 for "
+            "popularity, self, uniform, or null for train_neg_sample_args.distribution.$",
+        ),
+        ({"negative_sources": {"hard": 1}}, "'hard': 1.* must be a dictionary of weights above 0"),
+        (
+            {"negative_sources": {"self": "x"}},
+            "'self': 'x'.* must be a dictionary of",
+        ),
+        ({"negative_sources": {"self": float("nan")}}, "must be a finite number"),
+        ({"negative_sources": {}}, "={} must be a dictionary of weights above 0"),
+        ({"label_smoothing": 0.5}, "label_smoothing=0.5 must be a number, from 0 to below 0.5"),
         ({"trust_remote_code": 1}, "trust_remote_code=1 must be true or false"),
         ({"max_train_targets": 0}, "must be a whole number, 1 or more, or null for all"),
         ({"popularity_discount": -1}, "popularity_discount=-1.0 must be a number, 0 to 1000"),
@@ -114,6 +127,28 @@ def test_every_setting_is_explained():
         (
             {"train_neg_sample_args": {"dynamic": True}},
             "candidate_num=0: with dynamic=True, give 2 or more",
+        ),
+        (
+            {
+                "negative_sources": {"self": 1},
+                "train_neg_sample_args": {"dynamic": True, "candidate_num": 3},
+            },
+            "dynamic=True picks among draws of one source",
+        ),
+        (
+            {
+                "negative_sources": {"self": 0.1, "uniform": 0.9},
+                "train_neg_sample_args": {"sample_num": 3},
+            },
+            "of 3 negatives, 'self' would give none; raise its weight",
+        ),
+        (
+            {"negative_sources": {"self": 1}, "prompt_style": "candidates"},
+            "prompt_style='candidates' shows a few; use prompt_style='history'",
+        ),
+        (
+            {"negative_sources": {"self": 1}, "fixed_negatives": True},
+            "'self' changes as the policy learns; set fixed_negatives=False",
         ),
         (
             {

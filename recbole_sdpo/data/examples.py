@@ -3,13 +3,14 @@ negatives after it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from recbole.data.dataset import Dataset
 
-from recbole_sdpo.data.negatives import NegativeSampler
+from recbole_sdpo.data.negatives import Negatives
 from recbole_sdpo.data.prompts import Prompts, Units, candidate_prompts, history_windows
 from recbole_sdpo.data.sequences import histories, training_sequences
 from recbole_sdpo.ragged import Ragged, segment_sums
@@ -36,6 +37,11 @@ class Examples(Protocol):
         on seed and purpose."""
 
 
+Favourites = Callable[[Prompts, tuple[np.ndarray, np.ndarray]], np.ndarray]
+"""From prompts, and what is :meth:`Negatives.excluded` after each, to the items that the policy
+ranks highest, int64 ``[T, own]``."""
+
+
 @dataclass
 class HistoryExamples:
     """``history`` style: windows over whole sequences, in which every title is a target.
@@ -46,15 +52,22 @@ class HistoryExamples:
         units: of the prompts.
         sampler: of the negatives.
         negatives: K, 0 for none.
+        own: how many of them are the policy's own, which come first.
+
+    Attributes:
+        favourites: int64 ``[targets, own]``, the policy's own for each target, to be renewed as it
+            learns; None until then.
     """
 
     dataset: Dataset
     window: int
     units: Units
-    sampler: NegativeSampler | None
+    sampler: Negatives | None
     negatives: int
+    own: int = 0
 
     def __post_init__(self) -> None:
+        self.favourites: np.ndarray | None = None
         self.prompts = history_windows(
             training_sequences(self.dataset), self.window, self.units.header
         )
@@ -67,17 +80,28 @@ class HistoryExamples:
         branch = _negative_length(self.sampler, self.prompts.user, self.prompts.target, lengths) - 1
         return (trunk + self.targets * self.negatives * branch).astype(np.int64)
 
+    def renew(self, trees: np.ndarray, favourites: Favourites) -> None:
+        """Ask for the policy's own negatives of the targets of ``trees``, which alone are to be
+        drawn then."""
+        assert self.sampler is not None
+        prompts = self.prompts.select(trees)
+        own = favourites(prompts, self.sampler.excluded(prompts.user, prompts.target))
+        self.favourites = np.zeros((len(self.prompts.target), self.own), np.int64)
+        self.favourites[self.prompts.target_index(trees)] = own
+
     def batch(
         self, trees: np.ndarray, seed: int, *purpose: str | int
     ) -> tuple[Prompts, np.ndarray]:
         prompts = self.prompts.select(trees)
-        items = prompts.target[:, None]
-        if self.sampler is not None and self.negatives:
-            with recbole_draws(seed, "negatives", *purpose):
-                items = np.concatenate(
-                    [items, self.sampler.draw(prompts.user, prompts.target, self.negatives)], axis=1
-                )
-        return prompts, items
+        user, target = prompts.user, prompts.target
+        if self.sampler is None or not self.negatives:
+            return prompts, target[:, None]
+        own = np.zeros((len(target), 0), np.int64)
+        if self.favourites is not None:
+            own = self.favourites[self.prompts.target_index(trees)]
+        with recbole_draws(seed, "negatives", *purpose):
+            drawn = self.sampler.draw(user, target, self.negatives - own.shape[1], own)
+        return prompts, np.hstack([target[:, None], own, drawn])
 
 
 @dataclass
@@ -92,7 +116,7 @@ class CandidateExamples:
     dataset: Dataset
     candidates: int
     units: Units
-    sampler: NegativeSampler
+    sampler: Negatives
     negatives: int
 
     def __post_init__(self) -> None:
@@ -159,7 +183,7 @@ class FixedExamples:
 
 
 def _negative_length(
-    sampler: NegativeSampler, user: np.ndarray, target: np.ndarray, lengths: np.ndarray
+    sampler: Negatives, user: np.ndarray, target: np.ndarray, lengths: np.ndarray
 ) -> float:
     """Mean tokens of a negative's title, from one for each of some targets; what users have not
     met is often long and rare."""

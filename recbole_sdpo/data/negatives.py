@@ -3,14 +3,34 @@ user has met."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from recbole.sampler.sampler import AbstractSampler
 
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.ragged import places
+
+SELF = "self"
+"""The source of negatives that is the policy: what it ranks highest."""
+
+
+class Negatives(Protocol):
+    """Where negatives come from."""
+
+    def draw(
+        self, user: np.ndarray, target: np.ndarray, number: int, beside: np.ndarray | None = None
+    ) -> np.ndarray:
+        """``number`` negatives for each of the given users and targets, int64 ``[len(user),
+        number]``; none of a title that is ``beside [len(user), m]``."""
+
+    def excluded(self, user: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What may not be drawn for the given users and targets: pairs of a row and the number of
+        a title, as in :attr:`Catalogue.group`, two int64 arrays."""
 
 
 @dataclass
@@ -40,15 +60,17 @@ class NegativeSampler:
         self._groups = int(self.catalogue.group.max()) + 1
         self._met = np.unique(users * self._groups + self.catalogue.group[items])
 
-    def draw(self, user: np.ndarray, target: np.ndarray, number: int) -> np.ndarray:
-        """``number`` negatives for each of the given users and targets, int64 ``[len(user),
-        number]``.
+    def draw(
+        self, user: np.ndarray, target: np.ndarray, number: int, beside: np.ndarray | None = None
+    ) -> np.ndarray:
+        """As :meth:`Negatives.draw`.
 
         Raises:
             UserError: a user has fewer than ``number`` items to draw from.
         """
-        self.check(user, target, number)
         group = self.catalogue.group
+        others = np.zeros((len(user), 0), np.int64) if beside is None else group[beside]
+        self.check(user, target, number + others.shape[1])
         drawn = np.zeros((len(user), number), np.int64)
         todo = np.ones(drawn.shape, bool)
         while todo.any():
@@ -56,7 +78,8 @@ class NegativeSampler:
             rows = np.flatnonzero(todo.any(1))
             titles = group[drawn[rows]]
             # RecBole's alias table can give -1 where rounding leaves an item without a partner.
-            bad = (drawn[rows] < 1) | _repeats(titles) | (titles == group[target[rows], None])
+            bad = (drawn[rows] < 1) | (titles == group[target[rows], None])
+            bad |= _repeats(np.hstack([others[rows], titles]))[:, others.shape[1] :]
             bad |= _is_in(user[rows, None] * self._groups + titles, self._met)
             todo[rows] = bad
         return drawn
@@ -79,6 +102,15 @@ class NegativeSampler:
                 "user_inter_num_interval."
             )
 
+    def excluded(self, user: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`Negatives.excluded`."""
+        first = np.searchsorted(self._met, user * self._groups)
+        each = np.searchsorted(self._met, (user + 1) * self._groups) - first
+        row = np.repeat(np.arange(len(user)), each)
+        title = self._met[np.repeat(first, each) + places(each)] % self._groups
+        rows = np.concatenate([row, np.arange(len(user))])
+        return rows, np.concatenate([title, self.catalogue.group[target]])
+
     @cached_property
     def _drawable(self) -> np.ndarray:
         """Which titles can be drawn at all, bool ``[titles]``."""
@@ -96,6 +128,44 @@ class NegativeSampler:
         met_user, met_title = np.divmod(self._met, self._groups)
         met = np.bincount(met_user[self._drawable[met_title]], minlength=len(self.users))
         return self._drawable.sum() - met
+
+
+@dataclass
+class MixedNegatives:
+    """Draws of several samplers, each of which gives its share.
+
+    Args:
+        samplers: by name.
+        weights: of the samplers, by name.
+    """
+
+    samplers: Mapping[str, NegativeSampler]
+    weights: Mapping[str, float]
+
+    def draw(
+        self, user: np.ndarray, target: np.ndarray, number: int, beside: np.ndarray | None = None
+    ) -> np.ndarray:
+        """As :meth:`Negatives.draw`, those of the first sampler first."""
+        drawn = np.zeros((len(user), 0), np.int64) if beside is None else beside
+        before = drawn.shape[1]
+        for name, each in shares(self.weights, number).items():
+            further = self.samplers[name].draw(user, target, each, drawn)
+            drawn = np.hstack([drawn, further])
+        return drawn[:, before:]
+
+    def excluded(self, user: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`Negatives.excluded`, which is the same for each sampler."""
+        return next(iter(self.samplers.values())).excluded(user, target)
+
+
+def shares(weights: Mapping[str, float], number: int) -> dict[str, int]:
+    """``number`` shared out by ``weights``: whole numbers, what is left over to the largest
+    remainders, of equal ones to the first."""
+    exact = np.array([*weights.values()]) * (number / sum(weights.values()))
+    whole = np.floor(exact).astype(int)
+    over = np.argsort(whole - exact, kind="stable")[: number - whole.sum()]
+    whole[over] += 1
+    return dict(zip(weights, whole.tolist(), strict=True))
 
 
 def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from recbole_sdpo.checks import check_settings, check_topk
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.examples import CandidateExamples, Examples, FixedExamples, HistoryExamples
-from recbole_sdpo.data.negatives import NegativeSampler
+from recbole_sdpo.data.negatives import SELF, MixedNegatives, Negatives, NegativeSampler, shares
 from recbole_sdpo.data.prompts import (
     Prompts,
     Templates,
@@ -56,7 +56,7 @@ from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import derive_seed, generator
 from recbole_sdpo.settings import NO_FULL_RANKING, BackboneSettings, CompleteSettings, Settings
 
-PASSES = ("predict", "full_sort_predict", "answers")
+PASSES = ("predict", "full_sort_predict", "answers", "favourites")
 """Methods of the model that call the backbone, beside ``forward``."""
 
 TARGET_ROW = "target_row"
@@ -88,6 +88,8 @@ class SDPOLLM(SequentialRecommender):
         self.negatives: int = min(negatives["sample_num"], most) if most else 0
         # to a negative, of which the hardest counts
         self.draws: int = negatives["candidate_num"] if negatives["dynamic"] else 1
+        # of the negatives, those that the policy itself ranks highest
+        self.own: int = shares(settings.negative_sources or {"": 1.0}, self.negatives).get(SELF, 0)
         self.objective = "sft"
 
         check_topk(config, self.n_items - 1)
@@ -156,12 +158,17 @@ class SDPOLLM(SequentialRecommender):
         settings, trained_on = self.settings, self._trained_on(dataset)
         examples: Examples
         if settings.prompt_style == "history":
-            negative_sampler = self._negative_sampler(dataset, sampler) if negatives else None
+            negative_sampler = self._negatives(dataset, sampler) if negatives else None
             examples = HistoryExamples(
-                trained_on, self.window, self.units, negative_sampler, negatives
+                trained_on,
+                self.window,
+                self.units,
+                negative_sampler,
+                negatives,
+                self.own if negatives else 0,
             )
         else:
-            negative_sampler = self._negative_sampler(dataset, sampler)
+            negative_sampler = self._negatives(dataset, sampler)
             examples = CandidateExamples(
                 trained_on, settings.prompt_candidates, self.units, negative_sampler, negatives
             )
@@ -216,6 +223,22 @@ class SDPOLLM(SequentialRecommender):
                     rows[self.USER_ID].numpy(), rows[self.ITEM_ID].numpy(), number
                 )
 
+    def _negatives(self, dataset: Dataset, sampler: AbstractSampler) -> Negatives:
+        """As ``negative_sources`` has them, but for the policy's own."""
+        weights = {
+            name: weight
+            for name, weight in (self.settings.negative_sources or {}).items()
+            if name != SELF
+        }
+        if not weights:
+            return self._negative_sampler(dataset, sampler)
+        samplers = {}
+        for name in weights:
+            other = copy.copy(sampler)
+            other.set_distribution(name)
+            samplers[name] = self._negative_sampler(dataset, other, f"negative_sources ({name})")
+        return MixedNegatives(samplers, weights)
+
     def _negative_sampler(
         self,
         dataset: Dataset,
@@ -224,6 +247,66 @@ class SDPOLLM(SequentialRecommender):
     ) -> NegativeSampler:
         users = dataset.field2id_token[dataset.uid_field]
         return NegativeSampler(sampler, self.catalogue, met_items(dataset), setting, users)
+
+    @torch.no_grad()
+    def favourites(self, prompts: Prompts, excluded: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """The items that the policy ranks highest after each prompt, one of a title, best first,
+        int64 ``[T, own]``.
+
+        Args:
+            prompts: in the ``history`` style.
+            excluded: what is not to be among them, as :meth:`NegativeSampler.excluded` has it for
+                each prompt's user and target.
+
+        Raises:
+            UserError: for a prompt too few are left.
+        """
+        # Each prefix of a trunk that is a target's prompt is a prompt of its own.
+        until = prompts.trunks.cut(prompts.tree, np.zeros_like(prompts.before), prompts.before)
+        texts = self.encoder.tokens.take(until.values).join(until.lengths)
+        row, title = excluded
+        order = np.argsort(row, kind="stable")
+        taboo = Ragged(title[order], np.bincount(row, minlength=len(until)))
+        # A title's first item stands for all that carry it.
+        titles, first = np.unique(self.catalogue.group[1:], return_index=True)
+
+        def best(rows: np.ndarray) -> Tensor:
+            items = torch.zeros(len(rows), self.own, dtype=torch.long, device=self.lm.device)
+            # Of most users few of the best are excluded; where all are, look farther.
+            todo, reach = np.arange(len(rows)), 4 * self.own
+            while len(todo):
+                some = rows[todo]
+                scores = self._best_scored(texts.take(some), reach)[:, first]
+                apart = taboo.take(some)
+                where = np.repeat(np.arange(len(some)), apart.lengths)
+                scores[where, np.searchsorted(titles, apart.values)] = -torch.inf
+                top = scores.topk(min(self.own, len(first)))
+                enough = (top.values[:, -1] > -torch.inf).cpu().numpy()
+                if reach >= self.n_items and (not enough.all() or self.own > len(first)):
+                    raise UserError(
+                        f"negative_sources asks for {self.own} negatives of the policy's own, and "
+                        "for some user fewer titles are left; ask for fewer."
+                    )
+                chosen = 1 + torch.from_numpy(first).to(items.device)[top.indices]
+                items[torch.from_numpy(todo[enough])] = chosen[torch.from_numpy(enough)]
+                todo, reach = todo[~enough], 8 * reach
+            return items
+
+        items = self._in_batches(texts.lengths + NODES_AT_ONCE, self.own, best, dtype=torch.int64)
+        return items.cpu().numpy()
+
+    def _best_scored(self, prompts: Ragged, reach: int) -> Tensor:
+        """Scores of the ``reach`` best items after each prompt, and of all others ``-inf``, float32
+        ``[prompts, items]`` without the padding."""
+        reach = min(reach, self.n_items - 1)
+        # FSDP2 has no hooks on the steps of a search
+        whole = is_parted(self) or reach == self.n_items - 1
+        scores = (
+            score_all(self.lm, prompts, self.title_tree)
+            if whole
+            else score_top(self.lm, prompts, self.title_tree, reach)
+        )
+        return scores.masked_fill(scores < scores.topk(reach).values[:, -1:], -torch.inf)
 
     def forward(
         self, forest: Forest, width: int, reference: bool, known: Tensor | None = None

@@ -293,10 +293,8 @@ class SDPOTrainer(Trainer):
             cache,
             self._workers(),
         )
-        negatives = (
-            f", {self.model.negatives} negatives each "
-            f"({kind_of_negatives(self.config['train_neg_sample_args'])})"
-        )
+        sources = kind_of_negatives(self.config["train_neg_sample_args"], settings.negative_sources)
+        negatives = f", {self.model.negatives} negatives each ({sources})"
         self._log(
             f"{name}: objective {objective}, {stage_settings.epochs} epochs at most of "
             f"{stage.targets_per_epoch:,} targets" + (negatives if kind.negatives else ""),

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from recbole_sdpo.data.examples import Examples
+from recbole_sdpo.data.examples import Examples, HistoryExamples
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.interrupt import Stopped, asked_to_stop, finishing_steps
 from recbole_sdpo.lm.parts import all_of, own, parted_as
@@ -27,7 +27,7 @@ from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import OBJECTIVES, Diagnostics, Logps, diagnostics
 from recbole_sdpo.random import derive_seed
 from recbole_sdpo.settings import CompleteStage
-from recbole_sdpo.trainer.batches import Batch, StageBatches
+from recbole_sdpo.trainer.batches import Batch, Plan, StageBatches
 from recbole_sdpo.trainer.engine import adding_up, joined
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.step_file import StepFile
@@ -174,6 +174,8 @@ class Stage:
             disable=not show_progress,
             desc=set_color(f"{self.name} epoch {self.epoch}", "pink"),
         )
+        if not self.epoch_steps:  # a resumed run has those of the epoch that it goes on with
+            self._renew_favourites(plan)
         began, tokens_before = time.time(), self.tokens
         todo = plan[self.epoch_steps :]
         with finishing_steps():
@@ -197,6 +199,16 @@ class Stage:
         self.epoch += 1
         self.epoch_steps, self.epoch_loss, self.epoch_targets = 0, 0.0, 0
         return mean
+
+    def _renew_favourites(self, plan: Plan) -> None:
+        """Ask the policy, as it now is, for its own negatives of the targets of an epoch (SPRec,
+        Gao et al., WWW 2025, section 3): what it ranks highest in the whole catalogue."""
+        if not isinstance(self.examples, HistoryExamples) or not self.examples.own:
+            return
+        self.model.eval()
+        trees = np.concatenate([trees for step in plan for trees in step])
+        self.examples.renew(np.sort(trees), self.model.favourites)
+        self.model.train()
 
     @contextmanager
     @torch.no_grad()

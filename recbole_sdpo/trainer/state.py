@@ -18,6 +18,7 @@ from recbole.data.dataset import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from recbole_sdpo.data.examples import HistoryExamples
 from recbole_sdpo.data.sequences import training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import read_record, sha256, whole_file, write_record
@@ -67,7 +68,11 @@ def save_state(run_dir: Path, stage: Stage, rest: dict[str, Any]) -> None:
 
 
 def _tensors(stage: Stage) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights and the optimizer's moments by name, be they in parts."""
+    """The weights and the optimizer's moments by name, be they in parts, and what the policy as it
+    was at the epoch's begin has chosen."""
+    examples = stage.examples
+    if isinstance(examples, HistoryExamples) and examples.favourites is not None:
+        yield "favourites", torch.from_numpy(examples.favourites)
     for name, weight in stage.model.lm.trainable().items():
         yield f"weight/{name}", weight
         for moment, value in stage.optimizer.state.get(weight, {}).items():
@@ -161,6 +166,8 @@ def load_state(run_dir: Path, stage: Stage) -> None:
                     moment: parted_as(weight, value) if value.ndim else value.to(weight.device)
                     for moment, value in moments.items()
                 }
+        if isinstance(stage.examples, HistoryExamples) and "favourites" in names:
+            stage.examples.favourites = stream.get_tensor("favourites").numpy()
     stage.continue_from(state["progress"])
 
 

@@ -186,6 +186,37 @@ def test_trees_that_are_cut_say_the_same(ring, monkeypatch):
     assert torch.equal(lengths, expected)
 
 
+@pytest.mark.parametrize("own", [1, 3])
+def test_favourites_are_what_the_policy_ranks_highest_of_what_is_not_excluded(ring, own):
+    model, (train, *_) = build(ring | {"negative_sources": {"self": 1.0}})
+    model.own = own
+    examples = model.examples(train._dataset, train._sampler, 3)
+    trees = np.array([0, 3, 7])
+    examples.renew(trees, model.eval().favourites)
+    prompts = examples.prompts.select(trees)
+    chosen = examples.favourites[examples.prompts.target_index(trees)]
+    met = {}
+    for row in range(len(train._dataset)):
+        user = int(train._dataset.inter_feat["user_id"][row])
+        seen = histories(train._dataset.inter_feat[[row]], model.config)[0].tolist()
+        met.setdefault(user, set()).update(seen, [int(train._dataset.inter_feat["item_id"][row])])
+    for row, (tree, before) in enumerate(zip(prompts.tree, prompts.before, strict=True)):
+        past = prompts.trunks[tree][1:before].tolist()
+        user, target = int(prompts.user[row]), int(prompts.target[row])
+        left = [item for item in range(1, model.n_items) if item not in met[user] | {target}]
+        ranked = sorted(left, key=lambda item, past=past: -slow_score(model, past, item))
+        assert chosen[row].tolist() == ranked[: model.own]
+    assert not examples.favourites[examples.prompts.target_index(np.array([1]))].any()
+
+
+def test_more_favourites_than_there_are_titles_are_refused(ring):
+    model, (train, *_) = build(ring | {"negative_sources": {"self": 1.0}})
+    model.own = 23
+    examples = model.examples(train._dataset, train._sampler, 23)
+    with pytest.raises(UserError, match="asks for 23 negatives of the policy's own"):
+        examples.renew(np.array([0]), model.eval().favourites)
+
+
 @pytest.mark.parametrize("style", ["history", "candidates"])
 def test_dpo_draws_and_scores_the_one_negative_that_it_looks_at(ring, style, monkeypatch):
     model, (train, *_) = build(

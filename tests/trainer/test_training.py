@@ -184,7 +184,7 @@ def test_without_a_learning_rate_nothing_moves(ring):
     assert all(torch.equal(before[name], p) for name, p in trainer.model.lm.trainable().items())
 
 
-@pytest.mark.parametrize("objective", ["sdpo", "dpo", "dpo_multi", "softmax"])
+@pytest.mark.parametrize("objective", ["sdpo", "dpo", "dynamicpo", "simpo"])
 def test_every_objective_trains_with_an_adapter(ring, objective):
     trainer, loaders = start(
         ring
@@ -217,9 +217,12 @@ def test_alignment_that_only_harms_is_undone(trained):
     assert dict(trainer.evaluate(loaders[2])) == after_sft
 
 
-@pytest.mark.parametrize("dies_in", ["sft", "sdpo"])
-def test_a_run_that_dies_goes_on_as_if_it_had_not(ring, dies_in, monkeypatch):
+@pytest.mark.parametrize(
+    ("dies_in", "sources"), [("sft", None), ("sdpo", {"uniform": 0.5, "self": 0.5})]
+)
+def test_a_run_that_dies_goes_on_as_if_it_had_not(ring, dies_in, sources, monkeypatch):
     settings = ring | {
+        "negative_sources": sources,
         "sft_epochs": 2,
         "sdpo_epochs": 2,
         "scratch_dropout": 0.1,
