@@ -74,14 +74,19 @@ def score(
     ).view(items.shape)
 
 
-def sdpo_loss(recommender: SDPOLLM, prompts: Prompts, items: np.ndarray) -> Tensor:
-    """The mean S-DPO loss, with beta 1, ``[]``."""
+def logps(recommender: SDPOLLM, prompts: Prompts, items: np.ndarray) -> Logps:
+    """Of policy and reference, as :meth:`SDPOLLM.forward` gives them."""
     everything = items.size
     policy = score(recommender.lm.causal_lm, recommender, prompts, items, everything)
     with torch.no_grad(), recommender.lm.reference() as model:
         reference = score(model, recommender, prompts, items, everything)
-    logps = Logps.of(policy, reference, torch.ones_like(policy))
-    return sdpo(logps, Constants()).mean()
+    _, titles = sequences(recommender, prompts, items)
+    return Logps.of(policy, reference, policy.new_tensor([*map(len, titles)]).view(items.shape))
+
+
+def sdpo_loss(recommender: SDPOLLM, prompts: Prompts, items: np.ndarray) -> Tensor:
+    """The mean S-DPO loss, with beta 1, ``[]``."""
+    return sdpo(logps(recommender, prompts, items), Constants()).mean()
 
 
 def sequence_tokens(recommender: SDPOLLM, prompts: Prompts, items: np.ndarray) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import platform
 import sys
 import time
@@ -34,7 +35,7 @@ from recbole_sdpo.data.sequences import histories
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.lm.ranking import score_all, score_top
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.objectives import Constants, sdpo
+from recbole_sdpo.objectives import OBJECTIVES, Constants, Objective, sdpo
 from recbole_sdpo.ragged import exclusive_cumsum
 from recbole_sdpo.report.table import markdown_table
 
@@ -52,7 +53,7 @@ layers."""
 TOKENS = 2048
 """Tokens in our batch."""
 
-PARTS = ("steps", "sft", "packing", "ranking")
+PARTS = ("steps", "sft", "objectives", "packing", "ranking")
 
 COLUMNS = (
     "row",
@@ -213,6 +214,36 @@ class Bench:
             | {"SFT ms": 1e3 * took["sft"], "S-DPO ms": 1e3 * took[way]}
             for way in ("computed", "cached")
         ]
+
+    def objectives(self, negatives: int) -> dict[str, object]:
+        """Steps of every objective that has negatives, as multiples of S-DPO's on the same
+        batch."""
+        examples = self.examples(negatives)
+        prompts, items = examples.batch(self.batch(examples), 0, "benchmark")
+        part, few = plain.some_targets(prompts, items, self.plain_targets)
+
+        def loss(objective: Objective, prompts: Prompts, items: np.ndarray) -> Tensor:
+            forest = self.recommender.encoder.forest(prompts, items)
+            logps = self.recommender(forest, items.shape[1], objective.reference)
+            return objective.losses(logps, Constants()).mean()
+
+        aligned = {name: kind for name, kind in OBJECTIVES.items() if kind.negatives == math.inf}
+        with torch.no_grad():
+            expected = plain.logps(self.recommender, part, few)
+            for kind in aligned.values():
+                torch.testing.assert_close(
+                    loss(kind, part, few),
+                    kind.losses(expected, Constants()).mean(),
+                    rtol=1e-3,
+                    atol=1e-4,
+                )
+        sides = {
+            name: lambda kind=kind: self.gradient(lambda: loss(kind, prompts, items))
+            for name, kind in aligned.items()
+        }
+        took = self.seconds(**sides)
+        times = {name: seconds / took["sdpo"] for name, seconds in took.items()}
+        return {"row": f"steps over S-DPO's, {self.style}", "K": negatives} | times
 
     @torch.no_grad()
     def rank_candidates(self, users: int = 32) -> dict[str, object]:
@@ -503,6 +534,8 @@ def main() -> None:
         if "sft" in args.parts:
             for row in bench.sdpo_over_sft(15):
                 note(row, others)
+        if "objectives" in args.parts and style == "history":
+            note(bench.objectives(3), others)
         if "packing" in args.parts:
             note(bench.packing(3), others)
     if "ranking" in args.parts:

@@ -144,7 +144,7 @@ def cut_wide(
 
     Args:
         trunks: of the trees.
-        tree: int64 ``[T]``, increasing, the tree of each prompt.
+        tree: int64 ``[T]``, the tree of each prompt.
         branch: int64 ``[T]``, about how many tokens the prompt has on branches.
         breadth: tokens of a row at which attention costs as much as all else; infinite where it
             looks at no more than it needs.
@@ -164,7 +164,8 @@ def cut_wide(
         return trunks, tree
     best = np.ceil(wide / np.sqrt(length * (length + breadth))).clip(1, prompts.clip(1))
     parts = np.where(cost(best) * 1.5 < cost(np.ones_like(best)), best, 1).astype(np.int64)
-    place = np.arange(len(tree)) - exclusive_cumsum(prompts)[tree]
+    place = np.empty_like(tree)
+    place[np.argsort(tree, kind="stable")] = places(prompts)
     part = exclusive_cumsum(parts)[tree] + place * parts[tree] // prompts[tree]
     return trunks.take(np.repeat(np.arange(len(trunks)), parts)), part
 

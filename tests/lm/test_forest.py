@@ -314,10 +314,10 @@ def test_a_wide_tree_is_cut_into_the_parts_that_cost_least(trees, branch, breadt
     """By trying every number of equal parts: a tree is cut as the best of them, to within the
     rounding of its width, and only where that costs two thirds at most."""
     trunks = Ragged.from_rows([list(range(1, 1 + length)) for length, _ in trees])
-    tree = np.repeat(np.arange(len(trees)), [prompts for _, prompts in trees])
-    wide = np.full(len(tree), branch) + np.random.default_rng(seed).integers(0, 3, len(tree))
+    rng = np.random.default_rng(seed)
+    tree = rng.permutation(np.repeat(np.arange(len(trees)), [prompts for _, prompts in trees]))
+    wide = np.full(len(tree), branch) + rng.integers(0, 3, len(tree))
     cut, part = cut_wide(trunks, tree, wide, breadth)
-    assert (np.diff(part) >= 0).all() and set(np.diff(part)) <= {0, *range(1, 1 + len(cut))}
     for number, (length, prompts) in enumerate(trees):
         mine = part[tree == number]
         parts = len(set(mine.tolist())) or 1
@@ -332,6 +332,7 @@ def test_a_wide_tree_is_cut_into_the_parts_that_cost_least(trees, branch, breadt
         assert cost(parts) <= min(cost(best) * 1.5, cost(1))
         if parts > 1:
             assert cost(parts) * 1.5 < cost(1)
+            assert (np.diff(mine) >= 0).all()  # what follows on the trunk stays together
             assert np.ptp(np.bincount(mine - mine[0])) <= 1  # as many prompts in each, but for one
     for number, row in enumerate(cut):
         (owner,) = {*tree[part == number].tolist()} or {None}
