@@ -14,6 +14,7 @@ from logging import INFO, WARNING, getLogger
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import transformers
@@ -39,6 +40,7 @@ from recbole_sdpo.data.dataset import create_dataset, data_preparation
 from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
+from recbole_sdpo.evaluator.lists import OF_LISTS, is_of_lists
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.files import whole_file
@@ -458,6 +460,8 @@ def _table(result: dict[str, Any]) -> str:
     metrics = [
         name for name in ("hit@1", "ndcg@5", "mrr@10", *OF_ANSWERS) if name in tested
     ] or list(tested)[:3]
+    longest = max(np.atleast_1d(result["settings"]["topk"]))
+    metrics += [name for name in tested if is_of_lists(name) and name.endswith(f"@{longest}")]
     after = {"sft": "SFT", "sdpo": OBJECTIVES[result["settings"].get("objective", "sdpo")].title}
     rows = [("popularity", result["popularity"])]
     for stage, report in result["stages"].items():
@@ -469,16 +473,18 @@ def _table(result: dict[str, Any]) -> str:
         )
     if discount := result["settings"]["popularity_discount"]:
         rows[-1] = (f"{rows[-1][0]}, less {discount:g} x log popularity", rows[-1][1])
-    head = [
-        "test",
-        *(
-            OF_ANSWERS[name].__name__ if name in OF_ANSWERS else name.upper().replace("HIT", "HR")
-            for name in metrics
-        ),
-    ]
     return markdown_table(
-        head, [[label, *(values.get(name, "") for name in metrics)] for label, values in rows]
+        ["test", *map(_column, metrics)],
+        [[label, *(values.get(name, "") for name in metrics)] for label, values in rows],
     )
+
+
+def _column(metric: str) -> str:
+    """A metric, which RecBole writes in lower case, as the head of a column."""
+    name, at, k = metric.partition("@")
+    if kind := (OF_ANSWERS | OF_LISTS).get(name):
+        return f"{kind.__name__}{at}{k}"
+    return metric.upper().replace("HIT", "HR")
 
 
 def _machine(device: torch.device, state: PartialState) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def register() -> None:
     setattr(recbole.trainer, f"{MODEL}Trainer", SDPOTrainer)
     register_metrics()
     metrics_dict["gauc"] = compat.GAUC
+    metrics_dict.update({kind.__name__.lower(): kind for kind in compat.OF_LISTS})
+    compat.hand_out_counts()
     compat.take_values_as_data()
     dataset.install()
     compat.never_unpickle()

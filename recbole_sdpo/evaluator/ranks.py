@@ -9,12 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 import torch
-from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.data.sequences import popularity
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import HIT, OF_ANSWERS, VALID, named
 from recbole_sdpo.evaluator.titles import TitleCollector
@@ -94,16 +92,6 @@ class RankCollector(TitleCollector):
         self.popularity_discount = popularity_discount
         self._by_title = writer is not None
         self._batches: list[pd.DataFrame] = []
-
-    def data_collect(self, train_data: AbstractDataLoader) -> None:
-        """As RecBole's, and remember where popularity is to be counted."""
-        super().data_collect(train_data)
-        self._train = train_data._dataset
-
-    @cached_property
-    def _met(self) -> Tensor:
-        """How many users met each item in training, int64 ``[items]``."""
-        return torch.from_numpy(popularity(self._train))
 
     @cached_property
     def _log_popularity(self) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
+from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.interaction import Interaction
 from recbole.evaluator import Collector
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.sequences import popularity
 
 
 class TitleCollector(Collector):
@@ -23,6 +26,19 @@ class TitleCollector(Collector):
         super().__init__(config)
         self._group = torch.from_numpy(catalogue.group) if catalogue.shared else None
 
+    def data_collect(self, train_data: AbstractDataLoader) -> None:
+        """As RecBole's, but that an item's count in training is that of the users who met it, the
+        same for every kind of model."""
+        super().data_collect(train_data)
+        self._train = train_data._dataset
+        if self.register.need("data.count_items"):
+            self.data_struct.set("data.count_items", dict(enumerate(self._met.tolist()[1:], 1)))
+
+    @cached_property
+    def _met(self) -> Tensor:
+        """How many users met each item in training, int64 ``[items]``."""
+        return torch.from_numpy(popularity(self._train))
+
     def eval_batch_collect(
         self,
         scores_tensor: Tensor,
@@ -30,10 +46,14 @@ class TitleCollector(Collector):
         positive_u: Tensor,
         positive_i: Tensor,
     ) -> Tensor:
-        """As RecBole's; returns the scores by which it has ranked."""
+        """As RecBole's, but that there is no list of items where a user's are a sample; returns the
+        scores by which it has ranked."""
         if self._group is not None and positive_u is not None:
             scores_tensor = without_twins(scores_tensor, positive_u, positive_i, self._group)
         super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
+        # A ranking of the catalogue has one row for a user, and candidates have one each.
+        if "rec.items" in self.data_struct and len(interaction) > len(scores_tensor):
+            del self.data_struct["rec.items"]
         return scores_tensor
 
 

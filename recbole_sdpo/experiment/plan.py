@@ -21,6 +21,7 @@ from recbole_sdpo.config import RunConfig
 from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError, meant
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
+from recbole_sdpo.evaluator.lists import is_of_lists
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.inputs import Inputs
@@ -130,6 +131,9 @@ class Experiment:
             lambda metric: isinstance(metric, str),
         )
         for metric in self.metrics:
+            if is_of_lists(metric):
+                self._check_of_lists(metric)
+                continue
             metric_of_targets(metric, pd.DataFrame({"rank": [1]}))
             if metric.lower() in OF_ANSWERS and not any(
                 entry.model == MODEL for entry in self.runs
@@ -172,6 +176,20 @@ class Experiment:
                     f"baselines name {name!r}, which is no run; it must be one of "
                     f"{', '.join(names)}."
                 )
+
+    def _check_of_lists(self, metric: str) -> None:
+        if not re.fullmatch(r"\w+@[1-9][0-9]*", metric):
+            raise UserError(f"metric {metric!r} must have a cut-off, such as {metric}@10.")
+        if "full" not in self.candidates:
+            raise UserError(
+                f"metric {metric!r} is of the lists that all users get, each from the whole "
+                f"catalogue; candidates={self.candidates} must have full among them."
+            )
+        if metric == self.metrics[0]:
+            raise UserError(
+                f"metrics={self.metrics} must begin with one of a target's rank, such as NDCG@5: "
+                "it is the one that rows are compared by."
+            )
 
     def entries(self) -> list[Entry]:
         """The rows of the table."""
@@ -275,10 +293,15 @@ def _put(settings: Settings, key: str, value: Any) -> Settings:
 
 def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
     settings = _over(experiment.settings, entry.settings)
-    answers = [metric for metric in experiment.metrics if metric.lower() in OF_ANSWERS]
-    if answers and entry.model == MODEL:
+    # A run knows the others' values by its ranks.
+    asked = [
+        metric.partition("@")[0]
+        for metric in experiment.metrics
+        if is_of_lists(metric) or (metric.lower() in OF_ANSWERS and entry.model == MODEL)
+    ]
+    if asked:
         others = settings.get("metrics", default_settings(experiment.dataset)["metrics"])
-        settings["metrics"] = list(dict.fromkeys([*map(str, np.atleast_1d(others)), *answers]))
+        settings["metrics"] = list(dict.fromkeys([*map(str, np.atleast_1d(others)), *asked]))
     settings["eval_args"] = (settings.get("eval_args") or {}) | {"mode": experiment.candidates[0]}
     settings |= {"more_candidates": experiment.candidates[1:], "seed": seed, "show_progress": False}
     settings.setdefault("candidates_seed", experiment.seeds[0])
@@ -327,10 +350,17 @@ def _check_targets(config: RunConfig) -> None:
 
 
 def _check_metrics(experiment: Experiment, settings: Settings) -> None:
-    """With ``full_sort=topk`` only the ranks within the largest of ``topk`` are known."""
+    """Of what all users get, the lists are as long as ``topk`` says; and with ``full_sort=topk``
+    only the ranks within the largest of these are known."""
+    lengths = np.atleast_1d((default_settings(experiment.dataset) | settings)["topk"])
+    for metric in filter(is_of_lists, experiment.metrics):
+        if int(metric.partition("@")[2]) not in lengths:
+            raise UserError(
+                f"metric {metric!r} needs its cut-off in topk, which is {lengths.tolist()}."
+            )
     if settings.get("full_sort") != "topk":
         return
-    known = max(np.atleast_1d((default_settings(experiment.dataset) | settings)["topk"]))
+    known = max(lengths)
     for metric in experiment.metrics:
         if int(metric.partition("@")[2] or 0) > known:
             raise UserError(

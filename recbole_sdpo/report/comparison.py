@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.evaluator.lists import is_of_lists
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.evaluator.significance import Difference, holm, paired_difference
 from recbole_sdpo.result import read_result
@@ -74,6 +75,7 @@ class Row:
     Attributes:
         users: each metric of each user, float64 ``[seeds, users]``; without those of answers for a
             model that writes none.
+        lists: each metric of what all users get, float64 ``[seeds]``.
         user: who they are, ``[users]``, sorted: those whom every seed has.
         differences: for each metric the difference to the best baseline; none for that baseline
             itself.
@@ -88,20 +90,29 @@ class Row:
     axis: tuple[str, str, Any] | None
     seeds: list[int]
     users: dict[str, np.ndarray]
+    lists: dict[str, np.ndarray]
     user: pd.Index
     wall_s: float
     improvement: float = float("nan")
     differences: dict[str, Difference] = field(default_factory=dict)
     p: dict[str, float] = field(default_factory=dict)
 
+    def by_seed(self, metric: str) -> np.ndarray:
+        """Of each seed the mean over users, or what all of them get, float64; empty for a metric
+        that the row has not."""
+        if metric in self.lists:
+            return self.lists[metric]
+        return self.users[metric].mean(1) if metric in self.users else np.empty(0)
+
     def mean(self, metric: str) -> float:
         """Over users and seeds; not a number for a metric that the row has not."""
-        return float(self.users[metric].mean()) if metric in self.users else float("nan")
+        seeds = self.by_seed(metric)
+        return float(seeds.mean()) if len(seeds) else float("nan")
 
     def std(self, metric: str) -> float:
         """Over seeds, of the sample; not a number for a single seed."""
-        over_users = self.users[metric].mean(1) if metric in self.users else np.empty(0)
-        return float(over_users.std(ddof=1)) if len(over_users) > 1 else float("nan")
+        seeds = self.by_seed(metric)
+        return float(seeds.std(ddof=1)) if len(seeds) > 1 else float("nan")
 
     def significant(self, metric: str) -> bool:
         """Does it differ from the best baseline beyond chance?"""
@@ -114,7 +125,7 @@ class Comparison:
 
     Attributes:
         candidates: their evaluation mode.
-        best_baseline: for each metric the name of the baseline with the highest mean.
+        best_baseline: for each metric of users the name of the baseline with the highest mean.
     """
 
     candidates: str
@@ -133,7 +144,8 @@ def compare(
 ) -> Comparison:
     """The table of ``runs`` on ``candidates``, rows tested against each metric's best baseline.
 
-    Tests are over the users whom both rows have. Where no baseline has a result, or none has the
+    Tests are over the users whom both rows have; a metric of what all users get is one number, and
+    has none. Where no baseline has a result, or none has the
     metric, the first row that has stands in for them. A metric that no row has, as where all runs
     that write answers failed, is left out.
 
@@ -141,7 +153,7 @@ def compare(
         UserError: no run has any metric.
     """
     rows = _rows(runs, candidates, metrics, baselines)
-    best = _best_baselines(rows, metrics)
+    best = _best_baselines(rows, [metric for metric in metrics if not is_of_lists(metric)])
     first = next(iter(best))
     for row in rows:
         row.improvement = _improvement(row, best[first], first)
@@ -151,7 +163,8 @@ def compare(
     for (row, metric), p in zip(tested, corrected, strict=True):
         row.p[metric] = float(p)
     names = {metric: row.name for metric, row in best.items()}
-    return Comparison(candidates, list(best), rows, names)
+    shown = [name for name in metrics if any(len(row.by_seed(name)) for row in rows)]
+    return Comparison(candidates, shown, rows, names)
 
 
 def _rows(
@@ -174,6 +187,7 @@ def _rows(
                 axis=seeds[0].axis,
                 seeds=[run.seed for run in seeds],
                 users=users,
+                lists=_of_lists(seeds, candidates, metrics),
                 user=table.index,
                 wall_s=float(np.mean([run.wall_s for run in seeds])),
             )
@@ -186,9 +200,27 @@ def _rows(
 def _by_user(run: FinishedRun, candidates: str, metrics: Sequence[str]) -> pd.DataFrame:
     """A column for each metric that the run has."""
     targets = run.ranks[run.ranks["candidates"] == candidates].set_index("user")
-    columns = {metric: metric_of_targets(metric, targets) for metric in metrics}
+    columns = {
+        metric: metric_of_targets(metric, targets) for metric in metrics if not is_of_lists(metric)
+    }
     columns = {metric: values for metric, values in columns.items() if values is not None}
     return pd.DataFrame(columns, index=targets.index)
+
+
+def _of_lists(
+    runs: Sequence[FinishedRun], candidates: str, metrics: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Each metric of what all users get that every run has."""
+    asked = [metric for metric in metrics if is_of_lists(metric)]
+    tests = [
+        list(run.result["stages"].values())[-1]["candidates"][candidates]["test"]
+        for run in (runs if asked else ())
+    ]
+    return {
+        metric: np.array([test[metric.lower()] for test in tests], float)
+        for metric in asked
+        if all(metric.lower() in test for test in tests)
+    }
 
 
 def _best_baselines(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Row]:

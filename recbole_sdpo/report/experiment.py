@@ -23,6 +23,7 @@ from recbole_sdpo.report import figures
 from recbole_sdpo.report.bands import band_frame, band_table
 from recbole_sdpo.report.comparison import Comparison, FinishedRun
 from recbole_sdpo.report.table import (
+    LISTS_NOTE,
     NOTE,
     comparison_frame,
     comparison_html,
@@ -103,6 +104,8 @@ def write_report(
     pictures = {name: _draw(name, draw, warnings) for name, draw in drawings.items()}
     pictures = {name: picture for name, picture in pictures.items() if picture}
     note = f"{NOTE}; {_sizes(comparisons[0])}. Minutes are of training, SFT included."
+    if any(row.lists for comparison in comparisons for row in comparison.rows):
+        note += f" {LISTS_NOTE}"
     frame = pd.concat([comparison_frame(comparison) for comparison in comparisons])
     modes, metrics = [table.candidates for table in comparisons], comparisons[0].metrics
     by_band = band_frame(runs, modes, metrics)

@@ -53,7 +53,7 @@ def bars(comparison: Comparison) -> Figure:
             color=colours,
         )
         for place, row in enumerate(rows):
-            if metric in row.users:
+            if len(row.by_seed(metric)):
                 axes.text(
                     0, place, f" {row.mean(metric):.3f}", va="center", color="white", fontsize=8
                 )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
+from recbole_sdpo.evaluator.lists import OF_LISTS, is_of_lists
+
 if TYPE_CHECKING:
     from recbole_sdpo.report.comparison import Comparison, Row
 
@@ -18,6 +20,12 @@ NOTE = (
     "correction over the table; for metrics that are 0 or 1 McNemar's test, by sign flips with "
     "several seeds, else a paired t-test; "
     "over users, of these seeds' means, so that what other seeds would give is not in it)"
+)
+
+LISTS_NOTE = (
+    "An arrow says which way is better for a metric of the lists that all users get. It is one "
+    "number, so that no test over users is made, and no value of it is marked: a random ranking "
+    "is best in most of them."
 )
 
 
@@ -53,12 +61,23 @@ class Marks(NamedTuple):
     best: str
     second: str
     percent: str
+    up: str
+    down: str
     escape: Callable[[str], str]
 
 
-MARKDOWN = Marks("±", "*", "**{}**", "<u>{}</u>", "%", markdown_text)
-HTML = Marks("±", "*", "<b>{}</b>", "<u>{}</u>", "%", html.escape)
-LATEX = Marks(r"$\pm$", r"$^{*}$", r"\textbf{{{}}}", r"\underline{{{}}}", r"\%", _latex)
+MARKDOWN = Marks("±", "*", "**{}**", "<u>{}</u>", "%", "↑", "↓", markdown_text)
+HTML = Marks("±", "*", "<b>{}</b>", "<u>{}</u>", "%", "↑", "↓", html.escape)
+LATEX = Marks(
+    r"$\pm$",
+    r"$^{*}$",
+    r"\textbf{{{}}}",
+    r"\underline{{{}}}",
+    r"\%",
+    r"$\uparrow$",
+    r"$\downarrow$",
+    _latex,
+)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -116,7 +135,7 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
     """All numbers of a comparison, a row for each model and metric."""
     lines = []
     for row in comparison.rows:
-        for metric in row.users:
+        for metric in (*row.users, *row.lists):
             difference = row.differences.get(metric)
             lines.append(
                 {
@@ -126,8 +145,8 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
                     "mean": row.mean(metric),
                     "std": row.std(metric),
                     "seeds": len(row.seeds),
-                    "users": row.users[metric].shape[1],
-                    "best_baseline": comparison.best_baseline[metric],
+                    "users": len(row.user),
+                    "best_baseline": comparison.best_baseline.get(metric),
                     "difference": difference and difference.mean,
                     "low": difference and difference.low,
                     "high": difference and difference.high,
@@ -143,13 +162,9 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
 def _cells(comparison: Comparison, marks: Marks) -> list[list[str]]:
     """The head and a line for each row, as the format of ``marks`` writes them."""
     first, metrics = comparison.metrics[0], comparison.metrics
-    head = [
-        comparison.candidates,
-        *metrics,
-        f"{first} vs {comparison.best_baseline[first]}",
-        "minutes",
-    ]
-    lines = [[marks.escape(cell) for cell in head]]
+    versus = f"{first} vs {comparison.best_baseline[first]}"
+    head = map(marks.escape, (comparison.candidates, versus, "minutes"))
+    lines = [[next(head), *(_head(metric, marks) for metric in metrics), *head]]
     for row in comparison.rows:
         better = (
             "" if math.isnan(row.improvement) else f"{100 * row.improvement:+.1f} {marks.percent}"
@@ -159,8 +174,15 @@ def _cells(comparison: Comparison, marks: Marks) -> list[list[str]]:
     return lines
 
 
+def _head(metric: str, marks: Marks) -> str:
+    if not is_of_lists(metric):
+        return marks.escape(metric)
+    lower = OF_LISTS[metric.lower().partition("@")[0]].smaller
+    return f"{marks.escape(metric)} {marks.down if lower else marks.up}"
+
+
 def _cell(comparison: Comparison, row: Row, metric: str, marks: Marks) -> str:
-    if metric not in row.users:
+    if not len(row.by_seed(metric)):
         return ""
     std = row.std(metric)
     text = (
@@ -168,6 +190,8 @@ def _cell(comparison: Comparison, row: Row, metric: str, marks: Marks) -> str:
         + ("" if math.isnan(std) else f" {marks.between} {std:.4f}")
         + marks.star * row.significant(metric)
     )
+    if metric in row.lists:
+        return text
     place = comparison.place(row, metric)
     return (
         marks.best.format(text) if place == 0 else marks.second.format(text) if place == 1 else text

@@ -449,6 +449,32 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(runs, tmp_path, m
     )
 
 
+def test_what_all_users_get_is_one_number_without_a_test_or_a_mark(runs, tmp_path):
+    value = {"weak": 0.9, "rival": 0.1, "ours": 0.2, "same": 0.3}
+    for run in runs:
+        at = {"itemcoverage@5": value[run.name] + 0.01 * run.seed, "giniindex@5": 0.5}
+        run.result["stages"] = {"first": {}, "last": {"candidates": {"uni19": {"test": at}}}}
+    metrics = ["HR@1", "ItemCoverage@5", "GiniIndex@5"]
+    found = compare(runs, "uni19", metrics, ["weak", "rival"])
+    assert found.metrics == metrics and found.best_baseline == {"HR@1": "rival"}
+    rows = {row.name: row for row in found.rows}
+    for name, row in rows.items():
+        assert row.mean("ItemCoverage@5") == pytest.approx(value[name] + 0.015)
+        assert row.std("ItemCoverage@5") == pytest.approx(0.01 / math.sqrt(2))
+        assert set(row.differences) <= {"HR@1"}
+    head, _, *lines = comparison_markdown(found).splitlines()
+    assert "ItemCoverage@5 ↑" in head and "GiniIndex@5 ↓" in head
+    assert all("*" not in cell for line in lines for cell in line.split("|")[3:5])
+    assert r"GiniIndex@5 $\downarrow$" in comparison_latex(found)
+    frame = comparison_frame(found).set_index(["model", "metric"])
+    assert frame.loc[("ours", "GiniIndex@5"), ["test", "p", "best_baseline"]].isna().all()
+    write_report(tmp_path, "lists", [found], runs, [], "made")
+    assert "no test over users is made" in (tmp_path / "table.md").read_text()
+    for run in runs:  # nor is there a column where the candidates are a sample
+        run.result["stages"]["last"]["candidates"]["uni19"]["test"] = {"hit@1": 0.5}
+    assert compare(runs, "uni19", metrics, ["weak"]).metrics == ["HR@1"]
+
+
 def test_bands_are_by_the_users_who_met_the_target():
     """Against a loop over targets."""
     runs = [finished(name, seed, 0.4) for name in ("mine", "other") for seed in (1, 2)]
