@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.interaction import Interaction
@@ -12,7 +13,7 @@ from recbole.evaluator import Collector
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.data.sequences import popularity
+from recbole_sdpo.data.sequences import met_items
 
 
 class TitleCollector(Collector):
@@ -35,9 +36,19 @@ class TitleCollector(Collector):
             self.data_struct.set("data.count_items", dict(enumerate(self._met.tolist()[1:], 1)))
 
     @cached_property
+    def _counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many items each user met in training, int64 ``[users]``, and how many users each
+        item, ``[items]``."""
+        user, item = met_items(self._train)
+        return (
+            np.bincount(user, minlength=self._train.user_num),
+            np.bincount(item, minlength=self._train.item_num),
+        )
+
+    @property
     def _met(self) -> Tensor:
         """How many users met each item in training, int64 ``[items]``."""
-        return torch.from_numpy(popularity(self._train))
+        return torch.from_numpy(self._counts[1])
 
     def eval_batch_collect(
         self,

@@ -26,6 +26,7 @@ from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.registry import default_settings
+from recbole_sdpo.report.groups import GROUPINGS
 from recbole_sdpo.settings import LEAVE_ONE_OUT, MODE, MODEL, PARTS, Role, having, merged_parts
 from recbole_sdpo.values import check_values, read_yaml, shown
 
@@ -75,6 +76,7 @@ class Experiment:
         metrics: columns of the table; the first is the one that improvement is given in.
         baselines: names of the rows to compare with; by default those of other models than
             SDPO-LLM, or else the first row.
+        groups: ways to group targets, in each of which the first metric is shown.
         settings: of all runs.
         tries: how many settings ``--tune`` tries for each entry.
     """
@@ -86,6 +88,7 @@ class Experiment:
     candidates: list[str] = field(default_factory=lambda: ["uni19"])
     metrics: list[str] = field(default_factory=lambda: ["HR@1", "NDCG@5", "MRR@10"])
     baselines: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=lambda: ["met"])
     settings: Settings = field(default_factory=dict)
     tries: int = 4
 
@@ -142,6 +145,9 @@ class Experiment:
                     f"metric {metric!r} needs a run of {MODEL}, which alone writes answers; leave "
                     "it out."
                 )
+        if self.groups:
+            known = f"names of {', '.join(GROUPINGS)}"
+            _check_list(self.groups, "groups", known, lambda name: name in list(GROUPINGS))
         if self.tries < 1:
             raise UserError(f"tries={self.tries} must be 1 or more.")
         for where, settings in [

@@ -85,7 +85,9 @@ def _report(
         compare(finished, mode, experiment.metrics, experiment.baseline_names())
         for mode in experiment.candidates
     ]
-    warnings = write_report(output, experiment.title, comparisons, finished, warnings, origin)
+    warnings = write_report(
+        output, experiment.title, comparisons, finished, warnings, origin, experiment.groups
+    )
     tables = [comparison_markdown(comparison) + "\n" for comparison in comparisons]
     print("", *tables, f"report: {output / 'report.html'}", sep="\n")
     return warnings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,48 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
     return figure
 
 
+def in_groups(panels: Mapping[str, pd.DataFrame], label: str) -> Figure:
+    """A panel for each grouping, by its heading: a metric in each group, with its 95 % interval,
+    for each row.
+
+    Args:
+        panels: parts of a :func:`~recbole_sdpo.report.groups.group_frame`, of one metric.
+        label: what is drawn.
+    """
+    names = list(dict.fromkeys(name for part in panels.values() for name in part["model"]))
+    size = (3.6 * len(panels) + 1.2, 3.2 + LEGEND_LINE * 2 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, (heading, part) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()
+    ):
+        _cycle(axes)
+        groups = part["group"].unique().tolist()
+        sizes = part.groupby("group")["targets"].max()
+        for number, name in enumerate(names):
+            row = part[part["model"] == name].set_index("group").reindex(groups)
+            shift = 0.6 * ((number + 0.5) / len(names) - 0.5)  # side by side
+            axes.errorbar(
+                np.arange(len(groups)) + shift,
+                row["mean"],
+                yerr=row["high"] - row["mean"],
+                marker="o",
+                markersize=4,
+                linewidth=0,
+                elinewidth=1.2,
+                label="row",
+            )
+        axes.set_xticks(
+            range(len(groups)), [f"{group}\n{sizes[group]:,}" for group in groups], fontsize=8
+        )
+        axes.set_title(heading, fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3, axis="y")
+    figure.axes[0].set_ylabel(label)
+    figure.supxlabel("group, and its number of targets", fontsize=9)
+    _legend(figure, figure.axes[0], names, loc="outside lower center", ncols=2)
+    return figure
+
+
 def _line(axes: Axes, rows: dict[int, Row], metric: str) -> None:
     """A point for each of ``rows``, at its place."""
     spread = [row.std(metric) for row in rows.values()]
@@ -155,8 +197,7 @@ def hardest_weight(runs: Sequence[FinishedRun]) -> Figure:
 
 
 def _curve(axes, runs: Sequence[FinishedRun], column: str, label: str) -> None:
-    # There are ten colours.
-    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])
+    _cycle(axes)
     for run in runs:
         steps = alignment_steps(run)
         smooth = steps[column].rolling(max(1, int(SMOOTHED * len(steps))), min_periods=1).mean()
@@ -166,6 +207,11 @@ def _curve(axes, runs: Sequence[FinishedRun], column: str, label: str) -> None:
     # 200k; all digits would run into each other.
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
+
+
+def _cycle(axes: Axes) -> None:
+    """There are ten colours."""
+    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])
 
 
 def alignment_steps(run: FinishedRun) -> pd.DataFrame:
