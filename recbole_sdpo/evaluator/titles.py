@@ -13,7 +13,9 @@ from recbole.evaluator import Collector
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.categories import categories
 from recbole_sdpo.data.sequences import met_items
+from recbole_sdpo.evaluator.lists import GROUPS, popularity_groups
 
 
 class TitleCollector(Collector):
@@ -34,6 +36,14 @@ class TitleCollector(Collector):
         self._train = train_data._dataset
         if self.register.need("data.count_items"):
             self.data_struct.set("data.count_items", dict(enumerate(self._met.tolist()[1:], 1)))
+        if self.register.need(GROUPS):
+            field = self.config["fairness_groups"]
+            groups = (
+                popularity_groups(self._counts[1])
+                if field in (None, "popularity")
+                else categories(self._train, field)
+            )
+            self.data_struct.set(GROUPS, groups)
 
     @cached_property
     def _counts(self) -> tuple[np.ndarray, np.ndarray]:

@@ -94,7 +94,7 @@ def group_frame(
     """Metrics in groups, a row for each candidate set, grouping, metric, model and group.
 
     Columns are :data:`COLUMNS`: ``targets`` (one to a user), ``mean`` over them and seeds, ``low``
-    and ``high`` (its 95 % interval by Student's t over targets), ``best_baseline`` (over all targets),
+    and ``high`` (its 95 % interval by Student's t), ``best_baseline`` (over all targets),
     ``difference`` to it with ``difference_low`` and ``difference_high``, ``test``, ``p``, and
     ``p_holm``, Holm-corrected over the table of one candidate set and grouping.
     Groups without targets are left out, and so are groupings that no run's ``ranks.csv`` knows.

@@ -1,6 +1,7 @@
 """What all users get, against the published definitions, item by item."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,19 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recbole.evaluator.collector import DataStruct
 from recbole.evaluator.register import metrics_dict
+from recbole.quick_start import run_recbole
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data.dataset import create_dataset
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.evaluator.lists import OF_LISTS
+from recbole_sdpo.evaluator.lists import MGU, OF_LISTS, popularity_groups
 from recbole_sdpo.evaluator.ranks import RankCollector
 
-ALL = ["ItemCoverage", "AveragePopularity", "GiniIndex", "ShannonEntropy", "TailPercentage"]
+RECBOLES = ["ItemCoverage", "AveragePopularity", "GiniIndex", "ShannonEntropy", "TailPercentage"]
+ALL = [*RECBOLES, "MGU", "DGU", "ORRatio"]
 
 
-def slowly(lists: list[list[int]], counts: dict[int, int], tail: float) -> dict[str, float]:
-    """Each metric by its formula, from the lists of all users and how often an item of the
-    catalogue was met."""
+def slowly(
+    lists: list[list[int]], counts: dict[int, int], tail: float, genres: dict[int, set[str]]
+) -> dict[str, float]:
+    """Each metric by its formula, from the lists of all users, how often an item of the catalogue
+    was met, and what it is."""
     shown = [item for row in lists for item in row]
     times = sorted(shown.count(item) for item in counts)
     rarest = sorted(counts, key=lambda item: (counts[item], item))
@@ -32,19 +38,24 @@ def slowly(lists: list[list[int]], counts: dict[int, int], tail: float) -> dict[
     )
     # twice the area between the Lorenz curve and the diagonal, as a mean over pairs
     pairs = sum(abs(a - b) for a in times for b in times)
+    unfairness = []
+    for genre in set().union(*genres.values()):
+        part = {item: (genre in of) / len(of) for item, of in genres.items() if of}
+        gp = sum(part.get(item, 0) for item in shown)
+        gp /= sum(bool(genres[item]) for item in shown) or 1
+        gh = sum(part.get(item, 0) * counts[item] for item in counts)
+        gh /= sum(bool(genres[item]) * counts[item] for item in counts) or 1
+        unfairness.append(gp - gh)
     return {
         "itemcoverage": len(set(shown)) / len(counts),
-        "averagepopularity": sum(
-            sum(counts[item] for item in row) / len(row) for row in lists
-        ) / len(lists),
+        "averagepopularity": np.mean([np.mean([counts[item] for item in row]) for row in lists]),
         "giniindex": pairs / (2 * len(times) ** 2 * (sum(times) / len(times))),
-        "shannonentropy": -sum(
-            p * math.log(p) for p in (n / len(shown) for n in times if n)
-        ),
-        "tailpercentage": sum(
-            sum(item in in_tail for item in row) / len(row) for row in lists
-        ) / len(lists),
-    }  # fmt: skip
+        "shannonentropy": -sum(p * math.log(p) for p in (n / len(shown) for n in times if n)),
+        "tailpercentage": np.mean([np.mean([item in in_tail for item in row]) for row in lists]),
+        "mgu": np.mean(np.abs(unfairness)),
+        "dgu": max(unfairness) - min(unfairness),
+        "orratio": sum(times[-3:]) / len(shown),
+    }
 
 
 @given(st.data())
@@ -58,8 +69,13 @@ def test_metrics_are_as_they_were_published(data):
     struct.set("rec.items", torch.tensor(lists))
     struct.set("data.num_items", items + 1)  # with RecBole's padding
     struct.set("data.count_items", counts)
+    some = st.sets(st.sampled_from("abc"))
+    genres = {item: data.draw(some) for item in counts} | {1: {"a"}}
+    weights = [[0.0] * 3] + [[(g in of) / max(len(of), 1) for g in "abc"] for of in genres.values()]
+    here = [place for place, g in enumerate("abc") if any(g in of for of in genres.values())]
+    struct.set("data.groups", np.array(weights)[:, here])
     config = {"topk": [k], "metric_decimal_place": 9, "tail_ratio": tail}
-    expected = slowly(lists, counts, tail)
+    expected = slowly(lists, counts, tail, genres)
     for name in map(str.lower, ALL):
         assert metrics_dict[name] is OF_LISTS[name]
         found = metrics_dict[name](config).calculate_metric(struct)
@@ -92,8 +108,9 @@ def test_every_model_is_judged_on_the_whole_catalogue_and_there_alone(ring, mode
     assert full.shape == (72, 25)
     # the ring: 24 items in 72 users' twelve events, of which the last two are held out
     counts = dict.fromkeys(range(1, 25), 30)
+    fifths = {item: {str((item - 1) * 5 // 24)} for item in counts}
     for k in (1, 3):
-        expected = slowly(full.topk(k).indices.tolist(), counts, 0.1)
+        expected = slowly(full.topk(k).indices.tolist(), counts, 0.1, fifths)
         for name, value in expected.items():
             found = tests["full"]["test"][f"{name}@{k}"]
             assert found == pytest.approx(value, abs=6e-5), (name, k)
@@ -116,3 +133,45 @@ def test_what_a_sample_of_items_cannot_say_is_refused(ring, settings, message):
     with pytest.raises(UserError, match=message):
         RunConfig("BPR", "toy", config_dict=ring | full | settings)
     assert RunConfig("BPR", "toy", config_dict=ring | full)["metrics"] == full["metrics"]
+
+
+def test_groups_may_be_a_column_of_the_items(rated, monkeypatch):
+    """The class of the nth item is 1 + n % 5; one row has two."""
+    file = Path(rated["data_path"]) / "toy" / "toy.item"
+    text = file.read_text().replace("class:token", "class:token_seq")
+    file.write_text(text.replace("red cube\t1", "red cube\t1 2"))
+    lists = []
+    of = MGU.of
+    monkeypatch.setattr(MGU, "of", lambda self, *a: lists.append(a[0]) or of(self, *a))
+    settings = {"eval_args": {"mode": "full"}, "metrics": ["NDCG", "MGU", "DGU"], "topk": [5]}
+    settings |= {"epochs": 1, "eval_step": 0, "fairness_groups": "class"}
+    test = quick_start.run("GRU4Rec", "toy", config_dict=rated | settings)["test_result"]
+    dataset = create_dataset(RunConfig("GRU4Rec", "toy", config_dict=rated | settings))
+    number = [0, *(int(token[1:]) for token in dataset.field2id_token["item_id"][1:])]
+    genres = {n: {str(1 + (n - 1) % 5)} for n in range(1, 25)} | {1: {"1", "2"}}
+    shown = [[number[item] for item in row] for row in lists[0]]
+    expected = slowly(shown, dict.fromkeys(range(1, 25), 30), 0.1, genres)
+    assert test["mgu@5"] == pytest.approx(expected["mgu"], abs=6e-5)
+    assert test["dgu@5"] == pytest.approx(expected["dgu"], abs=6e-5)
+
+
+def test_a_column_that_is_not_there_is_named_before_training(rated):
+    settings = {"eval_args": {"mode": "full"}, "metrics": ["NDCG", "MGU"], "epochs": 10**6}
+    with pytest.raises(UserError, match="fairness_groups='genre' must be popularity.*: .*class"):
+        quick_start.run("BPR", "toy", config_dict=rated | settings | {"fairness_groups": "genre"})
+
+
+def test_recboles_own_trainers_have_no_groups(ring):
+    settings = {"eval_args": {"mode": "full"}, "metrics": ["NDCG", "MGU"], "epochs": 1}
+    with pytest.raises(UserError, match="MGU needs groups of items.*quick_start.run"):
+        run_recbole(model="BPR", dataset="toy", config_dict=ring | settings)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30))
+def test_fifths_hold_as_many_items(met):
+    groups = popularity_groups(np.array([99, *met]))
+    assert not groups[0].any() and (groups[1:].sum(1) == 1).all()
+    sizes = groups.sum(0)
+    assert sizes.max() - sizes.min() <= 1
+    of = groups[1:].argmax(1)
+    assert all(of[a] <= of[b] for a in range(len(met)) for b in range(len(met)) if met[a] < met[b])
