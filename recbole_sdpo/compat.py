@@ -12,6 +12,7 @@ import os
 import pickle
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,6 +125,15 @@ def trainer_class(config: Config) -> type[Trainer]:
     base: Any = get_trainer(config["MODEL_TYPE"], config["model"])
 
     class WeightsOnly(base):
+        train_s = 0.0
+        """Seconds of its epochs, without validation."""
+
+        def _train_epoch(self, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            loss = super()._train_epoch(*args, **kwargs)
+            self.train_s += time.perf_counter() - began
+            return loss
+
         def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
             self._save_weights(Path(self.saved_model_file))
 

@@ -40,6 +40,7 @@ from recbole_sdpo.data.dataset import create_dataset, data_preparation
 from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
+from recbole_sdpo.evaluator.cost import top_time
 from recbole_sdpo.evaluator.lists import OF_LISTS, is_of_lists
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
@@ -208,6 +209,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
         "popularity": popularity_result(config, train_data, test_data, catalogue),
         "candidates_sha256": sha256,
         "training_targets": targets,
+        "top10": _top_time(trainer, loaders, state),
         "peak_memory_gib": _peak_memory_gib(),
         "machine": _machine(trainer.device, state),
         "versions": package_versions(),
@@ -230,6 +232,13 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
             f"{set_color('result', 'yellow')}: {run_dir / RESULT_FILE}\n\n{_table(result)}\n"
         )
     return result
+
+
+def _top_time(trainer: Trainer, loaders: Loaders, state: PartialState) -> dict[str, Any] | None:
+    """Where the whole catalogue has been ranked already, by one process."""
+    if "full" not in loaders or state.num_processes > 1:
+        return None
+    return top_time(trainer, loaders["full"][1])
 
 
 def _process_settings() -> dict[str, Any]:
@@ -354,6 +363,7 @@ def _fit(
         "wall_s": wall,
         "targets": targets,
         "tokens": 0,
+        "train_s": trainer.train_s,
         "candidates": tests,
     }
     return {"fit": fit}, ranks

@@ -77,6 +77,7 @@ class Experiment:
         baselines: names of the rows to compare with; by default those of other models than
             SDPO-LLM, or else the first row.
         groups: ways to group targets, in each of which the first metric is shown.
+        cost: does the table show what a run costs?
         settings: of all runs.
         tries: how many settings ``--tune`` tries for each entry.
     """
@@ -89,6 +90,7 @@ class Experiment:
     metrics: list[str] = field(default_factory=lambda: ["HR@1", "NDCG@5", "MRR@10"])
     baselines: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=lambda: ["met"])
+    cost: bool = False
     settings: Settings = field(default_factory=dict)
     tries: int = 4
 
@@ -427,10 +429,16 @@ def _check_keys(
     for key, value in given.items():
         if key not in known:
             raise UserError(f"{where} has an unknown key {shown(key)}; {meant(key, known)}")
-        kinds = {"str": str, "int": int, "Settings": dict}
+        kinds = {"str": str, "int": int, "bool": bool, "Settings": dict}
         wanted = kinds.get(known[key], dict if known[key].startswith("dict") else list)
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            words = {str: "text", int: "a whole number", dict: "a mapping", list: "a list"}
+        if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
+            words = {
+                str: "text",
+                int: "a whole number",
+                bool: "true or false",
+                dict: "a mapping",
+                list: "a list",
+            }
             raise UserError(f"{where}: {key}={shown(value)} must be {words[wanted]}.")
     for key in sorted(needed - set(given)):
         raise UserError(f"{where} lacks the key {key!r}.")

@@ -82,7 +82,7 @@ def _report(
     """Write and print the tables; returns all warnings."""
     warnings = unfair(finished, experiment.candidates) + warnings
     comparisons = [
-        compare(finished, mode, experiment.metrics, experiment.baseline_names())
+        compare(finished, mode, experiment.metrics, experiment.baseline_names(), experiment.cost)
         for mode in experiment.candidates
     ]
     warnings = write_report(

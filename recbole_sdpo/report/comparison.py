@@ -32,6 +32,7 @@ class FinishedRun:
             named.
         steps: ``steps.csv``, or no rows for models without.
         wall_s: seconds of training and validation, those of the SFT that it began from included.
+        cost: of :data:`COST`, not a number where a run does not say it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class FinishedRun:
     ranks: pd.DataFrame
     steps: pd.DataFrame
     wall_s: float
+    cost: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -65,7 +67,29 @@ class FinishedRun:
         wall_s = sum(
             stage["wall_s"] for part in (result, *before) for stage in part["stages"].values()
         )
-        return cls(name, axis, seed, result, ranks, steps, wall_s)
+        return cls(name, axis, seed, result, ranks, steps, wall_s, _cost([result, *before]))
+
+
+COST = {
+    "targets_per_s": ("targets/s", ".0f"),
+    "peak_memory_gib": ("GiB", ".1f"),
+    "top10_ms": ("top 10, ms", ".1f"),
+}
+"""What a run costs besides minutes: training targets a second, its epochs alone; the largest memory
+of the process; the time for one user's ten best items. The head of a column, and how a number is
+written."""
+
+
+def _cost(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of a run and those that it began from, itself the first."""
+    stages = [stage for result in results for stage in result["stages"].values()]
+    train_s = sum(stage.get("train_s", float("nan")) for stage in stages)
+    targets = sum(stage["targets"] for stage in stages)
+    return {
+        "targets_per_s": targets / train_s if train_s else float("nan"),
+        "peak_memory_gib": max(result["peak_memory_gib"] for result in results),
+        "top10_ms": (results[0].get("top10") or {}).get("ms", float("nan")),
+    }
 
 
 @dataclass
@@ -81,6 +105,7 @@ class Row:
             itself.
         p: their p-values, Holm-corrected over the table.
         wall_s: mean seconds of training.
+        cost: of :data:`COST`, means over seeds.
         improvement: of the first metric over the best baseline, as a share; not a number for that
             one itself.
     """
@@ -93,6 +118,7 @@ class Row:
     lists: dict[str, np.ndarray]
     user: pd.Index
     wall_s: float
+    cost: dict[str, float]
     improvement: float = float("nan")
     differences: dict[str, Difference] = field(default_factory=dict)
     p: dict[str, float] = field(default_factory=dict)
@@ -126,12 +152,14 @@ class Comparison:
     Attributes:
         candidates: their evaluation mode.
         best_baseline: for each metric of users the name of the baseline with the highest mean.
+        costs: does the table show :data:`COST`?
     """
 
     candidates: str
     metrics: list[str]
     rows: list[Row]
     best_baseline: dict[str, str]
+    costs: bool = False
 
     def place(self, row: Row, metric: str) -> int:
         """How many of the means are better than the row's; rows that are alike share a place."""
@@ -140,7 +168,11 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[FinishedRun], candidates: str, metrics: Sequence[str], baselines: Sequence[str]
+    runs: Sequence[FinishedRun],
+    candidates: str,
+    metrics: Sequence[str],
+    baselines: Sequence[str],
+    costs: bool = False,
 ) -> Comparison:
     """The table of ``runs`` on ``candidates``, rows tested against each metric's best baseline.
 
@@ -164,7 +196,7 @@ def compare(
         row.p[metric] = float(p)
     names = {metric: row.name for metric, row in best.items()}
     shown = [name for name in metrics if any(len(row.by_seed(name)) for row in rows)]
-    return Comparison(candidates, shown, rows, names)
+    return Comparison(candidates, shown, rows, names, costs)
 
 
 def _rows(
@@ -190,6 +222,10 @@ def _rows(
                 lists=_of_lists(seeds, candidates, metrics),
                 user=table.index,
                 wall_s=float(np.mean([run.wall_s for run in seeds])),
+                cost={
+                    key: float(np.mean([run.cost.get(key, float("nan")) for run in seeds]))
+                    for key in COST
+                },
             )
         )
     if not any(row.baseline for row in rows):

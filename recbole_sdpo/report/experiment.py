@@ -23,6 +23,7 @@ from recbole_sdpo.report import figures
 from recbole_sdpo.report.comparison import Comparison, FinishedRun
 from recbole_sdpo.report.groups import GROUPINGS, group_frame, group_part, group_table
 from recbole_sdpo.report.table import (
+    COST_NOTE,
     LISTS_NOTE,
     NOTE,
     comparison_frame,
@@ -41,6 +42,7 @@ RESULT_KEYS = (
     "stages",
     "candidates_sha256",
     "training_targets",
+    "top10",
     "peak_memory_gib",
     "machine",
     "versions",
@@ -117,6 +119,8 @@ def write_report(
     note = f"{NOTE}; {_sizes(comparisons[0])}. Minutes are of training, SFT included."
     if any(row.lists for comparison in comparisons for row in comparison.rows):
         note += f" {LISTS_NOTE}"
+    if comparisons[0].costs:
+        note += f" {COST_NOTE}"
     frame = pd.concat([comparison_frame(comparison) for comparison in comparisons])
     sections = [
         (GROUPINGS[name].heading, tables)
@@ -262,7 +266,7 @@ def _draw(name: str, draw: Callable[[], Figure], warnings: list[str]) -> Picture
 
 
 def _line(run: FinishedRun) -> dict:
-    result = {key: run.result[key] for key in RESULT_KEYS}
+    result = {key: run.result.get(key) for key in RESULT_KEYS}
     return {"name": run.name, "train_s": run.wall_s, **result}
 
 

@@ -24,6 +24,9 @@ POINTS = 300
 LEGEND_LINE = 0.08
 """Inches that a legend below a figure takes for each run, two of which stand in a line."""
 
+PANELS_ACROSS = 4
+"""Panels beside each other; more go below them."""
+
 LONGEST = 60
 """Letters of a name that a figure shows."""
 
@@ -38,12 +41,14 @@ CURVES = {
 def bars(comparison: Comparison) -> Figure:
     """A panel for each metric, a bar for each row; whiskers: the standard deviation over seeds."""
     metrics, rows = comparison.metrics, comparison.rows
-    figure = Figure(
-        figsize=(3.6 * len(metrics) + 1.6, 1.2 + 0.32 * len(rows)), layout="constrained"
-    )
-    for axes, metric in zip(
-        figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics
-    ):
+    across = min(len(metrics), PANELS_ACROSS)
+    lines = -(-len(metrics) // across)
+    size = (3.6 * across + 1.6, 0.4 + lines * (0.8 + 0.32 * len(rows)))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, across, sharey=True, squeeze=False).ravel()
+    for spare in panels[len(metrics) :]:
+        spare.remove()
+    for axes, metric in zip(panels, metrics):
         spread = [row.std(metric) for row in rows]
         colours = ["tab:gray" if row.baseline else "tab:blue" for row in rows]
         axes.barh(
@@ -130,10 +135,10 @@ def in_groups(panels: Mapping[str, pd.DataFrame], label: str) -> Figure:
             range(len(groups)), [f"{group}\n{sizes[group]:,}" for group in groups], fontsize=8
         )
         axes.set_title(heading, fontsize=9)
-        axes.set_ylim(bottom=0)
+        axes.set_xlabel("group, and its targets", fontsize=8)
         axes.grid(alpha=0.3, axis="y")
     figure.axes[0].set_ylabel(label)
-    figure.supxlabel("group, and its number of targets", fontsize=9)
+    figure.axes[0].set_ylim(bottom=0)  # of all panels, with all that is drawn
     _legend(figure, figure.axes[0], names, loc="outside lower center", ncols=2)
     return figure
 

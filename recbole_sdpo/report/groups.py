@@ -176,8 +176,9 @@ def _values(row: Row, metric: str, users: pd.Index) -> np.ndarray:
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
-    """Of the mean of ``values``, at 95 %; not a number for fewer than two."""
-    if len(values) < 2:
+    """Of the mean of ``values``, at 95 %; not a number where they do not differ, for their spread
+    is not known then."""
+    if len(np.unique(values)) < 2:
         return float("nan"), float("nan")
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return float(values.mean() - half), float(values.mean() + half)

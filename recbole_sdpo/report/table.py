@@ -6,14 +6,12 @@ import html
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
 from recbole_sdpo.evaluator.lists import OF_LISTS, is_of_lists
-
-if TYPE_CHECKING:
-    from recbole_sdpo.report.comparison import Comparison, Row
+from recbole_sdpo.report.comparison import COST, Comparison, Row
 
 NOTE = (
     "Best in bold, second best underlined; * differs from the best baseline (p < 0.05 after Holm's "
@@ -26,6 +24,12 @@ LISTS_NOTE = (
     "An arrow says which way is better for a metric of the lists that all users get. It is one "
     "number, so that no test over users is made, and no value of it is marked: a random ranking "
     "is best in most of them."
+)
+
+COST_NOTE = (
+    "Targets/s are of training epochs alone. GiB is the most that the process took: of the GPU "
+    "where there is one, else of memory. Top 10 is one user's ten best of the catalogue, the "
+    "median over up to 32 users one at a time."
 )
 
 
@@ -117,8 +121,9 @@ def html_table(cells: Sequence[Sequence[str]]) -> str:
 
 def comparison_latex(comparison: Comparison) -> str:
     """The table of a comparison for LaTeX with the package booktabs."""
-    head, *rows = (" & ".join(cells) + r" \\" for cells in _cells(comparison, LATEX))
-    columns = "l" + "r" * (len(comparison.metrics) + 2)
+    cells = _cells(comparison, LATEX)
+    head, *rows = (" & ".join(line) + r" \\" for line in cells)
+    columns = "l" + "r" * (len(cells[0]) - 1)
     body = [
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
@@ -154,6 +159,7 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
                     "p": difference and difference.p,
                     "p_holm": row.p.get(metric),
                     "train_s": row.wall_s,
+                    **row.cost,
                 }
             )
     return pd.DataFrame(lines)
@@ -163,15 +169,28 @@ def _cells(comparison: Comparison, marks: Marks) -> list[list[str]]:
     """The head and a line for each row, as the format of ``marks`` writes them."""
     first, metrics = comparison.metrics[0], comparison.metrics
     versus = f"{first} vs {comparison.best_baseline[first]}"
-    head = map(marks.escape, (comparison.candidates, versus, "minutes"))
-    lines = [[next(head), *(_head(metric, marks) for metric in metrics), *head]]
+    costs = COST if comparison.costs else {}
+    last = (versus, "minutes", *(title for title, _ in costs.values()))
+    lines = [
+        [
+            marks.escape(comparison.candidates),
+            *(_head(metric, marks) for metric in metrics),
+            *map(marks.escape, last),
+        ]
+    ]
     for row in comparison.rows:
         better = (
             "" if math.isnan(row.improvement) else f"{100 * row.improvement:+.1f} {marks.percent}"
         )
         numbers = (_cell(comparison, row, metric, marks) for metric in metrics)
-        lines.append([marks.escape(row.name), *numbers, better, f"{row.wall_s / 60:.1f}"])
+        spent = (_number(row.cost[key], kind) for key, (_, kind) in costs.items())
+        minutes = f"{row.wall_s / 60:.1f}"
+        lines.append([marks.escape(row.name), *numbers, better, minutes, *spent])
     return lines
+
+
+def _number(value: float, kind: str) -> str:
+    return "" if math.isnan(value) else format(value, kind)
 
 
 def _head(metric: str, marks: Marks) -> str:

@@ -320,6 +320,8 @@ def test_every_model_gets_as_many_tries(write):
             {"runs": [{"name": "a", "model": "GRU5Rec"}]},
             "run 'a': model='GRU5Rec' must be SDPO-LLM or a",
         ),
+        ({"cost": 1}, "cost=1 must be true or false"),
+        ({"cost": "yes"}, "cost='yes' must be true or false"),
         ({"groups": ["age"]}, r"groups=\['age'\] must be a list of .*met, popularity, history"),
         ({"groups": ["met", "met"]}, "must be a list of different names of met"),
         ({"tries": 0}, "tries=0 must be 1 or more"),

@@ -27,6 +27,7 @@ from recbole_sdpo.report.table import (
     markdown_table,
     markdown_text,
 )
+from recbole_sdpo.result import write_result
 
 USERS = 200
 METRICS = ["HR@1", "NDCG@5"]
@@ -447,6 +448,41 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(runs, tmp_path, m
         len(written) == 4
         and {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     )
+
+
+def test_what_a_run_costs_is_shown_on_request(runs):
+    for run in runs:
+        run.cost = {"targets_per_s": 100.0 * run.seed, "peak_memory_gib": 1.5, "top10_ms": math.nan}
+    found = compare(runs, "uni19", METRICS, ["weak"], costs=True)
+    head, _, line, *_ = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in comparison_markdown(found).splitlines()
+    )
+    assert head[-4:] == ["minutes", "targets/s", "GiB", "top 10, ms"]
+    assert line[-4:] == ["1.0", "150", "1.5", ""]
+    assert comparison_latex(found).startswith(r"\begin{tabular}{l" + "r" * 7 + "}")
+    assert comparison_frame(found)["targets_per_s"].unique().tolist() == [150.0]
+    found = compare(runs, "uni19", METRICS, ["weak"])
+    assert "GiB" not in comparison_markdown(found) and "GiB" not in comparison_latex(found)
+
+
+def test_the_cost_of_a_run_holds_that_of_its_sft(tmp_path):
+    def write(folder, targets, train_s, peak, top10):
+        folder.mkdir()
+        stages = {"fit": {"targets": targets, "train_s": train_s, "wall_s": 60.0}}
+        ranks = pd.DataFrame({"user": ["u"], "stage": "fit", "rank": 1, "candidates": "full"})
+        ranks.to_csv(folder / "ranks.csv", index=False)
+        about = {"stages": stages, "peak_memory_gib": peak, "top10": top10}
+        write_result(folder, about, ["ranks.csv"])
+
+    write(tmp_path / "sft", 300, 2.0, 5.0, {"ms": 9.0, "users": 32})
+    write(tmp_path / "sdpo", 100, 6.0, 4.0, {"ms": 7.0, "users": 32})
+    run = FinishedRun.read(tmp_path / "sdpo", tmp_path / "sft", "a", None, 1)
+    assert run.cost == {"targets_per_s": 50.0, "peak_memory_gib": 5.0, "top10_ms": 7.0}
+    assert run.wall_s == 120
+    write(tmp_path / "old", 100, 0.0, 4.0, None)
+    cost = FinishedRun.read(tmp_path / "old", None, "a", None, 1).cost
+    assert math.isnan(cost["targets_per_s"]) and math.isnan(cost["top10_ms"])
 
 
 def test_what_all_users_get_is_one_number_without_a_test_or_a_mark(runs, tmp_path):
