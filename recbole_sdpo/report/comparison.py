@@ -71,7 +71,7 @@ class FinishedRun:
 
 
 COST = {
-    "targets_per_s": ("targets/s", ".0f"),
+    "targets_per_s": ("targets/s", ",.0f"),
     "peak_memory_gib": ("GiB", ".1f"),
     "top10_ms": ("top 10, ms", ".1f"),
 }

@@ -24,6 +24,9 @@ POINTS = 300
 LEGEND_LINE = 0.08
 """Inches that a legend below a figure takes for each run, two of which stand in a line."""
 
+SHORT = 0.2
+"""Share of a panel that a bar must fill to hold its number."""
+
 PANELS_ACROSS = 4
 """Panels beside each other; more go below them."""
 
@@ -57,11 +60,13 @@ def bars(comparison: Comparison) -> Figure:
             xerr=None if np.isnan(spread).all() else spread,
             color=colours,
         )
+        longest = axes.get_xlim()[1]
         for place, row in enumerate(rows):
             if len(row.by_seed(metric)):
-                axes.text(
-                    0, place, f" {row.mean(metric):.3f}", va="center", color="white", fontsize=8
-                )
+                mean = row.mean(metric)
+                # Where the bar is too short for its number, the number is behind it.
+                x, color = (0, "white") if mean > SHORT * longest else (mean, "black")
+                axes.text(x, place, f" {mean:.3f}", va="center", color=color, fontsize=8)
         axes.set_yticks(range(len(rows)), [_short(row.name) for row in rows])
         axes.set_xlabel(metric)
         axes.spines[["top", "right"]].set_visible(False)
