@@ -591,6 +591,10 @@ def test_a_group_is_shown_with_its_interval_and_star(grouped):
         assert cell == f"{row.mean:.4f} ± {row.high - row.mean:.4f}{star}"
     assert any(cell.endswith("*") for cell in lines[1]) and not any("*" in c for c in lines[0])
     assert lines[2][1:] == ["50"] * 4
+    two = {"By popularity": part.assign(mean=0.0, high=0.0), "Again": part}
+    first, last = figures.in_groups(two, "HR@1").axes
+    assert first.get_ylim() == last.get_ylim()
+    assert last.get_ylim()[0] == 0 and last.get_ylim()[1] > part["high"].max()
     figure = figures.in_groups({"By popularity": part}, "HR@1")
     (drawn,) = figure.axes[0].containers
     np.testing.assert_allclose(drawn[0].get_ydata().astype(float), part["mean"])
