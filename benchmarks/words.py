@@ -22,7 +22,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import metric_of_ranks
 from recbole_sdpo.quick_start import evaluation_loaders
 from recbole_sdpo.random import generator
-from recbole_sdpo.report.bands import BANDS, band_of
+from recbole_sdpo.report.groups import BANDS, band_of
 
 METRICS = ("HR@1", "NDCG@5")
 

@@ -441,11 +441,6 @@ def _check_path(key: str, value: Any) -> None:
             )
 
 
-UNCOMPUTED = {"data.count_items", "data.num_items"}
-"""What some metrics need, and RecBole 1.2.1 asks for their .cpu(), which they have not; reported
-nowhere that we found."""
-
-
 ALIASES = {"hr": "Hit", "hitrate": "Hit", "hitratio": "Hit"}
 """Other names of RecBole's metrics, in lower case."""
 
@@ -466,11 +461,7 @@ def _without_aliases(key: str, value: Any) -> Any:
 def _check_metrics(metrics: Any) -> None:
     for metric in metrics if isinstance(metrics, list) else [metrics]:
         if isinstance(metric, str) and metric.lower() not in metrics_dict:
-            known = [
-                kind.__name__
-                for _, kind in sorted(metrics_dict.items())
-                if not UNCOMPUTED & set(kind.metric_need)
-            ]
+            known = [kind.__name__ for _, kind in sorted(metrics_dict.items())]
             name, _, k = metric.partition("@")
             if k.isdecimal() and name.lower() in [*map(str.lower, known), *ALIASES]:
                 hint = f"the cut-off is topk's to say: metrics=[{name!r}] and topk=[{k}]."
@@ -483,11 +474,6 @@ def _check_together(values: Mapping[str, Any]) -> None:
     """Of settings that do not go together, those on which RecBole's ``Config`` would stumble."""
     metrics, args = values["metrics"], values["eval_args"]
     metrics = [metrics] if isinstance(metrics, str) else metrics
-    for metric in metrics:
-        if UNCOMPUTED & set(metrics_dict[metric.lower()].metric_need):
-            raise UserError(
-                f"metrics={metrics} must not name {metric}, which RecBole 1.2.1 fails to compute."
-            )
     kinds = {metric_types[metric.lower()] for metric in metrics}
     if len(kinds) > 1:
         raise UserError(
@@ -505,6 +491,13 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise UserError(
             f"metrics={metrics} and eval_args.mode=labeled: the metrics must be of labels, such "
             "as AUC."
+        )
+    lists, more = [*filter(is_of_lists, metrics)], values.get("more_candidates")
+    if lists and "full" not in modes and not (isinstance(more, list) and "full" in more):
+        raise UserError(
+            f"metrics={metrics}: {lists[0]} is of the lists that all users get, each from the "
+            f"whole catalogue; set eval_args.mode=full (now {', '.join(sorted(modes))}), or "
+            "more_candidates=['full']."
         )
     if values["MODEL_TYPE"] == ModelType.SEQUENTIAL:
         if not values["repeatable"]:
@@ -622,6 +615,7 @@ def check_settings(config: Config) -> Settings:
         {key: value for key, value in config.final_config_dict.items() if key not in theirs}
     )
     _check_more_candidates(config, settings)
+    _check_lists(config, settings)
     _check_answers(config, settings)
     ranks = config["eval_type"] == EvaluatorType.RANKING
     if settings.popularity_discount and (not ranks or all(map(_is_of_answers, config["metrics"]))):
@@ -854,6 +848,21 @@ def _check_more_candidates(config: Config, settings: Settings) -> None:
             "eval_args.mode="
             f"{config['eval_args']['mode']['test']!r}, and both must rank items."
         )
+
+
+def _check_lists(config: Config, settings: Settings) -> None:
+    """What all users get is judged where they get it from the whole catalogue alone."""
+    modes = {*config["eval_args"]["mode"].values(), *settings.more_candidates}
+    if is_of_lists(config["valid_metric"].partition("@")[0]) and modes != {"full"}:
+        raise UserError(
+            f"valid_metric={config['valid_metric']!r} must be of a target's rank, such as NDCG@5: "
+            f"there are candidates ({', '.join(sorted(modes))}) that it does not judge."
+        )
+
+
+def is_of_lists(metric: str) -> bool:
+    """Is it of what all users get, and not of each target's rank?"""
+    return "rec.items" in metrics_dict[metric.lower()].metric_need
 
 
 def _is_of_answers(metric: str) -> bool:

@@ -12,6 +12,7 @@ import os
 import pickle
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from recbole.data import utils as data_utils
 from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.evaluator import metrics
-from recbole.evaluator.collector import DataStruct
+from recbole.evaluator.collector import Collector, DataStruct
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.model.context_aware_recommender import kd_dagfm
 from recbole.model.general_recommender import pop
@@ -39,6 +40,7 @@ from recbole.trainer import Trainer
 from recbole.utils import get_model, get_trainer
 from recbole.utils.logger import RemoveColorFilter, log_colors_config
 from scipy.sparse import dok_matrix
+from scipy.stats import entropy
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -123,6 +125,15 @@ def trainer_class(config: Config) -> type[Trainer]:
     base: Any = get_trainer(config["MODEL_TYPE"], config["model"])
 
     class WeightsOnly(base):
+        train_s = 0.0
+        """Seconds of its epochs, without validation."""
+
+        def _train_epoch(self, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            loss = super()._train_epoch(*args, **kwargs)
+            self.train_s += time.perf_counter() - began
+            return loss
+
         def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
             self._save_weights(Path(self.saved_model_file))
 
@@ -344,6 +355,85 @@ class GAUC(metrics.GAUC):
             name: round(float(result), self.decimal_place)
             for name, result in super().calculate_metric(dataobject).items()
         }
+
+
+def hand_out_counts() -> None:
+    """Have RecBole's collector hand out what is no tensor: the numbers and counters that
+    ItemCoverage, GiniIndex, AveragePopularity and TailPercentage need.
+
+    RecBole asks for their ``.cpu()`` (https://github.com/RUCAIBox/RecBole/issues/2194).
+    """
+    Collector.get_data_struct = _get_data_struct
+
+
+_recbole_get_data_struct = Collector.get_data_struct
+
+
+def _get_data_struct(self: Collector) -> DataStruct:
+    held = self.data_struct._data_dict
+    counts = {key: held.pop(key) for key in list(held) if not isinstance(held[key], Tensor)}
+    handed_out = _recbole_get_data_struct(self)
+    for struct in (self.data_struct, handed_out):
+        struct._data_dict.update(counts)
+    return handed_out
+
+
+class _OfLists:
+    """A metric of the items that all users get, which means nothing where each chooses among a few
+    of the catalogue: RecBole's are silent about it, these have no value there."""
+
+    def calculate_metric(self, dataobject: DataStruct) -> dict[str, float]:
+        return super().calculate_metric(dataobject) if "rec.items" in dataobject else {}  # type: ignore[misc]
+
+
+class _OfCatalogue(_OfLists):
+    """RecBole's, which counts its padding among the items. Reported nowhere that we found;
+    recbole/evaluator/collector.py, line 84."""
+
+    def used_info(self, dataobject: DataStruct) -> tuple[np.ndarray, int]:
+        lists, items = super().used_info(dataobject)  # type: ignore[misc]
+        return lists, items - 1
+
+
+class ItemCoverage(_OfCatalogue, metrics.ItemCoverage):
+    """The share of the catalogue that any user gets."""
+
+
+class GiniIndex(_OfCatalogue, metrics.GiniIndex):
+    """How unequally often items are recommended: 0 is alike, 1 is one item alone."""
+
+
+class AveragePopularity(_OfLists, metrics.AveragePopularity):
+    """The mean popularity in training of what users get."""
+
+
+class ShannonEntropy(_OfLists, metrics.ShannonEntropy):
+    """The entropy of the items that users get, in nats.
+
+    RecBole divides it by the number of different items, which its own formula does not. Reported
+    nowhere that we found; recbole/evaluator/metrics.py, line 630.
+    """
+
+    def get_entropy(self, item_matrix: np.ndarray) -> float:
+        return float(entropy(np.unique(item_matrix, return_counts=True)[1]))
+
+
+class TailPercentage(_OfLists, metrics.TailPercentage):
+    """The share of rare items among what users get: the rarest ``tail_ratio`` of the catalogue, or
+    if that is above 1 the items that occur so often at most.
+
+    RecBole looks each of them up in a list of all rare items. Reported nowhere that we found;
+    recbole/evaluator/metrics.py, line 753.
+    """
+
+    def get_tail(self, item_matrix: np.ndarray, count_items: dict[int, int]) -> np.ndarray:
+        item, count = (np.array(part) for part in zip(*sorted(count_items.items()), strict=True))
+        rarest = item[np.argsort(count, kind="stable")[: max(int(len(item) * self.tail), 1)]]
+        return np.isin(item_matrix, item[count <= self.tail] if self.tail > 1 else rarest)
+
+
+OF_LISTS = (ItemCoverage, AveragePopularity, GiniIndex, ShannonEntropy, TailPercentage)
+"""RecBole's metrics of what all users get."""
 
 
 def model_class(name: str) -> type[AbstractRecommender]:

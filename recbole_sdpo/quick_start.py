@@ -14,6 +14,7 @@ from logging import INFO, WARNING, getLogger
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import transformers
@@ -39,6 +40,8 @@ from recbole_sdpo.data.dataset import create_dataset, data_preparation
 from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
+from recbole_sdpo.evaluator.cost import top_time
+from recbole_sdpo.evaluator.lists import OF_LISTS, is_of_lists
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.files import whole_file
@@ -206,6 +209,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
         "popularity": popularity_result(config, train_data, test_data, catalogue),
         "candidates_sha256": sha256,
         "training_targets": targets,
+        "top10": _top_time(trainer, loaders, state),
         "peak_memory_gib": _peak_memory_gib(),
         "machine": _machine(trainer.device, state),
         "versions": package_versions(),
@@ -228,6 +232,13 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
             f"{set_color('result', 'yellow')}: {run_dir / RESULT_FILE}\n\n{_table(result)}\n"
         )
     return result
+
+
+def _top_time(trainer: Trainer, loaders: Loaders, state: PartialState) -> dict[str, Any] | None:
+    """Where the whole catalogue has been ranked already, by one process."""
+    if "full" not in loaders or state.num_processes > 1:
+        return None
+    return top_time(trainer, loaders["full"][1])
 
 
 def _process_settings() -> dict[str, Any]:
@@ -352,6 +363,7 @@ def _fit(
         "wall_s": wall,
         "targets": targets,
         "tokens": 0,
+        "train_s": trainer.train_s,
         "candidates": tests,
     }
     return {"fit": fit}, ranks
@@ -460,6 +472,8 @@ def _table(result: dict[str, Any]) -> str:
     metrics = [
         name for name in ("hit@1", "ndcg@5", "mrr@10", *OF_ANSWERS) if name in tested
     ] or list(tested)[:3]
+    longest = max(np.atleast_1d(result["settings"]["topk"]))
+    metrics += [name for name in tested if is_of_lists(name) and name.endswith(f"@{longest}")]
     after = {"sft": "SFT", "sdpo": OBJECTIVES[result["settings"].get("objective", "sdpo")].title}
     rows = [("popularity", result["popularity"])]
     for stage, report in result["stages"].items():
@@ -471,16 +485,18 @@ def _table(result: dict[str, Any]) -> str:
         )
     if discount := result["settings"]["popularity_discount"]:
         rows[-1] = (f"{rows[-1][0]}, less {discount:g} x log popularity", rows[-1][1])
-    head = [
-        "test",
-        *(
-            OF_ANSWERS[name].__name__ if name in OF_ANSWERS else name.upper().replace("HIT", "HR")
-            for name in metrics
-        ),
-    ]
     return markdown_table(
-        head, [[label, *(values.get(name, "") for name in metrics)] for label, values in rows]
+        ["test", *map(_column, metrics)],
+        [[label, *(values.get(name, "") for name in metrics)] for label, values in rows],
     )
+
+
+def _column(metric: str) -> str:
+    """A metric, which RecBole writes in lower case, as the head of a column."""
+    name, at, k = metric.partition("@")
+    if kind := (OF_ANSWERS | OF_LISTS).get(name):
+        return f"{kind.__name__}{at}{k}"
+    return metric.upper().replace("HIT", "HR")
 
 
 def _machine(device: torch.device, state: PartialState) -> dict[str, Any]:

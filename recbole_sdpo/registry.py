@@ -16,7 +16,7 @@ from recbole.evaluator.register import metrics_dict
 from recbole_sdpo import compat
 from recbole_sdpo.checks import check_dataset, check_given
 from recbole_sdpo.data import dataset
-from recbole_sdpo.evaluator.answers import register_metrics
+from recbole_sdpo.evaluator import answers, lists
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import register_installed
 from recbole_sdpo.settings import MODEL, merged_parts
@@ -40,9 +40,11 @@ def register() -> None:
     setattr(module, MODEL, SDPOLLM)
     sys.modules[name] = module
     setattr(recbole.trainer, f"{MODEL}Trainer", SDPOTrainer)
-    register_metrics()
     register_installed()
+    answers.register_metrics()
     metrics_dict["gauc"] = compat.GAUC
+    lists.register_metrics()
+    compat.hand_out_counts()
     compat.take_values_as_data()
     dataset.install()
     compat.never_unpickle()

@@ -404,6 +404,14 @@ class Settings:
         lambda times: 0 <= times <= 1000,  # float32 holds no more without loss
         "0 to 1000",
     )
+    fairness_groups: str = _setting(
+        "popularity",
+        "groups of items that the metrics MGU and DGU compare: popularity, or a column of the "
+        ".item file, such as a genre",
+        Role.EVERY_MODEL,
+        bool,
+        "popularity or the name of a column",
+    )
     prompt_style: Literal["history", "candidates"] = _setting(
         "history", "titles in order, or also the candidates in the text", Role.POLICY | Role.SERVED
     )

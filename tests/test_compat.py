@@ -17,7 +17,7 @@ import yaml
 from recbole.config import Config, configurator
 from recbole.data import create_dataset, data_preparation, utils
 from recbole.data.dataset import Dataset
-from recbole.evaluator import metrics
+from recbole.evaluator import collector, metrics
 from recbole.evaluator.collector import DataStruct
 from recbole.model.context_aware_recommender import kd_dagfm
 from recbole.model.general_recommender import pop
@@ -353,3 +353,42 @@ def test_recbole_still_sets_the_visible_gpus(monkeypatch):
         RunConfig("BPR", "ml-100k")
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+def test_recboles_collector_still_hands_out_tensors_alone():
+    """https://github.com/RUCAIBox/RecBole/issues/2194"""
+    config = {"metrics": ["ItemCoverage"], "eval_args": {"mode": "full"}, "topk": [1]}
+    held = collector.Collector(config | {"device": "cpu"})
+    held.data_struct.set("data.num_items", 5)
+    held.data_struct.set("rec.items", torch.tensor([[1]]))
+    with pytest.raises(AttributeError, match="cpu"):
+        compat._recbole_get_data_struct(held)
+    for _ in range(2):  # it is known to the next evaluation, too
+        held.data_struct.set("rec.items", torch.tensor([[1]]))
+        handed_out = held.get_data_struct()
+        assert handed_out.get("data.num_items") == 5 and handed_out.get("rec.items").tolist() == [
+            [1]
+        ]
+        assert "rec.items" not in held.data_struct
+
+
+def test_recboles_metrics_of_lists_still_are_not_their_formulas():
+    config = {"topk": [1], "metric_decimal_place": 4, "tail_ratio": None}
+    struct = DataStruct()
+    struct.set("rec.items", torch.tensor([[1], [2]]))
+    struct.set("data.num_items", 3)  # two, and the padding
+    theirs, ours = (
+        [kind(config).calculate_metric(struct) for kind in kinds]
+        for kinds in (
+            (metrics.ItemCoverage, metrics.GiniIndex, metrics.ShannonEntropy),
+            (compat.ItemCoverage, compat.GiniIndex, compat.ShannonEntropy),
+        )
+    )
+    entropy = round(float(np.log(2)), 4)
+    assert theirs == [
+        {"itemcoverage@1": 0.6667},
+        {"giniindex@1": 0.3333},
+        {"shannonentropy@1": pytest.approx(entropy / 2, abs=1e-4)},
+    ]
+    assert ours == [{"itemcoverage@1": 1.0}, {"giniindex@1": 0.0}, {"shannonentropy@1": entropy}]
+    assert "in tail_items else" in inspect.getsource(metrics.TailPercentage)  # a list

@@ -9,12 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 import torch
-from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.data.sequences import popularity
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import HIT, OF_ANSWERS, VALID, named
 from recbole_sdpo.evaluator.titles import TitleCollector
@@ -25,6 +23,27 @@ METRICS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "mrr": lambda rank, k: np.where(rank <= k, 1 / rank, 0.0),
 }
 """RecBole's metrics where each user has one target, as functions of its rank, from 1, and of k."""
+
+THIRDS = ["head", "middle", "tail", "cold"]
+"""Groups of items by popularity: thirds of the interactions in training, and what none holds."""
+
+
+def third_of(met: np.ndarray) -> np.ndarray:
+    """The group of :data:`THIRDS` of each item, by how many users met it, ``[items]``.
+
+    An item is of the head if those that more users met have less than a third of all interactions,
+    and of the middle if they have less than two thirds. Items that as many met are of one group.
+    ::
+
+        met            9  4  4  3  2  2  1  1  1  0      27 interactions
+        by more users  0  9  9  17 20 20 24 24 24 27
+        group          h  m  m  m  t  t  t  t  t  cold
+    """
+    most_first = np.sort(met)[::-1]
+    so_far = np.concatenate([[0], most_first.cumsum()])
+    by_more = so_far[np.searchsorted(-most_first, -met)]
+    third = np.where(met > 0, 3 * by_more // max(int(met.sum()), 1), THIRDS.index("cold"))
+    return np.array(THIRDS)[third]
 
 
 def metric_of_ranks(metric: str, rank: np.ndarray) -> np.ndarray:
@@ -95,15 +114,10 @@ class RankCollector(TitleCollector):
         self._by_title = writer is not None
         self._batches: list[pd.DataFrame] = []
 
-    def data_collect(self, train_data: AbstractDataLoader) -> None:
-        """As RecBole's, and remember where popularity is to be counted."""
-        super().data_collect(train_data)
-        self._train = train_data._dataset
-
     @cached_property
-    def _met(self) -> Tensor:
-        """How many users met each item in training, int64 ``[items]``."""
-        return torch.from_numpy(popularity(self._train))
+    def _third(self) -> np.ndarray:
+        """Each item's group by popularity, ``[items]``."""
+        return third_of(self._counts[1])
 
     @cached_property
     def _log_popularity(self) -> Tensor:
@@ -134,8 +148,17 @@ class RankCollector(TitleCollector):
         rank = target_ranks(scores, row, target, max(self.topk))
         user = first[self.config["USER_ID_FIELD"]].cpu().numpy()
         item = positive_i.cpu().numpy()
-        columns = {"user": user[place], "item": item, "rank": rank.cpu().numpy()}
-        batch = pd.DataFrame(columns | {"met": self._met[item].numpy()})
+        histories, met = self._counts
+        batch = pd.DataFrame(
+            {
+                "user": user[place],
+                "item": item,
+                "rank": rank.cpu().numpy(),
+                "met": met[item],
+                "popularity": self._third[item],
+                "history": histories[user[place]],
+            }
+        )
         if self.writer:
             if len(positive_i) != len(scores):
                 raise UserError(
@@ -175,10 +198,12 @@ class RankCollector(TitleCollector):
         """All ranks so far, in the data's own ids, which are then forgotten.
 
         Columns are ``user``, ``item``, ``rank``, ``met``, the users who met the item in training,
-        and if answers were asked for ``answer`` and ``named``, the candidate that it names or
-        nothing.
+        ``popularity``, its group of :data:`THIRDS`, ``history``, the items that the user met in
+        training, and if answers were asked for ``answer`` and ``named``, the candidate that it
+        names or nothing.
         """
-        nothing = pd.DataFrame({"user": [], "item": [], "rank": [], "met": []}, dtype=np.int64)
+        columns = ("user", "item", "rank", "met", "popularity", "history")
+        nothing = pd.DataFrame({column: [] for column in columns}, dtype=np.int64)
         ranks, self._batches = pd.concat(self._batches or [nothing]), []
         if "named" in ranks:
             ranks["named"] = np.where(ranks["named"] > 0, item_token[ranks["named"]], "")

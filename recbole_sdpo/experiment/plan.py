@@ -21,10 +21,12 @@ from recbole_sdpo.config import RunConfig
 from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError, meant
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
+from recbole_sdpo.evaluator.lists import is_of_lists
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.registry import default_settings
+from recbole_sdpo.report.groups import GROUPINGS
 from recbole_sdpo.settings import LEAVE_ONE_OUT, MODE, MODEL, PARTS, Role, having, merged_parts
 from recbole_sdpo.values import check_values, read_yaml, shown
 
@@ -74,6 +76,8 @@ class Experiment:
         metrics: columns of the table; the first is the one that improvement is given in.
         baselines: names of the rows to compare with; by default those of other models than
             SDPO-LLM, or else the first row.
+        groups: ways to group targets, in each of which the first metric is shown.
+        cost: does the table show what a run costs?
         settings: of all runs.
         tries: how many settings ``--tune`` tries for each entry.
     """
@@ -85,6 +89,8 @@ class Experiment:
     candidates: list[str] = field(default_factory=lambda: ["uni19"])
     metrics: list[str] = field(default_factory=lambda: ["HR@1", "NDCG@5", "MRR@10"])
     baselines: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=lambda: ["met"])
+    cost: bool = False
     settings: Settings = field(default_factory=dict)
     tries: int = 4
 
@@ -130,6 +136,9 @@ class Experiment:
             lambda metric: isinstance(metric, str),
         )
         for metric in self.metrics:
+            if is_of_lists(metric):
+                self._check_of_lists(metric)
+                continue
             metric_of_targets(metric, pd.DataFrame({"rank": [1]}))
             if metric.lower() in OF_ANSWERS and not any(
                 entry.model == MODEL for entry in self.runs
@@ -138,6 +147,9 @@ class Experiment:
                     f"metric {metric!r} needs a run of {MODEL}, which alone writes answers; leave "
                     "it out."
                 )
+        if self.groups:
+            known = f"names of {', '.join(GROUPINGS)}"
+            _check_list(self.groups, "groups", known, lambda name: name in list(GROUPINGS))
         if self.tries < 1:
             raise UserError(f"tries={self.tries} must be 1 or more.")
         for where, settings in [
@@ -172,6 +184,20 @@ class Experiment:
                     f"baselines name {name!r}, which is no run; it must be one of "
                     f"{', '.join(names)}."
                 )
+
+    def _check_of_lists(self, metric: str) -> None:
+        if not re.fullmatch(r"\w+@[1-9][0-9]*", metric):
+            raise UserError(f"metric {metric!r} must have a cut-off, such as {metric}@10.")
+        if "full" not in self.candidates:
+            raise UserError(
+                f"metric {metric!r} is of the lists that all users get, each from the whole "
+                f"catalogue; candidates={self.candidates} must have full among them."
+            )
+        if metric == self.metrics[0]:
+            raise UserError(
+                f"metrics={self.metrics} must begin with one of a target's rank, such as NDCG@5: "
+                "it is the one that rows are compared by."
+            )
 
     def entries(self) -> list[Entry]:
         """The rows of the table."""
@@ -275,10 +301,15 @@ def _put(settings: Settings, key: str, value: Any) -> Settings:
 
 def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
     settings = _over(experiment.settings, entry.settings)
-    answers = [metric for metric in experiment.metrics if metric.lower() in OF_ANSWERS]
-    if answers and entry.model == MODEL:
+    # A run knows the others' values by its ranks.
+    asked = [
+        metric.partition("@")[0]
+        for metric in experiment.metrics
+        if is_of_lists(metric) or (metric.lower() in OF_ANSWERS and entry.model == MODEL)
+    ]
+    if asked:
         others = settings.get("metrics", default_settings(experiment.dataset)["metrics"])
-        settings["metrics"] = list(dict.fromkeys([*map(str, np.atleast_1d(others)), *answers]))
+        settings["metrics"] = list(dict.fromkeys([*map(str, np.atleast_1d(others)), *asked]))
     settings["eval_args"] = (settings.get("eval_args") or {}) | {"mode": experiment.candidates[0]}
     settings |= {"more_candidates": experiment.candidates[1:], "seed": seed, "show_progress": False}
     settings.setdefault("candidates_seed", experiment.seeds[0])
@@ -327,10 +358,17 @@ def _check_targets(config: RunConfig) -> None:
 
 
 def _check_metrics(experiment: Experiment, settings: Settings) -> None:
-    """With ``full_sort=topk`` only the ranks within the largest of ``topk`` are known."""
+    """Of what all users get, the lists are as long as ``topk`` says; and with ``full_sort=topk``
+    only the ranks within the largest of these are known."""
+    lengths = np.atleast_1d((default_settings(experiment.dataset) | settings)["topk"])
+    for metric in filter(is_of_lists, experiment.metrics):
+        if int(metric.partition("@")[2]) not in lengths:
+            raise UserError(
+                f"metric {metric!r} needs its cut-off in topk, which is {lengths.tolist()}."
+            )
     if settings.get("full_sort") != "topk":
         return
-    known = max(np.atleast_1d((default_settings(experiment.dataset) | settings)["topk"]))
+    known = max(lengths)
     for metric in experiment.metrics:
         if int(metric.partition("@")[2] or 0) > known:
             raise UserError(
@@ -391,10 +429,16 @@ def _check_keys(
     for key, value in given.items():
         if key not in known:
             raise UserError(f"{where} has an unknown key {shown(key)}; {meant(key, known)}")
-        kinds = {"str": str, "int": int, "Settings": dict}
+        kinds = {"str": str, "int": int, "bool": bool, "Settings": dict}
         wanted = kinds.get(known[key], dict if known[key].startswith("dict") else list)
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            words = {str: "text", int: "a whole number", dict: "a mapping", list: "a list"}
+        if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
+            words = {
+                str: "text",
+                int: "a whole number",
+                bool: "true or false",
+                dict: "a mapping",
+                list: "a list",
+            }
             raise UserError(f"{where}: {key}={shown(value)} must be {words[wanted]}.")
     for key in sorted(needed - set(given)):
         raise UserError(f"{where} lacks the key {key!r}.")

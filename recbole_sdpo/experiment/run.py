@@ -82,10 +82,12 @@ def _report(
     """Write and print the tables; returns all warnings."""
     warnings = unfair(finished, experiment.candidates) + warnings
     comparisons = [
-        compare(finished, mode, experiment.metrics, experiment.baseline_names())
+        compare(finished, mode, experiment.metrics, experiment.baseline_names(), experiment.cost)
         for mode in experiment.candidates
     ]
-    warnings = write_report(output, experiment.title, comparisons, finished, warnings, origin)
+    warnings = write_report(
+        output, experiment.title, comparisons, finished, warnings, origin, experiment.groups
+    )
     tables = [comparison_markdown(comparison) + "\n" for comparison in comparisons]
     print("", *tables, f"report: {output / 'report.html'}", sep="\n")
     return warnings

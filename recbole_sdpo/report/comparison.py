@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.evaluator.lists import is_of_lists
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.evaluator.significance import Difference, holm, paired_difference
 from recbole_sdpo.result import read_result
@@ -31,6 +32,7 @@ class FinishedRun:
             named.
         steps: ``steps.csv``, or no rows for models without.
         wall_s: seconds of training and validation, those of the SFT that it began from included.
+        cost: of :data:`COST`, not a number where a run does not say it.
     """
 
     name: str
@@ -40,6 +42,7 @@ class FinishedRun:
     ranks: pd.DataFrame
     steps: pd.DataFrame
     wall_s: float
+    cost: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -64,7 +67,29 @@ class FinishedRun:
         wall_s = sum(
             stage["wall_s"] for part in (result, *before) for stage in part["stages"].values()
         )
-        return cls(name, axis, seed, result, ranks, steps, wall_s)
+        return cls(name, axis, seed, result, ranks, steps, wall_s, _cost([result, *before]))
+
+
+COST = {
+    "targets_per_s": ("targets/s", ",.0f"),
+    "peak_memory_gib": ("GiB", ".1f"),
+    "top10_ms": ("top 10, ms", ".1f"),
+}
+"""What a run costs besides minutes: training targets a second, its epochs alone; the largest memory
+of the process; the time for one user's ten best items. The head of a column, and how a number is
+written."""
+
+
+def _cost(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of a run and those that it began from, itself the first."""
+    stages = [stage for result in results for stage in result["stages"].values()]
+    train_s = sum(stage.get("train_s", float("nan")) for stage in stages)
+    targets = sum(stage["targets"] for stage in stages)
+    return {
+        "targets_per_s": targets / train_s if train_s else float("nan"),
+        "peak_memory_gib": max(result["peak_memory_gib"] for result in results),
+        "top10_ms": (results[0].get("top10") or {}).get("ms", float("nan")),
+    }
 
 
 @dataclass
@@ -74,11 +99,13 @@ class Row:
     Attributes:
         users: each metric of each user, float64 ``[seeds, users]``; without those of answers for a
             model that writes none.
+        lists: each metric of what all users get, float64 ``[seeds]``.
         user: who they are, ``[users]``, sorted: those whom every seed has.
         differences: for each metric the difference to the best baseline; none for that baseline
             itself.
         p: their p-values, Holm-corrected over the table.
         wall_s: mean seconds of training.
+        cost: of :data:`COST`, means over seeds.
         improvement: of the first metric over the best baseline, as a share; not a number for that
             one itself.
     """
@@ -88,20 +115,30 @@ class Row:
     axis: tuple[str, str, Any] | None
     seeds: list[int]
     users: dict[str, np.ndarray]
+    lists: dict[str, np.ndarray]
     user: pd.Index
     wall_s: float
+    cost: dict[str, float]
     improvement: float = float("nan")
     differences: dict[str, Difference] = field(default_factory=dict)
     p: dict[str, float] = field(default_factory=dict)
 
+    def by_seed(self, metric: str) -> np.ndarray:
+        """Of each seed the mean over users, or what all of them get, float64; empty for a metric
+        that the row has not."""
+        if metric in self.lists:
+            return self.lists[metric]
+        return self.users[metric].mean(1) if metric in self.users else np.empty(0)
+
     def mean(self, metric: str) -> float:
         """Over users and seeds; not a number for a metric that the row has not."""
-        return float(self.users[metric].mean()) if metric in self.users else float("nan")
+        seeds = self.by_seed(metric)
+        return float(seeds.mean()) if len(seeds) else float("nan")
 
     def std(self, metric: str) -> float:
         """Over seeds, of the sample; not a number for a single seed."""
-        over_users = self.users[metric].mean(1) if metric in self.users else np.empty(0)
-        return float(over_users.std(ddof=1)) if len(over_users) > 1 else float("nan")
+        seeds = self.by_seed(metric)
+        return float(seeds.std(ddof=1)) if len(seeds) > 1 else float("nan")
 
     def significant(self, metric: str) -> bool:
         """Does it differ from the best baseline beyond chance?"""
@@ -114,13 +151,15 @@ class Comparison:
 
     Attributes:
         candidates: their evaluation mode.
-        best_baseline: for each metric the name of the baseline with the highest mean.
+        best_baseline: for each metric of users the name of the baseline with the highest mean.
+        costs: does the table show :data:`COST`?
     """
 
     candidates: str
     metrics: list[str]
     rows: list[Row]
     best_baseline: dict[str, str]
+    costs: bool = False
 
     def place(self, row: Row, metric: str) -> int:
         """How many of the means are better than the row's; rows that are alike share a place."""
@@ -129,11 +168,16 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[FinishedRun], candidates: str, metrics: Sequence[str], baselines: Sequence[str]
+    runs: Sequence[FinishedRun],
+    candidates: str,
+    metrics: Sequence[str],
+    baselines: Sequence[str],
+    costs: bool = False,
 ) -> Comparison:
     """The table of ``runs`` on ``candidates``, rows tested against each metric's best baseline.
 
-    Tests are over the users whom both rows have. Where no baseline has a result, or none has the
+    Tests are over the users whom both rows have; a metric of what all users get is one number, and
+    has none. Where no baseline has a result, or none has the
     metric, the first row that has stands in for them. A metric that no row has, as where all runs
     that write answers failed, is left out.
 
@@ -141,7 +185,7 @@ def compare(
         UserError: no run has any metric.
     """
     rows = _rows(runs, candidates, metrics, baselines)
-    best = _best_baselines(rows, metrics)
+    best = _best_baselines(rows, [metric for metric in metrics if not is_of_lists(metric)])
     first = next(iter(best))
     for row in rows:
         row.improvement = _improvement(row, best[first], first)
@@ -151,7 +195,8 @@ def compare(
     for (row, metric), p in zip(tested, corrected, strict=True):
         row.p[metric] = float(p)
     names = {metric: row.name for metric, row in best.items()}
-    return Comparison(candidates, list(best), rows, names)
+    shown = [name for name in metrics if any(len(row.by_seed(name)) for row in rows)]
+    return Comparison(candidates, shown, rows, names, costs)
 
 
 def _rows(
@@ -174,8 +219,13 @@ def _rows(
                 axis=seeds[0].axis,
                 seeds=[run.seed for run in seeds],
                 users=users,
+                lists=_of_lists(seeds, candidates, metrics),
                 user=table.index,
                 wall_s=float(np.mean([run.wall_s for run in seeds])),
+                cost={
+                    key: float(np.mean([run.cost.get(key, float("nan")) for run in seeds]))
+                    for key in COST
+                },
             )
         )
     if not any(row.baseline for row in rows):
@@ -186,9 +236,27 @@ def _rows(
 def _by_user(run: FinishedRun, candidates: str, metrics: Sequence[str]) -> pd.DataFrame:
     """A column for each metric that the run has."""
     targets = run.ranks[run.ranks["candidates"] == candidates].set_index("user")
-    columns = {metric: metric_of_targets(metric, targets) for metric in metrics}
+    columns = {
+        metric: metric_of_targets(metric, targets) for metric in metrics if not is_of_lists(metric)
+    }
     columns = {metric: values for metric, values in columns.items() if values is not None}
     return pd.DataFrame(columns, index=targets.index)
+
+
+def _of_lists(
+    runs: Sequence[FinishedRun], candidates: str, metrics: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Each metric of what all users get that every run has."""
+    asked = [metric for metric in metrics if is_of_lists(metric)]
+    tests = [
+        list(run.result["stages"].values())[-1]["candidates"][candidates]["test"]
+        for run in (runs if asked else ())
+    ]
+    return {
+        metric: np.array([test[metric.lower()] for test in tests], float)
+        for metric in asked
+        if all(metric.lower() in test for test in tests)
+    }
 
 
 def _best_baselines(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Row]:

@@ -20,9 +20,11 @@ from matplotlib.figure import Figure
 
 from recbole_sdpo.files import whole_file
 from recbole_sdpo.report import figures
-from recbole_sdpo.report.bands import band_frame, band_table
 from recbole_sdpo.report.comparison import Comparison, FinishedRun
+from recbole_sdpo.report.groups import GROUPINGS, group_frame, group_part, group_table
 from recbole_sdpo.report.table import (
+    COST_NOTE,
+    LISTS_NOTE,
     NOTE,
     comparison_frame,
     comparison_html,
@@ -40,6 +42,7 @@ RESULT_KEYS = (
     "stages",
     "candidates_sha256",
     "training_targets",
+    "top10",
     "peak_memory_gib",
     "machine",
     "versions",
@@ -69,7 +72,14 @@ pre {{ overflow: auto; background: #f5f5f5; padding: 1em }}
 </body></html>
 """
 
-BANDS_HEADING = "By how many users met the target in training"
+GROUPS_NOTE = (
+    "After ± stands half of the 95 % interval of the mean over targets. * differs from the best "
+    "baseline of all targets (p < 0.05 after Holm's correction over all metrics, rows and groups "
+    "of a candidate set)."
+)
+
+Section = tuple[str, list[list[list[str]]]]
+"""A heading, and tables with a head and lines of text."""
 
 Picture = dict[str, bytes]
 """A figure by the kinds of its files: those of :data:`ENDS`, and ``page``."""
@@ -82,8 +92,9 @@ def write_report(
     runs: Sequence[FinishedRun],
     warnings: Sequence[str],
     origin: str,
+    groupings: Sequence[str] = ("met",),
 ) -> list[str]:
-    """Write ``table.md``, ``.csv`` and ``.tex``, ``bands.csv``, ``results.jsonl``, figures and
+    """Write ``table.md``, ``.csv`` and ``.tex``, ``groups.csv``, ``results.jsonl``, figures and
     ``report.html``.
 
     All are written beside their places first, and then take them together, so that they are of one
@@ -94,23 +105,32 @@ def write_report(
         comparisons: one for each candidate set.
         warnings: sentences about what is not alike, and about what failed.
         origin: how the results came about: the command, versions, machine.
+        groupings: names of :data:`GROUPINGS`, by which the first metric is shown.
 
     Returns:
         ``warnings``, and a sentence for each figure that could not be drawn as it should be.
     """
     warnings = list(warnings)
-    drawings = _figures(comparisons, runs)
+    modes, first = [table.candidates for table in comparisons], comparisons[0].metrics[0]
+    by_group = group_frame(comparisons, runs, groupings)
+    drawings = _figures(comparisons, runs) | _group_figures(by_group, modes, groupings, first)
     pictures = {name: _draw(name, draw, warnings) for name, draw in drawings.items()}
     pictures = {name: picture for name, picture in pictures.items() if picture}
     note = f"{NOTE}; {_sizes(comparisons[0])}. Minutes are of training, SFT included."
+    if any(row.lists for comparison in comparisons for row in comparison.rows):
+        note += f" {LISTS_NOTE}"
+    if comparisons[0].costs:
+        note += f" {COST_NOTE}"
     frame = pd.concat([comparison_frame(comparison) for comparison in comparisons])
-    modes, metrics = [table.candidates for table in comparisons], comparisons[0].metrics
-    by_band = band_frame(runs, modes, metrics)
-    bands = [table for mode in modes if (table := band_table(by_band, mode, metrics[0]))]
+    sections = [
+        (GROUPINGS[name].heading, tables)
+        for name in groupings
+        if (tables := [*filter(None, (group_table(by_group, m, name, first) for m in modes))])
+    ]
     texts = {
-        "report.html": _page(title, comparisons, bands, note, warnings, pictures, origin),
-        "table.md": _markdown(title, comparisons, bands, note, warnings, origin),
-        "bands.csv": by_band.to_csv(index=False, float_format="%.6g").removesuffix("\n"),
+        "report.html": _page(title, comparisons, sections, note, warnings, pictures, origin),
+        "table.md": _markdown(title, comparisons, sections, note, warnings, origin),
+        "groups.csv": by_group.to_csv(index=False, float_format="%.6g").removesuffix("\n"),
         "table.tex": "\n\n".join(comparison_latex(comparison) for comparison in comparisons),
         "results.jsonl": "\n".join(json.dumps(_line(run)) for run in runs),
         "table.csv": frame.to_csv(index=False, float_format="%.6g").removesuffix("\n"),
@@ -131,7 +151,7 @@ def write_report(
 def _page(
     title: str,
     comparisons: Sequence[Comparison],
-    bands: Sequence[list[list[str]]],
+    sections: Sequence[Section],
     note: str,
     warnings: Sequence[str],
     pictures: dict[str, Picture],
@@ -140,9 +160,11 @@ def _page(
     body = [comparison_html(comparison) for comparison in comparisons]
     body.append(f"<p class='note'>{html.escape(note)}</p>")
     body += [f"<p class='warning'>Warning: {html.escape(text)}</p>" for text in warnings]
-    if bands:
-        body.append(f"<h2>{html.escape(BANDS_HEADING)}</h2>")
-    body += [html_table([[*map(html.escape, line)] for line in table]) for table in bands]
+    for heading, tables in sections:
+        body.append(f"<h2>{html.escape(heading)}</h2>")
+        body += [html_table([[*map(html.escape, line)] for line in table]) for table in tables]
+    if sections:
+        body.append(f"<p class='note'>{html.escape(GROUPS_NOTE)}</p>")
     for name, picture in pictures.items():
         source = "data:image/png;base64," + base64.b64encode(picture["page"]).decode()
         heading, name = html.escape(name.replace("-", " ")), html.escape(name)
@@ -154,19 +176,22 @@ def _page(
 def _markdown(
     title: str,
     comparisons: Sequence[Comparison],
-    bands: Sequence[list[list[str]]],
+    sections: Sequence[Section],
     note: str,
     warnings: Sequence[str],
     origin: str,
 ) -> str:
     tables = [comparison_markdown(comparison) for comparison in comparisons]
     lines = [markdown_text(f"Warning: {text}") for text in warnings]
-    by_band = [f"## {BANDS_HEADING}"] if bands else []
-    for table in bands:
-        head, *rows = ([*map(markdown_text, line)] for line in table)
-        by_band.append(markdown_table(head, rows))
+    in_groups = []
+    for name, parts in sections:
+        in_groups.append(f"## {name}")
+        for table in parts:
+            head, *rows = ([*map(markdown_text, line)] for line in table)
+            in_groups.append(markdown_table(head, rows))
+    in_groups += [markdown_text(GROUPS_NOTE)] if sections else []
     heading = f"# {markdown_text(title)}"
-    return "\n\n".join([heading, *tables, note, *lines, *by_band, _fenced(origin)])
+    return "\n\n".join([heading, *tables, note, *lines, *in_groups, _fenced(origin)])
 
 
 def _sizes(comparison: Comparison) -> str:
@@ -193,6 +218,25 @@ def _figures(
         ways["curves"] = partial(figures.curves, aligned)
         ways["hardest-negative"] = partial(figures.hardest_weight, aligned)
     return ways
+
+
+def _group_figures(
+    frame: pd.DataFrame, modes: Sequence[str], groupings: Sequence[str], metric: str
+) -> dict[str, Callable[[], Figure]]:
+    """A figure for each candidate set of which groups are known."""
+    parts = {
+        mode: {
+            GROUPINGS[name].heading: part
+            for name in groupings
+            if not (part := group_part(frame, mode, name, metric)).empty
+        }
+        for mode in modes
+    }
+    return {
+        f"groups-{mode}": partial(figures.in_groups, panels, f"{metric}, candidates {mode}")
+        for mode, panels in parts.items()
+        if panels
+    }
 
 
 def _draw(name: str, draw: Callable[[], Figure], warnings: list[str]) -> Picture:
@@ -222,7 +266,7 @@ def _draw(name: str, draw: Callable[[], Figure], warnings: list[str]) -> Picture
 
 
 def _line(run: FinishedRun) -> dict:
-    result = {key: run.result[key] for key in RESULT_KEYS}
+    result = {key: run.result.get(key) for key in RESULT_KEYS}
     return {"name": run.name, "train_s": run.wall_s, **result}
 
 

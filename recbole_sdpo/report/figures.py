@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,12 @@ POINTS = 300
 LEGEND_LINE = 0.08
 """Inches that a legend below a figure takes for each run, two of which stand in a line."""
 
+SHORT = 0.2
+"""Share of a panel that a bar must fill to hold its number."""
+
+PANELS_ACROSS = 4
+"""Panels beside each other; more go below them."""
+
 LONGEST = 60
 """Letters of a name that a figure shows."""
 
@@ -38,12 +44,14 @@ CURVES = {
 def bars(comparison: Comparison) -> Figure:
     """A panel for each metric, a bar for each row; whiskers: the standard deviation over seeds."""
     metrics, rows = comparison.metrics, comparison.rows
-    figure = Figure(
-        figsize=(3.6 * len(metrics) + 1.6, 1.2 + 0.32 * len(rows)), layout="constrained"
-    )
-    for axes, metric in zip(
-        figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics
-    ):
+    across = min(len(metrics), PANELS_ACROSS)
+    lines = -(-len(metrics) // across)
+    size = (3.6 * across + 1.6, 0.4 + lines * (0.8 + 0.32 * len(rows)))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, across, sharey=True, squeeze=False).ravel()
+    for spare in panels[len(metrics) :]:
+        spare.remove()
+    for axes, metric in zip(panels, metrics):
         spread = [row.std(metric) for row in rows]
         colours = ["tab:gray" if row.baseline else "tab:blue" for row in rows]
         axes.barh(
@@ -52,11 +60,13 @@ def bars(comparison: Comparison) -> Figure:
             xerr=None if np.isnan(spread).all() else spread,
             color=colours,
         )
+        longest = axes.get_xlim()[1]
         for place, row in enumerate(rows):
-            if metric in row.users:
-                axes.text(
-                    0, place, f" {row.mean(metric):.3f}", va="center", color="white", fontsize=8
-                )
+            if len(row.by_seed(metric)):
+                mean = row.mean(metric)
+                # Where the bar is too short for its number, the number is behind it.
+                x, color = (0, "white") if mean > SHORT * longest else (mean, "black")
+                axes.text(x, place, f" {mean:.3f}", va="center", color=color, fontsize=8)
         axes.set_yticks(range(len(rows)), [_short(row.name) for row in rows])
         axes.set_xlabel(metric)
         axes.spines[["top", "right"]].set_visible(False)
@@ -93,6 +103,48 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
             axes.set(xlabel=setting.split(".")[-1], ylabel=metric, title=comparison.candidates)
             axes.grid(alpha=0.3)
     _legend(panels[0][0], panels[0][0], names)
+    return figure
+
+
+def in_groups(panels: Mapping[str, pd.DataFrame], label: str) -> Figure:
+    """A panel for each grouping, by its heading: a metric in each group, with its 95 % interval,
+    for each row.
+
+    Args:
+        panels: parts of a :func:`~recbole_sdpo.report.groups.group_frame`, of one metric.
+        label: what is drawn.
+    """
+    names = list(dict.fromkeys(name for part in panels.values() for name in part["model"]))
+    size = (3.6 * len(panels) + 1.2, 3.2 + LEGEND_LINE * 2 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, (heading, part) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()
+    ):
+        _cycle(axes)
+        groups = part["group"].unique().tolist()
+        sizes = part.groupby("group")["targets"].max()
+        for number, name in enumerate(names):
+            row = part[part["model"] == name].set_index("group").reindex(groups)
+            shift = 0.6 * ((number + 0.5) / len(names) - 0.5)  # side by side
+            axes.errorbar(
+                np.arange(len(groups)) + shift,
+                row["mean"],
+                yerr=row["high"] - row["mean"],
+                marker="o",
+                markersize=4,
+                linewidth=0,
+                elinewidth=1.2,
+                label="row",
+            )
+        axes.set_xticks(
+            range(len(groups)), [f"{group}\n{sizes[group]:,}" for group in groups], fontsize=8
+        )
+        axes.set_title(heading, fontsize=9)
+        axes.set_xlabel("group, and its targets", fontsize=8)
+        axes.grid(alpha=0.3, axis="y")
+    figure.axes[0].set_ylabel(label)
+    figure.axes[0].set_ylim(bottom=0)  # of all panels, with all that is drawn
+    _legend(figure, figure.axes[0], names, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -155,8 +207,7 @@ def hardest_weight(runs: Sequence[FinishedRun]) -> Figure:
 
 
 def _curve(axes, runs: Sequence[FinishedRun], column: str, label: str) -> None:
-    # There are ten colours.
-    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])
+    _cycle(axes)
     for run in runs:
         steps = alignment_steps(run)
         smooth = steps[column].rolling(max(1, int(SMOOTHED * len(steps))), min_periods=1).mean()
@@ -166,6 +217,11 @@ def _curve(axes, runs: Sequence[FinishedRun], column: str, label: str) -> None:
     # 200k; all digits would run into each other.
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
+
+
+def _cycle(axes: Axes) -> None:
+    """There are ten colours."""
+    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])
 
 
 def alignment_steps(run: FinishedRun) -> pd.DataFrame:

@@ -6,18 +6,30 @@ import html
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
-if TYPE_CHECKING:
-    from recbole_sdpo.report.comparison import Comparison, Row
+from recbole_sdpo.evaluator.lists import OF_LISTS, is_of_lists
+from recbole_sdpo.report.comparison import COST, Comparison, Row
 
 NOTE = (
     "Best in bold, second best underlined; * differs from the best baseline (p < 0.05 after Holm's "
     "correction over the table; for metrics that are 0 or 1 McNemar's test, by sign flips with "
     "several seeds, else a paired t-test; "
     "over users, of these seeds' means, so that what other seeds would give is not in it)"
+)
+
+LISTS_NOTE = (
+    "An arrow says which way is better for a metric of the lists that all users get. It is one "
+    "number, so that no test over users is made, and no value of it is marked: a random ranking "
+    "is best in most of them."
+)
+
+COST_NOTE = (
+    "Targets/s are of training epochs alone. GiB is the most that the process took: of the GPU "
+    "where there is one, else of memory. Top 10 is one user's ten best of the catalogue, the "
+    "median over up to 32 users one at a time."
 )
 
 
@@ -53,12 +65,23 @@ class Marks(NamedTuple):
     best: str
     second: str
     percent: str
+    up: str
+    down: str
     escape: Callable[[str], str]
 
 
-MARKDOWN = Marks("±", "*", "**{}**", "<u>{}</u>", "%", markdown_text)
-HTML = Marks("±", "*", "<b>{}</b>", "<u>{}</u>", "%", html.escape)
-LATEX = Marks(r"$\pm$", r"$^{*}$", r"\textbf{{{}}}", r"\underline{{{}}}", r"\%", _latex)
+MARKDOWN = Marks("±", "*", "**{}**", "<u>{}</u>", "%", "↑", "↓", markdown_text)
+HTML = Marks("±", "*", "<b>{}</b>", "<u>{}</u>", "%", "↑", "↓", html.escape)
+LATEX = Marks(
+    r"$\pm$",
+    r"$^{*}$",
+    r"\textbf{{{}}}",
+    r"\underline{{{}}}",
+    r"\%",
+    r"$\uparrow$",
+    r"$\downarrow$",
+    _latex,
+)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -98,8 +121,9 @@ def html_table(cells: Sequence[Sequence[str]]) -> str:
 
 def comparison_latex(comparison: Comparison) -> str:
     """The table of a comparison for LaTeX with the package booktabs."""
-    head, *rows = (" & ".join(cells) + r" \\" for cells in _cells(comparison, LATEX))
-    columns = "l" + "r" * (len(comparison.metrics) + 2)
+    cells = _cells(comparison, LATEX)
+    head, *rows = (" & ".join(line) + r" \\" for line in cells)
+    columns = "l" + "r" * (len(cells[0]) - 1)
     body = [
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
@@ -116,7 +140,7 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
     """All numbers of a comparison, a row for each model and metric."""
     lines = []
     for row in comparison.rows:
-        for metric in row.users:
+        for metric in (*row.users, *row.lists):
             difference = row.differences.get(metric)
             lines.append(
                 {
@@ -126,8 +150,8 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
                     "mean": row.mean(metric),
                     "std": row.std(metric),
                     "seeds": len(row.seeds),
-                    "users": row.users[metric].shape[1],
-                    "best_baseline": comparison.best_baseline[metric],
+                    "users": len(row.user),
+                    "best_baseline": comparison.best_baseline.get(metric),
                     "difference": difference and difference.mean,
                     "low": difference and difference.low,
                     "high": difference and difference.high,
@@ -135,6 +159,7 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
                     "p": difference and difference.p,
                     "p_holm": row.p.get(metric),
                     "train_s": row.wall_s,
+                    **row.cost,
                 }
             )
     return pd.DataFrame(lines)
@@ -143,24 +168,40 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
 def _cells(comparison: Comparison, marks: Marks) -> list[list[str]]:
     """The head and a line for each row, as the format of ``marks`` writes them."""
     first, metrics = comparison.metrics[0], comparison.metrics
-    head = [
-        comparison.candidates,
-        *metrics,
-        f"{first} vs {comparison.best_baseline[first]}",
-        "minutes",
+    versus = f"{first} vs {comparison.best_baseline[first]}"
+    costs = COST if comparison.costs else {}
+    last = (versus, "minutes", *(title for title, _ in costs.values()))
+    lines = [
+        [
+            marks.escape(comparison.candidates),
+            *(_head(metric, marks) for metric in metrics),
+            *map(marks.escape, last),
+        ]
     ]
-    lines = [[marks.escape(cell) for cell in head]]
     for row in comparison.rows:
         better = (
             "" if math.isnan(row.improvement) else f"{100 * row.improvement:+.1f} {marks.percent}"
         )
         numbers = (_cell(comparison, row, metric, marks) for metric in metrics)
-        lines.append([marks.escape(row.name), *numbers, better, f"{row.wall_s / 60:.1f}"])
+        spent = (_number(row.cost[key], kind) for key, (_, kind) in costs.items())
+        minutes = f"{row.wall_s / 60:.1f}"
+        lines.append([marks.escape(row.name), *numbers, better, minutes, *spent])
     return lines
 
 
+def _number(value: float, kind: str) -> str:
+    return "" if math.isnan(value) else format(value, kind)
+
+
+def _head(metric: str, marks: Marks) -> str:
+    if not is_of_lists(metric):
+        return marks.escape(metric)
+    lower = OF_LISTS[metric.lower().partition("@")[0]].smaller
+    return f"{marks.escape(metric)} {marks.down if lower else marks.up}"
+
+
 def _cell(comparison: Comparison, row: Row, metric: str, marks: Marks) -> str:
-    if metric not in row.users:
+    if not len(row.by_seed(metric)):
         return ""
     std = row.std(metric)
     text = (
@@ -168,6 +209,8 @@ def _cell(comparison: Comparison, row: Row, metric: str, marks: Marks) -> str:
         + ("" if math.isnan(std) else f" {marks.between} {std:.4f}")
         + marks.star * row.significant(metric)
     )
+    if metric in row.lists:
+        return text
     place = comparison.place(row, metric)
     return (
         marks.best.format(text) if place == 0 else marks.second.format(text) if place == 1 else text

@@ -51,12 +51,14 @@ class StageReport:
         valid: RecBole's metrics of the weights that were kept.
         wall_s: seconds, validation included.
         targets, tokens: trained on, repeats counted.
+        train_s: seconds of its epochs, without validation.
     """
 
     valid: dict[str, float] | None
     wall_s: float
     targets: int
     tokens: int
+    train_s: float = 0.0
 
 
 class SDPOTrainer(Trainer):
@@ -152,7 +154,7 @@ class SDPOTrainer(Trainer):
         began = saved_at = time.time()
         stage = self._open(name, train_data, verbose, show)
         self._start_score(stage, valid_data, show_progress)
-        best, improved = snapshot(self.model), False
+        best, improved, train_s = snapshot(self.model), False, 0.0
         if resumed.get("stage") == name:
             if resumed["improved"]:
                 load_checkpoint(checkpoint, self.model)
@@ -161,6 +163,7 @@ class SDPOTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # before the first writes another
             self.best_valid_score, self.best_valid_result, self.cur_step = resumed["best"]
             began -= resumed["wall_s"]
+            train_s = resumed.get("train_s", 0.0)  # an older state has none
             self._log(f"{name}: resumed at step {stage.step}, epoch {stage.epoch}.", verbose)
 
         if main and stage.settings.epochs and self._step_file is None:
@@ -171,7 +174,8 @@ class SDPOTrainer(Trainer):
             nonlocal saved_at
             due = time.time() - saved_at > 60 * self.model.settings.save_minutes
             if saved and (now or self._agreed(due)):
-                self._save_state(stage, improved, time.time() - began)
+                in_epoch = 0.0 if now else time.time() - epoch_began
+                self._save_state(stage, improved, time.time() - began, train_s + in_epoch)
                 saved_at = time.time()
 
         if not self._agreed(holds_state(self.run_dir)):
@@ -184,6 +188,7 @@ class SDPOTrainer(Trainer):
         while stage.epoch < stage.settings.epochs and self.cur_step <= patience:
             epoch, epoch_began = stage.epoch, time.time()
             loss = stage.run_epoch(show, keep_state)
+            train_s += time.time() - epoch_began
             self.train_loss_dict[len(self.train_loss_dict)] = loss
             self._log(
                 f"{name} "
@@ -208,7 +213,7 @@ class SDPOTrainer(Trainer):
             )
             self._save(name, saved)
         self.reports[name] = StageReport(
-            self.best_valid_result, time.time() - began, stage.targets, stage.tokens
+            self.best_valid_result, time.time() - began, stage.targets, stage.tokens, train_s
         )
         keep_state(now=True)
         if self._step_file and name == self.stages[-1]:
@@ -337,12 +342,13 @@ class SDPOTrainer(Trainer):
             self.best_valid_score, result = self._valid_epoch(valid_data, show_progress)
             self.best_valid_result = dict(result)
 
-    def _save_state(self, stage: Stage, improved: bool, wall_s: float) -> None:
+    def _save_state(self, stage: Stage, improved: bool, wall_s: float, train_s: float) -> None:
         rest = {
             "improved": improved,  # on its start, so that its checkpoint is there
             "best": [self.best_valid_score, self.best_valid_result, self.cur_step],
             "reports": {name: asdict(report) for name, report in self.reports.items()},
             "wall_s": wall_s,
+            "train_s": train_s,
             "settings": self._identity(),
         }
         save_state(self.run_dir, stage, rest)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recbole_sdpo import quick_start
-from recbole_sdpo.evaluator.ranks import metric_of_ranks, target_ranks
+from recbole_sdpo.evaluator.ranks import metric_of_ranks, target_ranks, third_of
 
 
 @pytest.mark.parametrize("model", ["SDPO-LLM", "Pop", "GRU4Rec", "BPR"])
@@ -27,11 +27,23 @@ def test_metrics_of_ranks_are_recboles(ring, model, mode):
     trained = events[events.groupby(user).cumcount(ascending=False) > 1]  # two are held out
     met = trained.drop_duplicates([user, item])[item].value_counts()
     assert ranks["met"].tolist() == [met.get(target, 0) for target in ranks["item"]]
+    of_user = trained.drop_duplicates([user, item]).groupby(user)[item].size()
+    assert ranks["history"].tolist() == of_user[ranks["user"]].tolist()
+    assert set(ranks["popularity"]) == {"head"}  # all items are met alike
     assert ranks.user.is_unique and len(ranks) == 72 and set(ranks.candidates) == {mode}
     for name, value in result["test_result"].items():
         assert metric_of_ranks(name, ranks["rank"].to_numpy()).mean() == pytest.approx(
             value, abs=6e-5
         ), name
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=12))
+def test_thirds_are_of_interactions(met):
+    for item, group in enumerate(third_of(np.array(met))):
+        by_more = sum(other for other in met if other > met[item])
+        share = by_more / max(sum(met), 1)
+        third = ["head", "middle", "tail"][(share >= 1 / 3) + (share >= 2 / 3)]
+        assert group == (third if met[item] else "cold")
 
 
 @given(st.data())

@@ -320,6 +320,10 @@ def test_every_model_gets_as_many_tries(write):
             {"runs": [{"name": "a", "model": "GRU5Rec"}]},
             "run 'a': model='GRU5Rec' must be SDPO-LLM or a",
         ),
+        ({"cost": 1}, "cost=1 must be true or false"),
+        ({"cost": "yes"}, "cost='yes' must be true or false"),
+        ({"groups": ["age"]}, r"groups=\['age'\] must be a list of .*met, popularity, history"),
+        ({"groups": ["met", "met"]}, "must be a list of different names of met"),
         ({"tries": 0}, "tries=0 must be 1 or more"),
         (
             {"settings": {"seed": 3}},
@@ -347,6 +351,22 @@ def test_every_model_gets_as_many_tries(write):
         (
             {"metrics": ["HR@1", "GenHit"], "runs": [{"name": "a", "model": "Pop"}]},
             "metric 'GenHit' needs a run of SDPO-LLM",
+        ),
+        (
+            {"metrics": ["HR@1", "GiniIndex@5"]},
+            r"metric 'GiniIndex@5' is of the lists .*candidates=\['uni5'\] must have full among",
+        ),
+        (
+            {"metrics": ["GiniIndex@5", "HR@1"], "candidates": ["full"]},
+            "must begin with one of a target's rank",
+        ),
+        (
+            {"metrics": ["HR@1", "GiniIndex"], "candidates": ["full"]},
+            "metric 'GiniIndex' must have a cut-off, such as GiniIndex@10",
+        ),
+        (
+            {"metrics": ["HR@1", "GiniIndex@7"], "candidates": ["full"]},
+            r"run 'a': metric 'GiniIndex@7' needs its cut-off in topk, which is \[1, 5, 10\]",
         ),
         (
             {"settings": {"metrics": ["Hits", "NDCG"]}},
@@ -459,6 +479,13 @@ def test_who_writes_is_asked_for_answers_that_the_table_wants(write):
     ]
     with pytest.raises(ValueError, match="run 'LM': .*GenHit needs sampled candidates"):
         plan(Experiment.load(write(runs, metrics=["HR@1", "GenHit"], candidates=["full"])))
+
+
+def test_every_model_is_asked_for_what_all_users_get(write):
+    runs = [{"name": "Pop", "model": "Pop"}, {"name": "LM", "settings": {"objective": "sft"}}]
+    asked = ["HR@1", "GiniIndex@1", "GiniIndex@5"]
+    for run in plan(Experiment.load(write(runs, metrics=asked, candidates=["uni5", "full"]))):
+        assert run.settings["metrics"] == ["Hit", "NDCG", "MRR", "GiniIndex"]
 
 
 @pytest.mark.parametrize(

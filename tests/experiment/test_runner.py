@@ -98,10 +98,18 @@ def test_the_report_has_what_the_runs_found(experiment):
     names = {file.name for file in report.iterdir()}
     pictures = {
         f"{name}.{end}"
-        for name in ("bars-uni5", "bars-pop3", "by-beta", "curves", "hardest-negative")
+        for name in (
+            "bars-uni5",
+            "bars-pop3",
+            "groups-uni5",
+            "groups-pop3",
+            "by-beta",
+            "curves",
+            "hardest-negative",
+        )
         for end in ("png", "svg")
     }
-    texts = {"table.md", "table.csv", "table.tex", "bands.csv", "results.jsonl", "report.html"}
+    texts = {"table.md", "table.csv", "table.tex", "groups.csv", "results.jsonl", "report.html"}
     assert names == texts | pictures
     lines = [json.loads(line) for line in (report / "results.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["Pop", "S-DPO, beta = 0.5", "S-DPO, beta = 2.0"]
@@ -119,14 +127,14 @@ def test_the_report_has_what_the_runs_found(experiment):
                 assert table.loc[(mode, name, metric), "mean"] == pytest.approx(
                     metric_of_ranks(metric, found["rank"]).mean(), rel=1e-5
                 )
-    bands = pd.read_csv(report / "bands.csv")
-    parts = bands.assign(sum=bands["mean"] * bands["targets"])
+    groups = pd.read_csv(report / "groups.csv")
+    parts = groups.assign(sum=groups["mean"] * groups["targets"])
     sums = parts.groupby(["candidates", "model", "metric"])[["sum", "targets"]].sum()
     whole = table.loc[sums.index, "mean"].to_numpy()
     np.testing.assert_allclose(sums["sum"] / sums["targets"], whole, rtol=1e-4)
     assert len(sums) == len(table)
     page = (report / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 and "http" not in page.replace(
+    assert page.count("data:image/png;base64,") == 7 and "http" not in page.replace(
         "http-equiv", ""
     )
     assert "Warning: too many, seed 1 failed" in page and "not the same training targets" in page

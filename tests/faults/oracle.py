@@ -117,7 +117,9 @@ def remains(run_dir: Path) -> dict[str, Any]:
     """What two runs of one seed and settings leave alike: bits and numbers, not times."""
     result = result_of(run_dir)
     stages = {
-        name: {key: value for key, value in stage.items() if key not in ("wall_s", "tokens")}
+        name: {
+            key: value for key, value in stage.items() if key not in ("wall_s", "train_s", "tokens")
+        }
         for name, stage in result["stages"].items()
     }
     facts = {

@@ -16,9 +16,9 @@ import pytest
 
 from recbole_sdpo.evaluator.significance import holm, paired_difference
 from recbole_sdpo.report import figures
-from recbole_sdpo.report.bands import band_frame, band_table
 from recbole_sdpo.report.comparison import FinishedRun, compare, unfair
 from recbole_sdpo.report.experiment import write_report
+from recbole_sdpo.report.groups import group_frame, group_table
 from recbole_sdpo.report.table import (
     comparison_frame,
     comparison_html,
@@ -27,6 +27,7 @@ from recbole_sdpo.report.table import (
     markdown_table,
     markdown_text,
 )
+from recbole_sdpo.result import write_result
 
 USERS = 200
 METRICS = ["HR@1", "NDCG@5"]
@@ -449,45 +450,173 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(runs, tmp_path, m
     )
 
 
-def test_bands_are_by_the_users_who_met_the_target():
-    """Against a loop over targets."""
-    runs = [finished(name, seed, 0.4) for name in ("mine", "other") for seed in (1, 2)]
+def test_what_a_run_costs_is_shown_on_request(runs):
     for run in runs:
-        rng = np.random.default_rng(run.seed)
-        run.ranks["met"] = rng.choice([0, 1, 4, 5, 19, 20, 400], len(run.ranks))
-    frame = band_frame(runs, ["uni19"], METRICS)
-    within = {"0": (0, 0), "1-4": (1, 4), "5-19": (5, 19), "20 or more": (20, 10**9)}
-    assert len(frame) == len(METRICS) * 2 * len(within)
-    assert frame["band"].tolist() == [*within] * len(METRICS) * 2
-    for row in frame.itertuples():
-        low, high = within[row.band]
-        ranks = [
-            target.rank
-            for run in runs
-            if run.name == row.model
-            for target in run.ranks.itertuples()
-            if low <= target.met <= high
-        ]
-        gain = {"HR@1": lambda r: r == 1, "NDCG@5": lambda r: (r <= 5) / math.log2(r + 1)}
-        assert row.targets == len(ranks)
-        assert row.mean == pytest.approx(sum(map(gain[row.metric], ranks)) / len(ranks))
-    head, *lines = band_table(frame, "uni19", "HR@1")
-    assert head[1:] == [*within]
-    assert [line[0] for line in lines] == ["mine", "other", "targets"]
-    assert float(lines[0][2]) == pytest.approx(
-        frame.query("model == 'mine' and metric == 'HR@1' and band == '1-4'")["mean"].item(),
-        abs=5e-5,
+        run.cost = {"targets_per_s": 100.0 * run.seed, "peak_memory_gib": 1.5, "top10_ms": math.nan}
+    found = compare(runs, "uni19", METRICS, ["weak"], costs=True)
+    head, _, line, *_ = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in comparison_markdown(found).splitlines()
     )
+    assert head[-4:] == ["minutes", "targets/s", "GiB", "top 10, ms"]
+    assert line[-4:] == ["1.0", "150", "1.5", ""]
+    assert comparison_latex(found).startswith(r"\begin{tabular}{l" + "r" * 7 + "}")
+    assert comparison_frame(found)["targets_per_s"].unique().tolist() == [150.0]
+    found = compare(runs, "uni19", METRICS, ["weak"])
+    assert "GiB" not in comparison_markdown(found) and "GiB" not in comparison_latex(found)
 
 
-def test_no_bands_of_runs_that_do_not_say_who_met_the_target(tmp_path):
+def test_the_cost_of_a_run_holds_that_of_its_sft(tmp_path):
+    def write(folder, targets, train_s, peak, top10):
+        folder.mkdir()
+        stages = {"fit": {"targets": targets, "train_s": train_s, "wall_s": 60.0}}
+        ranks = pd.DataFrame({"user": ["u"], "stage": "fit", "rank": 1, "candidates": "full"})
+        ranks.to_csv(folder / "ranks.csv", index=False)
+        about = {"stages": stages, "peak_memory_gib": peak, "top10": top10}
+        write_result(folder, about, ["ranks.csv"])
+
+    write(tmp_path / "sft", 300, 2.0, 5.0, {"ms": 9.0, "users": 32})
+    write(tmp_path / "sdpo", 100, 6.0, 4.0, {"ms": 7.0, "users": 32})
+    run = FinishedRun.read(tmp_path / "sdpo", tmp_path / "sft", "a", None, 1)
+    assert run.cost == {"targets_per_s": 50.0, "peak_memory_gib": 5.0, "top10_ms": 7.0}
+    assert run.wall_s == 120
+    write(tmp_path / "old", 100, 0.0, 4.0, None)
+    cost = FinishedRun.read(tmp_path / "old", None, "a", None, 1).cost
+    assert math.isnan(cost["targets_per_s"]) and math.isnan(cost["top10_ms"])
+
+
+def test_what_all_users_get_is_one_number_without_a_test_or_a_mark(runs, tmp_path):
+    value = {"weak": 0.9, "rival": 0.1, "ours": 0.2, "same": 0.3}
+    for run in runs:
+        at = {"itemcoverage@5": value[run.name] + 0.01 * run.seed, "giniindex@5": 0.5}
+        run.result["stages"] = {"first": {}, "last": {"candidates": {"uni19": {"test": at}}}}
+    metrics = ["HR@1", "ItemCoverage@5", "GiniIndex@5"]
+    found = compare(runs, "uni19", metrics, ["weak", "rival"])
+    assert found.metrics == metrics and found.best_baseline == {"HR@1": "rival"}
+    rows = {row.name: row for row in found.rows}
+    for name, row in rows.items():
+        assert row.mean("ItemCoverage@5") == pytest.approx(value[name] + 0.015)
+        assert row.std("ItemCoverage@5") == pytest.approx(0.01 / math.sqrt(2))
+        assert set(row.differences) <= {"HR@1"}
+    head, _, *lines = comparison_markdown(found).splitlines()
+    assert "ItemCoverage@5 ↑" in head and "GiniIndex@5 ↓" in head
+    assert all("*" not in cell for line in lines for cell in line.split("|")[3:5])
+    assert r"GiniIndex@5 $\downarrow$" in comparison_latex(found)
+    frame = comparison_frame(found).set_index(["model", "metric"])
+    assert frame.loc[("ours", "GiniIndex@5"), ["test", "p", "best_baseline"]].isna().all()
+    write_report(tmp_path, "lists", [found], runs, [], "made")
+    assert "no test over users is made" in (tmp_path / "table.md").read_text()
+    for run in runs:  # nor is there a column where the candidates are a sample
+        run.result["stages"]["last"]["candidates"]["uni19"]["test"] = {"hit@1": 0.5}
+    assert compare(runs, "uni19", metrics, ["weak"]).metrics == ["HR@1"]
+
+
+GROUPED = {
+    "met": lambda row: (
+        "0" if row.met == 0 else "1-4" if row.met < 5 else "5-19" if row.met < 20 else "20 or more"
+    ),
+    "popularity": lambda row: row.popularity,
+    "history": lambda row: (
+        "3-6" if row.history < 7 else "7-11" if row.history < 12 else "12 or more"
+    ),
+}
+GAIN = {"HR@1": lambda r: r == 1, "NDCG@5": lambda r: (r <= 5) / math.log2(r + 1)}
+
+
+@pytest.fixture
+def grouped():
+    """Runs of users whose targets and histories differ."""
+    runs = [
+        finished(name, seed, strength)
+        for seed in (1, 2)
+        for name, strength in {"base": 0.3, "mine": 0.6}.items()
+    ]
+    for run in runs:
+        number = run.ranks["user"].str[1:].astype(int)
+        run.ranks["met"] = np.array([0, 1, 4, 5, 19, 20, 400])[number % 7]
+        run.ranks["popularity"] = np.array(["cold", "tail", "middle", "head"])[number % 4]
+        run.ranks["history"] = np.array([3, 7, 12])[number % 3]
+    return runs
+
+
+def test_groups_hold_what_a_loop_over_targets_finds(grouped):
+    table = compare(grouped, "uni19", METRICS, ["base"])
+    frame = group_frame([table], grouped, [*GROUPED])
+    assert len(frame) == 2 * len(METRICS) * (4 + 4 + 3)
+    for row in frame.itertuples():
+        gains = {
+            name: {
+                user: np.mean([GAIN[row.metric](target.rank) for target in targets])
+                for user, targets in of_users(grouped, name, GROUPED[row.grouping], row.group)
+            }
+            for name in ("base", "mine")
+        }
+        mine = np.array([*gains[row.model].values()])
+        assert row.targets == len(mine) and row.mean == pytest.approx(mine.mean())
+        half = 1.96 * mine.std(ddof=1) / math.sqrt(len(mine))
+        assert row.high - row.mean == pytest.approx(half, rel=0.1)
+        assert row.mean - row.low == pytest.approx(row.high - row.mean)
+        if row.model == "mine":
+            gap = np.mean([gains["mine"][user] - gains["base"][user] for user in gains["base"]])
+            assert row.difference == pytest.approx(gap)
+            assert row.difference_low < gap < row.difference_high
+        else:
+            assert math.isnan(row.p)
+    for _, part in frame.groupby("grouping"):
+        part = part.dropna(subset="p")
+        np.testing.assert_allclose(part["p_holm"], holm(part["p"].tolist()))
+    orders = {name: list(part["group"].unique()) for name, part in frame.groupby("grouping")}
+    assert orders == {
+        "met": ["0", "1-4", "5-19", "20 or more"],
+        "popularity": ["head", "middle", "tail", "cold"],
+        "history": ["3-6", "7-11", "12 or more"],
+    }
+
+
+def of_users(runs, name, group_of, group):
+    """Each user of a group, with the targets of all seeds."""
+    targets = [target for run in runs if run.name == name for target in run.ranks.itertuples()]
+    users = sorted({target.user for target in targets if group_of(target) == group})
+    return [(user, [target for target in targets if target.user == user]) for user in users]
+
+
+def test_a_group_is_shown_with_its_interval_and_star(grouped):
+    frame = group_frame([compare(grouped, "uni19", METRICS, ["base"])], grouped, ["popularity"])
+    head, *lines = group_table(frame, "uni19", "popularity", "HR@1")
+    assert head == ["uni19, HR@1, target", "head", "middle", "tail", "cold"]
+    assert [line[0] for line in lines] == ["base", "mine", "targets"]
+    part = frame.query("model == 'mine' and metric == 'HR@1'")
+    for row, cell in zip(part.itertuples(), lines[1][1:], strict=True):
+        star = "*" * (row.p_holm < 0.05)
+        assert cell == f"{row.mean:.4f} ± {row.high - row.mean:.4f}{star}"
+    assert any(cell.endswith("*") for cell in lines[1]) and not any("*" in c for c in lines[0])
+    assert lines[2][1:] == ["50"] * 4
+    two = {"By popularity": part.assign(mean=0.0, high=0.0), "Again": part}
+    first, last = figures.in_groups(two, "HR@1").axes
+    assert first.get_ylim() == last.get_ylim()
+    assert last.get_ylim()[0] == 0 and last.get_ylim()[1] > part["high"].max()
+    figure = figures.in_groups({"By popularity": part}, "HR@1")
+    (drawn,) = figure.axes[0].containers
+    np.testing.assert_allclose(drawn[0].get_ydata().astype(float), part["mean"])
+
+
+def test_histories_of_one_length_stay_together(grouped):
+    for run in grouped:
+        run.ranks["history"] = np.where(run.ranks["user"] == "u7", 9, 4)
+    frame = group_frame([compare(grouped, "uni19", ["HR@1"], [])], grouped, ["history"])
+    assert frame.query("model == 'mine'")["group"].tolist() == ["4 or more"]
+    assert frame["low"].notna().all()
+
+
+def test_no_groups_of_runs_that_do_not_say_who_met_the_target(tmp_path):
     runs = [finished("mine", 1, 0.4)]
-    frame = band_frame(runs, ["uni19"], METRICS)
-    assert frame.empty and band_table(frame, "uni19", "HR@1") == []
-    write_report(tmp_path, "bands", [compare(runs, "uni19", METRICS, [])], runs, [], "made")
+    tables = [compare(runs, "uni19", METRICS, [])]
+    assert group_frame(tables, runs, [*GROUPED]).empty
+    write_report(tmp_path, "groups", tables, runs, [], "made", [*GROUPED])
     assert "met the target" not in (tmp_path / "table.md").read_text()
     runs[0].ranks["met"] = 3
-    write_report(tmp_path, "bands", [compare(runs, "uni19", METRICS, [])], runs, [], "made")
+    write_report(tmp_path, "groups", tables, runs, [], "made", [*GROUPED])
     for file in ("table.md", "report.html"):
         assert "met the target" in (tmp_path / file).read_text()
-    assert pd.read_csv(tmp_path / "bands.csv")["band"].unique().tolist() == ["1-4"]
+    assert pd.read_csv(tmp_path / "groups.csv")["group"].unique().tolist() == ["1-4"]
+    assert (tmp_path / "groups-uni19.png").is_file()

@@ -199,10 +199,16 @@ def test_the_time_of_a_stage_holds_that_of_asking_the_reference(ring, monkeypatc
     monkeypatch.setattr("recbole_sdpo.trainer.sdpo_trainer.time.time", lambda: clock[0])
     fill = ReferenceCache.fill
     monkeypatch.setattr(
-        ReferenceCache, "fill", lambda *args: clock.__setitem__(0, 1000.0) or fill(*args)
+        ReferenceCache, "fill", lambda *args: clock.__setitem__(0, clock[0] + 1000) or fill(*args)
     )
-    monkeypatch.setattr(
-        Stage, "run_epoch", lambda stage, *_: setattr(stage, "epoch", stage.epoch + 1) or 0.0
-    )
+
+    def run_epoch(stage, *_):
+        clock[0] += 10
+        stage.epoch += 1
+        return 0.0
+
+    monkeypatch.setattr(Stage, "run_epoch", run_epoch)
     trainer.fit(*loaders[:2], verbose=False)
-    assert trainer.reports["sft"].wall_s == 0 and trainer.reports["sdpo"].wall_s == 1000
+    sft, sdpo = trainer.reports["sft"], trainer.reports["sdpo"]
+    assert sft.wall_s == sft.train_s == 10 * trainer.model.settings.sft.epochs
+    assert (sdpo.wall_s, sdpo.train_s) == (1000 + 10, 10)  # that of the epochs does not

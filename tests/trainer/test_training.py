@@ -524,7 +524,15 @@ def test_result_json_says_what_was_run(ring):
     assert stored == json.loads(json.dumps(result))
     assert list(stored["stages"]) == ["sft", "sdpo"]
     for stage in stored["stages"].values():
-        assert set(stage) == {"valid", "test", "wall_s", "targets", "tokens", "candidates"}
+        assert set(stage) == {
+            "valid",
+            "test",
+            "wall_s",
+            "targets",
+            "tokens",
+            "train_s",
+            "candidates",
+        }
         assert stage["candidates"] == {"uni5": {"valid": stage["valid"], "test": stage["test"]}}
         assert stage["targets"] >= 50 and stage["tokens"] > stage["targets"]
     assert stored["test_result"] == stored["stages"]["sdpo"]["test"]
@@ -549,6 +557,7 @@ def test_baselines_run_on_the_same_candidates(ring, model):
         "wall_s",
         "targets",
         "tokens",
+        "train_s",
         "candidates",
     }
     if model == "Pop":

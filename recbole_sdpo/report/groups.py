@@ -1,0 +1,218 @@
+"""Where a model is good: its metrics in groups of targets or of users, with intervals and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from recbole_sdpo.evaluator.ranks import THIRDS
+from recbole_sdpo.evaluator.significance import holm, paired_difference
+from recbole_sdpo.report.comparison import LEVEL, Comparison, FinishedRun, Row
+
+EDGES = (0, 1, 5, 20)
+"""The fewest users of each band."""
+
+KEYS = ["candidates", "grouping", "metric", "model", "group"]
+"""Columns that name a row of a :func:`group_frame`."""
+
+COLUMNS = [
+    *KEYS,
+    *("targets", "mean", "low", "high", "best_baseline"),
+    *("difference", "difference_low", "difference_high", "test", "p", "p_holm"),
+]
+"""Its columns."""
+
+
+def names_of(edges: Sequence[int]) -> list[str]:
+    """Of the ranges that begin at ``edges``, the last without an end: ``0``, ``1-4``, …"""
+    ranges = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(edges)]
+    return [*ranges, f"{edges[-1]} or more"]
+
+
+BANDS = names_of(EDGES)
+"""The bands' names."""
+
+
+def band_of(met: pd.Series) -> np.ndarray:
+    """The band's name of each target, by how many users met it."""
+    return _range_of(met, EDGES)
+
+
+def _range_of(number: pd.Series, edges: Sequence[int]) -> np.ndarray:
+    return np.array(names_of(edges))[np.searchsorted(edges, number, "right") - 1]
+
+
+def _bands(met: pd.Series) -> pd.Categorical:
+    return pd.Categorical(band_of(met), BANDS, ordered=True)
+
+
+def _thirds(popularity: pd.Series) -> pd.Categorical:
+    return pd.Categorical(popularity, THIRDS, ordered=True)
+
+
+def _lengths(history: pd.Series) -> pd.Categorical:
+    """Thirds of the users; those whose histories are equally long stay together."""
+    ordered, users = np.sort(history), len(history)
+    first = np.ceil(np.arange(3) * users / 3).astype(int).clip(max=users - 1)
+    edges = np.unique(ordered[first]).tolist()
+    return pd.Categorical(_range_of(history, edges), names_of(edges), ordered=True)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """A way to group targets, by a column of ``ranks.csv``.
+
+    Attributes:
+        heading: over its tables.
+        head: in their first cell.
+        groups: the ordered group of each target, from that column.
+    """
+
+    heading: str
+    head: str
+    groups: Callable[[pd.Series], pd.Categorical]
+
+
+GROUPINGS = {
+    "met": Grouping("By how many users met the target in training", "met by", _bands),
+    "popularity": Grouping("By popularity of the target", "target", _thirds),
+    "history": Grouping(
+        "By how many items the user met in training", "items of the user", _lengths
+    ),
+}
+"""By the column of ``ranks.csv`` that says the group."""
+
+
+def group_frame(
+    comparisons: Sequence[Comparison], runs: Sequence[FinishedRun], groupings: Sequence[str]
+) -> pd.DataFrame:
+    """Metrics in groups, a row for each candidate set, grouping, metric, model and group.
+
+    Columns are :data:`COLUMNS`: ``targets`` (one to a user), ``mean`` over them and seeds, ``low``
+    and ``high`` (its 95 % interval by Student's t), ``best_baseline`` (over all targets),
+    ``difference`` to it with ``difference_low`` and ``difference_high``, ``test``, ``p``, and
+    ``p_holm``, Holm-corrected over the table of one candidate set and grouping.
+    Groups without targets are left out, and so are groupings that no run's ``ranks.csv`` knows.
+    """
+    tables = [
+        _table(comparison, grouping, groups)
+        for comparison in comparisons
+        for grouping in groupings
+        if (groups := _groups(comparison.candidates, runs, grouping)) is not None
+    ]
+    return pd.concat(tables or [pd.DataFrame(columns=COLUMNS)], ignore_index=True)
+
+
+def _groups(candidates: str, runs: Sequence[FinishedRun], grouping: str) -> pd.Series | None:
+    """Each user's group, by the first run that knows it: the targets are those of all."""
+    known = [
+        run.ranks[run.ranks["candidates"] == candidates].set_index("user")[grouping]
+        for run in runs
+        if grouping in run.ranks
+    ]
+    if not known:
+        return None
+    column = pd.concat(known)
+    column = column[~column.index.duplicated()]
+    return pd.Series(GROUPINGS[grouping].groups(column), column.index)
+
+
+def _table(comparison: Comparison, grouping: str, groups: pd.Series) -> pd.DataFrame:
+    rows = {row.name: row for row in comparison.rows}
+    lines = [
+        {
+            "candidates": comparison.candidates,
+            "grouping": grouping,
+            "metric": metric,
+            "model": row.name,
+            "group": group,
+            **_line(row, rows[comparison.best_baseline[metric]], metric, groups.index[of_group]),
+        }
+        for metric in comparison.best_baseline
+        for row in comparison.rows
+        if metric in row.users
+        for group in groups.cat.categories
+        if (of_group := groups == group).any()
+    ]
+    table = pd.DataFrame(lines, columns=COLUMNS).astype({"p": float, "p_holm": float})
+    table = table[table["targets"] > 0].reset_index(drop=True)
+    tested = table["p"].notna()
+    table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].tolist())
+    return table
+
+
+def _line(row: Row, best: Row, metric: str, users: pd.Index) -> dict[str, object]:
+    """One row's metric on ``users``, and its difference to the ``best`` baseline."""
+    mine = _values(row, metric, row.user.intersection(users)).mean(0)
+    low, high = _interval(mine)
+    line: dict[str, object] = {
+        "targets": len(mine),
+        "mean": mine.mean() if len(mine) else float("nan"),
+        "low": low,
+        "high": high,
+        "best_baseline": best.name,
+    }
+    common = row.user.intersection(best.user).intersection(users)
+    if row is best or len(common) < 2:
+        return line
+    found = paired_difference(_values(row, metric, common), _values(best, metric, common))
+    return line | {
+        "difference": found.mean,
+        "difference_low": found.low,
+        "difference_high": found.high,
+        "test": found.test,
+        "p": found.p,
+    }
+
+
+def _values(row: Row, metric: str, users: pd.Index) -> np.ndarray:
+    """float64 ``[seeds, users]``."""
+    return row.users[metric][:, row.user.get_indexer(users)]
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Of the mean of ``values``, at 95 %; not a number where they do not differ, for their spread
+    is not known then."""
+    if len(np.unique(values)) < 2:
+        return float("nan"), float("nan")
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def group_table(
+    frame: pd.DataFrame, candidates: str, grouping: str, metric: str
+) -> list[list[str]]:
+    """Head and lines, one for each row and one of how many targets there are, of that part of a
+    :func:`group_frame`; none where it is empty. What is after ``±`` is half the interval."""
+    part = group_part(frame, candidates, grouping, metric)
+    if part.empty:
+        return []
+    cells = part.assign(cell=[_cell(*cell) for cell in zip(*(part[c] for c in CELL), strict=True)])
+    groups = part["group"].unique().tolist()
+    shown = cells.pivot(index="model", columns="group", values="cell").fillna("")
+    sizes = part.groupby("group")["targets"].max()
+    return [
+        [f"{candidates}, {metric}, {GROUPINGS[grouping].head}", *groups],
+        *([name, *shown.loc[name, groups]] for name in part["model"].unique()),
+        ["targets", *(f"{sizes[group]:,}" for group in groups)],
+    ]
+
+
+def group_part(frame: pd.DataFrame, candidates: str, grouping: str, metric: str) -> pd.DataFrame:
+    """The rows of a :func:`group_frame` that one table shows."""
+    wanted = {"candidates": candidates, "grouping": grouping, "metric": metric}
+    return frame[np.logical_and.reduce([frame[key] == value for key, value in wanted.items()])]
+
+
+CELL = ["mean", "low", "p_holm"]
+"""What a cell of a table shows of a row."""
+
+
+def _cell(mean: float, low: float, p: float) -> str:
+    half = "" if np.isnan(low) else f" ± {mean - low:.4f}"
+    return f"{mean:.4f}{half}" + "*" * (p < LEVEL)
