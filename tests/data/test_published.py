@@ -4,13 +4,24 @@ import json
 import tempfile
 from pathlib import Path
 
+import hypothesis
+import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_sdpo.command import program
+from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.prompts import history_windows
 from recbole_sdpo.data.published import write_published
+from recbole_sdpo.data.sequences import histories, training_sequences
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.quick_start import run
+from recbole_sdpo.values import read_yaml
+from tests.conftest import TINY
 
 PHASES = ("train", "valid", "test")
 
@@ -65,8 +76,10 @@ def published(draw):
     )
 
 
-@settings(max_examples=25)
-@given(st.lists(st.tuples(published(), st.booleans(), st.booleans()), min_size=1, max_size=4))
+@hypothesis.settings(max_examples=15)
+@hypothesis.given(
+    st.lists(st.tuples(published(), st.booleans(), st.booleans()), min_size=1, max_size=4)
+)
 def test_every_row_keeps_its_history_candidates_and_target(drawn):
     size = len(drawn[0][0]["itemList"])
     drawn = [one for one in drawn if len(one[0]["itemList"]) == size]
@@ -200,3 +213,110 @@ def test_options_that_do_not_go_together_are_refused(monkeypatch, capsys, option
     with pytest.raises(SystemExit) as ended:
         program.main()
     assert message in f"{ended.value} {capsys.readouterr().err}"
+
+
+def persons(first, number, longest=4):
+    """Rows of persons, each with every event asked for after at most ``longest`` others."""
+    rows = []
+    for person in range(first, first + number):
+        items = [f"title {(3 * person + step) % 30}" for step in range(8)]
+        for place in range(2, 8):
+            others = [f"title {(3 * person + 11 + n) % 30}" for n in range(3)]
+            shown = items[max(0, place - longest) : place]
+            candidates = [*others[:1], items[place], *others[1:]]
+            joined = "::".join(shown) if person % 2 else shown
+            rows.append(row(joined, candidates, items[place]))
+    return rows
+
+
+@pytest.fixture
+def lists(tmp_path, monkeypatch):
+    """The three files, and the settings that came with the data made of them."""
+    monkeypatch.chdir(tmp_path)
+    parts = dict(zip(PHASES, (persons(0, 9), persons(9, 3), persons(12, 4)), strict=True))
+    for phase, rows in parts.items():
+        Path(f"{phase}.json").write_text(json.dumps(rows))
+    options = [f"--lists_{phase}={phase}.json" for phase in PHASES]
+    monkeypatch.setattr("sys.argv", ["recbole-sdpo", "import", "--name=lists", *options])
+    program.main()
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    tiny = {key: value for key, value in TINY.items() if key != "MAX_ITEM_LIST_LENGTH"}
+    return parts, tiny | read_yaml(Path("data/lists/lists.yaml"))
+
+
+def plain(phase, rows):
+    """What the JSON says: by user the history and the target."""
+    split = [r["historyList"] for r in rows]
+    split = [text.split("::") if isinstance(text, str) else text for text in split]
+    return {
+        f"{phase}-{number}": (shown, r["trueSelection"])
+        for number, (shown, r) in enumerate(zip(split, rows, strict=True), 1)
+    }
+
+
+def prepared(model, settings):
+    config = RunConfig(model, "lists", config_dict=settings)
+    dataset = create_dataset(config)
+    titles = Catalogue.from_dataset(dataset, ["title"], settings["title_article_first"]).titles
+    parts = [loader._dataset for loader in data_preparation(config, dataset)]
+    return config, np.array(titles), dataset.field2id_token["user_id"], parts
+
+
+@pytest.mark.parametrize("model", ["SDPO-LLM", "GRU4Rec"])
+def test_sequential_models_meet_the_rows_of_the_files(lists, model):
+    given, settings = lists
+    config, titles, users, parts = prepared(model, settings)
+    for phase, part in zip(PHASES, parts, strict=True):
+        rows = part.inter_feat
+        met = {
+            users[user]: (titles[past].tolist(), titles[target])
+            for user, past, target in zip(
+                rows["user_id"], histories(rows, config), rows["item_id"], strict=True
+            )
+        }
+        assert met == plain(phase, given[phase])
+
+
+@pytest.mark.parametrize("targets", ["all", "last"])
+def test_each_row_of_training_is_one_prompt_with_its_history(lists, targets):
+    given, settings = lists
+    config, titles, users, parts = prepared("SDPO-LLM", settings | {"train_targets": targets})
+    model = SDPOLLM(config, parts[0])
+    prompts = history_windows(training_sequences(parts[0]), model.window, len(titles))
+    asked = {}
+    for tree, before, target, user in zip(
+        prompts.tree, prompts.before, prompts.target, prompts.user, strict=True
+    ):
+        header, *shown = prompts.trunks[tree][:before]
+        assert header == len(titles) and users[user] not in asked
+        asked[users[user]] = (titles[shown].tolist(), titles[target])
+    assert asked == plain("train", given["train"])
+    assert model.targets_per_epoch(parts[0]) == len(given["train"])
+
+
+def test_models_of_each_kind_run_on_the_same_rows(lists):
+    given, settings = lists
+    digests, expected = [], plain("test", given["test"])
+    for model in ("Pop", "BPR", "SASRec", "SDPO-LLM"):
+        more = {"epochs": 1, "sft_epochs": 1, "sdpo_epochs": 0, "run_dir": f"saved/{model}"}
+        result = run(model, "lists", config_dict=settings | more, saved=False)
+        digests.append(result["candidates_sha256"])
+        ranks = pd.read_csv(f"saved/{model}/ranks.csv", dtype=str).query("stage != 'sdpo'")
+        items = pd.read_csv("data/lists/lists.item", sep="\t", dtype=str)
+        title = items.set_index("item_id:token")["title:token_seq"]
+        asked = dict(zip(ranks["user"], title[ranks["item"]], strict=True))
+        assert asked == {user: target for user, (_, target) in expected.items()}
+        # popularity is that of the rows of training, whatever the model learns besides
+        train = [{*shown, target} for shown, target in plain("train", given["train"]).values()]
+        assert [int(met) for met in ranks["met"]] == [
+            sum(asked[user] in row for row in train) for user in ranks["user"]
+        ]
+    assert digests == digests[:1] * 4
+
+
+def test_a_sequential_model_with_a_vector_for_each_user_is_refused(lists):
+    settings = lists[1]
+    with pytest.raises(UserError, match=r"model='Caser' learns a vector for each user \(user_em"):
+        run("Caser", "lists", config_dict=settings | {"epochs": 1}, saved=False)
+    with pytest.raises(UserError, match=r"'FPMC' learns a vector .*, such as SASRec or GRU4Rec"):
+        run("FPMC", "lists", config_dict=settings | {"epochs": 1}, saved=False)
