@@ -67,6 +67,21 @@ class FinishedRun:
         return cls(name, axis, seed, result, ranks, steps, wall_s)
 
 
+@dataclass(frozen=True)
+class Published:
+    """A value that someone published for a row.
+
+    Attributes:
+        metric: one of the table's.
+        value: from 0 to 1.
+        source: where it stands, in words.
+    """
+
+    metric: str
+    value: float
+    source: str
+
+
 @dataclass
 class Row:
     """A row of the table on one set of candidates.
@@ -115,12 +130,14 @@ class Comparison:
     Attributes:
         candidates: their evaluation mode.
         best_baseline: for each metric the name of the baseline with the highest mean.
+        published: what others published, by the name of the row.
     """
 
     candidates: str
     metrics: list[str]
     rows: list[Row]
     best_baseline: dict[str, str]
+    published: dict[str, list[Published]] = field(default_factory=dict)
 
     def place(self, row: Row, metric: str) -> int:
         """How many of the means are better than the row's; rows that are alike share a place."""
