@@ -31,12 +31,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The files, and the names of their columns."""
     parser.add_argument("--events", help="CSV file with a row for each event")
     parser.add_argument("--items", help="CSV file with a row for each item")
-    for phase, words in zip(PHASES, ("training", "validation", "the test"), strict=True):
-        parser.add_argument(
-            f"--lists_{phase}",
-            help=f"in place of both: JSON file with rows of {words}, their histories and "
-            "candidates",
-        )
+    parser.add_argument(
+        "--lists_train",
+        help="in place of both: JSON file of rows for training, with historyList, itemList and "
+        "trueSelection",
+    )
+    parser.add_argument("--lists_valid", help="the same for validation")
+    parser.add_argument("--lists_test", help="the same for the test")
     parser.add_argument("--name", required=True, help="of the dataset, such as shop")
     parser.add_argument(
         "--output",

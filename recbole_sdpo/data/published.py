@@ -133,8 +133,8 @@ def write_published(
       published order, the target among them) and ``phase`` (train, valid, test), in these ids;
     * ``<name>.yaml``: the settings with which RecBole reads all this.
 
-    A row whose list cannot be used is left out of validation and test; for training its history and
-    target are kept, without a list.
+    A row whose list cannot be used, or is not as long as most of the test are, is left out of
+    validation and test; for training its history and target are kept, without a list.
 
     Args:
         train, valid, test: JSON files, each a list of rows or a row a line; may be compressed.
@@ -151,11 +151,13 @@ def write_published(
     written = {phase: _read(Path(path), encoding) for phase, path in files.items()}
     titles = Titles(_alone(chain.from_iterable(written.values())))
     notes: list[str] = []
-    rows = {}
-    for phase, path in files.items():
-        reader = Reader(titles, training=phase == "train")
-        rows[phase] = reader.read(written.pop(phase))
-        notes += reader.sentences(Path(path))
+    readers = {phase: Reader(titles, training=phase == "train") for phase in PHASES}
+    rows = {phase: reader.read(written.pop(phase)) for phase, reader in readers.items()}
+    lengths = Counter(len(row.candidates) for row in rows["test"] if row.candidates)
+    length = max(lengths, key=lengths.__getitem__, default=0)
+    for phase, reader in reversed(readers.items()):  # that of the test has no fault of others
+        rows[phase] = reader.usable(rows[phase], length)
+        notes += reader.sentences(Path(files[phase]))
         if not rows[phase]:
             raise UserError(f"{notes[-1]}; no row of this file can be used.")
     ids: dict[str, str] = {}
@@ -170,13 +172,11 @@ def write_published(
     with whole_folder(folder) as place:
         settings = _write(place, name, str(output), rows, ids)
     counts = [f"{len(part):,}" for part in rows.values()]
-    lengths = {len(row.candidates) for phase in ("valid", "test") for row in rows[phase]}
     return "\n".join(
         [
             f"{folder}: {counts[0]} rows for training, {counts[1]} for validation, {counts[2]} for "
             f"the test; {len(ids):,} items; histories of at most "
-            f"{settings['MAX_ITEM_LIST_LENGTH']} titles, lists of "
-            f"{' and '.join(map(str, sorted(lengths)))}",
+            f"{settings['MAX_ITEM_LIST_LENGTH']} titles, lists of {length}",
             *notes,
             f"next: recbole-sdpo run --model=SASRec --dataset={name} "
             f"--config_files={shlex.quote(str(folder / f'{name}.yaml'))}",
@@ -263,14 +263,20 @@ class Reader:
     faults: dict[tuple[str, str], list[tuple[int, object]]] = field(default_factory=dict)
 
     def read(self, rows: list[Row]) -> list[Row]:
-        """Those of ``rows`` that can be used, in titles."""
-        read = [asked for row in rows if (asked := self._asked(row))]
-        lengths = Counter(len(row.candidates) for row in read if row.candidates)
-        usual = max(lengths, key=lengths.__getitem__, default=0)
-        unusual = f"itemList has {{}} titles, and {usual} in most rows"
-        for place, row in enumerate(read):
-            if row.candidates and len(row.candidates) != usual:
-                read[place] = self._without_list(row, unusual, len(row.candidates))
+        """``rows`` in titles, without candidates where a list is of no use, but for those of which
+        nobody can be asked."""
+        return [asked for row in rows if (asked := self._asked(row))]
+
+    def usable(self, rows: list[Row], length: int) -> list[Row]:
+        """Those that can be used of ``rows``, which :meth:`read` has read, where lists have
+        ``length`` candidates."""
+        unlike = f"itemList has {{}} titles, and most of the test have {length}"
+        read = [
+            self._without_list(row, unlike, len(row.candidates))
+            if row.candidates and len(row.candidates) != length
+            else row
+            for row in rows
+        ]
         return [row for row in read if row.candidates or self.training]
 
     def _asked(self, row: Row) -> Row | None:
