@@ -456,8 +456,9 @@ def _learn_histories(self: Dataset, parts: Sequence[Dataset]) -> None:
     )
     if count := unknown(known, rows[1:]):
         getLogger().warning(
-            f"{count:,} of {sum(len(part.user) for part in rows[1:]):,} rows of validation and "
-            f"test are of users without such an event; {name} knows nothing of them."
+            f"{name} knows no event of the users of {count:,} of "
+            f"{sum(len(part.user) for part in rows[1:]):,} rows of validation and test: rows there "
+            "ask for all that their histories hold."
         )
 
 
