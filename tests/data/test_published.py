@@ -217,13 +217,17 @@ def test_options_that_do_not_go_together_are_refused(monkeypatch, capsys, option
     assert message in f"{ended.value} {capsys.readouterr().err}"
 
 
+UNMET = "Stranger, The"
+"""A candidate of all rows that stands in no history."""
+
+
 def persons(first, number, longest=4):
     """Rows of persons, each with every event asked for after at most ``longest`` others."""
     rows = []
     for person in range(first, first + number):
         items = [f"title {(3 * person + step) % 30}" for step in range(8)]
         for place in range(2, 8):
-            others = [f"title {(3 * person + 11 + n) % 30}" for n in range(3)]
+            others = [f"title {(3 * person + 11 + n) % 30}" for n in range(2)] + [UNMET]
             shown = items[max(0, place - longest) : place]
             candidates = [*others[:1], items[place], *others[1:]]
             joined = "::".join(shown) if person % 2 else shown
@@ -268,6 +272,7 @@ def prepared(model, settings):
 def test_sequential_models_meet_the_rows_of_the_files(lists, model):
     given, settings = lists
     config, titles, users, parts = prepared(model, settings)
+    assert UNMET in titles  # as it is written, and an item to rank
     for phase, part in zip(PHASES, parts, strict=True):
         rows = part.inter_feat
         met = {
