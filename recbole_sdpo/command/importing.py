@@ -20,8 +20,8 @@ EXAMPLES = """\
 
 It writes data/shop, and recbole-sdpo run --dataset=shop --data_path=data trains on it.
 
-  recbole-sdpo import --lists_train=train.json --lists_valid=val.json --lists_test=test.json \\
-      --name=lastfm
+  recbole-sdpo import --name=lastfm \\
+      --lists_train=train.json --lists_valid=val.json --lists_test=test.json
 
 The rows of such a file have historyList, itemList and trueSelection. It writes data/lastfm, and
 prints the command that trains on it."""
