@@ -36,7 +36,7 @@ from recbole_sdpo.data.candidates import (
     with_mode,
 )
 from recbole_sdpo.data.catalogue import Catalogue, NoTitles
-from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.dataset import check_users, create_dataset, data_preparation
 from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
@@ -169,6 +169,8 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
         config["device"]
     )
     ours = config["model"] == MODEL
+    if not ours:
+        check_users(recommender, [loader._dataset for loader in (train_data, *rest)])
     trainer = (get_trainer(config["MODEL_TYPE"], MODEL) if ours else compat.trainer_class(config))(
         config, recommender
     )

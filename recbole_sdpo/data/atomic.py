@@ -96,11 +96,7 @@ def write_atomic(
         UserError: a name, file, column or value that cannot be used.
         UserError: there are such files already; nothing is overwritten.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name) or name == "ml-100k":
-        raise UserError(
-            f"name={name!r} must be of letters, digits, '_', '-' and '.'; ml-100k is the data "
-            "that comes with RecBole."
-        )
+    check_name(name)
     folder, item_key = Path(output) / name, item_key or item
     titles = [titles] if isinstance(titles, str) else list(titles)
     fields = ["title", *titles[1:]]
@@ -131,10 +127,7 @@ def write_atomic(
     rows, source = _read(items, "items", wanted, separator, encoding)
     texts = pd.DataFrame({"item_id:token": _ids(rows, item_key, source)})
     for field, column in zip(fields, titles, strict=True):
-        # A quote at the start would open a quoted field where RecBole reads the file.
-        texts[f"{field}:token_seq"] = rows[column].mask(
-            rows[column].str.startswith('"'), rows[column].str.replace('"', "'")
-        )
+        texts[f"{field}:token_seq"] = rows[column].map(without_quote)
     unique = texts.drop_duplicates("item_id:token")
     strangers = ~inter["item_id:token"].isin(unique["item_id:token"])
     if strangers.all():
@@ -168,6 +161,24 @@ def write_atomic(
         f"{strangers.sum():,} events of items that are not in it; "
         f"{len(texts) - len(unique):,} further rows of the same items left out"
     )
+
+
+def check_name(name: str) -> None:
+    """May a dataset be called so?
+
+    Raises:
+        UserError: it may not.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name) or name == "ml-100k":
+        raise UserError(
+            f"name={name!r} must be of letters, digits, '_', '-' and '.'; ml-100k is the data "
+            "that comes with RecBole."
+        )
+
+
+def without_quote(title: str) -> str:
+    """A quote at the start would open a quoted field where RecBole reads the file."""
+    return title.replace('"', "'") if title.startswith('"') else title
 
 
 def _read(
@@ -230,7 +241,7 @@ def _read_csv(
             f"separator={separator!r} must be one character, such as ';', or \\t for a tab."
         )
     try:
-        text = _decode(path, encoding)
+        text = decoded(path, encoding)
         header = (re.findall(r"[^\r\n]*\S[^\r\n]*", text[: 1 << 20]) or [""])[0]
         headers = {
             each: next(csv.reader([header], delimiter=each), []) for each in separator or SEPARATORS
@@ -255,7 +266,7 @@ def _read_csv(
     return frame.set_axis(names, axis=1) if len(names) == len(frame.columns) else frame
 
 
-def _decode(path: str | Path, encoding: str | None) -> str:
+def decoded(path: str | Path, encoding: str | None) -> str:
     """The text of a file, unpacked by its name; a null character, at which pandas would cut a
     cell, becomes a blank."""
     with get_handle(path, "rb", is_text=False, compression="infer") as opened:

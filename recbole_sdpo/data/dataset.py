@@ -8,6 +8,7 @@ replaced, for every model and route: :func:`install`.
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
@@ -21,12 +22,15 @@ import torch
 from recbole.config import Config
 from recbole.data import data_preparation as recbole_preparation
 from recbole.data.dataset import Dataset, SequentialDataset
+from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType, ModelType
 
 from recbole_sdpo.data.candidates import candidates_seed
 from recbole_sdpo.data.columns import FILTERS, UNFILTERED, by_time, check_columns, list_field
+from recbole_sdpo.data.split_rows import SplitRows, distinct, known_events, strangers, unknown
 from recbole_sdpo.data.tables import Table, read_table
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.random import generator
 
 PICKLES = ("dataset_save_path", "dataloaders_save_path", "save_dataset", "save_dataloaders")
@@ -331,6 +335,9 @@ def _change_feat_format(self: Dataset) -> None:
         )
         if sequential:
             _cut_histories(self)
+        elif past in frame:
+            # no feature of an event: an event of a history has none
+            self._del_col(frame, past)
     with warnings.catch_warnings():
         # From pandas 3 on a column may not be written to; the tensor made of it is all that stays.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -413,11 +420,74 @@ def build(self: Dataset) -> list[Dataset]:
     if self.benchmark_filename_list is not None:
         ends = np.cumsum([0, *self.file_size_list])
         for part, (start, end) in zip(parts, pairwise(ends), strict=True):
-            users, histories = part.inter_feat[self.uid_field].numpy(), self.histories[start:end]
-            items = np.concatenate([np.empty(0, np.int64), *histories])
-            part.histories_met = (np.repeat(users, [len(history) for history in histories]), items)
+            user, item = (part.inter_feat[f].numpy() for f in (self.uid_field, self.iid_field))
+            part.split_rows = SplitRows(user, Ragged.from_rows(self.histories[start:end]), item)
+        if not isinstance(self, SequentialDataset):
+            _learn_histories(self, parts)
     _check_parts(self, parts)
     return parts
+
+
+def _learn_histories(self: Dataset, parts: Sequence[Dataset]) -> None:
+    """A model that knows no sequence trains on events, those of histories included."""
+    rows = [part.split_rows for part in parts]
+    known, train = known_events(*rows), parts[0]
+    targets = np.stack([rows[0].user, rows[0].target])
+    unseen = len(known.T) - len(distinct(targets).T)
+    if not unseen:
+        return
+    name = self.config["model"]
+    if more := set(train.inter_feat.columns) - {self.uid_field, self.iid_field}:
+        getLogger().warning(
+            f"{name} knows no sequence and trains on the {len(targets.T):,} events of the training "
+            f"file; {unseen:,} further ones, which only histories hold, it does not see, for they "
+            f"have no {min(more)!r}."
+        )
+        return
+    train.inter_feat = Interaction(
+        {
+            field: torch.from_numpy(ids)
+            for field, ids in zip((self.uid_field, self.iid_field), known)
+        }
+    )
+    getLogger().info(
+        f"{name} knows no sequence and trains on {len(known.T):,} events: those of the training "
+        "file, and those of histories of validation and test for which no row there asks"
+    )
+    if count := unknown(known, rows[1:]):
+        getLogger().warning(
+            f"{name} knows no event of the users of {count:,} of "
+            f"{sum(len(part.user) for part in rows[1:]):,} rows of validation and test: rows there "
+            "ask for all that their histories hold."
+        )
+
+
+def check_users(model: torch.nn.Module, parts: Sequence[Dataset]) -> None:
+    """A sequential model that has a vector for each user must have met the users whom it is asked
+    about.
+
+    Args:
+        model: of RecBole's, as built for the first of ``parts``.
+        parts: for training, validation and test.
+
+    Raises:
+        UserError: files that are split already ask about others, as where each row is of a user of
+            its own; the vectors of those would be as they were drawn, and those of the others would
+            give their targets away in training.
+    """
+    dataset = parts[0]
+    if dataset.benchmark_filename_list is None or not isinstance(dataset, SequentialDataset):
+        return
+    if not strangers(*(part.split_rows for part in parts)):
+        return
+    for name, module in model.named_modules():
+        size = getattr(module, "num_embeddings", 0)
+        if re.search("user|^UI_", name) and size >= dataset.user_num:
+            raise UserError(
+                f"model={dataset.config['model']!r} learns a vector for each user ({name}), and "
+                f"users of {dataset.config['benchmark_filename'][2]!r} have no row of training; "
+                "choose a model that knows users by their history, such as SASRec or GRU4Rec."
+            )
 
 
 def _check_parts(self: Dataset, parts: Sequence[Dataset]) -> None:
@@ -455,14 +525,4 @@ def _check_parts(self: Dataset, parts: Sequence[Dataset]) -> None:
                 f"user {str(name)!r} has met all {self.item_num - 1} items, and no negative is "
                 "left to draw; leave such users out, with "
                 f"user_inter_num_interval='[0,{met.max() - 1}]' or narrower."
-            )
-    if self.benchmark_filename_list is not None:
-        shown, asked = (
-            set(map(tuple, np.stack(of).T)) for of in (parts[0].histories_met, pairs[0])
-        )
-        if unseen := len(shown - asked):
-            getLogger().warning(
-                f"{self.config['model']} knows no sequence and trains on the {len(pairs[0].T):,} "
-                f"events of the training file; {unseen:,} "
-                "further ones, which only its histories hold, it does not see."
             )

@@ -9,6 +9,7 @@ from recbole.config import Config
 from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 
+from recbole_sdpo.data.split_rows import distinct
 from recbole_sdpo.ragged import Ragged, places
 
 ROWS_AT_ONCE = 2**20
@@ -99,23 +100,20 @@ def met_items(*datasets: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """
     pairs = []
     for dataset in datasets:
+        if dataset.benchmark_filename_list is not None:
+            pairs.append(dataset.split_rows.met)
+            continue
         rows = dataset.inter_feat
         user = rows[dataset.uid_field].numpy()
-        pairs.append((user, rows[dataset.iid_field].numpy()))
-        if dataset.benchmark_filename_list is not None:
-            pairs.append(dataset.histories_met)
-        elif dataset.iid_field + dataset.config["LIST_SUFFIX"] in rows:
+        pairs.append(np.stack([user, rows[dataset.iid_field].numpy()]))
+        if dataset.iid_field + dataset.config["LIST_SUFFIX"] in rows:
             for first in range(0, len(rows), ROWS_AT_ONCE):
                 some = slice(first, first + ROWS_AT_ONCE)
                 past = histories(rows[some], dataset.config)
-                pairs.append(_distinct(np.repeat(user[some], past.lengths), past.values))
-    users, items = np.concatenate(pairs, axis=1) if pairs else np.empty((2, 0), np.int64)
-    return _distinct(users, items)
-
-
-def _distinct(users: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    each = items.max(initial=0) + 1  # one number for a pair sorts many times as fast as two
-    return np.divmod(np.unique(users * each + items), each)
+                shown = np.stack([np.repeat(user[some], past.lengths), past.values])
+                pairs.append(distinct(shown))
+    users, items = distinct(np.concatenate([np.empty((2, 0), np.int64), *pairs], axis=1))
+    return users, items
 
 
 def popularity(dataset: Dataset) -> np.ndarray:

@@ -26,6 +26,7 @@ from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.registry import default_settings
+from recbole_sdpo.report.comparison import Published
 from recbole_sdpo.report.groups import GROUPINGS
 from recbole_sdpo.settings import LEAVE_ONE_OUT, MODE, MODEL, PARTS, Role, having, merged_parts
 from recbole_sdpo.values import check_values, read_yaml, shown
@@ -51,6 +52,8 @@ class Entry:
             shows them all.
         tune: settings and the values that ``--tune`` tries.
         axis: of one row of such an entry: the entry's name, the setting and its value.
+        published: values of others that the table shows beside ours; in the file a mapping with the
+            keys of :class:`Published`, or a list of such.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Entry:
     vary: dict[str, list] = field(default_factory=dict)
     tune: dict[str, list] = field(default_factory=dict)
     axis: tuple[str, str, Any] | None = None
+    published: list[Published] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,11 @@ class Experiment:
         _check_trust(str(file), content)
         entries = []
         for number, run in enumerate(content["runs"]):
+            if isinstance(run, dict) and isinstance(run.get("published"), dict):
+                run = run | {"published": [run["published"]]}
             _check_keys(run, Entry, f"run {number + 1} of {file}", {"name"}, without={"axis"})
             _check_trust(f"run {number + 1} of {file}", run)
+            run = run | {"published": _published(f"run {number + 1} of {file}", run)}
             entries.append(with_settings(Entry(**run), overrides))
         parts: dict[str, Any] = {"title": file.stem} | content | {"runs": entries}
         experiment = cls(**parts)
@@ -164,6 +171,7 @@ class Experiment:
                     f"run {entry.name!r} varies {', '.join(entry.vary)}; one setting at a time "
                     "can be varied."
                 )
+            self._check_published(entry)
             for part, lists in (("vary", entry.vary), ("tune", entry.tune)):
                 for key, values in lists.items():
                     _check_list(values, f"{part}.{key} of run {entry.name!r}", "values")
@@ -198,6 +206,21 @@ class Experiment:
                 f"metrics={self.metrics} must begin with one of a target's rank, such as NDCG@5: "
                 "it is the one that rows are compared by."
             )
+
+    def _check_published(self, entry: Entry) -> None:
+        where = f"published of run {entry.name!r}"
+        if entry.published and entry.vary:
+            raise UserError(f"{where} must be left out where a setting varies: of which is it?")
+        for place, one in enumerate(entry.published):
+            if one.metric not in self.metrics:
+                raise UserError(
+                    f"{where}: metric={shown(one.metric)} must be one of {', '.join(self.metrics)}."
+                )
+            if one.metric in [other.metric for other in entry.published[:place]]:
+                raise UserError(f"{where} has {one.metric} twice; give it once.")
+            if not 0 <= one.value <= 1:
+                raise UserError(f"{where}: value={shown(one.value)} must be a number, 0 to 1.")
+            _check_name(f"{where}: source", one.source)
 
     def entries(self) -> list[Entry]:
         """The rows of the table."""
@@ -429,12 +452,19 @@ def _check_keys(
     for key, value in given.items():
         if key not in known:
             raise UserError(f"{where} has an unknown key {shown(key)}; {meant(key, known)}")
-        kinds = {"str": str, "int": int, "bool": bool, "Settings": dict}
+        kinds: dict[str, Any] = {
+            "str": str,
+            "int": int,
+            "float": int | float,
+            "bool": bool,
+            "Settings": dict,
+        }
         wanted = kinds.get(known[key], dict if known[key].startswith("dict") else list)
         if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
-            words = {
+            words: dict[Any, str] = {
                 str: "text",
                 int: "a whole number",
+                int | float: "a number",
                 bool: "true or false",
                 dict: "a mapping",
                 list: "a list",
@@ -442,6 +472,13 @@ def _check_keys(
             raise UserError(f"{where}: {key}={shown(value)} must be {words[wanted]}.")
     for key in sorted(needed - set(given)):
         raise UserError(f"{where} lacks the key {key!r}.")
+
+
+def _published(where: str, run: Mapping[str, Any]) -> list[Published]:
+    values = run.get("published", [])
+    for value in values:
+        _check_keys(value, Published, f"published of {where}", {"metric", "value", "source"})
+    return [Published(**value) for value in values]
 
 
 def _is_seed(seed: Any) -> bool:

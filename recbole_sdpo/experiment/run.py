@@ -85,6 +85,10 @@ def _report(
         compare(finished, mode, experiment.metrics, experiment.baseline_names(), experiment.cost)
         for mode in experiment.candidates
     ]
+    # of the protocol of the first candidates, as what others published is
+    comparisons[0].published = {
+        entry.name: entry.published for entry in experiment.entries() if entry.published
+    }
     warnings = write_report(
         output, experiment.title, comparisons, finished, warnings, origin, experiment.groups
     )

@@ -92,6 +92,21 @@ def _cost(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class Published:
+    """A value that someone published for a row.
+
+    Attributes:
+        metric: one of the table's.
+        value: from 0 to 1.
+        source: where it stands, in words.
+    """
+
+    metric: str
+    value: float
+    source: str
+
+
 @dataclass
 class Row:
     """A row of the table on one set of candidates.
@@ -153,6 +168,7 @@ class Comparison:
         candidates: their evaluation mode.
         best_baseline: for each metric of users the name of the baseline with the highest mean.
         costs: does the table show :data:`COST`?
+        published: what others published, by the name of the row.
     """
 
     candidates: str
@@ -160,6 +176,7 @@ class Comparison:
     rows: list[Row]
     best_baseline: dict[str, str]
     costs: bool = False
+    published: dict[str, list[Published]] = field(default_factory=dict)
 
     def place(self, row: Row, metric: str) -> int:
         """How many of the means are better than the row's; rows that are alike share a place."""

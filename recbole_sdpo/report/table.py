@@ -101,13 +101,18 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str
 
 def comparison_markdown(comparison: Comparison) -> str:
     """The table of a comparison in Markdown."""
-    head, *rows = _cells(comparison, MARKDOWN)
-    return markdown_table(head, rows)
+    head, *rows = _with_published(comparison, MARKDOWN)
+    notes = [f"({number}) {source}" for number, source in _sources(comparison, MARKDOWN)]
+    return "\n\n".join([markdown_table(head, rows), *notes])
 
 
 def comparison_html(comparison: Comparison) -> str:
     """The table of a comparison in HTML."""
-    return html_table(_cells(comparison, HTML))
+    notes = (
+        f"\n<p class='note'>({number}) {source}</p>"
+        for number, source in _sources(comparison, HTML)
+    )
+    return "".join([html_table(_with_published(comparison, HTML)), *notes])
 
 
 def html_table(cells: Sequence[Sequence[str]]) -> str:
@@ -121,9 +126,9 @@ def html_table(cells: Sequence[Sequence[str]]) -> str:
 
 def comparison_latex(comparison: Comparison) -> str:
     """The table of a comparison for LaTeX with the package booktabs."""
-    cells = _cells(comparison, LATEX)
-    head, *rows = (" & ".join(line) + r" \\" for line in cells)
-    columns = "l" + "r" * (len(cells[0]) - 1)
+    table = _with_published(comparison, LATEX)
+    head, *rows = (" & ".join(cells) + r" \\" for cells in table)
+    columns = "l" + "r" * (len(table[0]) - 1)
     body = [
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
@@ -133,6 +138,8 @@ def comparison_latex(comparison: Comparison) -> str:
         r"\bottomrule",
         r"\end{tabular}",
     ]
+    for number, source in _sources(comparison, LATEX):
+        body.append(rf"\par{{\footnotesize ({number}) {source}}}")
     return "\n".join(body)
 
 
@@ -162,7 +169,41 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
                     **row.cost,
                 }
             )
-    return pd.DataFrame(lines)
+    frame = pd.DataFrame(lines)
+    if comparison.published:
+        theirs = {
+            (name, one.metric): (one.value, one.source)
+            for name, values in comparison.published.items()
+            for one in values
+        }
+        pairs = zip(frame["model"], frame["metric"], strict=True)
+        frame[["published", "source"]] = [theirs.get(pair, (None, None)) for pair in pairs]
+    return frame
+
+
+def _sources(comparison: Comparison, marks: Marks) -> list[tuple[int, str]]:
+    """Where published values stand, each with its number from 1."""
+    sources = dict.fromkeys(
+        one.source for row in comparison.rows for one in comparison.published.get(row.name, ())
+    )
+    return [(number, marks.escape(source)) for number, source in enumerate(sources, 1)]
+
+
+def _with_published(comparison: Comparison, marks: Marks) -> list[list[str]]:
+    """:func:`_cells`, and before the minutes what others published, if there is anything."""
+    lines = _cells(comparison, marks)
+    number = {source: number for number, source in _sources(comparison, marks)}
+    if not number:
+        return lines
+    column = ["published"]
+    for row in comparison.rows:
+        theirs = (
+            f"{marks.escape(one.metric)} {one.value:g} ({number[marks.escape(one.source)]})"
+            for one in comparison.published.get(row.name, ())
+        )
+        column.append(", ".join(theirs))
+    place = lines[0].index("minutes")
+    return [[*line[:place], cell, *line[place:]] for line, cell in zip(lines, column, strict=True)]
 
 
 def _cells(comparison: Comparison, marks: Marks) -> list[list[str]]:

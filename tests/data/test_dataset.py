@@ -358,10 +358,27 @@ def test_split_files_give_their_histories_and_targets(tmp_path, model, start, lo
         }
 
 
+@pytest.mark.parametrize("model", ["BPR", "FM"])
+def test_a_model_without_sequences_trains_on_the_events_of_histories(tmp_path, model):
+    """But not on what validation or test ask for, which histories of the test hold, too."""
+    dataset = create_dataset(config_of(write_split(tmp_path, start=27), model, **SPLIT))
+    train, *_ = [part._dataset for part in data_preparation(dataset.config, dataset)]
+    assert sorted(zip(*tokens(train), strict=True)) == sorted(
+        (f"u{user}", item) for user, items in LONG.items() for item in items[:28]
+    )
+    assert not {"item_id_list"} & {*train.inter_feat.columns, *train.fields()}
+
+
 def test_a_model_without_sequences_says_what_it_does_not_see(tmp_path, caplog):
-    config = config_of(write_split(tmp_path, start=27), "BPR", **SPLIT)
+    folder = write_split(tmp_path, start=27)
+    for file in (folder / "toy").glob("*.inter"):
+        head, *rows = file.read_text().splitlines()
+        file.write_text("\n".join([f"{head}\trating:float", *(f"{row}\t5" for row in rows)]) + "\n")
+    load = {"inter": ["user_id", "item_id_list", "item_id", "rating"]}
+    config = config_of(folder, "BPR", **(SPLIT | {"load_col": load}))
     data_preparation(config, create_dataset(config))
     assert "trains on the 15 events of the training file; 405 further ones" in caplog.text
+    assert "for they have no 'rating'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import yaml
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.plan import Experiment, grid, plan, with_settings, written
 
+THEIRS = {"metric": "HR@1", "value": 0.5, "source": "A paper, table 3"}
+
 
 @pytest.fixture
 def write(ring, tmp_path):
@@ -76,6 +78,21 @@ def test_what_suits_the_backbone_is_the_same_given_or_not(write):
     ]
     first, second = plan(Experiment.load(write(runs)))
     assert first.identity == second.identity and first.start.identity == second.start.identity
+
+
+def test_published_values_are_one_or_a_list_and_change_no_run(write):
+    more = [THEIRS, THEIRS | {"metric": "NDCG@5", "value": 1}]
+    runs = [
+        {"name": name, "model": "Pop"} | ({"published": published} if published else {})
+        for name, published in (("a", None), ("b", THEIRS), ("c", more))
+    ]
+    experiment = Experiment.load(write(runs))
+    assert [[vars(one) for one in entry.published] for entry in experiment.entries()] == [
+        [],
+        [THEIRS],
+        more,
+    ]
+    assert len({run.identity for run in plan(experiment)}) == 1
 
 
 def test_files_cannot_be_each_others_base(tmp_path):
@@ -325,6 +342,25 @@ def test_every_model_gets_as_many_tries(write):
         ({"groups": ["age"]}, r"groups=\['age'\] must be a list of .*met, popularity, history"),
         ({"groups": ["met", "met"]}, "must be a list of different names of met"),
         ({"tries": 0}, "tries=0 must be 1 or more"),
+        *(
+            ({"runs": [{"name": "a", "published": published}]}, message)
+            for published, message in [
+                (5, "published=5 must be a list"),
+                ([5], "published of run 1 of .* must be a mapping with the keys metric, value, so"),
+                ({"metric": "HR@1", "value": 0.5}, "published of run 1 .* lacks the key 'source'"),
+                (THEIRS | {"page": 3}, "published of run 1 of .* has an unknown key 'page'"),
+                (THEIRS | {"value": "0.5"}, "value='0.5' must be a number"),
+                (THEIRS | {"value": True}, "value=True must be a number"),
+                (THEIRS | {"value": 58.5}, "published of run 'a': value=58.5 must be a number, 0 "),
+                (THEIRS | {"metric": "HR@3"}, "metric='HR@3' must be one of HR@1, NDCG@5, MRR@10"),
+                (THEIRS | {"source": " "}, "published of run 'a': source ' ' must be a line of"),
+                ([THEIRS, THEIRS], "published of run 'a' has HR@1 twice; give it once"),
+            ]
+        ),
+        (
+            {"runs": [{"name": "a", "published": THEIRS, "vary": {"beta": [1.0]}}]},
+            "published of run 'a' must be left out where a setting varies",
+        ),
         (
             {"settings": {"seed": 3}},
             "settings: seed=3 is the experiment's; give seeds and candidates",

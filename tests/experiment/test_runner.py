@@ -61,7 +61,11 @@ def experiment(tmp_path_factory):
             "cache_dir": "cache",
         },
         "runs": [
-            {"name": "Pop", "model": "Pop"},
+            {
+                "name": "Pop",
+                "model": "Pop",
+                "published": {"metric": "HR@1", "value": 0.25, "source": "A paper"},
+            },
             {"name": "S-DPO", "settings": {"sft_epochs": 2}, "vary": {"beta": [0.5, 2.0]}},
             {
                 "name": "too many",
@@ -138,6 +142,13 @@ def test_the_report_has_what_the_runs_found(experiment):
         "http-equiv", ""
     )
     assert "Warning: too many, seed 1 failed" in page and "not the same training targets" in page
+
+
+def test_what_others_published_stands_in_the_table_of_the_first_candidates(experiment):
+    folder, first, _ = experiment
+    shown, other = first.stdout[first.stdout.index("| uni5") :].split("| pop3")
+    assert "| HR@1 0.25 (1) |" in shown and "\n(1) A paper\n" in shown
+    assert "published" not in other
 
 
 def test_alignments_begin_from_the_shared_sft(experiment):

@@ -16,7 +16,7 @@ import pytest
 
 from recbole_sdpo.evaluator.significance import holm, paired_difference
 from recbole_sdpo.report import figures
-from recbole_sdpo.report.comparison import FinishedRun, compare, unfair
+from recbole_sdpo.report.comparison import FinishedRun, Published, compare, unfair
 from recbole_sdpo.report.experiment import write_report
 from recbole_sdpo.report.groups import group_frame, group_table
 from recbole_sdpo.report.table import (
@@ -151,6 +151,43 @@ def test_tables_mark_the_best_the_second_and_the_significant(runs):
         and frame[frame.model == "rival"].p.isna().all()
         and (frame.users == USERS).all()
     )
+
+
+def test_published_values_stand_beside_ours_with_their_source(runs, tmp_path):
+    found = compare(runs, "uni19", METRICS, ["weak", "rival"])
+    plain = [comparison_frame(found), comparison_latex(found)]
+    assert "published" not in f"{plain} {comparison_markdown(found)} {comparison_html(found)}"
+    evil = "A_b & <i>*"
+    found.published = {
+        "ours": [Published("HR@1", 0.66, "One, table 2"), Published("NDCG@5", 0.7251, evil)],
+        "weak": [Published("HR@1", 0.5, evil)],
+        "failed": [Published("HR@1", 0.4, "of no row")],
+    }
+    table, *notes = comparison_markdown(found).split("\n\n")
+    cells = {(line := [*map(str.strip, row.split("|"))])[1]: line for row in table.splitlines()}
+    # ours, and what it is compared with, before; minutes after
+    assert cells["uni19"][-4:-1] == ["HR@1 vs rival", "published", "minutes"]
+    assert cells["ours"][-3] == "HR@1 0.66 (2), NDCG@5 0.7251 (1)"
+    assert cells["weak"][-3] == "HR@1 0.5 (1)" and cells["same"][-3] == ""
+    assert notes == [r"(1) A_b & \<i>\*", "(2) One, table 2"]
+    page = comparison_html(found)
+    assert "<td>HR@1 0.5 (1)</td>" in page
+    assert "<p class='note'>(1) A_b &amp; &lt;i&gt;*</p>" in page
+    latex = comparison_latex(found)
+    assert r"\begin{tabular}{lrrrrr}" in latex and "& HR@1 0.5 (1) &" in latex
+    assert latex.splitlines()[-2] == (
+        r"\par{\footnotesize (1) A\_b \& \textless{}i\textgreater{}{*}}"
+    )
+    frame = comparison_frame(found).set_index(["model", "metric"])
+    theirs = frame[frame["published"].notna()]
+    assert theirs["published"].to_dict() == {
+        ("ours", "HR@1"): 0.66,
+        ("ours", "NDCG@5"): 0.7251,
+        ("weak", "HR@1"): 0.5,
+    }
+    assert theirs["source"].tolist() == [evil, "One, table 2", evil]
+    write_report(tmp_path, "published", [found], runs, [], "made")
+    assert "0.7251,A_b & <i>*" in (tmp_path / "table.csv").read_text()
 
 
 def test_one_seed_has_no_deviation(runs):
