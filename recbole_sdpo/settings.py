@@ -105,6 +105,9 @@ LARGEST = 10**9
 MODE = r"full|(uni|pop)[1-9][0-9]*"
 """Evaluation modes of RecBole that rank a target among items."""
 
+FILE_MODE = "file"
+"""What stands for the mode where ``candidates_file`` gives the candidates."""
+
 
 def _setting(
     default: Any,
@@ -368,6 +371,12 @@ class Settings:
     )
     candidates_seed: int | None = _within(
         0, 2**32 - 1, None, "seed of the candidates, or null for RecBole's seed", Role.EVERY_MODEL
+    )
+    candidates_file: str | None = _setting(
+        None,
+        "rank each test target among the candidates that this .csv, .json or .jsonl file gives, "
+        "and each validation target where it has lists of them, or null for drawn candidates",
+        Role.EVERY_MODEL | Role.PATH,
     )
     held_out_items: float = _within(
         0,

@@ -75,6 +75,15 @@ class CandidateLists:
         parts = {name: getattr(self, name)[rows] for name in ("user", "target", "items", "phase")}
         return replace(self, **parts)
 
+    def holding_twins(self, catalogue: Catalogue) -> int:
+        """How many rows hold another item of their target's title."""
+        group, twins = catalogue.group, 0
+        for begin in range(0, len(self), ROWS_AT_ONCE):
+            some = self.take(np.arange(begin, min(begin + ROWS_AT_ONCE, len(self))))
+            alike = group[some.items] == group[some.target][:, None]
+            twins += int((alike.sum(1) > 1).sum())
+        return twins
+
     @property
     def negatives(self) -> np.ndarray:
         """The candidates without the target, int32 ``[rows, C - 1]``, in their order."""
@@ -225,7 +234,7 @@ def _coded(
     for column in range(texts.shape[1]):
         texts[:, column] = [_text(value) for value in texts[:, column]]
     refuse(
-        np.equal(texts, None).any(1),
+        pd.isna(texts).any(1),
         lambda row: "user, target and candidates must be ids, as text or whole numbers, not blank",
     )
     user, ids = users(texts[:, 0]), items(texts[:, 1:])
@@ -347,7 +356,7 @@ def _named(objects: Iterator[Any], file: Path, anonymous: bool) -> Iterator[_Row
                     "recbole-sdpo import makes a dataset and a candidates file of such files."
                 )
             keys = LLARA
-        values = {name: item.get(key) for name, key in keys.items()}
+        values: dict[str, Any] = {name: item.get(key) for name, key in keys.items()}
         for name, key in keys.items():
             if key not in item and name != "history":
                 raise UserError(f"{file}, row {row} has no key {key!r}.")
