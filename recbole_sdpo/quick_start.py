@@ -45,9 +45,11 @@ from recbole_sdpo.data.candidates import (
 )
 from recbole_sdpo.data.catalogue import Catalogue, NoTitles
 from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.sequences import popularity
 from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
+from recbole_sdpo.evaluator.audit import FLOOR, Audit, audit_loaders, floor_rows
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.files import user_path, whole_file
@@ -169,6 +171,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
             "task; see RecBole on it."
         )
     sha256 = {mode: fingerprint(*pair) for mode, pair in loaders.items()}
+    audits = _audits(loaders, train_data, catalogue)
 
     init_seed(config["seed"], config["reproducibility"])
     recommender = compat.model_class(config["model"])(config, train_data._dataset).to(
@@ -204,7 +207,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     own = {
         key: value
         for key, value in settings.to_flat().items()
-        if ours or key in having(Role.EVERY_MODEL)
+        if ours or key in {*having(Role.EVERY_MODEL), "audit"}
     }
     result = {
         "model": config["model"],
@@ -213,6 +216,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
         "stages": stages,
         "test_result": list(stages.values())[-1]["test"],
         "popularity": popularity_result(config, train_data, test_data, catalogue),
+        "audit": {mode: audit.to_json() for mode, audit in audits.items()},
         "candidates_sha256": sha256,
         "training_targets": targets,
         "peak_memory_gib": _peak_memory_gib(),
@@ -334,6 +338,20 @@ def evaluation_loaders(
         for number, loader in enumerate(pair, 2):
             freeze(loader, parts[:number], catalogue, seed, settings.candidates_exclude_history)
     return loaders
+
+
+def _audits(
+    loaders: Loaders, train_data: AbstractDataLoader, catalogue: Catalogue
+) -> dict[str, Audit]:
+    """Of all candidates that are frozen; warns of those that give their targets away."""
+    met, audits = popularity(train_data._dataset), {}
+    for mode, pair in loaders.items():
+        audit = audit_loaders(pair, met, catalogue)
+        if audit:
+            audits[mode] = audit
+            for warning in audit.warnings(mode):
+                getLogger().warning(warning)
+    return audits
 
 
 def _run_stages(
@@ -478,7 +496,7 @@ def _log_head(
         )
     if file := config.settings.candidates_file:
         drawn = config["eval_args"]["mode"]["valid"]
-        lines[f"candidates {FILE_MODE}"] += f", of {file}; without lists validation is by {drawn}"
+        lines[f"candidates {FILE_MODE}"] += f", of {file}; validation by {drawn} if it has no lists"
     getLogger().info(
         "\n".join(f"{set_color(key, 'blue')}: {value}" for key, value in lines.items())
     )
@@ -515,6 +533,10 @@ def _table(result: dict[str, Any]) -> str:
         )
     if discount := result["settings"]["popularity_discount"]:
         rows[-1] = (f"{rows[-1][0]}, less {discount:g} x log popularity", rows[-1][1])
+    if result["settings"]["audit"]:
+        audit = result["audit"].get(next(iter(result["candidates_sha256"])))
+        floor = floor_rows(audit) if audit else {}
+        rows[1:1] = [row for row in floor.items() if row[0] != FLOOR.format("popularity")]
     head = [
         "test",
         *(

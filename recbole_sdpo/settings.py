@@ -409,6 +409,12 @@ class Settings:
         lambda times: 0 <= times <= 1000,  # float32 holds no more without loss
         "0 to 1000",
     )
+    audit: bool = _setting(
+        False,
+        "show in the tables how well the targets are guessed without a history and a model; "
+        "result.json has it always",
+        Role.IDLE | Role.FREE,
+    )
     prompt_style: Literal["history", "candidates"] = _setting(
         "history", "titles in order, or also the candidates in the text", Role.POLICY | Role.SERVED
     )

@@ -179,7 +179,8 @@ def read_lists(file: Path, users: Coder, items: Coder, anonymous: bool = False) 
             target or has an item twice; or a user or item is unknown.
         UserError: a pair of user and target is there twice in one phase.
     """
-    rows, parts, met = _rows(file, anonymous), [], np.zeros(0, np.int64)
+    rows, met = _rows(file, anonymous), np.zeros(0, np.int64)
+    parts: list[CandidateLists] = []
     begin, histories = 0, False
     while some := list(islice(rows, ROWS_AT_ONCE)):
         part = _coded(file, begin, some, users, items, parts[0].items.shape[1] if parts else None)

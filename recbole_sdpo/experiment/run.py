@@ -81,8 +81,9 @@ def _report(
 ) -> list[str]:
     """Write and print the tables; returns all warnings."""
     warnings = unfair(finished, experiment.candidates) + warnings
+    audited = any((experiment.settings | run.settings).get("audit") for run in experiment.runs)
     comparisons = [
-        compare(finished, mode, experiment.metrics, experiment.baseline_names())
+        compare(finished, mode, experiment.metrics, experiment.baseline_names(), audited)
         for mode in experiment.candidates
     ]
     warnings = write_report(output, experiment.title, comparisons, finished, warnings, origin)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.evaluator.audit import floor_rows
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.evaluator.significance import Difference, holm, paired_difference
 from recbole_sdpo.result import read_result
@@ -115,12 +116,14 @@ class Comparison:
     Attributes:
         candidates: their evaluation mode.
         best_baseline: for each metric the name of the baseline with the highest mean.
+        floor: rows of guessers that see no history, below the others: their means by metric.
     """
 
     candidates: str
     metrics: list[str]
     rows: list[Row]
     best_baseline: dict[str, str]
+    floor: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def place(self, row: Row, metric: str) -> int:
         """How many of the means are better than the row's; rows that are alike share a place."""
@@ -129,13 +132,20 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[FinishedRun], candidates: str, metrics: Sequence[str], baselines: Sequence[str]
+    runs: Sequence[FinishedRun],
+    candidates: str,
+    metrics: Sequence[str],
+    baselines: Sequence[str],
+    audited: bool = False,
 ) -> Comparison:
     """The table of ``runs`` on ``candidates``, rows tested against each metric's best baseline.
 
     Tests are over the users whom both rows have. Where no baseline has a result, or none has the
     metric, the first row that has stands in for them. A metric that no row has, as where all runs
     that write answers failed, is left out.
+
+    Args:
+        audited: show what the audit of the first run's candidates found.
 
     Raises:
         UserError: no run has any metric.
@@ -151,7 +161,17 @@ def compare(
     for (row, metric), p in zip(tested, corrected, strict=True):
         row.p[metric] = float(p)
     names = {metric: row.name for metric, row in best.items()}
-    return Comparison(candidates, list(best), rows, names)
+    floor = _floor(runs[0].result["audit"].get(candidates), list(best)) if audited else {}
+    return Comparison(candidates, list(best), rows, names, floor)
+
+
+def _floor(found: dict[str, Any] | None, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of each guesser those of ``metrics`` that it has."""
+    floor = {}
+    for name, means in floor_rows(found).items() if found else ():
+        keys = {metric: metric.lower().replace("hr@", "hit@") for metric in metrics}
+        floor[name] = {metric: means[key] for metric, key in keys.items() if key in means}
+    return floor
 
 
 def _rows(

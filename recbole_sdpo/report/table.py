@@ -137,6 +137,11 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
                     "train_s": row.wall_s,
                 }
             )
+    for name, means in comparison.floor.items():
+        lines += [
+            {"candidates": comparison.candidates, "model": name, "metric": metric, "mean": mean}
+            for metric, mean in means.items()
+        ]
     return pd.DataFrame(lines)
 
 
@@ -156,6 +161,9 @@ def _cells(comparison: Comparison, marks: Marks) -> list[list[str]]:
         )
         numbers = (_cell(comparison, row, metric, marks) for metric in metrics)
         lines.append([marks.escape(row.name), *numbers, better, f"{row.wall_s / 60:.1f}"])
+    for name, means in comparison.floor.items():
+        numbers = (f"{means[metric]:.4f}" if metric in means else "" for metric in metrics)
+        lines.append([marks.escape(name), *numbers, "", ""])
     return lines
 
 

@@ -190,11 +190,23 @@ def test_lists_that_hold_a_twin_of_their_target_are_counted(given, caplog):
     assert any(f"{twins} of 144 lists hold another item of" in text for text in caplog.messages)
 
 
-def test_the_result_is_of_the_given_candidates(given):
+def test_the_result_is_of_the_given_candidates(given, caplog):
     settings, rows = given
-    result = run("Pop", "toy", config_dict=settings)
+    settings |= {"audit": True, "more_candidates": ["uni5"]}
+    with caplog.at_level(logging.INFO):
+        result = run("Pop", "toy", config_dict=settings)
+    floor = {
+        mode: [guess["guesser"] for guess in found["guesses"]]
+        for mode, found in result["audit"].items()
+    }
+    assert list(floor) == ["file", "uni5"] and set(floor["file"]) - set(floor["uni5"]) == {
+        "position"
+    }
+    assert "| audit: position" in caplog.text and "| audit: nearest lists" in caplog.text
+    assert not result["audit"]["file"]["halves"]  # its own lists for validation are the reference
     ranks = pd.read_csv(Path(result["run_dir"], "ranks.csv")).set_index("user")
-    assert set(ranks["candidates"]) == {"file"} == set(result["candidates_sha256"])
+    assert set(ranks["candidates"]) == {"file", "uni5"} == set(result["candidates_sha256"])
+    ranks = ranks[ranks["candidates"] == "file"]
     events = pd.read_csv(Path(settings["data_path"], "toy", "toy.inter"), sep="\t")
     events.columns = ["user", "item", "step"]
     met = events[events.step < 10].item.value_counts()
