@@ -1,12 +1,15 @@
 """Every command that a page prints is done with a small budget, or its beginning stands in a list
 that says why it is not. They are done in the order of their page, in one folder, as by a reader."""
 
+import json
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import recbole
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.experiment import run as experiment_run
@@ -86,6 +89,7 @@ PRINTED = {
     r".*( experiment |--experiment=)": "planned: ",
     r".*recommend ": "title",
     r".*import ": " users and ",
+    r".*audit ": "| nearest lists",
     r".*": "result",
 }
 """What a kind of command prints: the first whose beginning fits."""
@@ -119,6 +123,35 @@ def small(command: str) -> str:
     return " ".join([command, *more, BUDGET])
 
 
+def write_lists(folder: Path) -> None:
+    """Candidate lists of ``EARLY``'s last films, and some as LLaRA has them."""
+    events = pd.read_csv(
+        Path(recbole.__path__[0], "dataset_example", "ml-100k", "ml-100k.inter"),
+        sep="\t",
+        dtype=str,
+    )
+    events.columns = ["user", "item", "rating", "time"]
+    events = events[events.time.between("881250000", "881519999")]
+    last = events.sort_values("time", kind="stable").groupby("user").item.last()
+    film = events.item.unique()
+    rows = [
+        f"{user},{target},{target},{','.join(film[film != target][n : n + 4])}"
+        for n, (user, target) in enumerate(last.items())
+    ]
+    head = "user,target,candidate_1,candidate_2,candidate_3,candidate_4,candidate_5"
+    (folder / "lists.csv").write_text("\n".join([head, *rows]))
+    lists = [
+        {
+            "historyList": ["Alien"],
+            "itemList": [f"Film {n}", f"Film {n + 1}"],
+            "trueSelection": f"Film {n}",
+        }
+        for n in range(9)
+    ]
+    for name in ("test", "val", "train"):
+        (folder / f"{name}.json").write_text(json.dumps(lists))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the pages' readers have: a model, files of a shop, a run, and one that was killed."""
@@ -133,6 +166,7 @@ def folder(tmp_path_factory):
     items.to_csv(folder / "items.csv", index=False)
     items = items.rename(columns={"item_id": "sku"}).assign(shelf="Console")
     items.to_csv(folder / "items2.csv", index=False)
+    write_lists(folder)
     for page, name in (("experiments.md", "mine.yaml"), ("your-own-data.md", "shop.yaml")):
         (folder / name).write_text(blocks(page, "yaml")[0], encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
