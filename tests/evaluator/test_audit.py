@@ -131,6 +131,15 @@ def test_the_nearest_lists_are_those_that_hold_most_of_the_candidates(monkeypatc
     assert scores.tolist() == [2, 3.5, 0, 0]  # as drawn in its docstring
 
 
+def test_a_rare_groups_share_of_targets_is_near_chance():
+    rng = np.random.default_rng(8)
+    lists, reference = clean(rng, 20), clean(rng, 20)
+    got = module._learned(lists, reference, lists.items, reference.items)
+    for item in range(ITEMS):
+        hits, seen = (reference.target == item).sum(), (reference.items == item).sum()
+        assert (got[lists.items == item] == (hits + 1) / (seen + EACH)).all()
+
+
 def test_no_guesser_knows_the_targets_that_it_guesses():
     rng = np.random.default_rng(2)
     lists, reference = leaky(rng, 60), leaky(rng, 60)
