@@ -28,6 +28,7 @@ from recbole_sdpo.files import user_path
 from recbole_sdpo.objectives import OBJECTIVES, Constants
 from recbole_sdpo.rules import ANY, FLAG, Parts, Rule, dict_of, list_of, number, one_of, text, whole
 from recbole_sdpo.settings import (
+    FILE_MODE,
     LEAVE_ONE_OUT,
     MODE,
     MODEL,
@@ -562,12 +563,16 @@ def _memory() -> int:
 
 
 def check_folders(config: Config) -> None:
-    """Can the folders of a run be written, and is the checkpoint there that it begins from?
+    """Can the folders of a run be written, and are the checkpoint that it begins from and its
+    candidates there?
 
     Raises:
         UserError: one is a file, or in a folder that is one or cannot be written; the message names
-            both. Or the checkpoint is no folder.
+            both. Or the checkpoint is no folder, or the candidates are no file.
     """
+    given = config["candidates_file"]
+    if given and not user_path(given).is_file():
+        raise UserError(f"candidates_file={given!r} must be a file that is there.")
     start = config["sft_checkpoint"] if config["model"] == MODEL else None
     if start and not user_path(start).is_dir():
         raise UserError(
@@ -839,7 +844,13 @@ def _check_valid_metric(config: Config) -> None:
 
 
 def _check_more_candidates(config: Config, settings: Settings) -> None:
-    modes = [config["eval_args"]["mode"]["test"], *settings.more_candidates]
+    file, mode = settings.candidates_file, config["eval_args"]["mode"]
+    if file and (config["eval_type"] != EvaluatorType.RANKING or "labeled" in mode.values()):
+        raise UserError(
+            f"candidates_file={file!r} is for metrics of a ranking; eval_args.mode={mode} must "
+            f"rank items and metrics={config['metrics']} be of their order."
+        )
+    modes = [FILE_MODE if file else mode["test"], *settings.more_candidates]
     if settings.more_candidates and (
         config["eval_type"] != EvaluatorType.RANKING or len(set(modes)) < len(modes)
     ):

@@ -165,7 +165,9 @@ class Inputs:
             now = {"dataset": self.config["dataset"]}
             if self.config["model"] == MODEL:
                 flat = self.config.settings.to_flat()
-                now |= {key: flat[key] for key in ("backbone", "prompt_templates")}
+                now |= {
+                    key: flat[key] for key in ("backbone", "prompt_templates", "candidates_file")
+                }
             began = read_state(run_dir)["settings"]
             for key, value in now.items():
                 if began.get(key, value) != value:
@@ -204,6 +206,7 @@ class Inputs:
 def _files(config: RunConfig) -> dict[str, Path]:
     """All files that the run reads, but for a model of the hub."""
     places = {key: config[key] for key in OF_RECBOLE}
+    places["candidates_file"] = config.settings.candidates_file
     if config["model"] == MODEL:
         own = config.settings
         backbone = resolved(own.backbone, config["device"]).name

@@ -28,30 +28,41 @@ from recbole.utils import dict2str, get_trainer, init_seed, set_color
 from recbole_sdpo import compat
 from recbole_sdpo.checks import check_folders, check_memory, check_topk
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data.candidate_lists import (
+    PHASES,
+    CandidateLists,
+    KnownItems,
+    KnownUsers,
+    read_lists,
+)
 from recbole_sdpo.data.candidates import (
     candidates_seed,
     evaluation_loader,
     fingerprint,
     freeze,
+    listed,
+    with_lists,
     with_mode,
 )
 from recbole_sdpo.data.catalogue import Catalogue, NoTitles
 from recbole_sdpo.data.dataset import check_users, create_dataset, data_preparation
+from recbole_sdpo.data.sequences import popularity
 from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
+from recbole_sdpo.evaluator.audit import FLOOR, Audit, audit_loaders, floor_rows
 from recbole_sdpo.evaluator.cost import top_time
 from recbole_sdpo.evaluator.lists import OF_LISTS, is_of_lists
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
-from recbole_sdpo.files import whole_file
+from recbole_sdpo.files import user_path, whole_file
 from recbole_sdpo.inputs import Inputs, package_versions
 from recbole_sdpo.interrupt import say_how_to_go_on
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.processes import check_alike, lost
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.result import RESULT_FILE, write_result
-from recbole_sdpo.settings import MODEL, Role, having, kind_of_negatives
+from recbole_sdpo.settings import FILE_MODE, MODEL, Role, Settings, having, kind_of_negatives
 from recbole_sdpo.trainer.best_weights import FOLDER, BestWeights, restore, snapshot
 from recbole_sdpo.trainer.folder import LOG_FILE, alone_in, run_folder, tidy
 from recbole_sdpo.trainer.state import holds_state
@@ -163,6 +174,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
             "task; see RecBole on it."
         )
     sha256 = {mode: fingerprint(*pair) for mode, pair in loaders.items()}
+    audits = _audits(loaders, train_data, catalogue)
 
     init_seed(config["seed"], config["reproducibility"])
     recommender = compat.model_class(config["model"])(config, train_data._dataset).to(
@@ -200,7 +212,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     own = {
         key: value
         for key, value in settings.to_flat().items()
-        if ours or key in having(Role.EVERY_MODEL)
+        if ours or key in {*having(Role.EVERY_MODEL), "audit"}
     }
     result = {
         "model": config["model"],
@@ -209,6 +221,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
         "stages": stages,
         "test_result": list(stages.values())[-1]["test"],
         "popularity": popularity_result(config, train_data, test_data, catalogue),
+        "audit": {mode: audit.to_json() for mode, audit in audits.items()},
         "candidates_sha256": sha256,
         "training_targets": targets,
         "top10": _top_time(trainer, loaders, state),
@@ -276,8 +289,30 @@ def _catalogue(config: RunConfig, dataset: Any) -> Catalogue:
 
 
 Loaders = dict[str, tuple[AbstractDataLoader, AbstractDataLoader]]
-"""For each evaluation mode, the one that ``eval_args`` names first, the loaders for validation
-and test."""
+"""For each evaluation mode the loaders for validation and test; the first is the one that
+``eval_args`` names, or :data:`FILE_MODE`."""
+
+
+def _given_lists(
+    settings: Settings, dataset: Any, catalogue: Catalogue
+) -> dict[str, CandidateLists]:
+    """What ``candidates_file`` holds, by phase, in the ids of ``dataset``."""
+    file = settings.candidates_file
+    if not file:
+        return {}
+    lists = read_lists(user_path(file), KnownUsers(dataset), KnownItems(dataset, catalogue))
+    if not len(lists.of("test")):
+        raise UserError(
+            f"candidates_file={file!r} has no list of the phase test; it must have some, or no "
+            "phase at all."
+        )
+    twins = lists.holding_twins(catalogue)
+    if twins:
+        getLogger().warning(
+            f"candidates_file={file!r}: {twins:,} of {len(lists):,} lists hold another item of "
+            "their target's title, which does not count against it."
+        )
+    return {phase: own for phase in PHASES if len(own := lists.of(phase))}
 
 
 def evaluation_loaders(
@@ -287,15 +322,27 @@ def evaluation_loaders(
     catalogue: Catalogue,
 ) -> Loaders:
     """Of RecBole's loaders for validation and test, ``rest``, one of each for every evaluation
-    mode, their candidates frozen."""
+    mode, their candidates frozen; where ``candidates_file`` has lists of a phase, its targets that
+    have none are left out.
+
+    Raises:
+        UserError: the file cannot be used, or no target has a list.
+    """
     settings, parts = config.settings, [loader._dataset for loader in (train_data, *rest)]
-    seed = candidates_seed(config)
-    phases = zip(rest, ("valid", "test"), strict=True)
-    valid_data, test_data = (
-        evaluation_loader(loader, phase, settings.max_eval_targets, seed)
-        for loader, phase in phases
-    )
-    loaders = {config["eval_args"]["mode"]["test"]: (valid_data, test_data)}
+    seed, file = candidates_seed(config), str(settings.candidates_file)
+    given = _given_lists(settings, parts[0], catalogue)
+    phases = dict(zip(("valid", "test"), rest, strict=True))
+    for phase in given.keys() & phases.keys():
+        phases[phase] = listed(phases[phase], given[phase], file)
+    for phase, loader in phases.items():
+        phases[phase] = evaluation_loader(loader, phase, settings.max_eval_targets, seed)
+    valid_data, test_data = phases.values()
+    main = [
+        with_lists(loader, given[phase]) if phase in given else loader
+        for phase, loader in phases.items()
+    ]
+    mode = FILE_MODE if given else config["eval_args"]["mode"]["test"]
+    loaders = {mode: (main[0], main[1])}
     loaders |= {
         mode: (with_mode(valid_data, mode), with_mode(test_data, mode))
         for mode in settings.more_candidates
@@ -304,6 +351,20 @@ def evaluation_loaders(
         for number, loader in enumerate(pair, 2):
             freeze(loader, parts[:number], catalogue, seed, settings.candidates_exclude_history)
     return loaders
+
+
+def _audits(
+    loaders: Loaders, train_data: AbstractDataLoader, catalogue: Catalogue
+) -> dict[str, Audit]:
+    """Of all candidates that are frozen; warns of those that give their targets away."""
+    met, audits = popularity(train_data._dataset), {}
+    for mode, pair in loaders.items():
+        audit = audit_loaders(pair, met, catalogue)
+        if audit:
+            audits[mode] = audit
+            for warning in audit.warnings(mode):
+                getLogger().warning(warning)
+    return audits
 
 
 def _run_stages(
@@ -449,6 +510,9 @@ def _log_head(
         lines[f"candidates {mode}"] = (
             f"{len(test_data._dataset):,} test targets, sha256 {digest[:16]}…"
         )
+    if file := config.settings.candidates_file:
+        drawn = config["eval_args"]["mode"]["valid"]
+        lines[f"candidates {FILE_MODE}"] += f", of {file}; validation by {drawn} if it has no lists"
     getLogger().info(
         "\n".join(f"{set_color(key, 'blue')}: {value}" for key, value in lines.items())
     )
@@ -487,6 +551,10 @@ def _table(result: dict[str, Any]) -> str:
         )
     if discount := result["settings"]["popularity_discount"]:
         rows[-1] = (f"{rows[-1][0]}, less {discount:g} x log popularity", rows[-1][1])
+    if result["settings"]["audit"]:
+        audit = result["audit"].get(next(iter(result["candidates_sha256"])))
+        floor = floor_rows(audit) if audit else {}
+        rows[1:1] = [row for row in floor.items() if row[0] != FLOOR.format("popularity")]
     return markdown_table(
         ["test", *map(_column, metrics)],
         [[label, *(values.get(name, "") for name in metrics)] for label, values in rows],

@@ -108,6 +108,9 @@ SOURCES = {"uniform", "popularity", "self"}
 MODE = r"full|(uni|pop)[1-9][0-9]*"
 """Evaluation modes of RecBole that rank a target among items."""
 
+FILE_MODE = "file"
+"""What stands for the mode where ``candidates_file`` gives the candidates."""
+
 
 def _setting(
     default: Any,
@@ -373,6 +376,12 @@ class Settings:
     candidates_seed: int | None = _within(
         0, 2**32 - 1, None, "seed of the candidates, or null for RecBole's seed", Role.EVERY_MODEL
     )
+    candidates_file: str | None = _setting(
+        None,
+        "rank each test target among the candidates that this .csv, .json or .jsonl file gives, "
+        "and each validation target where it has lists of them, or null for drawn candidates",
+        Role.EVERY_MODEL | Role.PATH,
+    )
     held_out_items: float = _within(
         0,
         0.5,
@@ -411,6 +420,12 @@ class Settings:
         Role.EVERY_MODEL,
         bool,
         "popularity or the name of a column",
+    )
+    audit: bool = _setting(
+        False,
+        "show in the tables how well the targets are guessed without a history and a model; "
+        "result.json has it always",
+        Role.IDLE | Role.FREE,
     )
     prompt_style: Literal["history", "candidates"] = _setting(
         "history", "titles in order, or also the candidates in the text", Role.POLICY | Role.SERVED

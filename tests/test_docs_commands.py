@@ -5,9 +5,11 @@ import json
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import recbole
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.experiment import run as experiment_run
@@ -88,6 +90,7 @@ PRINTED = {
     r".*recommend ": "title",
     r".*import --lists": " for the test",
     r".*import ": " users and ",
+    r".*audit ": "| nearest lists",
     r".*": "result",
 }
 """What a kind of command prints: the first whose beginning fits."""
@@ -123,6 +126,35 @@ def small(command: str) -> str:
     return " ".join([command, *more, BUDGET])
 
 
+def write_lists(folder: Path) -> None:
+    """Candidate lists of ``EARLY``'s last films, and some as LLaRA has them."""
+    events = pd.read_csv(
+        Path(recbole.__path__[0], "dataset_example", "ml-100k", "ml-100k.inter"),
+        sep="\t",
+        dtype=str,
+    )
+    events.columns = ["user", "item", "rating", "time"]
+    events = events[events.time.between("881250000", "881519999")]
+    last = events.sort_values("time", kind="stable").groupby("user").item.last()
+    film = events.item.unique()
+    rows = [
+        f"{user},{target},{target},{','.join(film[film != target][n : n + 4])}"
+        for n, (user, target) in enumerate(last.items())
+    ]
+    head = "user,target,candidate_1,candidate_2,candidate_3,candidate_4,candidate_5"
+    (folder / "lists.csv").write_text("\n".join([head, *rows]))
+    lists = [
+        {
+            "historyList": ["Alien"],
+            "itemList": [f"Film {n}", f"Film {n + 1}"],
+            "trueSelection": f"Film {n}",
+        }
+        for n in range(9)
+    ]
+    for name in ("test", "val", "train"):
+        (folder / f"{name}.json").write_text(json.dumps(lists))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the pages' readers have: a model, files of a shop, a run, and one that was killed."""
@@ -147,6 +179,7 @@ def folder(tmp_path_factory):
     ]
     for phase in ("train", "val", "test"):
         (folder / f"{phase}.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_lists(folder)
     for page, name in (("experiments.md", "mine.yaml"), ("your-own-data.md", "shop.yaml")):
         (folder / name).write_text(blocks(page, "yaml")[0], encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from recbole_sdpo.command import experiment, importing, recommend, run, settings
+from recbole_sdpo.command import audit, experiment, importing, recommend, run, settings
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.interrupt import endings
 from recbole_sdpo.version import __version__
@@ -15,12 +15,13 @@ COMMANDS = {
     "experiment": experiment,
     "recommend": recommend,
     "import": importing,
+    "audit": audit,
     "settings": settings,
 }
 """Each module has ``HELP``, ``EXAMPLES``, ``add_options(parser)`` and ``call(args, rest)``; the
 rest of the command line are settings."""
 
-WITH_SETTINGS = {"run", "experiment"}
+WITH_SETTINGS = {"run", "experiment", "audit"}
 
 MAY_REPEAT = {"--history", "--title"}
 

@@ -1,11 +1,12 @@
-"""Candidate sets that are the same for every model: drawn once, before any model is built, and
-fingerprinted."""
+"""Candidate sets that are the same for every model: drawn once, or given by a file, before any
+model is built, and fingerprinted."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 from collections.abc import Sequence
+from logging import getLogger
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader, NegS
 from recbole.data.dataset import Dataset
 from recbole.sampler.sampler import AbstractSampler
 
+from recbole_sdpo.data.candidate_lists import CandidateLists
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.sequences import met_items
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.random import generator, recbole_draws
 
 
@@ -56,17 +59,33 @@ class FrozenCandidates:
         phase: ``valid`` or ``test``.
         user: int64 ``[T]``.
         target: int64 ``[T]``.
-        negatives: int64 ``[T, N]``.
+        negatives: int64 or int32 ``[T, N]``.
+        place: int64 ``[T]``, that of each target in its list, where a file gives the lists; those
+            that are drawn have no order.
     """
 
     def __init__(
-        self, phase: str, user: np.ndarray, target: np.ndarray, negatives: np.ndarray
+        self,
+        phase: str,
+        user: np.ndarray,
+        target: np.ndarray,
+        negatives: np.ndarray,
+        place: np.ndarray | None = None,
     ) -> None:
         self.phase, self.user, self.target, self.negatives = phase, user, target, negatives
+        self.place = place
         # A pair of user and target as one number, to be looked up in a sorted array.
         self._items = 1 + int(target.max(initial=0))
         self._pairs = user * self._items + target
         self._order = np.argsort(self._pairs)
+
+    def lists(self) -> np.ndarray:
+        """All candidates, ``[T, 1 + N]``: as the file has them, or else the target first."""
+        place = np.zeros(len(self.target), np.int64) if self.place is None else self.place
+        items = np.empty((len(self.target), 1 + self.negatives.shape[1]), self.negatives.dtype)
+        own = np.arange(items.shape[1]) == place[:, None]
+        items[own], items[~own] = self.target, self.negatives.reshape(-1)
+        return items
 
     def sample_by_user_ids(
         self, user_ids: Sequence[int], item_ids: Sequence[int], num: int
@@ -83,7 +102,7 @@ class FrozenCandidates:
         # The search gives a place for whatever is asked: a pair that is not there shows here.
         if (self.user[rows] != user).any() or (self.target[rows] != target).any():
             raise KeyError("A target was asked for that the candidates were not frozen for.")
-        return torch.from_numpy(self.negatives[rows, :num].T.reshape(-1).copy())
+        return torch.from_numpy(self.negatives[rows, :num].T.reshape(-1).astype(np.int64))
 
 
 def freeze(
@@ -127,6 +146,72 @@ def freeze(
         loader._sampler = FrozenCandidates(
             phase, user, target, sampler.draw(user, target, args["sample_num"])
         )
+
+
+def listed(loader: AbstractDataLoader, lists: CandidateLists, file: str) -> AbstractDataLoader:
+    """``loader``, which must not be frozen yet, with those of its targets that have a list.
+
+    Args:
+        lists: of the loader's phase, in RecBole's ids.
+        file: that gives them, for messages.
+
+    Raises:
+        UserError: no target has a list.
+    """
+    dataset, phase = loader._dataset, loader._sampler.phase
+    wanted, given = _pairs(dataset), _pairs_of(dataset, lists)
+    has, serves = np.isin(wanted, given), np.isin(given, wanted)
+    said = []
+    for what, fits, pairs in (
+        (f"{phase} targets have no list", has, wanted),
+        (f"lists are of no {phase} target", serves, given),
+    ):
+        if not fits.all():
+            first = _named(dataset, int(pairs[~fits][0]))
+            said.append(f"{(~fits).sum():,} of {len(fits):,} {what}, the first of {first}")
+    if not has.any():
+        raise UserError(
+            f"candidates_file={file!r}: {'; '.join(said)}; it must have lists of this split's "
+            "targets."
+        )
+    if said:
+        getLogger().warning(f"candidates_file={file!r}: {'; '.join(said)}; these are left out.")
+    if has.all():
+        return loader
+    rows = dataset.copy(dataset.inter_feat[np.flatnonzero(has)])
+    return type(loader)(loader.config, rows, loader._sampler, shuffle=False)
+
+
+def with_lists(loader: AbstractDataLoader, lists: CandidateLists) -> AbstractDataLoader:
+    """A loader of the same targets as ``loader``, each frozen among the candidates of its list,
+    which it must have."""
+    dataset, given = loader._dataset, _pairs_of(loader._dataset, lists)
+    order, pairs = np.argsort(given), np.unique(_pairs(dataset))
+    own = lists.take(order[np.searchsorted(given, pairs, sorter=order)])
+    user, target = np.divmod(pairs, dataset.item_num)
+    loader = with_mode(loader, f"uni{own.items.shape[1] - 1}")
+    place = (own.items == own.target[:, None]).argmax(1)
+    loader._sampler = FrozenCandidates(loader._sampler.phase, user, target, own.negatives, place)
+    return loader
+
+
+def _pairs(dataset: Dataset) -> np.ndarray:
+    """User and target of each row as one number, int64 ``[rows]``."""
+    rows = dataset.inter_feat
+    user, target = (rows[field].numpy() for field in (dataset.uid_field, dataset.iid_field))
+    return user * dataset.item_num + target
+
+
+def _pairs_of(dataset: Dataset, lists: CandidateLists) -> np.ndarray:
+    return lists.user.astype(np.int64) * dataset.item_num + lists.target
+
+
+def _named(dataset: Dataset, pair: int) -> str:
+    user, item = divmod(pair, dataset.item_num)
+    return (
+        f"user {str(dataset.field2id_token[dataset.uid_field][user])!r} and item "
+        f"{str(dataset.field2id_token[dataset.iid_field][item])!r}"
+    )
 
 
 class TargetEvalDataLoader(NegSampleEvalDataLoader):

@@ -28,7 +28,16 @@ from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.registry import default_settings
 from recbole_sdpo.report.comparison import Published
 from recbole_sdpo.report.groups import GROUPINGS
-from recbole_sdpo.settings import LEAVE_ONE_OUT, MODE, MODEL, PARTS, Role, having, merged_parts
+from recbole_sdpo.settings import (
+    FILE_MODE,
+    LEAVE_ONE_OUT,
+    MODE,
+    MODEL,
+    PARTS,
+    Role,
+    having,
+    merged_parts,
+)
 from recbole_sdpo.values import check_values, read_yaml, shown
 
 Settings = dict[str, Any]
@@ -76,7 +85,7 @@ class Experiment:
         runs: the rows of the table, before ``vary`` is expanded.
         seeds: every row is run with each.
         candidates: evaluation modes; all models are stopped by the first, and chosen for each by
-            its own validation.
+            its own validation. The first is ``file`` where the settings have ``candidates_file``.
         metrics: columns of the table; the first is the one that improvement is given in.
         baselines: names of the rows to compare with; by default those of other models than
             SDPO-LLM, or else the first row.
@@ -129,13 +138,24 @@ class Experiment:
     def _check(self) -> None:
         _check_name("title", self.title)
         _check_list(self.seeds, "seeds", "whole numbers, 0 or more and below 2^32", _is_seed)
-        modes = "modes such as full, uni19 or pop19"
+        modes = "modes such as full, uni19 or pop19, of which the first may be file"
         _check_list(
             self.candidates,
             "candidates",
             modes,
-            lambda mode: isinstance(mode, str) and bool(re.fullmatch(MODE, mode)),
+            lambda mode: isinstance(mode, str) and bool(re.fullmatch(f"{MODE}|{FILE_MODE}", mode)),
         )
+        for entry in self.runs:
+            file = _over(self.settings, entry.settings).get("candidates_file")
+            if [mode == FILE_MODE for mode in self.candidates] != [
+                bool(file),
+                *[False] * (len(self.candidates) - 1),
+            ]:
+                raise UserError(
+                    f"candidates={self.candidates} with candidates_file={file!r} of run "
+                    f"{entry.name!r}: the first must be {FILE_MODE!r} where all runs have that "
+                    "setting, and none else."
+                )
         _check_list(
             self.metrics,
             "metrics",
@@ -333,7 +353,9 @@ def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
     if asked:
         others = settings.get("metrics", default_settings(experiment.dataset)["metrics"])
         settings["metrics"] = list(dict.fromkeys([*map(str, np.atleast_1d(others)), *asked]))
-    settings["eval_args"] = (settings.get("eval_args") or {}) | {"mode": experiment.candidates[0]}
+    if experiment.candidates[0] != FILE_MODE:
+        mode = {"mode": experiment.candidates[0]}
+        settings["eval_args"] = (settings.get("eval_args") or {}) | mode
     settings |= {"more_candidates": experiment.candidates[1:], "seed": seed, "show_progress": False}
     settings.setdefault("candidates_seed", experiment.seeds[0])
     try:

@@ -81,8 +81,16 @@ def _report(
 ) -> list[str]:
     """Write and print the tables; returns all warnings."""
     warnings = unfair(finished, experiment.candidates) + warnings
+    audited = any((experiment.settings | run.settings).get("audit") for run in experiment.runs)
     comparisons = [
-        compare(finished, mode, experiment.metrics, experiment.baseline_names(), experiment.cost)
+        compare(
+            finished,
+            mode,
+            experiment.metrics,
+            experiment.baseline_names(),
+            costs=experiment.cost,
+            audited=audited,
+        )
         for mode in experiment.candidates
     ]
     # of the protocol of the first candidates, as what others published is

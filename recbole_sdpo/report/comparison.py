@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.evaluator.audit import floor_rows
 from recbole_sdpo.evaluator.lists import is_of_lists
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.evaluator.significance import Difference, holm, paired_difference
@@ -169,6 +170,7 @@ class Comparison:
         best_baseline: for each metric of users the name of the baseline with the highest mean.
         costs: does the table show :data:`COST`?
         published: what others published, by the name of the row.
+        floor: rows of guessers that see no history, below the others: their means by metric.
     """
 
     candidates: str
@@ -177,6 +179,7 @@ class Comparison:
     best_baseline: dict[str, str]
     costs: bool = False
     published: dict[str, list[Published]] = field(default_factory=dict)
+    floor: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def place(self, row: Row, metric: str) -> int:
         """How many of the means are better than the row's; rows that are alike share a place."""
@@ -190,6 +193,7 @@ def compare(
     metrics: Sequence[str],
     baselines: Sequence[str],
     costs: bool = False,
+    audited: bool = False,
 ) -> Comparison:
     """The table of ``runs`` on ``candidates``, rows tested against each metric's best baseline.
 
@@ -197,6 +201,9 @@ def compare(
     has none. Where no baseline has a result, or none has the
     metric, the first row that has stands in for them. A metric that no row has, as where all runs
     that write answers failed, is left out.
+
+    Args:
+        audited: show what the audit of the first run's candidates found.
 
     Raises:
         UserError: no run has any metric.
@@ -213,7 +220,17 @@ def compare(
         row.p[metric] = float(p)
     names = {metric: row.name for metric, row in best.items()}
     shown = [name for name in metrics if any(len(row.by_seed(name)) for row in rows)]
-    return Comparison(candidates, shown, rows, names, costs)
+    floor = _floor(runs[0].result["audit"].get(candidates), list(best)) if audited else {}
+    return Comparison(candidates, shown, rows, names, costs, floor=floor)
+
+
+def _floor(found: dict[str, Any] | None, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of each guesser those of ``metrics`` that it has."""
+    floor = {}
+    for name, means in floor_rows(found).items() if found else ():
+        keys = {metric: metric.lower().replace("hr@", "hit@") for metric in metrics}
+        floor[name] = {metric: means[key] for metric, key in keys.items() if key in means}
+    return floor
 
 
 def _rows(

@@ -169,6 +169,11 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
                     **row.cost,
                 }
             )
+    for name, means in comparison.floor.items():
+        lines += [
+            {"candidates": comparison.candidates, "model": name, "metric": metric, "mean": mean}
+            for metric, mean in means.items()
+        ]
     frame = pd.DataFrame(lines)
     if comparison.published:
         theirs = {
@@ -202,6 +207,7 @@ def _with_published(comparison: Comparison, marks: Marks) -> list[list[str]]:
             for one in comparison.published.get(row.name, ())
         )
         column.append(", ".join(theirs))
+    column += [""] * len(comparison.floor)
     place = lines[0].index("minutes")
     return [[*line[:place], cell, *line[place:]] for line, cell in zip(lines, column, strict=True)]
 
@@ -227,6 +233,9 @@ def _cells(comparison: Comparison, marks: Marks) -> list[list[str]]:
         spent = (_number(row.cost[key], kind) for key, (_, kind) in costs.items())
         minutes = f"{row.wall_s / 60:.1f}"
         lines.append([marks.escape(row.name), *numbers, better, minutes, *spent])
+    for name, means in comparison.floor.items():
+        numbers = (f"{means[metric]:.4f}" if metric in means else "" for metric in metrics)
+        lines.append([marks.escape(name), *numbers, "", "", *("" for _ in costs)])
     return lines
 
 

@@ -1,0 +1,417 @@
+"""Published candidate lists: one reader for CSV, JSON and JSON lines."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+import pandas as pd
+from recbole.data.dataset import Dataset
+
+from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.errors import UserError, reason
+from recbole_sdpo.values import shown
+
+PHASES = ("train", "valid", "test")
+"""By their numbers in :attr:`CandidateLists.phase`."""
+
+LLARA = {"target": "trueSelection", "candidates": "itemList", "history": "historyList"}
+"""The keys in JSON files of LLaRA and its kin, whose rows have no user."""
+
+BETWEEN = "::"
+"""What joins the titles of a list that is text, in some of those files."""
+
+ROWS_AT_ONCE = 20_000
+"""Rows that are text at a time."""
+
+BLOCK = 2**20
+"""Letters of a JSON file that are read at a time."""
+
+LARGEST_ROW = 16 * BLOCK
+"""An object of a JSON file that is longer is a fault of the file."""
+
+MOST_CANDIDATES = 10_000
+"""Of one list."""
+
+
+@dataclass(frozen=True)
+class CandidateLists:
+    """Candidate lists in the order of their file.
+
+    A row takes 9 + 4 C bytes, 89 with 20 candidates, and twice as much while the last rows are
+    joined; what is read but not joined yet are ``ROWS_AT_ONCE`` rows of text.
+
+    Attributes:
+        user: int32 ``[rows]``.
+        target: int32 ``[rows]``.
+        items: int32 ``[rows, C]``, the target among them, as published.
+        phase: int8 ``[rows]``, numbers of :data:`PHASES`.
+        met: int64, for each item the rows in which it is the target or in the history, where the
+            file has histories; or None.
+    """
+
+    user: np.ndarray
+    target: np.ndarray
+    items: np.ndarray
+    phase: np.ndarray
+    met: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def of(self, phase: str) -> CandidateLists:
+        """The rows of one phase."""
+        return self.take(self.phase == PHASES.index(phase))
+
+    def take(self, rows: np.ndarray) -> CandidateLists:
+        """Some of the rows; ``rows`` is a mask, or places."""
+        parts = {name: getattr(self, name)[rows] for name in ("user", "target", "items", "phase")}
+        return replace(self, **parts)
+
+    def holding_twins(self, catalogue: Catalogue) -> int:
+        """How many rows hold another item of their target's title."""
+        group, twins = catalogue.group, 0
+        for begin in range(0, len(self), ROWS_AT_ONCE):
+            some = self.take(np.arange(begin, min(begin + ROWS_AT_ONCE, len(self))))
+            alike = group[some.items] == group[some.target][:, None]
+            twins += int((alike.sum(1) > 1).sum())
+        return twins
+
+    @property
+    def negatives(self) -> np.ndarray:
+        """The candidates without the target, int32 ``[rows, C - 1]``, in their order."""
+        return self.items[self.items != self.target[:, None]].reshape(len(self), -1)
+
+
+class Numbers:
+    """A number for each text that it meets, from 0 in the order of their coming."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, int] = {}
+
+    def __call__(self, texts: np.ndarray) -> np.ndarray:
+        """The numbers of ``texts``, object of any shape, as int32 of that shape."""
+        codes, unique = pd.factorize(texts.reshape(-1))
+        numbers = [self.of.setdefault(text, len(self.of)) for text in unique]
+        return np.array(numbers, np.int32)[codes].reshape(texts.shape)
+
+    def fault(self, text: str) -> str:
+        """Never called: no text is unknown."""
+        raise KeyError(text)
+
+
+class KnownUsers:
+    """The numbers that RecBole gives the users of a dataset."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._tokens = pd.Index(dataset.field2id_token[dataset.uid_field][1:])
+
+    def __call__(self, texts: np.ndarray) -> np.ndarray:
+        """As :meth:`Numbers.__call__`, but -1 for a text that is no user's id."""
+        places = self._tokens.get_indexer(texts.reshape(-1))
+        return np.where(places < 0, -1, places + 1).astype(np.int32).reshape(texts.shape)
+
+    def fault(self, text: str) -> str:
+        """What is wrong with a text that has no number."""
+        return f"user {shown(text)} must be a user's id in the dataset"
+
+
+class KnownItems:
+    """The numbers that RecBole gives the items of a dataset, by id, or else by title."""
+
+    def __init__(self, dataset: Dataset, catalogue: Catalogue) -> None:
+        self._tokens = pd.Index(dataset.field2id_token[dataset.iid_field][1:])
+        titles = pd.Series(catalogue.titles[1:])
+        own = ~titles.duplicated(keep=False)
+        self._titles, self._of_title = pd.Index(titles[own]), np.flatnonzero(own)
+        self._shared = frozenset(titles[~own])
+
+    def __call__(self, texts: np.ndarray) -> np.ndarray:
+        """As :meth:`KnownUsers.__call__`, also for a title that one item alone has."""
+        flat = texts.reshape(-1)
+        places = self._tokens.get_indexer(flat)
+        unknown = np.flatnonzero(places < 0)
+        found = self._titles.get_indexer(flat[unknown])
+        places[unknown[found >= 0]] = self._of_title[found[found >= 0]]
+        return np.where(places < 0, -1, places + 1).astype(np.int32).reshape(texts.shape)
+
+    def fault(self, text: str) -> str:
+        """What is wrong with a text that has no number."""
+        if text in self._shared:
+            return f"{shown(text)} is the title of several items; give the item's id"
+        return f"item {shown(text)} must be an item's id in the dataset, or its title"
+
+
+Coder = Numbers | KnownUsers | KnownItems
+
+
+class _Row(NamedTuple):
+    """A row as it is written; a user of None has none, a phase of None is the test."""
+
+    user: Any
+    target: Any
+    candidates: Sequence[Any]
+    phase: Any
+    history: Sequence[Any]
+
+
+def read_lists(file: Path, users: Coder, items: Coder, anonymous: bool = False) -> CandidateLists:
+    """Read a file of candidate lists.
+
+    ``.csv`` has the header ``user,target,candidate_1,…,candidate_N[,phase]``. ``.json`` holds a
+    list of objects, and ``.jsonl`` an object a line, with ``user``, ``target``, ``candidates`` and
+    maybe ``phase``: one of :data:`PHASES`, or all rows are of the test.
+
+    Args:
+        users, items: give texts their numbers.
+        anonymous: read files of :data:`LLARA`, too, whose rows are users of their own.
+
+    Raises:
+        UserError: the file cannot be read, is of another kind, or is empty.
+        UserError: a row lacks a part, or its list differs in length from the first, lacks its
+            target or has an item twice; or a user or item is unknown.
+        UserError: a pair of user and target is there twice in one phase.
+    """
+    rows, met = _rows(file, anonymous), np.zeros(0, np.int64)
+    parts: list[CandidateLists] = []
+    begin, histories = 0, False
+    while some := list(islice(rows, ROWS_AT_ONCE)):
+        part = _coded(file, begin, some, users, items, parts[0].items.shape[1] if parts else None)
+        if any(row.history for row in some):
+            histories = True
+            met = _added(met, part.target, some, items)
+        parts.append(part)
+        begin += len(some)
+    if not parts:
+        raise UserError(f"{file} is empty; it must have a row for each candidate list.")
+    user, target, candidates, phase = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("user", "target", "items", "phase")
+    )
+    lists = CandidateLists(user, target, candidates, phase, met if histories else None)
+    _check_pairs(file, lists)
+    return lists
+
+
+def _coded(
+    file: Path, begin: int, rows: list[_Row], users: Coder, items: Coder, length: int | None
+) -> CandidateLists:
+    """``rows`` as numbers, checked, of which the first is row ``begin + 1`` of the file."""
+    length = length or len(rows[0].candidates)
+
+    def refuse(wrong: np.ndarray, why: Callable[[int], str]) -> None:
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise UserError(f"{file}, row {begin + row + 1}: {why(row)}.")
+
+    lengths = np.array([len(row.candidates) for row in rows])
+    refuse(
+        lengths != length,
+        lambda row: (
+            f"{lengths[row]} candidates must be {length}, as in the first row: all lists of a "
+            "file are of one length"
+        ),
+    )
+    refuse(
+        (lengths < 2) | (lengths > MOST_CANDIDATES),
+        lambda row: (
+            f"{lengths[row]} candidates must be 2 to {MOST_CANDIDATES:,}, the target among them"
+        ),
+    )
+    refuse(
+        np.array([row.phase is not None and row.phase not in PHASES for row in rows]),
+        lambda row: f"phase {shown(rows[row].phase)} must be one of {', '.join(PHASES)}",
+    )
+    names = [str(begin + row + 1) if of.user is None else of.user for row, of in enumerate(rows)]
+    texts = np.empty((len(rows), 2 + length), object)
+    texts[:] = [[name, row.target, *row.candidates] for name, row in zip(names, rows, strict=True)]
+    for column in range(texts.shape[1]):
+        texts[:, column] = [_text(value) for value in texts[:, column]]
+    refuse(
+        pd.isna(texts).any(1),
+        lambda row: "user, target and candidates must be ids, as text or whole numbers, not blank",
+    )
+    user, ids = users(texts[:, 0]), items(texts[:, 1:])
+    refuse(user < 0, lambda row: users.fault(texts[row, 0]))
+    refuse((ids < 0).any(1), lambda row: items.fault(texts[row, 1 + (ids[row] < 0).argmax()]))
+    target, candidates = ids[:, 0], ids[:, 1:]
+    ordered = np.sort(candidates, 1)
+    twice = ordered[:, 1:] == ordered[:, :-1]
+
+    def repeated(row: int) -> str:
+        item = ordered[row, 1:][twice[row]][0]
+        text = texts[row, 2:][candidates[row] == item][0]
+        what = "target" if item == target[row] else "item"
+        return f"the {what} {shown(text)} is among the candidates twice; it must be there once"
+
+    refuse(twice.any(1), repeated)
+    refuse(
+        (candidates != target[:, None]).all(1),
+        lambda row: f"the target {shown(texts[row, 1])} must be among the candidates",
+    )
+    phase = [PHASES.index("test" if row.phase is None else row.phase) for row in rows]
+    return CandidateLists(user, target, candidates, np.array(phase, np.int8))
+
+
+def _text(value: Any) -> str | None:
+    """An id as text, or None if it is none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _added(met: np.ndarray, target: np.ndarray, rows: list[_Row], items: Coder) -> np.ndarray:
+    """``met`` with the histories and targets of further rows."""
+    texts = [text for row in rows for text in {_text(value) for value in row.history}]
+    past = items(np.array([text for text in texts if text is not None] + [None], object)[:-1])
+    counts = np.bincount(np.concatenate([past[past >= 0], target]), minlength=len(met))
+    counts[: len(met)] += met
+    return counts
+
+
+def _check_pairs(file: Path, lists: CandidateLists) -> None:
+    """Is each pair of user and target there once in its phase?"""
+    each = int(lists.target.max()) + 1
+    key = (lists.user.astype(np.int64) * each + lists.target) * len(PHASES) + lists.phase
+    order = np.argsort(key, kind="stable")
+    again = order[1:][key[order[1:]] == key[order[:-1]]]
+    if len(again):
+        row = int(again.min())
+        first = int((key == key[row]).argmax())
+        raise UserError(
+            f"{file}, row {row + 1}: row {first + 1} has the same user and target, in the same "
+            "phase; give each pair once."
+        )
+
+
+def _rows(file: Path, anonymous: bool) -> Iterator[_Row]:
+    """The rows of a file, as they are written."""
+    kinds: dict[str, Callable[[TextIO, Path], Iterator[_Row]]] = {
+        ".csv": _csv_rows,
+        ".json": lambda stream, file: _named(_json_list(stream, file), file, anonymous),
+        ".jsonl": lambda stream, file: _named(_json_lines(stream, file), file, anonymous),
+    }
+    if file.suffix.lower() not in kinds:
+        raise UserError(f"{file} must be a file of candidate lists: .csv, .json or .jsonl.")
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            yield from kinds[file.suffix.lower()](stream, file)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file} must be text in UTF-8: {error.reason} at byte {error.start}."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {reason(error)}.") from error
+
+
+def _csv_rows(stream: TextIO, file: Path) -> Iterator[_Row]:
+    reader = csv.reader(stream, strict=True)
+    try:
+        head = next(reader, [])
+        places = {name.strip(): place for place, name in enumerate(head)}
+        number = sum(re.fullmatch(r"candidate_\d+", name) is not None for name in places)
+        wanted = ["user", "target", *(f"candidate_{n + 1}" for n in range(max(number, 2)))]
+        for name in [*wanted, *places] if head else ():
+            if name not in places or name not in {*wanted, "phase"} or len(places) < len(head):
+                raise UserError(
+                    f"{file}: column {shown(name)} is "
+                    f"{'missing' if name not in places else 'unknown or there twice'}; the header "
+                    "must be user,target,candidate_1,candidate_2,… and maybe phase."
+                )
+        user, target, *candidates = (places.get(name, -1) for name in wanted)
+        phase = places.get("phase")
+        for row, fields in enumerate((fields for fields in reader if fields), 1):
+            if len(fields) != len(head):
+                raise UserError(
+                    f"{file}, row {row}: {len(fields)} fields must be {len(head)}, as in the "
+                    "header."
+                )
+            yield _Row(
+                fields[user],
+                fields[target],
+                [fields[place] for place in candidates if fields[place].strip()],
+                fields[phase] if phase is not None else None,
+                (),
+            )
+    except csv.Error as error:
+        raise UserError(f"{file}, line {reader.line_num} is not CSV: {error}.") from error
+
+
+def _named(objects: Iterator[Any], file: Path, anonymous: bool) -> Iterator[_Row]:
+    """The parts of each object, under our keys or those of LLaRA."""
+    for row, item in enumerate(objects, 1):
+        if not isinstance(item, Mapping):
+            raise UserError(f"{file}, row {row}: {shown(item)} must be an object.")
+        keys = {"user": "user", "target": "target", "candidates": "candidates"}
+        if LLARA["candidates"] in item:
+            if not anonymous:
+                raise UserError(
+                    f"{file}, row {row} is of a file without users, as LLaRA has them; "
+                    "recbole-sdpo import makes a dataset and a candidates file of such files."
+                )
+            keys = LLARA
+        values: dict[str, Any] = {name: item.get(key) for name, key in keys.items()}
+        for name, key in keys.items():
+            if key not in item and name != "history":
+                raise UserError(f"{file}, row {row} has no key {key!r}.")
+            if name in ("candidates", "history"):
+                values[name] = _list(values[name], file, row, key)
+        yield _Row(
+            values.get("user"),
+            values["target"],
+            values["candidates"],
+            item.get("phase"),
+            values.get("history", ()),
+        )
+
+
+def _list(value: Any, file: Path, row: int, key: str) -> Sequence[Any]:
+    if isinstance(value, str) and key in LLARA.values():
+        return value.split(BETWEEN)
+    if value is None and key == LLARA["history"]:
+        return ()
+    if not isinstance(value, list):
+        raise UserError(f"{file}, row {row}: {key}={shown(value)} must be a list.")
+    return value
+
+
+def _json_lines(stream: TextIO, file: Path) -> Iterator[Any]:
+    for row, line in enumerate((line for line in stream if line.strip()), 1):
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}, row {row} is not JSON: {error}.") from error
+
+
+def _json_list(stream: TextIO, file: Path) -> Iterator[Any]:
+    """The elements of a list, one at a time, whatever the length of the file."""
+    decode, row = json.JSONDecoder().raw_decode, 1
+    text = stream.read(BLOCK)
+    begin = re.match(r"\s*\[", text)
+    if not begin:
+        if not text.strip():
+            return
+        raise UserError(f"{file} must hold a list of objects, [{{…}}, {{…}}].")
+    place = begin.end()
+    while True:
+        space = re.compile(r"[\s,]*").match(text, place)
+        place = space.end() if space else place
+        if text.startswith("]", place):
+            return
+        try:
+            item, place = decode(text, place)
+        except (ValueError, RecursionError) as error:
+            more = stream.read(BLOCK)
+            if not more or len(text) - place > LARGEST_ROW:
+                raise UserError(f"{file}, row {row} is not JSON, or not whole.") from error
+            text, place = text[place:] + more, 0
+        else:
+            yield item
+            row += 1

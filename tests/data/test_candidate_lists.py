@@ -1,0 +1,182 @@
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recbole_sdpo.data import candidate_lists
+from recbole_sdpo.data.candidate_lists import (
+    PHASES,
+    KnownItems,
+    KnownUsers,
+    Numbers,
+    read_lists,
+)
+from recbole_sdpo.errors import UserError
+
+USERS, ITEMS = [f"u{n}" for n in range(6)], [f"i{n}" for n in range(12)]
+
+ROWS = st.lists(
+    st.tuples(
+        st.sampled_from(USERS),
+        st.sampled_from(PHASES),
+        st.permutations(ITEMS).map(lambda items: items[:4]),
+        st.integers(0, 3),
+    ),
+    min_size=1,
+    max_size=12,
+    unique_by=lambda row: (row[0], row[1], row[2][row[3]]),
+)
+
+
+def write(file, rows, phases=True):
+    """(user, phase, candidates, place of the target) in the format that the name says."""
+    objects = [
+        {"user": user, "target": items[place], "candidates": items}
+        | ({"phase": phase} if phases else {})
+        for user, phase, items, place in rows
+    ]
+    if file.suffix == ".json":
+        file.write_text(json.dumps(objects, indent=1))
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(each) + "\n" for each in objects))
+    else:
+        with file.open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            number = len(rows[0][2])
+            head = ["user", "target", *(f"candidate_{n + 1}" for n in range(number))]
+            writer.writerow(head + ["phase"] * phases)
+            for user, phase, items, place in rows:
+                writer.writerow([user, items[place], *items] + [phase] * phases)
+    return file
+
+
+def toy(titles=None):
+    """A dataset and its catalogue, as far as the reader looks at them."""
+    dataset = SimpleNamespace(
+        uid_field="user",
+        iid_field="item",
+        field2id_token={
+            "user": np.array(["[PAD]", *USERS]),
+            "item": np.array(["[PAD]", *ITEMS]),
+        },
+    )
+    titles = titles or [f"title {n}" for n in range(12)]
+    return KnownUsers(dataset), KnownItems(dataset, SimpleNamespace(titles=("", *titles)))
+
+
+@pytest.mark.parametrize("end", ["csv", "json", "jsonl"])
+@given(rows=ROWS, at_once=st.integers(1, 5))
+def test_every_format_gives_what_was_written_however_much_is_read_at_once(
+    tmp_path_factory, end, rows, at_once
+):
+    file = write(tmp_path_factory.mktemp("d") / f"lists.{end}", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidate_lists, "ROWS_AT_ONCE", at_once)
+        patch.setattr(candidate_lists, "BLOCK", 7)
+        lists = read_lists(file, *toy())
+    read = [
+        (USERS[user - 1], PHASES[phase], [ITEMS[item - 1] for item in items], items.index(target))
+        for user, phase, items, target in zip(
+            lists.user, lists.phase, lists.items.tolist(), lists.target, strict=True
+        )
+    ]
+    assert read == rows
+    for items, target, rest in zip(lists.items, lists.target, lists.negatives, strict=True):
+        assert rest.tolist() == [item for item in items if item != target]
+
+
+def test_without_phases_all_are_of_the_test_and_whole_numbers_are_ids(tmp_path):
+    file = tmp_path / "lists.json"
+    file.write_text('[{"user": 7, "target": 1, "candidates": [2, 1, "3"]}]')
+    users, items = Numbers(), Numbers()
+    lists = read_lists(file, users, items)
+    assert len(lists.of("test")) == 1 and not len(lists.of("valid"))
+    assert list(users.of) == ["7"] and list(items.of) == ["1", "2", "3"]
+    assert lists.items.tolist() == [[1, 0, 2]] and lists.items.dtype == np.int32
+
+
+def test_an_item_may_be_named_by_a_title_that_it_alone_has(tmp_path):
+    titles = [f"title {n}" for n in range(12)]
+    titles[4] = "i5"  # an id comes first
+    row = ("u1", "test", ["title 3", "i5", "i0"], 0)
+    lists = read_lists(write(tmp_path / "a.csv", [row]), *toy(titles))
+    assert lists.items.tolist() == [[4, 6, 1]] and lists.target.tolist() == [4]
+
+
+GOOD = [("u1", "test", ["i1", "i2", "i3"], 0), ("u2", "test", ["i4", "i5", "i6"], 2)]
+
+
+def broken(change, end="csv"):
+    def make(folder):
+        file = write(folder / f"lists.{end}", GOOD)
+        file.write_text(change(file.read_text()))
+        return file
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (broken(lambda text: text.replace("i6,i4", "i7,i4")), "row 2: the target 'i7' must be am"),
+        (broken(lambda text: text.replace("i5,i6", "i6,i6")), "row 2: the target 'i6' is among "),
+        (broken(lambda text: text.replace("i2,i3", "i3,i3")), "row 1: the item 'i3' is among the "),
+        (broken(lambda text: text.replace("i5,i6", "title 4,i6")), "row 2: the item 'i4' is amo"),
+        (broken(lambda text: text.replace("u2", "u9")), "row 2: user 'u9' must be a user's id"),
+        (broken(lambda text: text.replace("i5", "i99")), "row 2: item 'i99' must be an item's id"),
+        (broken(lambda text: text.replace("i5", "twin")), "row 2: 'twin' is the title of several"),
+        (broken(lambda text: text.replace("i5", "")), "row 2: 2 candidates must be 3, as in the"),
+        (broken(lambda text: text.replace("u2", " ")), "row 2: user, target and candidates must "),
+        (broken(lambda text: text.replace("i5,", "")), "row 2: 5 fields must be 6, as in the he"),
+        (broken(lambda text: text[:-5] + "tset\n"), "row 2: phase 'tset' must be one of train, v"),
+        (broken(lambda text: text + "u1,i1,i1,i4,i5,test\n"), "row 3: row 1 has the same user and"),
+        (broken(lambda text: text.replace("candidate_2", "item_2")), "column 'candidate_2' is mis"),
+        (broken(lambda text: text.replace("phase", "place")), "column 'place' is unknown or ther"),
+        (broken(lambda text: text.replace("user,", "target,")), "column 'user' is missing; the h"),
+        (broken(lambda text: text.partition("\n")[0]), "is empty; it must have a row for each"),
+        (broken(lambda text: ""), "is empty; it must have a row for each"),
+        (broken(lambda text: text + '"'), "line 4 is not CSV: unexpected end of data"),
+        (broken(lambda text: "", "json"), "is empty; it must have a row for each"),
+        (broken(lambda text: "[]", "json"), "is empty; it must have a row for each"),
+        (broken(lambda text: text[:-9], "json"), "row 2 is not JSON, or not whole"),
+        (broken(lambda text: text[1:-1], "json"), "must hold a list of objects"),
+        (broken(lambda text: "[1]", "json"), "row 1: 1 must be an object"),
+        (broken(lambda text: text.replace("target", "goal"), "json"), "row 1 has no key 'target'"),
+        (broken(lambda text: text.replace('"i1"', "true"), "json"), "row 1: user, target and can"),
+        (broken(lambda text: '[{"itemList": []}]', "json"), "row 1 is of a file without users, as"),
+        (broken(lambda text: text + "{", "jsonl"), "row 3 is not JSON: Expecting property name"),
+        (
+            broken(
+                lambda text: text.replace("[", '"').replace("]", '"').replace('", "', ""), "jsonl"
+            ),
+            "row 1 is not JSON",
+        ),
+        (lambda folder: folder, "must be a file of candidate lists: .csv, .json or .jsonl"),
+        (lambda folder: folder / "no.csv", "no.csv cannot be read: there is no such file"),
+    ],
+)
+def test_a_fault_is_one_sentence_with_file_and_row(tmp_path, make, message):
+    titles = [f"title {n}" for n in range(10)] + ["twin", "twin"]
+    with pytest.raises(UserError) as error:
+        read_lists(make(tmp_path), *toy(titles))
+    said = str(error.value)
+    assert message in said and str(tmp_path) in said
+    assert "\n" not in said and said.endswith(".")
+
+
+def test_files_of_llara_have_rows_without_users_and_histories(tmp_path):
+    file = tmp_path / "test.json"
+    rows = [
+        {"historyList": ["A", "B, or C"], "itemList": ["D", "E"], "trueSelection": "E"},
+        {"historyList": "A::E", "itemList": "D::E", "trueSelection": "E"},
+    ]
+    file.write_text(json.dumps(rows))
+    items = Numbers()
+    lists = read_lists(file, Numbers(), items, anonymous=True)
+    assert lists.user.tolist() == [0, 1] and lists.target.tolist() == [0, 0]
+    met = {text: int(lists.met[number]) for text, number in items.of.items()}
+    assert met == {"A": 2, "B, or C": 1, "E": 3, "D": 0}
