@@ -334,6 +334,7 @@ def _write(
         "load_col": {"inter": ["user_id", "item_id_list", "item_id"], "item": ["item_id"]},
         "MAX_ITEM_LIST_LENGTH": max(len(row.history) for row in chain(*rows.values())),
         "title_article_first": False,
+        "candidates_file": str(Path(output) / name / CANDIDATES),
     }
     lists = []
     for phase, part in rows.items():

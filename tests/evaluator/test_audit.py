@@ -197,7 +197,7 @@ def test_lists_without_an_order_have_no_guesser_by_position():
 
 def test_the_floor_stands_below_a_comparison_of_runs():
     floor = {"audit: nearest lists": {"HR@1": 0.58}}
-    table = Comparison("file", ["HR@1", "MRR@10"], [], {"HR@1": "a"}, floor)
+    table = Comparison("file", ["HR@1", "MRR@10"], [], {"HR@1": "a"}, floor=floor)
     last = comparison_markdown(table).splitlines()[-1]
     assert [cell.strip() for cell in last.split("|")[1:4]] == ["audit: nearest lists", "0.5800", ""]
     (row,) = comparison_frame(table).to_dict("records")
