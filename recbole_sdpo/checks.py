@@ -673,11 +673,16 @@ def check_settings(config: Config) -> Settings:
             else "see recbole-sdpo settings"
         )
         getLogger().warning(f"{key}={config[key]!r} has no effect on {MODEL}; {own}.")
-    _warn_of_constants(config, settings)
+    _warn_of_constants(settings)
     in_text, aligned = (
         settings.prompt_style == "candidates",
         OBJECTIVES[settings.objective].negatives,
     )
+    if settings.negative_sources and not (in_text or aligned):
+        getLogger().warning(
+            f"negative_sources={settings.negative_sources!r} has no effect on "
+            f"objective={settings.objective!r}, which has no negatives."
+        )
     if aligned or in_text:
         args = config["train_neg_sample_args"]
         negatives = args["sample_num"]
@@ -688,10 +693,16 @@ def check_settings(config: Config) -> Settings:
                 f"{settings.prompt_style!r} needs 1 or more negatives; or set objective=sft and "
                 "prompt_style=history."
             )
-        if args["alpha"] != 1 and args["distribution"] != "popularity":
+        sources = settings.negative_sources or {args["distribution"]: 1.0}
+        if args["alpha"] != 1 and "popularity" not in sources:
             getLogger().warning(
-                f"train_neg_sample_args.alpha={args['alpha']} has no effect with "
-                f"distribution={args['distribution']!r}."
+                f"train_neg_sample_args.alpha={args['alpha']} has no effect on "
+                f"{' and '.join(map(repr, sources))} negatives."
+            )
+        if settings.negative_sources and args["distribution"] != "uniform":
+            getLogger().warning(
+                f"train_neg_sample_args.distribution={args['distribution']!r} has no effect with "
+                f"negative_sources={settings.negative_sources!r}."
             )
         _check_dynamic(args, settings)
         _check_sources(args, settings)
@@ -710,7 +721,7 @@ def check_settings(config: Config) -> Settings:
     return settings
 
 
-def _warn_of_constants(config: Config, settings: Settings) -> None:
+def _warn_of_constants(settings: Settings) -> None:
     """Say which of those that were given the objective does not read."""
     objective = OBJECTIVES[settings.objective]
     read = {*objective.reads, *(["sft_weight"] if objective.negatives else [])}
@@ -726,15 +737,21 @@ def _warn_of_constants(config: Config, settings: Settings) -> None:
 def _check_sources(args: Mapping[str, Any], settings: Settings) -> None:
     """Can negatives come from where ``negative_sources`` says?"""
     sources = settings.negative_sources
-    if not sources or not OBJECTIVES[settings.objective].negatives:
+    if not sources:
         return
-    given = f"negative_sources={sources!r}"
+    given, most = f"negative_sources={sources!r}", OBJECTIVES[settings.objective].negatives
+    if SELF in sources and settings.prompt_style == "candidates":
+        raise UserError(
+            f"{given}: {SELF!r} ranks the whole catalogue, and prompt_style='candidates' shows a "
+            "few; use prompt_style='history'."
+        )
+    if not most:
+        return
     if args["dynamic"]:
         raise UserError(
             f"{given}: train_neg_sample_args.dynamic=True picks among draws of one source; leave "
             "one of the two out."
         )
-    most = OBJECTIVES[settings.objective].negatives
     each = shares(sources, int(min(args["sample_num"], most)))
     for name, share in each.items():
         if not share:
@@ -742,14 +759,7 @@ def _check_sources(args: Mapping[str, Any], settings: Settings) -> None:
                 f"{given}: of {sum(each.values())} negatives, {name!r} would give none; raise its "
                 "weight, or train_neg_sample_args.sample_num."
             )
-    if SELF not in sources:
-        return
-    if settings.prompt_style == "candidates":
-        raise UserError(
-            f"{given}: {SELF!r} ranks the whole catalogue, and prompt_style='candidates' shows a "
-            "few; use prompt_style='history'."
-        )
-    if settings.fixed_negatives:
+    if SELF in sources and settings.fixed_negatives:
         raise UserError(
             f"{given}: {SELF!r} changes as the policy learns; set fixed_negatives=False."
         )

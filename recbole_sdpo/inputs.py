@@ -4,6 +4,7 @@ nobody changes them unseen."""
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -182,7 +184,8 @@ class Inputs:
                     "run anew in another folder."
                 )
         elif write:
-            read = {name: self.digests[name] for name in self.files}
+            names = [*self.files, *(["objective"] if "objective" in self.digests else [])]
+            read = {name: self.digests[name] for name in names}
             write_text(run_dir / FILE, json.dumps(read, indent=2))
 
     def changed_since(self, run_dir: Path, but_for: str = "") -> str | None:
@@ -228,7 +231,13 @@ def _files(config: RunConfig) -> dict[str, Path]:
 
 def _objective_of_others(config: RunConfig) -> dict[str, str]:
     """The source of an objective that was registered from outside of the package."""
-    file = inspect.getsourcefile(OBJECTIVES[config.settings.objective].loss)
+    loss: Any = OBJECTIVES[config.settings.objective].loss
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    try:
+        file = inspect.getsourcefile(loss if inspect.isfunction(loss) else type(loss))
+    except TypeError:  # of what is not written in Python
+        file = None
     inside = file and Path(recbole_sdpo.__path__[0]) in Path(file).parents
     return {} if inside or not file else {"objective": _known(Path(file), _meaning)}
 

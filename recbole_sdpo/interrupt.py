@@ -145,7 +145,8 @@ def as_given() -> list[str]:
 
 def _launcher() -> list[str]:
     """The words before the program; of several machines the line is for each of them."""
-    everywhere, here = (int(os.environ.get(key, 1)) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    everywhere = int(os.environ.get("WORLD_SIZE", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", everywhere))  # mpirun does not say
     if everywhere == 1:
         return ["python"]
     machines = everywhere // here

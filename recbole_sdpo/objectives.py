@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import entry_points
 from itertools import chain
 from typing import NamedTuple
@@ -29,6 +30,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from recbole_sdpo.errors import UserError
 
 
 class Logps(NamedTuple):
@@ -356,13 +359,34 @@ def register_objective(name: str, objective: Objective) -> None:
     or to offer it as an entry point of :data:`ENTRY_POINTS`.
 
     Raises:
+        TypeError: it is no :class:`Objective`.
         ValueError: there is one of that name.
     """
+    if not isinstance(objective, Objective):
+        raise TypeError(f"Objective {name!r} must be an Objective, not {type(objective).__name__}.")
     if OBJECTIVES.setdefault(name, objective) is not objective:
         raise ValueError(f"There is an objective {name!r} already; choose another name.")
 
 
+@cache
 def register_installed() -> None:
-    """Register what installed packages offer."""
+    """Register what installed packages offer, as the first setting asks for it: a package of them
+    may import this one first.
+
+    Raises:
+        UserError: one cannot be loaded.
+    """
     for point in entry_points(group=ENTRY_POINTS):
-        register_objective(point.name, point.load())
+        try:
+            register_objective(point.name, point.load())
+        except Exception as error:
+            raise UserError(
+                f"objective {point.name!r} cannot be loaded from {point.value} ({error}); mend or "
+                "uninstall the package that offers it."
+            ) from error
+
+
+def objectives() -> dict[str, Objective]:
+    """:data:`OBJECTIVES`, those of installed packages included."""
+    register_installed()
+    return OBJECTIVES

@@ -495,9 +495,7 @@ def _log_head(
             f"{backbone.name}{why}, {total:,} parameters in {backbone.dtype}, peft {backbone.peft}"
         )
         if model.negatives:
-            kind = kind_of_negatives(
-                config["train_neg_sample_args"], model.settings.negative_sources
-            )
+            kind = kind_of_negatives(config["train_neg_sample_args"], model.sources)
             lines["negatives"] = (
                 f"{model.negatives} to a target, {kind}, never of the user's training items"
             )

@@ -18,7 +18,6 @@ from recbole_sdpo.checks import check_dataset, check_given
 from recbole_sdpo.data import dataset
 from recbole_sdpo.evaluator import answers, lists
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.objectives import register_installed
 from recbole_sdpo.settings import MODEL, merged_parts
 from recbole_sdpo.trainer import SDPOTrainer
 from recbole_sdpo.values import read_yaml
@@ -40,7 +39,6 @@ def register() -> None:
     setattr(module, MODEL, SDPOLLM)
     sys.modules[name] = module
     setattr(recbole.trainer, f"{MODEL}Trainer", SDPOTrainer)
-    register_installed()
     answers.register_metrics()
     metrics_dict["gauc"] = compat.GAUC
     lists.register_metrics()

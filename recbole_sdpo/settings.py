@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.objectives import OBJECTIVES, Constants
+from recbole_sdpo.objectives import Constants, objectives
 from recbole_sdpo.values import shown
 
 MODEL = "SDPO-LLM"
@@ -459,8 +459,8 @@ class Settings:
         "sdpo",
         "of the second stage; sft stops after the first",
         Role.ALIGNMENT,
-        OBJECTIVES.__contains__,
-        lambda: "one of " + ", ".join(OBJECTIVES),
+        lambda name: name in objectives(),
+        lambda: "one of " + ", ".join(objectives()),
     )
     beta: float = _setting(
         1.0,
@@ -686,8 +686,11 @@ class Setting:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if float in self.kinds and whole and abs(value) <= LARGEST:
             value = float(value)
-        if isinstance(value, dict):
-            value = {key: float(each) if _is_a(each, int) else each for key, each in value.items()}
+        if isinstance(value, dict):  # in one order, which counts
+            value = {
+                key: float(each) if _is_a(each, int) and abs(each) <= LARGEST else each
+                for key, each in sorted(value.items(), key=lambda part: str(part[0]))
+            }
         given = f"{self.key}={shown(value)}"
         if not any(_is_a(value, kind) for kind in self.kinds):
             raise UserError(f"{given} must be {self.must_be}.")
@@ -803,18 +806,21 @@ def merged_parts(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str
     return {key: lower[key] | upper[key] for key in both}
 
 
-def kind_of_negatives(args: Mapping[str, Any], sources: Mapping[str, float] | None = None) -> str:
-    """Where ``train_neg_sample_args`` and ``negative_sources`` take negatives from, in a word.
+def kind_of_negatives(args: Mapping[str, Any], numbers: Mapping[str, int] | None = None) -> str:
+    """Where negatives come from, in a word, such as "none", "uniform", "popularity^2" or "8 self +
+    7 uniform".
 
-    Such as "none", "uniform", "popularity", "popularity^2" or "0.5 uniform + 0.5 self".
+    Args:
+        args: ``train_neg_sample_args``.
+        numbers: of each of ``negative_sources``, if they are given.
     """
 
     def named(kind: str) -> str:
         return f"{kind}^{args['alpha']:g}" if kind == "popularity" and args["alpha"] != 1 else kind
 
-    if not sources:
+    if not numbers:
         return named(args["distribution"])
-    return " + ".join(f"{weight:g} {named(kind)}" for kind, weight in sources.items())
+    return " + ".join(f"{number} {named(kind)}" for kind, number in numbers.items())
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.objectives import (
     BOUNDARY_MARGIN,
     OBJECTIVES,
@@ -349,6 +350,8 @@ def test_an_objective_from_outside_is_registered_once(monkeypatch):
         register_objective("hinge", hinge._replace(title="other"))
     with pytest.raises(ValueError, match="'sdpo' already"):
         register_objective("sdpo", hinge)
+    with pytest.raises(TypeError, match="'mine' must be an Objective, not function"):
+        register_objective("mine", dpo)
 
 
 def test_installed_packages_offer_objectives(monkeypatch):
@@ -359,8 +362,15 @@ def test_installed_packages_offer_objectives(monkeypatch):
     monkeypatch.setattr(objectives, "OBJECTIVES", dict(OBJECTIVES))
     groups = {"recbole_sdpo.objectives": [point]}
     monkeypatch.setattr(objectives, "entry_points", lambda group: groups[group])
+    register_installed.cache_clear()
+    assert objectives.objectives()["mine"] is offered
+    point.name, point.value = "broken", "their_package:BROKEN"
+    monkeypatch.setattr(type(point), "load", lambda self: None)
+    register_installed.cache_clear()
+    with pytest.raises(UserError, match="'broken' cannot be loaded from their_package:BROKEN"):
+        objectives.objectives()
+    groups["recbole_sdpo.objectives"] = []
     register_installed()
-    assert objectives.OBJECTIVES["mine"] is offered
 
 
 def test_diagnostics(logps):

@@ -234,7 +234,7 @@ def test_a_power_of_popularity_is_named_and_without_popularity_warned_of(ring, c
     check_settings(
         RunConfig("SDPO-LLM", "toy", config_dict=ring | {"train_neg_sample_args": {"alpha": 2}})
     )
-    assert "train_neg_sample_args.alpha=2 has no effect with distribution='uniform'" in caplog.text
+    assert "train_neg_sample_args.alpha=2 has no effect on 'uniform' negatives" in caplog.text
     assert kind_of_negatives({"distribution": "uniform", "alpha": 2.0}) == "uniform"
     assert kind_of_negatives({"distribution": "popularity", "alpha": 2.0}) == "popularity^2"
     assert kind_of_negatives({"distribution": "popularity", "alpha": 1.0}) == "popularity"

@@ -136,21 +136,23 @@ class MixedNegatives:
 
     Args:
         samplers: by name.
-        weights: of the samplers, by name.
+        numbers: by name, how many of the first negatives each gives.
+        weights: by name, of those beyond, which a prompt shows.
     """
 
     samplers: Mapping[str, NegativeSampler]
+    numbers: Mapping[str, int]
     weights: Mapping[str, float]
 
     def draw(
         self, user: np.ndarray, target: np.ndarray, number: int, beside: np.ndarray | None = None
     ) -> np.ndarray:
-        """As :meth:`Negatives.draw`, those of the first sampler first."""
+        """As :meth:`Negatives.draw`; of the first ones, those of the first sampler first."""
         drawn = np.zeros((len(user), 0), np.int64) if beside is None else beside
-        before = drawn.shape[1]
-        for name, each in shares(self.weights, number).items():
-            further = self.samplers[name].draw(user, target, each, drawn)
-            drawn = np.hstack([drawn, further])
+        before, first = drawn.shape[1], min(number, sum(self.numbers.values()))
+        for each in shares(self.numbers, first), shares(self.weights, number - first):
+            for name, count in each.items():
+                drawn = np.hstack([drawn, self.samplers[name].draw(user, target, count, drawn)])
         return drawn[:, before:]
 
     def excluded(self, user: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +163,7 @@ class MixedNegatives:
 def shares(weights: Mapping[str, float], number: int) -> dict[str, int]:
     """``number`` shared out by ``weights``: whole numbers, what is left over to the largest
     remainders, of equal ones to the first."""
-    exact = np.array([*weights.values()]) * (number / sum(weights.values()))
+    exact = np.array([*weights.values()]) * (number / (sum(weights.values()) or 1))
     whole = np.floor(exact).astype(int)
     over = np.argsort(whole - exact, kind="stable")[: number - whole.sum()]
     whole[over] += 1

@@ -424,7 +424,8 @@ def _check_metrics(experiment: Experiment, settings: Settings) -> None:
 
 def _of_sft(settings: Settings, prompt_style: str) -> Settings:
     """``settings`` without those that count in the second stage alone."""
-    in_text = {"train_neg_sample_args"} if prompt_style == "candidates" else set()
+    of_negatives = {"train_neg_sample_args", "negative_sources"}
+    in_text = of_negatives if prompt_style == "candidates" else set()
     second = having(Role.ALIGNMENT) - in_text
     return {key: settings[key] for key in settings if key not in second} | {"objective": "sft"}
 

@@ -89,7 +89,8 @@ class SDPOLLM(SequentialRecommender):
         # to a negative, of which the hardest counts
         self.draws: int = negatives["candidate_num"] if negatives["dynamic"] else 1
         # of the negatives, those that the policy itself ranks highest
-        self.own: int = shares(settings.negative_sources or {"": 1.0}, self.negatives).get(SELF, 0)
+        self.sources = shares(settings.negative_sources or {}, self.negatives)
+        self.own: int = self.sources.get(SELF, 0)
         self.objective = "sft"
 
         check_topk(config, self.n_items - 1)
@@ -217,19 +218,19 @@ class SDPOLLM(SequentialRecommender):
             f"train_neg_sample_args{each}": self.negatives * self.draws,
             "prompt_candidates, less one for the target,": shown,
         }
+        user, target = rows[self.USER_ID].numpy(), rows[self.ITEM_ID].numpy()
         for setting, number in wanted.items():
             if number:
-                self._negative_sampler(dataset, sampler, setting).check(
-                    rows[self.USER_ID].numpy(), rows[self.ITEM_ID].numpy(), number
-                )
+                self._negative_sampler(dataset, sampler, setting).check(user, target, number)
+        mixed = self._negatives(dataset, sampler)
+        if isinstance(mixed, MixedNegatives):
+            for source in mixed.samplers.values():
+                source.check(user, target, max(wanted.values()))
 
     def _negatives(self, dataset: Dataset, sampler: AbstractSampler) -> Negatives:
         """As ``negative_sources`` has them, but for the policy's own."""
-        weights = {
-            name: weight
-            for name, weight in (self.settings.negative_sources or {}).items()
-            if name != SELF
-        }
+        weights = {**(self.settings.negative_sources or {})}
+        weights.pop(SELF, None)
         if not weights:
             return self._negative_sampler(dataset, sampler)
         samplers = {}
@@ -237,7 +238,7 @@ class SDPOLLM(SequentialRecommender):
             other = copy.copy(sampler)
             other.set_distribution(name)
             samplers[name] = self._negative_sampler(dataset, other, f"negative_sources ({name})")
-        return MixedNegatives(samplers, weights)
+        return MixedNegatives(samplers, {name: self.sources[name] for name in weights}, weights)
 
     def _negative_sampler(
         self,
@@ -273,7 +274,8 @@ class SDPOLLM(SequentialRecommender):
         def best(rows: np.ndarray) -> Tensor:
             items = torch.zeros(len(rows), self.own, dtype=torch.long, device=self.lm.device)
             # Of most users few of the best are excluded; where all are, look farther.
-            todo, reach = np.arange(len(rows)), 4 * self.own
+            # Parts of a model make each pass together, so that there must be one.
+            todo, reach = np.arange(len(rows)), self.n_items if is_parted(self) else 4 * self.own
             while len(todo):
                 some = rows[todo]
                 scores = self._best_scored(texts.take(some), reach)[:, first]
@@ -281,7 +283,7 @@ class SDPOLLM(SequentialRecommender):
                 where = np.repeat(np.arange(len(some)), apart.lengths)
                 scores[where, np.searchsorted(titles, apart.values)] = -torch.inf
                 top = scores.topk(min(self.own, len(first)))
-                enough = (top.values[:, -1] > -torch.inf).cpu().numpy()
+                enough = (top.values[:, -1] != -torch.inf).cpu().numpy()
                 if reach >= self.n_items and (not enough.all() or self.own > len(first)):
                     raise UserError(
                         f"negative_sources asks for {self.own} negatives of the policy's own, and "
@@ -298,14 +300,9 @@ class SDPOLLM(SequentialRecommender):
     def _best_scored(self, prompts: Ragged, reach: int) -> Tensor:
         """Scores of the ``reach`` best items after each prompt, and of all others ``-inf``, float32
         ``[prompts, items]`` without the padding."""
-        reach = min(reach, self.n_items - 1)
-        # FSDP2 has no hooks on the steps of a search
-        whole = is_parted(self) or reach == self.n_items - 1
-        scores = (
-            score_all(self.lm, prompts, self.title_tree)
-            if whole
-            else score_top(self.lm, prompts, self.title_tree, reach)
-        )
+        if reach >= self.n_items - 1:
+            return score_all(self.lm, prompts, self.title_tree)
+        scores = score_top(self.lm, prompts, self.title_tree, reach)
         return scores.masked_fill(scores < scores.topk(reach).values[:, -1:], -torch.inf)
 
     def forward(

@@ -298,7 +298,7 @@ class SDPOTrainer(Trainer):
             cache,
             self._workers(),
         )
-        sources = kind_of_negatives(self.config["train_neg_sample_args"], settings.negative_sources)
+        sources = kind_of_negatives(self.config["train_neg_sample_args"], self.model.sources)
         negatives = f", {self.model.negatives} negatives each ({sources})"
         self._log(
             f"{name}: objective {objective}, {stage_settings.epochs} epochs at most of "

@@ -51,7 +51,8 @@ def test_shares_are_whole_and_as_near_as_they_can_be(weights, number):
 def test_each_source_gives_its_share_and_no_title_comes_twice():
     mixed = MixedNegatives(
         {"uniform": source(1, 2, 5, 6, 7), "popularity": source(2, 5, 8, 9)},
-        {"uniform": 1.0, "popularity": 3.0},
+        {"uniform": 1, "popularity": 3},
+        {"uniform": 1.0, "popularity": 1.0},
     )
     user, target = np.full(50, 2), np.full(50, 6)
     drawn = mixed.draw(user, target, 4)
@@ -59,6 +60,18 @@ def test_each_source_gives_its_share_and_no_title_comes_twice():
     assert {*drawn[:, 0]} <= {1, 2, 5, 7} and {*drawn[:, 1:].ravel()} == {2, 5, 8, 9}
     titles = CATALOGUE.group[drawn]
     assert all(len({*row}) == 4 for row in titles.tolist())
+
+
+def test_what_a_prompt_shows_beyond_them_is_shared_by_weight():
+    mixed = MixedNegatives(
+        {"uniform": source(1, 2), "popularity": source(5, 6, 7, 8)},
+        {"uniform": 1, "popularity": 1},
+        {"uniform": 1.0, "popularity": 2.0},
+    )
+    (drawn,) = mixed.draw(np.array([2]), np.array([4]), 5)
+    assert [{*part} <= {1, 2} for part in (drawn[:1], drawn[1:2], drawn[2:3], drawn[3:])] == [
+        *(True, False, True, False)
+    ]
 
 
 def test_what_stands_beside_is_not_drawn_by_title():
@@ -76,6 +89,9 @@ def test_excluded_is_what_was_met_and_the_target():
     expected = Counter(
         [(0, group[4]), (0, group[5]), (1, group[3]), (1, group[1]), (1, group[9]), (2, group[6])]
     )
-    for of in (source(1, 2), MixedNegatives({"a": source(1), "b": source(2)}, {"a": 1, "b": 1})):
+    for of in (
+        source(1, 2),
+        MixedNegatives({"a": source(1), "b": source(2)}, {"a": 1, "b": 1}, {"a": 1, "b": 1}),
+    ):
         rows, titles = of.excluded(user, target)
         assert Counter(zip(rows.tolist(), titles.tolist(), strict=True)) == expected
