@@ -70,7 +70,7 @@ class NegativeSampler:
         """
         group = self.catalogue.group
         others = np.zeros((len(user), 0), np.int64) if beside is None else group[beside]
-        self.check(user, target, number + others.shape[1])
+        self.check(user, target, number, others)
         drawn = np.zeros((len(user), number), np.int64)
         todo = np.ones(drawn.shape, bool)
         while todo.any():
@@ -84,8 +84,13 @@ class NegativeSampler:
             todo[rows] = bad
         return drawn
 
-    def check(self, user: np.ndarray, target: np.ndarray, number: int) -> None:
+    def check(
+        self, user: np.ndarray, target: np.ndarray, number: int, beside: np.ndarray | None = None
+    ) -> None:
         """Are there ``number`` items to draw for each of the given users and targets?
+
+        Args:
+            beside: titles that are taken already, ``[len(user), m]``, none of them twice.
 
         Raises:
             UserError: for some user there are fewer.
@@ -94,6 +99,8 @@ class NegativeSampler:
         pool = self._left[user] - (
             self._drawable[title] & ~_is_in(user * self._groups + title, self._met)
         )
+        if beside is not None:
+            pool = pool - self._drawable[beside].sum(1)
         if len(pool) and pool.min() < number:
             raise UserError(
                 f"{self.setting} asks for {number} negatives of distinct titles, but for user "
