@@ -50,7 +50,7 @@ from recbole_sdpo.data.sequences import popularity
 from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
-from recbole_sdpo.evaluator.audit import FLOOR, Audit, audit_loaders, floor_rows
+from recbole_sdpo.evaluator.audit import BY_POPULARITY, Audit, audit_loaders, floor_rows
 from recbole_sdpo.evaluator.cost import top_time
 from recbole_sdpo.evaluator.lists import OF_LISTS, is_of_lists
 from recbole_sdpo.evaluator.popularity import popularity_result
@@ -341,6 +341,11 @@ def evaluation_loaders(
         with_lists(loader, given[phase]) if phase in given else loader
         for phase, loader in phases.items()
     ]
+    if given and "valid" not in given:
+        getLogger().info(
+            f"candidates_file={file!r} has no lists of validation, which is by "
+            f"{config['eval_args']['mode']['valid']}."
+        )
     mode = FILE_MODE if given else config["eval_args"]["mode"]["test"]
     loaders = {mode: (main[0], main[1])}
     loaders |= {
@@ -509,8 +514,7 @@ def _log_head(
             f"{len(test_data._dataset):,} test targets, sha256 {digest[:16]}…"
         )
     if file := config.settings.candidates_file:
-        drawn = config["eval_args"]["mode"]["valid"]
-        lines[f"candidates {FILE_MODE}"] += f", of {file}; validation by {drawn} if it has no lists"
+        lines[f"candidates {FILE_MODE}"] += f", of {file}"
     getLogger().info(
         "\n".join(f"{set_color(key, 'blue')}: {value}" for key, value in lines.items())
     )
@@ -552,7 +556,7 @@ def _table(result: dict[str, Any]) -> str:
     if result["settings"]["audit"]:
         audit = result["audit"].get(next(iter(result["candidates_sha256"])))
         floor = floor_rows(audit) if audit else {}
-        rows[1:1] = [row for row in floor.items() if row[0] != FLOOR.format("popularity")]
+        rows[1:1] = [row for row in floor.items() if not row[0].startswith(BY_POPULARITY)]
     return markdown_table(
         ["test", *map(_column, metrics)],
         [[label, *(values.get(name, "") for name in metrics)] for label, values in rows],

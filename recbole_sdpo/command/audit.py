@@ -23,7 +23,7 @@ from recbole_sdpo.data.catalogue import Catalogue, NoTitles
 from recbole_sdpo.data.dataset import create_dataset, data_preparation
 from recbole_sdpo.data.sequences import popularity
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.evaluator.audit import TOP, Audit, Lists, audit, in_words
+from recbole_sdpo.evaluator.audit import ENOUGH, TOP, Audit, Lists, audit, in_words
 from recbole_sdpo.files import user_path
 from recbole_sdpo.report.table import markdown_table
 
@@ -178,4 +178,6 @@ def _table(found: Audit, file: str, candidates: int) -> str:
             lines.append(f"The guesser by {name} is left out; it needs {need}.")
     warnings = [f"warning: {text}" for text in found.warnings(Path(file).name)]
     by = "popularity explains" if found.knows_popularity else "items' shares as targets explain"
-    return "\n".join([*lines, *(warnings or [f"No guesser is above what {by}."])])
+    few = f"Fewer than {ENOUGH} lists are too few to tell; p and the intervals are rough."
+    end = few if found.lists < ENOUGH else f"No guesser is above what {by}."
+    return "\n".join([*lines, *(warnings or [end])])

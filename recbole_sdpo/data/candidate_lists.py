@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from recbole.data.dataset import Dataset
 
-from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.catalogue import Catalogue, folded
 from recbole_sdpo.errors import UserError, reason
 from recbole_sdpo.values import shown
 
@@ -128,25 +128,30 @@ class KnownItems:
 
     def __init__(self, dataset: Dataset, catalogue: Catalogue) -> None:
         self._tokens = pd.Index(dataset.field2id_token[dataset.iid_field][1:])
-        titles = pd.Series(catalogue.titles[1:])
+        titles = pd.Series([folded(title) for title in catalogue.titles[1:]])
+        self._example = catalogue.titles[1]
         own = ~titles.duplicated(keep=False)
         self._titles, self._of_title = pd.Index(titles[own]), np.flatnonzero(own)
         self._shared = frozenset(titles[~own])
 
     def __call__(self, texts: np.ndarray) -> np.ndarray:
-        """As :meth:`KnownUsers.__call__`, also for a title that one item alone has."""
+        """As :meth:`KnownUsers.__call__`, also for a title that one item alone has, whatever its
+        case and blanks."""
         flat = texts.reshape(-1)
         places = self._tokens.get_indexer(flat)
         unknown = np.flatnonzero(places < 0)
-        found = self._titles.get_indexer(flat[unknown])
+        found = self._titles.get_indexer([folded(text) for text in flat[unknown]])
         places[unknown[found >= 0]] = self._of_title[found[found >= 0]]
         return np.where(places < 0, -1, places + 1).astype(np.int32).reshape(texts.shape)
 
     def fault(self, text: str) -> str:
         """What is wrong with a text that has no number."""
-        if text in self._shared:
+        if folded(text) in self._shared:
             return f"{shown(text)} is the title of several items; give the item's id"
-        return f"item {shown(text)} must be an item's id in the dataset, or its title"
+        return (
+            f"item {shown(text)} must be an item's id in the dataset, or its title as models read "
+            f"it, such as {shown(self._example)}"
+        )
 
 
 Coder = Numbers | KnownUsers | KnownItems

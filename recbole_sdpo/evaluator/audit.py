@@ -17,6 +17,9 @@ from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.evaluator.significance import holm
 from recbole_sdpo.random import generator
 
+ENOUGH = 60
+"""Lists below which p-values and intervals, normal approximations, are rough."""
+
 LEVEL = 0.05
 """A guesser is called significant where its corrected p-value is below this."""
 
@@ -43,6 +46,7 @@ FLOOR = "audit: {}"
 """A guesser's row in a table."""
 
 POPULARITY, SHARE = "popularity", "share as target"
+BY_POPULARITY = FLOOR.format(POPULARITY)
 """Guessers by what an item is, whatever the list."""
 
 
@@ -125,6 +129,11 @@ class Audit:
         """As ``result.json`` has it."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Audit:
+        """What :meth:`to_json` gave."""
+        return cls(**{**found, "guesses": [Guess(**guess) for guess in found["guesses"]]})
+
     def warnings(self, name: str) -> list[str]:
         """A sentence for each guesser that is above what popularity explains; ``name`` is that of
         the lists."""
@@ -144,9 +153,15 @@ def in_words(p: float | None, equals: str = "") -> str:
 
 
 def floor_rows(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Rows of a table, with RecBole's names of metrics, of what :meth:`Audit.to_json` wrote."""
+    """Rows of a table, with RecBole's names of metrics, of what :meth:`Audit.to_json` wrote.
+
+    How many lists were guessed stands in their names: it may be half of what a model is tested on.
+    """
     return {
-        FLOOR.format(guess["guesser"]): {"hit@1": guess["hit"][0], f"ndcg@{TOP}": guess["ndcg"][0]}
+        FLOOR.format(f"{guess['guesser']} ({found['lists']:,} lists)"): {
+            "hit@1": guess["hit"][0],
+            f"ndcg@{TOP}": guess["ndcg"][0],
+        }
         for guess in found["guesses"]
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.evaluator.audit import floor_rows
+from recbole_sdpo.evaluator.audit import Audit, floor_rows
 from recbole_sdpo.evaluator.lists import is_of_lists
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.evaluator.significance import Difference, holm, paired_difference
@@ -328,12 +329,17 @@ def _differences(row: Row, best: dict[str, Row]) -> dict[str, Difference]:
 
 
 def unfair(runs: Sequence[FinishedRun], candidates: Sequence[str]) -> list[str]:
-    """A sentence for each way in which the runs were not trained or judged on the same."""
+    """A sentence for each way in which the runs were not trained or judged on the same, or on what
+    gives its targets away."""
     sentences = []
     for mode in candidates:
         digests = [run.result["candidates_sha256"][mode][:12] for run in runs]
         sentences += _differ(runs, f"candidates {mode}", digests)
         sentences += _differ(runs, f"test users ({mode})", [_users(run, mode) for run in runs])
+        # Lists that give their targets away do so for every model.
+        found = (run.result.get("audit", {}).get(mode) for run in runs)
+        told = [Audit.from_json(audit).warnings(mode) for audit in found if audit]
+        sentences += dict.fromkeys(chain.from_iterable(told))
     targets = [f"{run.result['training_targets']:,}" for run in runs]
     return sentences + _differ(runs, "training targets an epoch", targets)
 

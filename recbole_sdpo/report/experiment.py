@@ -24,6 +24,7 @@ from recbole_sdpo.report.comparison import Comparison, FinishedRun
 from recbole_sdpo.report.groups import GROUPINGS, group_frame, group_part, group_table
 from recbole_sdpo.report.table import (
     COST_NOTE,
+    FLOOR_NOTE,
     LISTS_NOTE,
     NOTE,
     comparison_frame,
@@ -75,7 +76,7 @@ pre {{ overflow: auto; background: #f5f5f5; padding: 1em }}
 GROUPS_NOTE = (
     "After ± stands half of the 95 % interval of the mean over targets. * differs from the best "
     "baseline of all targets (p < 0.05 after Holm's correction over all metrics, rows and groups "
-    "of a candidate set)."
+    "of a candidate set and grouping)."
 )
 
 Section = tuple[str, list[list[list[str]]]]
@@ -121,6 +122,8 @@ def write_report(
         note += f" {LISTS_NOTE}"
     if comparisons[0].costs:
         note += f" {COST_NOTE}"
+    if any(comparison.floor for comparison in comparisons):
+        note += f" {FLOOR_NOTE}"
     frame = pd.concat([comparison_frame(comparison) for comparison in comparisons])
     sections = [
         (GROUPINGS[name].heading, tables)

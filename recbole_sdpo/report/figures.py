@@ -129,7 +129,7 @@ def in_groups(panels: Mapping[str, pd.DataFrame], label: str) -> Figure:
             axes.errorbar(
                 np.arange(len(groups)) + shift,
                 row["mean"],
-                yerr=row["high"] - row["mean"],
+                yerr=[(row["mean"] - row["low"]).clip(0), (row["high"] - row["mean"]).clip(0)],
                 marker="o",
                 markersize=4,
                 linewidth=0,

@@ -94,9 +94,9 @@ def group_frame(
     """Metrics in groups, a row for each candidate set, grouping, metric, model and group.
 
     Columns are :data:`COLUMNS`: ``targets`` (one to a user), ``mean`` over them and seeds, ``low``
-    and ``high`` (its 95 % interval by Student's t), ``best_baseline`` (over all targets),
-    ``difference`` to it with ``difference_low`` and ``difference_high``, ``test``, ``p``, and
-    ``p_holm``, Holm-corrected over the table of one candidate set and grouping.
+    and ``high`` (its 95 % interval, Wilson's or by Student's t), ``best_baseline`` (over all
+    targets), ``difference`` to it with ``difference_low`` and ``difference_high``, ``test``, ``p``,
+    and ``p_holm``, Holm-corrected over the table of one candidate set and grouping.
     Groups without targets are left out, and so are groupings that no run's ``ranks.csv`` knows.
     """
     tables = [
@@ -176,12 +176,16 @@ def _values(row: Row, metric: str, users: pd.Index) -> np.ndarray:
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
-    """Of the mean of ``values``, at 95 %; not a number where they do not differ, for their spread
-    is not known then."""
+    """Of the mean of ``values``, at 95 %: Wilson's where they are 0 or 1, else Student's t within
+    0 and 1; not a number where they do not differ, for their spread is not known then."""
+    if len(values) and np.isin(values, (0, 1)).all():
+        counted = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        return float(counted.low), float(counted.high)
     if len(np.unique(values)) < 2:
         return float("nan"), float("nan")
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return float(values.mean() - half), float(values.mean() + half)
+    low, high = np.clip([values.mean() - half, values.mean() + half], 0, 1)
+    return float(low), float(high)
 
 
 def group_table(
@@ -209,10 +213,10 @@ def group_part(frame: pd.DataFrame, candidates: str, grouping: str, metric: str)
     return frame[np.logical_and.reduce([frame[key] == value for key, value in wanted.items()])]
 
 
-CELL = ["mean", "low", "p_holm"]
+CELL = ["mean", "low", "high", "p_holm"]
 """What a cell of a table shows of a row."""
 
 
-def _cell(mean: float, low: float, p: float) -> str:
-    half = "" if np.isnan(low) else f" ± {mean - low:.4f}"
+def _cell(mean: float, low: float, high: float, p: float) -> str:
+    half = "" if np.isnan(low) else f" ± {(high - low) / 2:.4f}"
     return f"{mean:.4f}{half}" + "*" * (p < LEVEL)

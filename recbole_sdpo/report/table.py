@@ -33,6 +33,12 @@ COST_NOTE = (
 )
 
 
+FLOOR_NOTE = (
+    "Rows with audit are guessers that see no history. What one of them is above popularity is in "
+    "result.json, and a warning says so where that is more than chance."
+)
+
+
 def markdown_text(text: str) -> str:
     """``text`` as Markdown shows it; underscores in words and an ``&`` alone mean nothing there."""
     special = r"[\\`*<\[~$|]|_(?!\w)|(?<![^\W_])_|&(?=#?\w+;)"

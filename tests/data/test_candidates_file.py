@@ -202,7 +202,7 @@ def test_the_result_is_of_the_given_candidates(given, caplog):
     assert list(floor) == ["file", "uni5"] and set(floor["file"]) - set(floor["uni5"]) == {
         "position"
     }
-    assert "| audit: position" in caplog.text and "| audit: nearest lists" in caplog.text
+    assert "| audit: position" in caplog.text and "| audit: nearest lists (" in caplog.text
     assert not result["audit"]["file"]["halves"]  # its own lists for validation are the reference
     ranks = pd.read_csv(Path(result["run_dir"], "ranks.csv")).set_index("user")
     assert set(ranks["candidates"]) == {"file", "uni5"} == set(result["candidates_sha256"])

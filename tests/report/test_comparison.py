@@ -18,7 +18,7 @@ from recbole_sdpo.evaluator.significance import holm, paired_difference
 from recbole_sdpo.report import figures
 from recbole_sdpo.report.comparison import FinishedRun, Published, compare, unfair
 from recbole_sdpo.report.experiment import write_report
-from recbole_sdpo.report.groups import group_frame, group_table
+from recbole_sdpo.report.groups import _interval, group_frame, group_table
 from recbole_sdpo.report.table import (
     comparison_frame,
     comparison_html,
@@ -625,7 +625,7 @@ def test_a_group_is_shown_with_its_interval_and_star(grouped):
     part = frame.query("model == 'mine' and metric == 'HR@1'")
     for row, cell in zip(part.itertuples(), lines[1][1:], strict=True):
         star = "*" * (row.p_holm < 0.05)
-        assert cell == f"{row.mean:.4f} ± {row.high - row.mean:.4f}{star}"
+        assert cell == f"{row.mean:.4f} ± {(row.high - row.low) / 2:.4f}{star}"
     assert any(cell.endswith("*") for cell in lines[1]) and not any("*" in c for c in lines[0])
     assert lines[2][1:] == ["50"] * 4
     two = {"By popularity": part.assign(mean=0.0, high=0.0), "Again": part}
@@ -657,3 +657,27 @@ def test_no_groups_of_runs_that_do_not_say_who_met_the_target(tmp_path):
         assert "met the target" in (tmp_path / file).read_text()
     assert pd.read_csv(tmp_path / "groups.csv")["group"].unique().tolist() == ["1-4"]
     assert (tmp_path / "groups-uni19.png").is_file()
+
+
+def test_the_interval_of_what_is_0_or_1_stays_between_them():
+    low, high = _interval(np.array([1.0, 0.0, 0.0]))
+    # Wilson's, by its formula
+    n, p, z = 3, 1 / 3, 1.959964
+    centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    expected = [(centre + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
+    assert [low, high] == pytest.approx(expected, abs=1e-6) and 0 < low < high < 1
+    assert _interval(np.zeros(3))[0] == 0 < _interval(np.zeros(3))[1]
+    assert _interval(np.array([0.0, 0.63, 0.0])) == (0.0, pytest.approx(1.0, abs=0.3))
+
+
+def test_a_report_warns_of_lists_that_give_their_targets_away():
+    runs = [finished("a", 1, 0.2), finished("b", 1, 0.4)]
+    guess = {"guesser": "nearest lists", "hit": (0.58, 0.5, 0.6), "ndcg": (0.6, 0.5, 0.7)}
+    guess |= {"p": 0.0, "explained": 0.1, "p_beyond": 1e-9}
+    found = {"lists": 900, "reference": 900, "halves": False, "chance": (0.05, 0.15)}
+    found |= {"knows_popularity": True, "guesses": [guess]}
+    before = unfair(runs, ["uni19"])
+    for run in runs:
+        run.result["audit"] = {"uni19": found}
+    (warning,) = set(unfair(runs, ["uni19"])) - {*before}
+    assert "a guesser by nearest lists has HR@1 0.580, where popularity explains 0.100" in warning
