@@ -133,14 +133,18 @@ def test_processes_must_be_alike(ring, tmp_path, port):
 def test_a_process_that_is_left_alone_says_how_to_go_on_and_goes_on_bit_for_bit(
     ring, tmp_path, port
 ):
-    settings = ring | {"objective": "sft", "sft_epochs": 2, "save_minutes": 0, "parallel": "fsdp"}
+    settings = ring | {"sft_epochs": 1, "sdpo_epochs": 2, "save_minutes": 0, "parallel": "fsdp"}
+    # of which the policy's own must be searched for by both together, and be in the state
+    settings |= {"negative_sources": {"uniform": 1, "self": 1}, "sdpo_tokens_per_batch": 200}
+    settings |= {"max_train_targets": 80, "max_eval_targets": 10}
+    settings["train_neg_sample_args"] = {"sample_num": 2}
     whole = [start(str(n), settings, tmp_path / "whole", port) for n in range(2)]
     assert [(said(process), process.wait()) for process in whole] == [([], 0)] * 2
 
     folder = tmp_path / "cut"
     cut = [start(str(number), settings, folder, port) for number in range(2)]
     steps = folder / "run" / "steps.csv"
-    while cut[0].poll() is None and not (steps.is_file() and len(steps.read_bytes()) > 200):
+    while cut[0].poll() is None and not (steps.is_file() and b"sdpo,2," in steps.read_bytes()):
         time.sleep(0.02)
     cut[1].kill()
     (sentence,) = said(cut[0])
@@ -153,5 +157,5 @@ def test_a_process_that_is_left_alone_says_how_to_go_on_and_goes_on_bit_for_bit(
         start(str(n), settings, folder, port, f"--resume={folder / 'run'}") for n in range(2)
     ]
     assert [(said(process), process.wait()) for process in resumed] == [([], 0)] * 2
-    weights = [path / "run" / "sft" / "model.safetensors" for path in (folder, tmp_path / "whole")]
+    weights = [path / "run" / "sdpo" / "model.safetensors" for path in (folder, tmp_path / "whole")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
