@@ -103,7 +103,7 @@ def test_every_command_does_what_it_says(monkeypatch, tmp_path, capfd, caplog):
 
 def test_its_numbers_are_in_the_pages_that_it_links_to():
     bullets = README.split("## What it is good for")[1].split("##")[0].split("\n* ")[1:]
-    assert len(bullets) == 5
+    assert len(bullets) == 6
     for bullet in bullets:
         (link,) = re.findall(r"\]\(([\w/.]+)", bullet)
         page = (ROOT / link).read_text(encoding="utf-8")
