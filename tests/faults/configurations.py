@@ -93,7 +93,7 @@ def ours() -> list[Declared]:
 
     declared = []
     for key, setting in SETTINGS.items():
-        choices = re.search(r"one of (.+)$", setting.valid)
+        choices = re.search(r"one of (.+)$", setting.valid_words)
         values = [value for kind in setting.kinds for value in _of_kind(kind)]
         if choices:
             values = re.split(r", (?:or )?| or ", choices[1])
