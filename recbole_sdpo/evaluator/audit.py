@@ -46,8 +46,10 @@ FLOOR = "audit: {}"
 """A guesser's row in a table."""
 
 POPULARITY, SHARE = "popularity", "share as target"
-BY_POPULARITY = FLOOR.format(POPULARITY)
 """Guessers by what an item is, whatever the list."""
+
+BY_POPULARITY = FLOOR.format(POPULARITY)
+"""How the row of that guesser begins, which a run's own table has already."""
 
 
 @dataclass(frozen=True)

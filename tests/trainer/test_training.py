@@ -516,6 +516,10 @@ def test_recboles_own_quick_start_runs_it(ring):
     assert dict(result["test_result"]) == ours["test_result"]
 
 
+STAGE_KEYS = {"valid", "test", "wall_s", "targets", "tokens", "train_s", "candidates"}
+"""What ``result.json`` has of each stage."""
+
+
 def test_result_json_says_what_was_run(ring):
     result = quick_start.run(
         "SDPO-LLM", "toy", config_dict=ring | {"max_train_targets": 50, "run_dir": "here"}
@@ -524,15 +528,7 @@ def test_result_json_says_what_was_run(ring):
     assert stored == json.loads(json.dumps(result))
     assert list(stored["stages"]) == ["sft", "sdpo"]
     for stage in stored["stages"].values():
-        assert set(stage) == {
-            "valid",
-            "test",
-            "wall_s",
-            "targets",
-            "tokens",
-            "train_s",
-            "candidates",
-        }
+        assert set(stage) == STAGE_KEYS
         assert stage["candidates"] == {"uni5": {"valid": stage["valid"], "test": stage["test"]}}
         assert stage["targets"] >= 50 and stage["tokens"] > stage["targets"]
     assert stored["test_result"] == stored["stages"]["sdpo"]["test"]
@@ -551,15 +547,7 @@ def test_baselines_run_on_the_same_candidates(ring, model):
     result = quick_start.run(model, "toy", config_dict=ring | {"epochs": 1})
     assert result["candidates_sha256"] == sha
     (stage,) = result["stages"].values()
-    assert set(result["stages"]) == {"fit"} and set(stage) == {
-        "valid",
-        "test",
-        "wall_s",
-        "targets",
-        "tokens",
-        "train_s",
-        "candidates",
-    }
+    assert set(result["stages"]) == {"fit"} and set(stage) == STAGE_KEYS
     if model == "Pop":
         assert result["test_result"] == result["popularity"]
 
