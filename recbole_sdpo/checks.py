@@ -874,7 +874,7 @@ def _check_more_candidates(config: Config, settings: Settings) -> None:
 def _check_lists(config: Config, settings: Settings) -> None:
     """What all users get is judged where they get it from the whole catalogue alone."""
     modes = {*config["eval_args"]["mode"].values(), *settings.more_candidates}
-    if is_of_lists(config["valid_metric"].partition("@")[0]) and modes != {"full"}:
+    if is_of_lists(config["valid_metric"]) and modes != {"full"}:
         raise UserError(
             f"valid_metric={config['valid_metric']!r} must be of a target's rank, such as NDCG@5: "
             f"there are candidates ({', '.join(sorted(modes))}) that it does not judge."
@@ -882,8 +882,10 @@ def _check_lists(config: Config, settings: Settings) -> None:
 
 
 def is_of_lists(metric: str) -> bool:
-    """Is it of what all users get, and not of each target's rank?"""
-    return "rec.items" in metrics_dict[metric.lower()].metric_need
+    """Is ``metric``, such as ``ItemCoverage@10``, of what all users get, and not of each target's
+    rank?"""
+    kind = metrics_dict.get(metric.lower().partition("@")[0])
+    return kind is not None and "rec.items" in kind.metric_need
 
 
 def _is_of_answers(metric: str) -> bool:

@@ -26,7 +26,7 @@ from recbole.trainer import Trainer
 from recbole.utils import dict2str, get_trainer, init_seed, set_color
 
 from recbole_sdpo import compat
-from recbole_sdpo.checks import check_folders, check_memory, check_topk
+from recbole_sdpo.checks import check_folders, check_memory, check_topk, is_of_lists
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidate_lists import (
     PHASES,
@@ -52,7 +52,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.audit import BY_POPULARITY, Audit, audit_loaders, floor_rows
 from recbole_sdpo.evaluator.cost import top_time
-from recbole_sdpo.evaluator.lists import OF_LISTS, is_of_lists
+from recbole_sdpo.evaluator.lists import OF_LISTS
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.files import user_path, whole_file

@@ -106,12 +106,6 @@ OF_LISTS = {kind.__name__.lower(): kind for kind in (*compat.OF_LISTS, *OURS)}
 """The metrics of what all users get, by RecBole's name."""
 
 
-def is_of_lists(metric: str) -> bool:
-    """Is ``metric``, such as ``ItemCoverage@10``, of what all users get, and not of each target's
-    rank?"""
-    return metric.lower().partition("@")[0] in OF_LISTS
-
-
 def popularity_groups(met: np.ndarray) -> np.ndarray:
     """Five groups of as many items, the least popular first, float64 ``[items, 5]``.
 

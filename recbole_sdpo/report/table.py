@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from recbole_sdpo.evaluator.lists import OF_LISTS, is_of_lists
+from recbole_sdpo.checks import is_of_lists
+from recbole_sdpo.evaluator.lists import OF_LISTS
 from recbole_sdpo.report.comparison import COST, Comparison, Row
 
 NOTE = (
