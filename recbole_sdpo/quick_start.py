@@ -20,7 +20,6 @@ import torch
 import transformers
 from accelerate import PartialState
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
-from recbole.data.dataloader.general_dataloader import FullSortEvalDataLoader
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.trainer import Trainer
 from recbole.utils import dict2str, get_trainer, init_seed, set_color
@@ -167,7 +166,6 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     train_data, *rest = data_preparation(config, raw)
     loaders = evaluation_loaders(config, train_data, rest, catalogue)
     _, test_data = next(iter(loaders.values()))
-    _warn_of_users_ranked_once(test_data)
     if config["train_stage"] not in (None, "finetune"):
         logger.warning(
             f"train_stage={config['train_stage']!r} ends before {config['model']} has learned its "
@@ -518,21 +516,6 @@ def _log_head(
     getLogger().info(
         "\n".join(f"{set_color(key, 'blue')}: {value}" for key, value in lines.items())
     )
-
-
-def _warn_of_users_ranked_once(loader: AbstractDataLoader) -> None:
-    users = loader._dataset.inter_feat[loader._dataset.uid_field]
-    if (
-        isinstance(loader, FullSortEvalDataLoader)
-        and not loader.is_sequential
-        and len(users.unique()) < len(users)
-    ):
-        getLogger().warning(
-            "Some users have several test targets, and on the whole catalogue RecBole looks for "
-            "any of them in one ranking for models "
-            "that know no sequence, but ranks each on its own for sequential ones; their metrics "
-            "are not alike."
-        )
 
 
 def _table(result: dict[str, Any]) -> str:

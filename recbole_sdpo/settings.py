@@ -371,7 +371,9 @@ class Settings:
         Role.EVERY_MODEL | Role.POLICY | Role.SERVED,
     )
     candidates_exclude_history: bool = _setting(
-        True, "keep items that the user has met out of the sampled candidates", Role.EVERY_MODEL
+        True,
+        "keep items that the user has met out of the candidates, sampled or the whole catalogue",
+        Role.EVERY_MODEL,
     )
     candidates_seed: int | None = _within(
         0, 2**32 - 1, None, "seed of the candidates, or null for RecBole's seed", Role.EVERY_MODEL

@@ -1,5 +1,5 @@
-"""Candidate sets that are the same for every model: drawn once, or given by a file, before any
-model is built, and fingerprinted."""
+"""Candidate sets that are the same for every model: drawn once, given by a file, or the whole
+catalogue, before any model is built, and fingerprinted."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from recbole.config import Config
 from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader, NegSampleDataLoader
 from recbole.data.dataset import Dataset
+from recbole.data.interaction import Interaction
 from recbole.sampler.sampler import AbstractSampler
+from recbole.utils import ModelType
 
 from recbole_sdpo.data.candidate_lists import CandidateLists
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.sequences import met_items
+from recbole_sdpo.data.split_rows import distinct
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.random import generator, recbole_draws
+
+LEFT_OUT = "left_out"
+"""The column of a full ranking's rows that says how many items are left out for each."""
 
 
 class PopulationSampler(AbstractSampler):
@@ -112,18 +119,22 @@ def freeze(
     seed: int,
     exclude_history: bool = True,
 ) -> None:
-    """Give ``loader`` frozen candidates, if it samples any.
+    """Fix the candidates of ``loader``: those that it samples, or the whole catalogue.
 
     Args:
         loader: of the validation or the test phase.
         parts: the split's datasets up to and including the loader's own; their items count as met.
         seed: of the candidates alone.
-        exclude_history: draw no item that the user has met.
+        exclude_history: no item that the user has met is among them.
 
     Raises:
         ValueError: a user has too few items left for the number of negatives that RecBole's mode
             asks for.
     """
+    if isinstance(loader, FullSortEvalDataLoader):
+        if exclude_history and not isinstance(loader.collate_fn, WithoutMet):
+            loader.collate_fn = WithoutMet(loader, items_of_met_titles(parts, catalogue))
+        return
     if not samples_candidates(loader) or isinstance(loader._sampler, FrozenCandidates):
         return
     dataset, phase, args = loader._dataset, loader._sampler.phase, loader.neg_sample_args
@@ -231,6 +242,68 @@ class TargetEvalDataLoader(NegSampleEvalDataLoader):
         super()._init_batch_size_and_step()
 
 
+class CatalogueEvalDataLoader(FullSortEvalDataLoader):
+    """RecBole's loader of the whole catalogue, but that each target is ranked on its own for every
+    kind of model, as RecBole does for sequential models alone."""
+
+    def __init__(
+        self, config: Config, dataset: Dataset, sampler: AbstractSampler, shuffle: bool = False
+    ) -> None:
+        self.sample_size = len(dataset)
+        # RecBole's own would group the rows of a model that knows no sequence by user.
+        AbstractDataLoader.__init__(self, config, dataset, sampler, shuffle=shuffle)
+
+    def _init_batch_size_and_step(self) -> None:
+        self.is_sequential = self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        super()._init_batch_size_and_step()
+
+    def collate_fn(self, index: Sequence[int]) -> tuple:
+        """RecBole's tuple: rows, what is left out, and of each target its row and its item."""
+        rows = self._dataset.inter_feat[np.asarray(index)]
+        target = rows[self._dataset.iid_field]
+        if not self.is_sequential:  # RecBole gives them the user alone
+            rows = Interaction({self._dataset.uid_field: rows[self._dataset.uid_field]})
+        rows = self.transform(self._dataset, self._dataset.join(rows))
+        return rows, None, torch.arange(len(rows)), target
+
+
+class WithoutMet:
+    """Takes the place of a full ranking's collate function, and leaves out what each user has met.
+
+    RecBole does so for models that know no sequence, and not for sequential ones.
+
+    Args:
+        loader: which collates rows with a target each.
+        met: for each user, the items to leave out.
+    """
+
+    def __init__(self, loader: FullSortEvalDataLoader, met: Ragged) -> None:
+        self._collate, self._user, self._met = loader.collate_fn, loader._dataset.uid_field, met
+
+    def __call__(self, index: Sequence[int]) -> tuple:
+        rows, _, row, target = self._collate(index)
+        out = self.left_out(rows[self._user].numpy(), target.numpy())
+        rows.update(Interaction({LEFT_OUT: torch.from_numpy(out.lengths)}))
+        place = torch.from_numpy(np.repeat(np.arange(len(out)), out.lengths))
+        return rows, (place, torch.from_numpy(out.values)), row, target
+
+    def left_out(self, user: np.ndarray, target: np.ndarray) -> Ragged:
+        """The items that are no candidates of the given targets; a target always is its own."""
+        met = self._met.take(user)
+        row = np.repeat(np.arange(len(met)), met.lengths)
+        others = met.values != target[row]
+        return Ragged(met.values[others], np.bincount(row[others], minlength=len(met)))
+
+
+def items_of_met_titles(parts: Sequence[Dataset], catalogue: Catalogue) -> Ragged:
+    """For each user, all items of the titles that the user has met in the given parts of a
+    split."""
+    users, items = met_items(*parts)
+    users, titles = distinct(np.stack([users, catalogue.group[items]]))
+    of_title = Ragged(np.argsort(catalogue.group, kind="stable"), np.bincount(catalogue.group))
+    return of_title.take(titles).join(np.bincount(users, minlength=parts[0].user_num))
+
+
 def evaluation_loader(
     loader: AbstractDataLoader, phase: str, limit: int | None, seed: int
 ) -> AbstractDataLoader:
@@ -252,9 +325,13 @@ def evaluation_loader(
         )
         drawn = generator(seed, "evaluation targets", phase).choice(len(rows), limit, replace=False)
         dataset = dataset.copy(rows[np.sort(np.lexsort((item, user))[drawn])])
-    elif not samples_candidates(loader):
+    kind = type(loader)
+    if isinstance(loader, FullSortEvalDataLoader):
+        kind = CatalogueEvalDataLoader
+    elif samples_candidates(loader):
+        kind = TargetEvalDataLoader
+    elif dataset is loader._dataset:
         return loader
-    kind = TargetEvalDataLoader if samples_candidates(loader) else type(loader)
     return kind(loader.config, dataset, loader._sampler, shuffle=False)
 
 
@@ -268,7 +345,7 @@ def with_mode(loader: AbstractDataLoader, mode: str) -> AbstractDataLoader:
     config.final_config_dict = config.final_config_dict | {"eval_args": args}
     for phase in ("valid", "test"):
         config._set_eval_neg_sample_args(phase)
-    kind = FullSortEvalDataLoader if mode == "full" else TargetEvalDataLoader
+    kind = CatalogueEvalDataLoader if mode == "full" else TargetEvalDataLoader
     return kind(config, loader._dataset, loader._sampler, shuffle=False)
 
 
@@ -290,7 +367,7 @@ def fingerprint(*loaders: AbstractDataLoader) -> str:
     """sha256 over who is asked for what against what, in the data's own ids: equal for equal
     candidates.
 
-    A loader that ranks the whole catalogue counts with all its items.
+    A loader that ranks the whole catalogue counts with all its items, and with what it leaves out.
     """
     digest = hashlib.sha256()
     for number, loader in enumerate(loaders):
@@ -308,9 +385,15 @@ def fingerprint(*loaders: AbstractDataLoader) -> str:
             dataset.field2id_token[dataset.uid_field],
             dataset.field2id_token[dataset.iid_field],
         )
-        # its candidates are all items that there are
+        # its candidates are all items that there are, less some
         if isinstance(loader, FullSortEvalDataLoader):
             digest.update("\n".join(sorted(item_token[1:])).encode())
+        if isinstance(loader.collate_fn, WithoutMet):
+            out = loader.collate_fn.left_out(user, items[:, 0])
+            items = [
+                [target, *sorted(out[row], key=item_token.__getitem__)]
+                for row, (target,) in enumerate(items)
+            ]
         lines = sorted(
             "\t".join([str(number), user_token[u], *item_token[row]])
             for u, row in zip(user, items, strict=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recbole_sdpo.checks import check_settings, check_topk
+from recbole_sdpo.data.candidates import LEFT_OUT
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.examples import CandidateExamples, Examples, FixedExamples, HistoryExamples
 from recbole_sdpo.data.negatives import SELF, MixedNegatives, Negatives, NegativeSampler, shares
@@ -404,13 +405,16 @@ class SDPOLLM(SequentialRecommender):
             history_prompts(past, np.zeros_like(user), user, self.units.header)
         )
 
+        # Of the best, the evaluation takes out those that the user has met, or that carry the
+        # target's title.
+        out = np.full(len(user), int(np.bincount(self.catalogue.group).max()) - 1)
+        if LEFT_OUT in interaction:
+            out += interaction[LEFT_OUT].cpu().numpy()
+
         def score(rows: np.ndarray) -> Tensor:
             if self.settings.full_sort == "topk":
-                # Of the best, the evaluation takes out those that carry the target's title.
-                twins = int(np.bincount(self.catalogue.group).max()) - 1
-                return score_top(
-                    self.lm, prompts.take(rows), self.title_tree, max(self.config["topk"]) + twins
-                )
+                reach = max(self.config["topk"]) + int(out[rows].max())
+                return score_top(self.lm, prompts.take(rows), self.title_tree, reach)
             return score_all(self.lm, prompts.take(rows), self.title_tree)
 
         # A prompt takes room for itself and for the nodes that stand below it at a time.

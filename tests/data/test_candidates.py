@@ -7,6 +7,7 @@ from scipy import stats
 from recbole_sdpo import quick_start
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidates import (
+    LEFT_OUT,
     FrozenCandidates,
     PopulationSampler,
     evaluation_loader,
@@ -16,6 +17,7 @@ from recbole_sdpo.data.candidates import (
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.sequences import met_items
+from recbole_sdpo.quick_start import evaluation_loaders
 from recbole_sdpo.random import generator, recbole_draws
 from tests.conftest import TINY, write_dataset
 
@@ -72,6 +74,62 @@ def test_history_items_may_be_candidates_if_asked(path):
         (u, i) in met for u, row in zip(sampler.user, sampler.negatives, strict=True) for i in row
     )
     assert all(t not in row for t, row in zip(sampler.target, sampler.negatives, strict=True))
+
+
+def whole_catalogue(path, model, split=None, **settings):
+    args = {"mode": "full"} | ({"split": split} if split else {})
+    config = RunConfig(
+        model, "toy", config_dict=TINY | {"data_path": str(path), "eval_args": args} | settings
+    )
+    dataset = create_dataset(config)
+    catalogue = Catalogue.from_dataset(dataset, ["title"])
+    train, *rest = data_preparation(config, dataset)
+    return evaluation_loaders(config, train, rest, catalogue)["full"], catalogue
+
+
+def ranked(loader):
+    """Of a full ranking: for each user and target, in the data's ids, what is no candidate."""
+    dataset, rows = loader._dataset, {}
+    user_token, item_token = (dataset.field2id_token[key] for key in ("user_id", "item_id"))
+    for interaction, out, row, target in loader:
+        user = user_token[interaction["user_id"].numpy()]
+        assert row.tolist() == list(range(len(user)))
+        for place, item in enumerate(target.tolist()):
+            left_out = [] if out is None else item_token[out[1][out[0] == place].numpy()].tolist()
+            assert len({*left_out}) == len(left_out)
+            assert out is None or interaction[LEFT_OUT][place] == len(left_out)
+            rows.setdefault((user[place], item_token[item]), set()).update(left_out)
+    return rows
+
+
+@pytest.mark.parametrize("split", [{"LS": "valid_and_test"}, {"RS": [0.5, 0.25, 0.25]}])
+@pytest.mark.parametrize("model", ["SDPO-LLM", "GRU4Rec", "BPR", "Pop"])
+def test_the_whole_catalogue_is_what_the_user_has_not_met(tmp_path, model, split):
+    """Against the sequences that the test writes: a target that the user had met before stays,
+    and another item of a title that was met, too, is out."""
+    draw = np.random.default_rng(1)
+    sequences = [(1 + draw.permutation(20)[:12]).tolist() for _ in range(12)]
+    sequences[0][-1] = sequences[0][2]
+    titles = {i: f"title {i}" for i in range(1, 21)} | {2: "title 1"}
+    path = write_dataset(tmp_path / "d", sequences, titles)
+    loaders, _ = whole_catalogue(path, model, split=split)
+    for loader in loaders:
+        rows = ranked(loader)
+        assert len(rows) == len(loader._dataset.inter_feat)
+        assert (len({user for user, _ in rows}) < len(rows)) == ("RS" in split)
+        for (user, target), left_out in rows.items():
+            held = [f"i{item}" for item in sequences[int(user[1:])]]
+            asked = {item for other, item in rows if other == user}
+            met = set(held[: 1 + max(place for place, item in enumerate(held) if item in asked)])
+            twins = {f"i{item}" for item in TWINS}
+            assert left_out == (met | twins if met & twins else met) - {target}
+
+
+@pytest.mark.parametrize("model", ["SDPO-LLM", "BPR"])
+def test_the_whole_catalogue_has_what_was_met_if_asked(path, model):
+    every, _ = whole_catalogue(path, model, candidates_exclude_history=False)
+    assert not any(ranked(every[1]).values())
+    assert fingerprint(*every) != fingerprint(*whole_catalogue(path, model)[0])
 
 
 @pytest.mark.parametrize("mode", ["uni5", "pop5", "full"])

@@ -1,6 +1,7 @@
 """Popularity taken off a model's scores, against counts of the sequences that the test itself
 has written."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,13 @@ def skewed(ring, tmp_path) -> tuple[dict, list[list[int]]]:
 
 
 def places(
-    score: np.ndarray, sequences: list[list[int]], masked: bool
+    score: np.ndarray, sequences: list[list[int]], twins: Sequence[int] = ()
 ) -> dict[str, tuple[int, int]]:
     """For each user the first and the last place that the last item may have, ranked by
-    ``score`` among all, or all not met before."""
+    ``score`` among all whose titles the user has not met before; ``twins`` have one title."""
     found = {}
     for user, (*met, target) in enumerate(sequences):
-        others = np.delete(score, [target, *met] if masked else [target])
+        others = np.delete(score, [target, *met, *(twins if {*twins} & {*met} else [])])
         found[f"u{user}"] = (
             1 + (others > score[target] + 1e-6).sum(),
             1 + (others >= score[target] - 1e-6).sum(),
@@ -68,7 +69,7 @@ def test_log_popularity_comes_off_the_scores(skewed, times):
     settings, sequences = skewed
     quick_start.run("Pop", "toy", config_dict=settings | {"popularity_discount": times})
     met = met_in_training(sequences)
-    check_ranks(places(met / met.max() - times * np.log(met + 1), sequences, masked=True))
+    check_ranks(places(met / met.max() - times * np.log(met + 1), sequences))
 
 
 def test_of_a_language_model_it_is_that_of_the_title_and_of_the_last_stage(skewed, tmp_path):
@@ -88,7 +89,7 @@ def test_of_a_language_model_it_is_that_of_the_title_and_of_the_last_stage(skewe
             score[twins if int(item[1:]) in twins else int(item[1:])] = log_prob
         expected |= {
             f"u{user}": place
-            for place in places(score - 1.5 * np.log(met + 1), [row], masked=False).values()
+            for place in places(score - 1.5 * np.log(met + 1), [row], twins).values()
         }
     check_ranks(expected, "sdpo")
     quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"run_dir": "plain"})
@@ -122,9 +123,7 @@ def test_so_much_of_it_that_the_rarest_is_first(skewed, model):
         model, "toy", config_dict=settings | few | {"popularity_discount": 1000}
     )
     rarity = -met_in_training(sequences)
-    check_ranks(places(rarity, sequences, masked=False))
-    first, last = np.array(
-        list(places(rarity, [row[:-1] for row in sequences], masked=False).values())
-    ).T
+    check_ranks(places(rarity, sequences))
+    first, last = np.array(list(places(rarity, [row[:-1] for row in sequences]).values())).T
     (stage,) = result["stages"].values()  # the weights are chosen by the same scores
     assert (1 / last).mean() - 1e-4 <= stage["valid"][f"mrr@{ITEMS}"] <= (1 / first).mean() + 1e-4
