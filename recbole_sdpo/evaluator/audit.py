@@ -23,7 +23,7 @@ ENOUGH = 60
 LEVEL = 0.05
 """A guesser is called significant where its corrected p-value is below this."""
 
-NOTABLE = 0.01
+NOTABLE = 0.02
 """Of HR@1: a guesser that is less above what popularity explains is not warned of, for the model of
 popularity is not exact, and with many lists everything is significant."""
 
@@ -89,8 +89,8 @@ class Guess:
             guesser cannot tell apart share their ranks.
         p: of HR@1, one-sided, against chance, Holm-corrected over the guessers.
         explained: the HR@1 that is expected of it where nothing but popularity tells targets from
-            negatives. For the share as target it is the HR@1 of popularity; None where that is not
-            known, and for popularity itself.
+            negatives; None for popularity itself, and where it is not known for the share as
+            target.
         p_beyond: one-sided, of being above that, Holm-corrected.
     """
 
@@ -201,6 +201,7 @@ def audit(
     assert reference is not None
     lists, reference = _some(lists, MOST_LISTS, rng), _some(reference, MOST_REFERENCE, rng)
     scores = _scores(lists, reference, popularity, title_length)
+    lately = np.bincount(reference.target, minlength=1 + int(lists.items.max()))[lists.items]
     hit, ndcg = _gains(np.zeros((1, lists.items.shape[1])))
     return Audit(
         lists=len(lists),
@@ -208,7 +209,7 @@ def audit(
         halves=halves,
         chance=(float(hit[0, 0]), float(ndcg[0, 0])),
         knows_popularity=popularity is not None,
-        guesses=_judged(lists, scores),
+        guesses=_judged(lists, scores, lately),
     )
 
 
@@ -330,21 +331,25 @@ def _gains(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (higher == 0) / alike, (up_to[higher + alike] - up_to[higher]) / alike
 
 
-def _judged(lists: Lists, scores: dict[str, np.ndarray]) -> list[Guess]:
-    """Each guesser's metrics and tests."""
+def _judged(lists: Lists, scores: dict[str, np.ndarray], lately: np.ndarray) -> list[Guess]:
+    """Each guesser's metrics and tests.
+
+    Args:
+        lately: int ``[L, C]``, how often each candidate is a target of the reference.
+    """
     own, even = lists.own, np.full(lists.items.shape, 1 / lists.items.shape[1])
     of_items = [scores[name] for name in (POPULARITY, SHARE) if name in scores]
-    model = _explained(of_items, own)
-    guesses, against_chance, beyond, by_popularity = [], [], {}, None
+    models = dict.fromkeys(scores, _explained(of_items, own))
+    del models[SHARE]
+    if POPULARITY in scores:
+        del models[POPULARITY]
+        models[SHARE] = _explained([scores[POPULARITY], lately], own)
+    guesses, against_chance, beyond = [], [], {}
     for name, score in scores.items():
         hit, ndcg = _gains(score)
         explained = None
-        if name == POPULARITY:
-            by_popularity = hit[own]
-        elif name != SHARE:
-            beyond[name], explained = _above(hit, own, model)
-        elif by_popularity is not None:  # which it is itself, as seen in the reference
-            beyond[name], explained = _above_paired(hit[own], by_popularity)
+        if name in models:
+            beyond[name], explained = _above(hit, own, models[name])
         against_chance.append(_above(hit, own, even)[0])
         guesses.append(Guess(name, _interval(hit[own]), _interval(ndcg[own]), 1.0, explained, None))
     p_beyond = dict(zip(beyond, map(float, holm(list(beyond.values()))), strict=True))
@@ -406,14 +411,6 @@ def _above(hit: np.ndarray, own: np.ndarray, p: np.ndarray) -> tuple[float, floa
     spread = np.sqrt(((p * hit**2).sum(1) - mean**2).clip(min=0).sum())
     excess = hit[own].sum() - mean.sum() - 0.5
     return float(stats.norm.sf(excess / spread)) if spread > 1e-9 else 1.0, float(mean.mean())
-
-
-def _above_paired(hit: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """The one-sided p-value of a mean above that of ``other`` on the same lists, and that mean."""
-    difference = hit - other
-    spread = float(difference.std()) * np.sqrt(len(difference))
-    p = float(stats.norm.sf(difference.sum() / spread)) if spread > 1e-9 else 1.0
-    return p, float(other.mean())
 
 
 def _interval(values: np.ndarray) -> tuple[float, float, float]:

@@ -71,6 +71,43 @@ def test_clean_lists_alarm_no_more_often_than_their_level_says(power, halves):
     assert above > 90 if power else above <= MOST  # popular items are targets more often
 
 
+@pytest.mark.parametrize("drawn_by", [0.0, 1.0])
+def test_what_has_become_popular_since_is_no_alarm(drawn_by):
+    """Targets of today, negatives drawn uniformly or by the popularity of the training."""
+    known, alarms, lately = popularity(1.0), 0, []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        now = np.roll(known, 10)
+
+        def today(rng=rng, now=now):
+            target = rng.choice(ITEMS, 200, p=now)
+            keys = np.log(rng.random((200, ITEMS))) / known**drawn_by
+            keys[np.arange(200), target] = 1
+            return Lists(target, np.argsort(-keys, 1)[:, :EACH], ordered=False)
+
+        audited = audit(today(), today(), known)
+        alarms += bool(audited.warnings("x"))
+        hits = {guess.guesser: guess.hit[0] for guess in audited.guesses}
+        lately.append(hits["share as target"] - hits["popularity"])
+    assert alarms <= MOST
+    assert np.mean(lately) > 0.1
+
+
+def test_items_that_are_seldom_drawn_as_negatives_are_found():
+    """Half of the items are targets as often as the others, but one negative in ten."""
+
+    def lists(rng):
+        target, odd = rng.integers(0, ITEMS, 200), np.arange(ITEMS) % 2
+        keys = np.log(rng.random((200, ITEMS))) / np.where(odd, 0.1, 0.9)
+        keys[np.arange(200), target] = 1
+        return Lists(target, np.argsort(-keys, 1)[:, :EACH], ordered=False)
+
+    rngs = map(np.random.default_rng, range(20))
+    audits = [audit(lists(rng), lists(rng), popularity(0.0)) for rng in rngs]
+    who = Counter(g.guesser for each in audits for g in each.guesses if g.gives_away)
+    assert who["share as target"] >= 19
+
+
 def test_lists_drawn_after_seeding_with_the_target_are_found():
     _, _, who = over_seeds(leaky, 0.8, halves=False)
     assert who["nearest lists"] >= 99
