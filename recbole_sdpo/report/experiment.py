@@ -210,6 +210,9 @@ def _figures(
     ways: dict[str, Callable[[], Figure]] = {
         f"bars-{table.candidates}": partial(figures.bars, table) for table in comparisons
     }
+    timed = [table for table in comparisons if all(table.metrics[0] in r.users for r in table.rows)]
+    if len(comparisons[0].rows) > 1 and timed:
+        ways["time"] = partial(figures.against_time, timed)
     for setting in dict.fromkeys(row.axis[1] for row in comparisons[0].rows if row.axis):
         name = re.sub(r"[^\w-]+", "_", setting.split(".")[-1])  # of a file
         ways[f"by-{name}"] = partial(figures.sweep, comparisons, setting)

@@ -27,6 +27,9 @@ LEGEND_LINE = 0.08
 SHORT = 0.2
 """Share of a panel that a bar must fill to hold its number."""
 
+SHORTEST_S = 1.0
+"""Seconds of training where a scale of time begins: Pop takes less."""
+
 PANELS_ACROSS = 4
 """Panels beside each other; more go below them."""
 
@@ -103,6 +106,38 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
             axes.set(xlabel=setting.split(".")[-1], ylabel=metric, title=comparison.candidates)
             axes.grid(alpha=0.3)
     _legend(panels[0][0], panels[0][0], names)
+    return figure
+
+
+def against_time(comparisons: Sequence[Comparison]) -> Figure:
+    """The first metric of each row against its minutes of training, SFT included, a panel for each
+    candidate set; whiskers: the 95 % interval of the mean over users, of the seeds' means."""
+    metric, rows = comparisons[0].metrics[0], comparisons[0].rows
+    size = (4.2 * len(comparisons) + 0.6, 3.4 + LEGEND_LINE * 2 * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, comparison in zip(
+        figure.subplots(1, len(comparisons), squeeze=False)[0], comparisons
+    ):
+        # ten colours, and a baseline is a square
+        axes.set_prop_cycle(cycler(alpha=[1.0, 0.5]) * rcParams["axes.prop_cycle"])
+        for row in comparison.rows:
+            users = row.users[metric].mean(0)
+            axes.errorbar(
+                max(row.wall_s, SHORTEST_S) / 60,
+                users.mean(),
+                yerr=1.96 * users.std(ddof=1) / np.sqrt(len(users)) if len(users) > 1 else None,
+                marker="s" if row.baseline else "o",
+                linewidth=0,
+                elinewidth=1,
+                label="row",
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_title(f"candidates {comparison.candidates}", fontsize=9)
+        axes.set(xlabel="minutes of training", ylabel=metric)
+        axes.grid(alpha=0.3)
+    names = [row.name for row in rows]
+    _legend(figure, figure.axes[0], names, loc="outside lower center", ncols=2)
     return figure
 
 

@@ -270,6 +270,14 @@ def test_figures_show_the_numbers(tmp_path, runs):
     assert line.get_xdata().tolist() == [0, 1, 2] and line.get_ydata().tolist() == pytest.approx(
         [means[f"K = {k}"] for k in (8, 1, 3)]
     )
+    for row, drawn in zip(found.rows, figures.against_time([found]).axes[0].containers):
+        point, _, (whiskers,) = drawn.lines
+        (whisker,) = whiskers.get_segments()
+        assert point.get_xydata()[0] == pytest.approx([row.wall_s / 60, row.mean("HR@1")])
+        spread = row.users["HR@1"].mean(0).std(ddof=1) / np.sqrt(len(row.user))
+        assert whisker[:, 1] == pytest.approx(
+            [row.mean("HR@1") - 1.96 * spread, row.mean("HR@1") + 1.96 * spread]
+        )
     margin = figures.curves(swept[:1]).axes[2].lines[0]
     smooth = swept[0].steps["margin"].rolling(2, min_periods=1).mean()
     assert (
@@ -281,7 +289,7 @@ def test_figures_show_the_numbers(tmp_path, runs):
     assert (
         "<title>A &amp; B</title>" in page
         and "Warning: not alike" in page
-        and page.count("<img") == 4
+        and page.count("<img") == 5
     )
     write_report(
         tmp_path / "again", "A & B", [found], [*runs, *swept], ["not alike"], "made by hand"
@@ -396,7 +404,7 @@ def test_names_are_never_read_as_anything_else(named, tmp_path):
     assert all(
         "boxes for letters that matplotlib's font lacks" in warning for warning in warnings
     ), warnings
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 5
     page = (tmp_path / "report.html").read_text()
     for name in NAMES:
         assert f"<td>{html.escape(name)}</td>" in page
@@ -417,8 +425,8 @@ def test_all_text_of_users_is_escaped_in_the_page(tmp_path):
     write_report(tmp_path, evil, [compare(swept, "uni19", METRICS, [])], swept, [evil], evil)
     page = (tmp_path / "report.html").read_text()
     assert page.count(html.escape(evil)) == 7  # two titles and rows, a head, warning, origin
-    assert "<img src" not in page and page.count("<h2>") == 2
-    assert len(re.findall(r"<img alt='[\w-]+' src='data:image/png;base64,[^']*'>", page)) == 2
+    assert "<img src" not in page and page.count("<h2>") == 3
+    assert len(re.findall(r"<img alt='[\w-]+' src='data:image/png;base64,[^']*'>", page)) == 3
 
 
 def test_markdown_shows_names_as_they_are():
@@ -460,7 +468,7 @@ def test_a_figure_that_fails_costs_that_figure_alone(runs, tmp_path, monkeypatch
     page = (tmp_path / "report.html").read_text()
     assert (
         warning in page
-        and page.count("<img") == 2
+        and page.count("<img") == 3
         and warning in (tmp_path / "table.md").read_text()
     )
 
