@@ -507,12 +507,13 @@ def _log_head(
             f"score less {config.settings.popularity_discount:g} times log popularity"
         )
     lines["device"] = str(config["device"])
+    met = "without" if config.settings.candidates_exclude_history else "with"
+    drawn, given = f"{met} what their users have met", f"of {config.settings.candidates_file}"
     for mode, digest in sha256.items():
         lines[f"candidates {mode}"] = (
-            f"{len(test_data._dataset):,} test targets, sha256 {digest[:16]}…"
+            f"{len(test_data._dataset):,} test targets, {given if mode == FILE_MODE else drawn}, "
+            f"sha256 {digest[:16]}…"
         )
-    if file := config.settings.candidates_file:
-        lines[f"candidates {FILE_MODE}"] += f", of {file}"
     getLogger().info(
         "\n".join(f"{set_color(key, 'blue')}: {value}" for key, value in lines.items())
     )
