@@ -14,21 +14,19 @@ from recbole.config import Config
 from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader, NegSampleDataLoader
 from recbole.data.dataset import Dataset
-from recbole.data.interaction import Interaction
 from recbole.sampler.sampler import AbstractSampler
-from recbole.utils import ModelType
 
 from recbole_sdpo.data.candidate_lists import CandidateLists
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.sequences import met_items
-from recbole_sdpo.data.split_rows import distinct
+from recbole_sdpo.data.whole_catalogue import (
+    CatalogueEvalDataLoader,
+    WithoutMet,
+    items_of_met_titles,
+)
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.random import generator, recbole_draws
-
-LEFT_OUT = "left_out"
-"""The column of a full ranking's rows that says how many items are left out for each."""
 
 
 class PopulationSampler(AbstractSampler):
@@ -240,68 +238,6 @@ class TargetEvalDataLoader(NegSampleEvalDataLoader):
             self.uid2index = [slice(row, row + 1) for row in self.uid_list]
             self.uid2items_num = np.ones(self.sample_size, np.int64)
         super()._init_batch_size_and_step()
-
-
-class CatalogueEvalDataLoader(FullSortEvalDataLoader):
-    """RecBole's loader of the whole catalogue, but that each target is ranked on its own for every
-    kind of model, as RecBole does for sequential models alone."""
-
-    def __init__(
-        self, config: Config, dataset: Dataset, sampler: AbstractSampler, shuffle: bool = False
-    ) -> None:
-        self.sample_size = len(dataset)
-        # RecBole's own would group the rows of a model that knows no sequence by user.
-        AbstractDataLoader.__init__(self, config, dataset, sampler, shuffle=shuffle)
-
-    def _init_batch_size_and_step(self) -> None:
-        self.is_sequential = self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-        super()._init_batch_size_and_step()
-
-    def collate_fn(self, index: Sequence[int]) -> tuple:
-        """RecBole's tuple: rows, what is left out, and of each target its row and its item."""
-        rows = self._dataset.inter_feat[np.asarray(index)]
-        target = rows[self._dataset.iid_field]
-        if not self.is_sequential:  # RecBole gives them the user alone
-            rows = Interaction({self._dataset.uid_field: rows[self._dataset.uid_field]})
-        rows = self.transform(self._dataset, self._dataset.join(rows))
-        return rows, None, torch.arange(len(rows)), target
-
-
-class WithoutMet:
-    """Takes the place of a full ranking's collate function, and leaves out what each user has met.
-
-    RecBole does so for models that know no sequence, and not for sequential ones.
-
-    Args:
-        loader: which collates rows with a target each.
-        met: for each user, the items to leave out.
-    """
-
-    def __init__(self, loader: FullSortEvalDataLoader, met: Ragged) -> None:
-        self._collate, self._user, self._met = loader.collate_fn, loader._dataset.uid_field, met
-
-    def __call__(self, index: Sequence[int]) -> tuple:
-        rows, _, row, target = self._collate(index)
-        out = self.left_out(rows[self._user].numpy(), target.numpy())
-        rows.update(Interaction({LEFT_OUT: torch.from_numpy(out.lengths)}))
-        place = torch.from_numpy(np.repeat(np.arange(len(out)), out.lengths))
-        return rows, (place, torch.from_numpy(out.values)), row, target
-
-    def left_out(self, user: np.ndarray, target: np.ndarray) -> Ragged:
-        """The items that are no candidates of the given targets; a target always is its own."""
-        met = self._met.take(user)
-        row = np.repeat(np.arange(len(met)), met.lengths)
-        others = met.values != target[row]
-        return Ragged(met.values[others], np.bincount(row[others], minlength=len(met)))
-
-
-def items_of_met_titles(parts: Sequence[Dataset], catalogue: Catalogue) -> Ragged:
-    """For each user, all items of the titles that the user has met in the given parts of a
-    split."""
-    users, items = met_items(*parts)
-    users, titles = distinct(np.stack([users, catalogue.group[items]]))
-    of_title = Ragged(np.argsort(catalogue.group, kind="stable"), np.bincount(catalogue.group))
-    return of_title.take(titles).join(np.bincount(users, minlength=parts[0].user_num))
 
 
 def evaluation_loader(

@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recbole_sdpo.checks import check_settings, check_topk
-from recbole_sdpo.data.candidates import LEFT_OUT
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.examples import CandidateExamples, Examples, FixedExamples, HistoryExamples
 from recbole_sdpo.data.negatives import SELF, MixedNegatives, Negatives, NegativeSampler, shares
@@ -42,6 +41,7 @@ from recbole_sdpo.data.sequences import (
     popularity,
     training_sequences,
 )
+from recbole_sdpo.data.whole_catalogue import LEFT_OUT
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.backbone import load_backbone, resolved

@@ -7,7 +7,6 @@ from scipy import stats
 from recbole_sdpo import quick_start
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidates import (
-    LEFT_OUT,
     FrozenCandidates,
     PopulationSampler,
     evaluation_loader,
@@ -17,6 +16,7 @@ from recbole_sdpo.data.candidates import (
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.sequences import met_items
+from recbole_sdpo.data.whole_catalogue import LEFT_OUT
 from recbole_sdpo.quick_start import evaluation_loaders
 from recbole_sdpo.random import generator, recbole_draws
 from tests.conftest import TINY, write_dataset
