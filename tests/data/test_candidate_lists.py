@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_sdpo.data import candidate_lists
+from recbole_sdpo.data import candidate_lists, json_rows
 from recbole_sdpo.data.candidate_lists import (
     PHASES,
     KnownItems,
@@ -76,7 +76,7 @@ def test_every_format_gives_what_was_written_however_much_is_read_at_once(
     file = write(tmp_path_factory.mktemp("d") / f"lists.{end}", rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(candidate_lists, "ROWS_AT_ONCE", at_once)
-        patch.setattr(candidate_lists, "BLOCK", 7)
+        patch.setattr(json_rows, "BLOCK", 7)
         lists = read_lists(file, *toy())
     read = [
         (USERS[user - 1], PHASES[phase], [ITEMS[item - 1] for item in items], items.index(target))
@@ -142,13 +142,14 @@ def broken(change, end="csv"):
         (broken(lambda text: text + '"'), "line 4 is not CSV: unexpected end of data"),
         (broken(lambda text: "", "json"), "is empty; it must have a row for each"),
         (broken(lambda text: "[]", "json"), "is empty; it must have a row for each"),
-        (broken(lambda text: text[:-9], "json"), "row 2 is not JSON, or not whole"),
-        (broken(lambda text: text[1:-1], "json"), "must hold a list of objects"),
+        (broken(lambda text: text[:-9], "json"), "row 2 is not JSON (Unterminated string"),
+        (broken(lambda text: text[1:-1], "json"), "row 2 is not JSON (Expecting value); the file"),
+        (broken(lambda text: text.replace('"u2"', "null"), "json"), "row 2: user, target and can"),
         (broken(lambda text: "[1]", "json"), "row 1: 1 must be an object"),
         (broken(lambda text: text.replace("target", "goal"), "json"), "row 1 has no key 'target'"),
         (broken(lambda text: text.replace('"i1"', "true"), "json"), "row 1: user, target and can"),
         (broken(lambda text: '[{"itemList": []}]', "json"), "row 1 is of a file without users, as"),
-        (broken(lambda text: text + "{", "jsonl"), "row 3 is not JSON: Expecting property name"),
+        (broken(lambda text: text + "{", "jsonl"), "row 3 is not JSON (Expecting property name"),
         (
             broken(
                 lambda text: text.replace("[", '"').replace("]", '"').replace('", "', ""), "jsonl"
@@ -166,17 +167,3 @@ def test_a_fault_is_one_sentence_with_file_and_row(tmp_path, make, message):
     said = str(error.value)
     assert message in said and str(tmp_path) in said
     assert "\n" not in said and said.endswith(".")
-
-
-def test_files_of_llara_have_rows_without_users_and_histories(tmp_path):
-    file = tmp_path / "test.json"
-    rows = [
-        {"historyList": ["A", "B, or C"], "itemList": ["D", "E"], "trueSelection": "E"},
-        {"historyList": "A::E", "itemList": "D::E", "trueSelection": "E"},
-    ]
-    file.write_text(json.dumps(rows))
-    items = Numbers()
-    lists = read_lists(file, Numbers(), items, anonymous=True)
-    assert lists.user.tolist() == [0, 1] and lists.target.tolist() == [0, 0]
-    met = {text: int(lists.met[number]) for text, number in items.of.items()}
-    assert met == {"A": 2, "B, or C": 1, "E": 3, "D": 0}
