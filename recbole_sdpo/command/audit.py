@@ -40,6 +40,8 @@ EXAMPLES = """\
   recbole-sdpo audit lists.csv --dataset=ml-100k         popularity and titles, too
   recbole-sdpo audit test.json --valid=val.json --train=train.json       files of LLaRA
 
+The exit code is 1 where a guesser is above what popularity explains, and where a file cannot be
+used; else it is 0.
 Settings of the data, such as --data_path=data, follow as --name=value where --dataset is given."""
 
 
@@ -69,8 +71,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", help="the dataset of the lists, for popularity and titles")
 
 
-def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Print a table, and a sentence on what it means.
+def call(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Print a table, and a sentence on what it means; returns 1 where a guesser is above what
+    popularity explains, and else 0.
 
     Raises:
         UserError: a file cannot be used, or there is one list.
@@ -98,6 +101,7 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
     reference = _reference(parts, lists.items.shape[1])
     found = audit(lists, reference, known.popularity, known.title_length)
     print(_table(found, args.test, lists.items.shape[1]))
+    return int(any(guess.gives_away for guess in found.guesses))
 
 
 def _reference(parts: dict[str, CandidateLists], length: int) -> Lists | None:
