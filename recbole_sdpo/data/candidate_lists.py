@@ -118,15 +118,19 @@ class KnownItems:
 
     def __init__(self, dataset: Dataset, catalogue: Catalogue) -> None:
         self._tokens = pd.Index(dataset.field2id_token[dataset.iid_field][1:])
-        titles = pd.Series([folded(title) for title in catalogue.titles[1:]])
+        forms = [catalogue.titles[1:], *(form[1:] for form in catalogue.written)]
+        names = pd.DataFrame(
+            [(folded(name), item) for form in forms for item, name in enumerate(form) if name],
+            columns=["name", "item"],
+        ).drop_duplicates()
         self._example = catalogue.titles[1]
-        own = ~titles.duplicated(keep=False)
-        self._titles, self._of_title = pd.Index(titles[own]), np.flatnonzero(own)
-        self._shared = frozenset(titles[~own])
+        shared = names["name"].duplicated(keep=False)
+        own, self._shared = names[~shared], frozenset(names["name"][shared])
+        self._titles, self._of_title = pd.Index(own["name"]), own["item"].to_numpy()
 
     def __call__(self, texts: np.ndarray) -> np.ndarray:
-        """As :meth:`KnownUsers.__call__`, also for a title that one item alone has, whatever its
-        case and blanks."""
+        """As :meth:`KnownUsers.__call__`, also for a title that one item alone has, as models read
+        it or as the file has it, whatever its case and blanks."""
         flat = texts.reshape(-1)
         places = self._tokens.get_indexer(flat)
         unknown = np.flatnonzero(places < 0)
@@ -139,8 +143,8 @@ class KnownItems:
         if folded(text) in self._shared:
             return f"{shown(text)} is the title of several items; give the item's id"
         return (
-            f"item {shown(text)} must be an item's id in the dataset, or its title as models read "
-            f"it, such as {shown(self._example)}"
+            f"item {shown(text)} must be an item's id in the dataset, or its title, such as "
+            f"{shown(self._example)}"
         )
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recbole.data import create_dataset
 
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data import candidate_lists, json_rows
 from recbole_sdpo.data.candidate_lists import (
     PHASES,
@@ -15,7 +17,9 @@ from recbole_sdpo.data.candidate_lists import (
     Numbers,
     read_lists,
 )
+from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.errors import UserError
+from tests.conftest import TINY, write_dataset
 
 USERS, ITEMS = [f"u{n}" for n in range(6)], [f"i{n}" for n in range(12)]
 
@@ -65,7 +69,7 @@ def toy(titles=None):
         },
     )
     titles = titles or [f"title {n}" for n in range(12)]
-    return KnownUsers(dataset), KnownItems(dataset, SimpleNamespace(titles=("", *titles)))
+    return KnownUsers(dataset), KnownItems(dataset, Catalogue(("", *titles), np.array([], int)))
 
 
 @pytest.mark.parametrize("end", ["csv", "json", "jsonl"])
@@ -167,3 +171,31 @@ def test_a_fault_is_one_sentence_with_file_and_row(tmp_path, make, message):
     said = str(error.value)
     assert message in said and str(tmp_path) in said
     assert "\n" not in said and said.endswith(".")
+
+
+def test_a_title_may_be_as_the_file_writes_it_where_it_is_one_items_alone(tmp_path):
+    path = write_dataset(tmp_path, [[1, 2, 3, 4]], None)
+    (path / "toy" / "toy.item").write_text(
+        "item_id:token\tname:token_seq\tyear:token\ni1\tGodfather,  The\t1972\n"
+        "i2\tThing, The\t1951\ni3\tThing, The\t1982\ni4\t\t\n"
+    )
+    dataset = create_dataset(
+        RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
+    )
+    items = KnownItems(dataset, Catalogue.from_dataset(dataset, ["name", "year"]))
+    names = {
+        "Godfather, The": "i1",
+        "the godfather (1972)": "i1",
+        "Godfather, The (1972)": "i1",
+        "The Thing (1951)": "i2",
+        "Thing, The (1982)": "i3",
+        "item i4": "i4",
+        "Thing, The": None,
+        "The Thing": None,
+        "": None,
+    }
+    read = items(np.array(list(names), object))
+    tokens = dataset.field2id_token["item_id"]
+    assert [tokens[item] if item > 0 else None for item in read] == list(names.values())
+    assert items.fault("Thing, The").startswith("'Thing, The' is the title of several items")
+    assert "such as 'The Godfather (1972)'" in items.fault("The Thing")
