@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> int:
         )
     known = _of_dataset(args.dataset, settings) if args.dataset else Known(Numbers())
     files = {phase: user_path(of) for phase in PHASES if (of := getattr(args, phase))}
-    if any(map(_is_published, files.values())):
+    if _are_published(files.values()):
         parts, met = _published(files, known.items)
         if isinstance(known.items, Numbers):
             known = _of_titles(known.items, met)
@@ -136,10 +136,22 @@ def _of_dataset(name: str, settings: dict[str, Any]) -> Known:
     return Known(items, popularity(train_data._dataset), lengths)
 
 
-def _is_published(file: Path) -> bool:
-    """Is it of LLaRA or its kin, by its first row?"""
-    row = next(json_rows(file), None) if kind_of(file) != ".csv" else None
-    return isinstance(row, dict) and is_published(row)
+def _are_published(files: Iterable[Path]) -> bool:
+    """Are they of LLaRA or its kin, by their first rows?
+
+    Raises:
+        UserError: some are, and others are not.
+    """
+    kinds: dict[bool, Path] = {}
+    for file in files:
+        row = None if kind_of(file) == ".csv" else next(json_rows(file), None)
+        kinds[isinstance(row, dict) and is_published(row)] = file
+    if len(kinds) == 2:
+        raise UserError(
+            f"{kinds[True]} has titles in itemList, and {kinds[False]} has none; give files of one "
+            "kind."
+        )
+    return True in kinds
 
 
 def _published(
