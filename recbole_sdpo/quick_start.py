@@ -8,7 +8,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
@@ -45,7 +45,7 @@ from recbole_sdpo.data.candidates import (
 )
 from recbole_sdpo.data.catalogue import Catalogue, NoTitles
 from recbole_sdpo.data.dataset import check_users, create_dataset, data_preparation
-from recbole_sdpo.data.sequences import popularity
+from recbole_sdpo.data.sequences import met_items, popularity
 from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
@@ -313,6 +313,24 @@ def _given_lists(
     return {phase: own for phase in PHASES if len(own := lists.of(phase))}
 
 
+def _say_met(
+    loaders: dict[str, AbstractDataLoader],
+    parts: Sequence[Any],
+    given: Collection[str],
+    file: str,
+) -> None:
+    """Of the ``given`` lists, how many hold what their user has met, which drawn ones never do?"""
+    counts = []
+    for number, (phase, loader) in enumerate(loaders.items(), 2):
+        if phase in given and (holding := loader._sampler.holding_met(*met_items(*parts[:number]))):
+            counts.append(f"{holding:,} of {len(loader._sampler.user):,} {phase} lists")
+    if counts:
+        getLogger().warning(
+            f"candidates_file={file!r}: {' and '.join(counts)} hold items that their user has met "
+            "before the target; they stay, and a model that knows them well may put them first."
+        )
+
+
 def evaluation_loaders(
     config: RunConfig,
     train_data: AbstractDataLoader,
@@ -339,6 +357,7 @@ def evaluation_loaders(
         with_lists(loader, given[phase]) if phase in given else loader
         for phase, loader in phases.items()
     ]
+    _say_met(dict(zip(phases, main, strict=True)), parts, given, file)
     if given and "valid" not in given:
         getLogger().info(
             f"candidates_file={file!r} has no lists of validation, which is by "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,16 @@ from recbole_sdpo.data.candidate_lists import (
     CandidateLists,
     Coder,
     KnownItems,
+    ListRow,
     Numbers,
+    kind_of,
+    lists_of,
     read_lists,
 )
 from recbole_sdpo.data.catalogue import Catalogue, NoTitles
 from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.json_rows import json_rows
+from recbole_sdpo.data.published import PHASES, Published, is_published
 from recbole_sdpo.data.sequences import popularity
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.audit import ENOUGH, TOP, Audit, Lists, audit, in_words
@@ -34,6 +40,8 @@ EXAMPLES = """\
   recbole-sdpo audit lists.csv --dataset=ml-100k         popularity and titles, too
   recbole-sdpo audit test.json --valid=val.json --train=train.json       files of LLaRA
 
+The exit code is 1 where a guesser is above what popularity explains, and where a file cannot be
+used; else it is 0.
 Settings of the data, such as --data_path=data, follow as --name=value where --dataset is given."""
 
 
@@ -54,15 +62,18 @@ class Known(NamedTuple):
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The files, and the dataset that they are of."""
     parser.add_argument(
-        "file", help="candidate lists: .csv, .json or .jsonl, also JSON as LLaRA has it"
+        "test",
+        metavar="file",
+        help="candidate lists: .csv, .json or .jsonl, also JSON as LLaRA has it",
     )
     parser.add_argument("--valid", help="file of the validation lists, if they are in another")
     parser.add_argument("--train", help="file of the training lists, if they are in another")
     parser.add_argument("--dataset", help="the dataset of the lists, for popularity and titles")
 
 
-def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Print a table, and a sentence on what it means.
+def call(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Print a table, and a sentence on what it means; returns 1 where a guesser is above what
+    popularity explains, and else 0.
 
     Raises:
         UserError: a file cannot be used, or there is one list.
@@ -74,22 +85,30 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
             f"--{min(settings)} is for a dataset; give --dataset, too, or leave it out."
         )
     known = _of_dataset(args.dataset, settings) if args.dataset else Known(Numbers())
-    parts = _parts(args, known.items)
-    if not args.dataset:
-        known = _of_texts(parts, known.items)
+    files = {phase: user_path(of) for phase in PHASES if (of := getattr(args, phase))}
+    if _are_published(files.values()):
+        parts, met = _published(files, known.items)
+        if isinstance(known.items, Numbers):
+            known = _of_titles(known.items, met)
+    else:
+        parts = _parts(files, known.items)
+        if isinstance(known.items, Numbers) and len(train := parts["train"]):
+            counts = np.bincount(train.target, minlength=len(known.items.of))
+            known = known._replace(popularity=counts)
     lists = Lists(parts["test"].target, parts["test"].items)
     if len(lists) < 2:
-        raise UserError(f"{args.file} has {len(lists)} list of the test; it must have two or more.")
+        raise UserError(f"{args.test} has {len(lists)} list of the test; it must have two or more.")
     reference = _reference(parts, lists.items.shape[1])
     found = audit(lists, reference, known.popularity, known.title_length)
-    print(_table(found, args.file, lists.items.shape[1]))
+    print(_table(found, args.test, lists.items.shape[1]))
+    return int(any(guess.gives_away for guess in found.guesses))
 
 
 def _reference(parts: dict[str, CandidateLists], length: int) -> Lists | None:
     """The lists for validation and training, if there are such, of that many candidates."""
     alike = []
     for phase in ("valid", "train"):
-        if len(part := parts[phase]):
+        if phase in parts and len(part := parts[phase]):
             if part.items.shape[1] == length:
                 alike.append(part)
             else:
@@ -117,31 +136,62 @@ def _of_dataset(name: str, settings: dict[str, Any]) -> Known:
     return Known(items, popularity(train_data._dataset), lengths)
 
 
-def _parts(args: argparse.Namespace, items: Coder) -> dict[str, CandidateLists]:
-    """The lists for test, validation and training."""
-    file = read_lists(user_path(args.file), Numbers(), items, anonymous=True)
-    parts = {phase: file.of(phase) for phase in ("test", "valid", "train")}
-    for phase in ("valid", "train"):
-        if other := getattr(args, phase):
-            if len(parts[phase]):
-                raise UserError(
-                    f"--{phase}={other}: {args.file} has lists of the phase {phase} already; "
-                    "leave it out."
-                )
-            parts[phase] = read_lists(user_path(other), Numbers(), items, anonymous=True)
+def _are_published(files: Iterable[Path]) -> bool:
+    """Are they of LLaRA or its kin, by their first rows?
+
+    Raises:
+        UserError: some are, and others are not.
+    """
+    kinds: dict[bool, Path] = {}
+    for file in files:
+        row = None if kind_of(file) == ".csv" else next(json_rows(file), None)
+        kinds[isinstance(row, dict) and is_published(row)] = file
+    if len(kinds) == 2:
+        raise UserError(
+            f"{kinds[True]} has titles in itemList, and {kinds[False]} has none; give files of one "
+            "kind."
+        )
+    return True in kinds
+
+
+def _published(
+    files: dict[str, Path], items: Coder
+) -> tuple[dict[str, CandidateLists], Counter[str]]:
+    """The lists that an import would use, and how many rows of training have each title as target
+    or in the history; prints which rows cannot be used."""
+    published, met = Published(files), Counter[str]()
+
+    def rows(phase: str) -> Iterator[ListRow]:
+        for row in published.rows(phase):
+            if phase == "train":
+                met.update({*row.history, row.target})
+            if row.candidates:
+                yield ListRow(row.number, str(row.number), row.target, row.candidates, phase)
+
+    parts = {phase: lists_of(rows(phase), file, Numbers(), items) for phase, file in files.items()}
+    for note in published.notes():
+        print(note)
+    return parts, met
+
+
+def _of_titles(items: Numbers, met: Counter[str]) -> Known:
+    """Popularity as the training part has it, if there is one; and titles."""
+    counts = np.array([met[title] for title in items.of]) if met else None
+    return Known(items, counts, np.array([len(title) for title in items.of]))
+
+
+def _parts(files: dict[str, Path], items: Coder) -> dict[str, CandidateLists]:
+    """The lists of each phase, in a file for each or in one."""
+    test = read_lists(files["test"], Numbers(), items)
+    parts = {phase: test.of(phase) for phase in PHASES}
+    for phase in files.keys() - {"test"}:
+        if len(parts[phase]):
+            raise UserError(
+                f"--{phase}={files[phase]}: {files['test']} has lists of the phase {phase} "
+                "already; leave it out."
+            )
+        parts[phase] = read_lists(files[phase], Numbers(), items)
     return parts
-
-
-def _of_texts(parts: dict[str, CandidateLists], items: Coder) -> Known:
-    """Popularity as the training part has it; titles where the texts are titles."""
-    assert isinstance(items, Numbers)
-    train, size = parts["train"], len(items.of)
-    counts = np.bincount(train.target, minlength=size) if len(train) else None
-    if counts is not None and train.met is not None:
-        counts = np.zeros(size, np.int64)
-        counts[: len(train.met)] = train.met
-    titles = parts["test"].met is not None  # only files of titles have histories
-    return Known(items, counts, np.array([len(text) for text in items.of]) if titles else None)
 
 
 def _table(found: Audit, file: str, candidates: int) -> str:

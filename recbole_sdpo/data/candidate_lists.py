@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -16,26 +15,19 @@ import pandas as pd
 from recbole.data.dataset import Dataset
 
 from recbole_sdpo.data.catalogue import Catalogue, folded
-from recbole_sdpo.errors import UserError, reason
+from recbole_sdpo.data.json_rows import json_rows, opened
+from recbole_sdpo.data.published import is_published
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.values import shown
 
 PHASES = ("train", "valid", "test")
 """By their numbers in :attr:`CandidateLists.phase`."""
 
-LLARA = {"target": "trueSelection", "candidates": "itemList", "history": "historyList"}
-"""The keys in JSON files of LLaRA and its kin, whose rows have no user."""
-
-BETWEEN = "::"
-"""What joins the titles of a list that is text, in some of those files."""
+KINDS = (".csv", ".json", ".jsonl")
+"""How the name of a file of lists ends, but for that of a packed one, such as .csv.gz."""
 
 ROWS_AT_ONCE = 20_000
 """Rows that are text at a time."""
-
-BLOCK = 2**20
-"""Letters of a JSON file that are read at a time."""
-
-LARGEST_ROW = 16 * BLOCK
-"""An object of a JSON file that is longer is a fault of the file."""
 
 MOST_CANDIDATES = 10_000
 """Of one list."""
@@ -53,15 +45,12 @@ class CandidateLists:
         target: int32 ``[rows]``.
         items: int32 ``[rows, C]``, the target among them, as published.
         phase: int8 ``[rows]``, numbers of :data:`PHASES`.
-        met: int64, for each item the rows in which it is the target or in the history, where the
-            file has histories; or None.
     """
 
     user: np.ndarray
     target: np.ndarray
     items: np.ndarray
     phase: np.ndarray
-    met: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.target)
@@ -72,8 +61,9 @@ class CandidateLists:
 
     def take(self, rows: np.ndarray) -> CandidateLists:
         """Some of the rows; ``rows`` is a mask, or places."""
-        parts = {name: getattr(self, name)[rows] for name in ("user", "target", "items", "phase")}
-        return replace(self, **parts)
+        return CandidateLists(
+            self.user[rows], self.target[rows], self.items[rows], self.phase[rows]
+        )
 
     def holding_twins(self, catalogue: Catalogue) -> int:
         """How many rows hold another item of their target's title."""
@@ -128,15 +118,19 @@ class KnownItems:
 
     def __init__(self, dataset: Dataset, catalogue: Catalogue) -> None:
         self._tokens = pd.Index(dataset.field2id_token[dataset.iid_field][1:])
-        titles = pd.Series([folded(title) for title in catalogue.titles[1:]])
+        forms = [catalogue.titles[1:], *(form[1:] for form in catalogue.written)]
+        names = pd.DataFrame(
+            [(folded(name), item) for form in forms for item, name in enumerate(form) if name],
+            columns=["name", "item"],
+        ).drop_duplicates()
         self._example = catalogue.titles[1]
-        own = ~titles.duplicated(keep=False)
-        self._titles, self._of_title = pd.Index(titles[own]), np.flatnonzero(own)
-        self._shared = frozenset(titles[~own])
+        shared = names["name"].duplicated(keep=False)
+        own, self._shared = names[~shared], frozenset(names["name"][shared])
+        self._titles, self._of_title = pd.Index(own["name"]), own["item"].to_numpy()
 
     def __call__(self, texts: np.ndarray) -> np.ndarray:
-        """As :meth:`KnownUsers.__call__`, also for a title that one item alone has, whatever its
-        case and blanks."""
+        """As :meth:`KnownUsers.__call__`, also for a title that one item alone has, as models read
+        it or as the file has it, whatever its case and blanks."""
         flat = texts.reshape(-1)
         places = self._tokens.get_indexer(flat)
         unknown = np.flatnonzero(places < 0)
@@ -149,34 +143,35 @@ class KnownItems:
         if folded(text) in self._shared:
             return f"{shown(text)} is the title of several items; give the item's id"
         return (
-            f"item {shown(text)} must be an item's id in the dataset, or its title as models read "
-            f"it, such as {shown(self._example)}"
+            f"item {shown(text)} must be an item's id in the dataset, or its title, such as "
+            f"{shown(self._example)}"
         )
 
 
 Coder = Numbers | KnownUsers | KnownItems
 
 
-class _Row(NamedTuple):
-    """A row as it is written; a user of None has none, a phase of None is the test."""
+class ListRow(NamedTuple):
+    """A row as it is written: its number in the file from 1, and its parts; a phase of None is the
+    test."""
 
+    number: int
     user: Any
     target: Any
     candidates: Sequence[Any]
-    phase: Any
-    history: Sequence[Any]
+    phase: Any = None
 
 
-def read_lists(file: Path, users: Coder, items: Coder, anonymous: bool = False) -> CandidateLists:
+def read_lists(file: Path, users: Coder, items: Coder) -> CandidateLists:
     """Read a file of candidate lists.
 
-    ``.csv`` has the header ``user,target,candidate_1,…,candidate_N[,phase]``. ``.json`` holds a
-    list of objects, and ``.jsonl`` an object a line, with ``user``, ``target``, ``candidates`` and
-    maybe ``phase``: one of :data:`PHASES`, or all rows are of the test.
+    ``.csv`` has the header ``user,target,candidate_1,…,candidate_N[,phase]``. ``.json`` and
+    ``.jsonl`` hold a list of objects, or an object a line, with ``user``, ``target``,
+    ``candidates`` and maybe ``phase``: one of :data:`PHASES`, or all rows are of the test. It may
+    be compressed, as ``.csv.gz``.
 
     Args:
         users, items: give texts their numbers.
-        anonymous: read files of :data:`LLARA`, too, whose rows are users of their own.
 
     Raises:
         UserError: the file cannot be read, is of another kind, or is empty.
@@ -184,37 +179,40 @@ def read_lists(file: Path, users: Coder, items: Coder, anonymous: bool = False) 
             target or has an item twice; or a user or item is unknown.
         UserError: a pair of user and target is there twice in one phase.
     """
-    rows, met = _rows(file, anonymous), np.zeros(0, np.int64)
-    parts: list[CandidateLists] = []
-    begin, histories = 0, False
-    while some := list(islice(rows, ROWS_AT_ONCE)):
-        part = _coded(file, begin, some, users, items, parts[0].items.shape[1] if parts else None)
-        if any(row.history for row in some):
-            histories = True
-            met = _added(met, part.target, some, items)
-        parts.append(part)
-        begin += len(some)
-    if not parts:
+    lists = lists_of(_rows(file), file, users, items)
+    if not len(lists):
         raise UserError(f"{file} is empty; it must have a row for each candidate list.")
-    user, target, candidates, phase = (
-        np.concatenate([getattr(part, name) for part in parts])
-        for name in ("user", "target", "items", "phase")
+    return lists
+
+
+def lists_of(rows: Iterator[ListRow], file: Path, users: Coder, items: Coder) -> CandidateLists:
+    """The lists of ``rows``, maybe none, which ``file`` holds; see :func:`read_lists`."""
+    parts: list[CandidateLists] = []
+    while some := list(islice(rows, ROWS_AT_ONCE)):
+        parts.append(_coded(file, some, users, items, parts[0].items.shape[1] if parts else None))
+    if not parts:
+        none = np.zeros(0, np.int32)
+        return CandidateLists(none, none, none.reshape(0, 0), none.astype(np.int8))
+    lists = CandidateLists(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("user", "target", "items", "phase")
+        )
     )
-    lists = CandidateLists(user, target, candidates, phase, met if histories else None)
     _check_pairs(file, lists)
     return lists
 
 
 def _coded(
-    file: Path, begin: int, rows: list[_Row], users: Coder, items: Coder, length: int | None
+    file: Path, rows: list[ListRow], users: Coder, items: Coder, length: int | None
 ) -> CandidateLists:
-    """``rows`` as numbers, checked, of which the first is row ``begin + 1`` of the file."""
+    """``rows`` as numbers, checked."""
     length = length or len(rows[0].candidates)
 
     def refuse(wrong: np.ndarray, why: Callable[[int], str]) -> None:
         if wrong.any():
             row = int(wrong.argmax())
-            raise UserError(f"{file}, row {begin + row + 1}: {why(row)}.")
+            raise UserError(f"{file}, row {rows[row].number}: {why(row)}.")
 
     lengths = np.array([len(row.candidates) for row in rows])
     refuse(
@@ -234,9 +232,8 @@ def _coded(
         np.array([row.phase is not None and row.phase not in PHASES for row in rows]),
         lambda row: f"phase {shown(rows[row].phase)} must be one of {', '.join(PHASES)}",
     )
-    names = [str(begin + row + 1) if of.user is None else of.user for row, of in enumerate(rows)]
     texts = np.empty((len(rows), 2 + length), object)
-    texts[:] = [[name, row.target, *row.candidates] for name, row in zip(names, rows, strict=True)]
+    texts[:] = [[row.user, row.target, *row.candidates] for row in rows]
     for column in range(texts.shape[1]):
         texts[:, column] = [_text(value) for value in texts[:, column]]
     refuse(
@@ -272,15 +269,6 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
-def _added(met: np.ndarray, target: np.ndarray, rows: list[_Row], items: Coder) -> np.ndarray:
-    """``met`` with the histories and targets of further rows."""
-    texts = [text for row in rows for text in {_text(value) for value in row.history}]
-    past = items(np.array([text for text in texts if text is not None] + [None], object)[:-1])
-    counts = np.bincount(np.concatenate([past[past >= 0], target]), minlength=len(met))
-    counts[: len(met)] += met
-    return counts
-
-
 def _check_pairs(file: Path, lists: CandidateLists) -> None:
     """Is each pair of user and target there once in its phase?"""
     each = int(lists.target.max()) + 1
@@ -296,27 +284,28 @@ def _check_pairs(file: Path, lists: CandidateLists) -> None:
         )
 
 
-def _rows(file: Path, anonymous: bool) -> Iterator[_Row]:
+def kind_of(file: Path) -> str:
+    """One of :data:`KINDS`, by the file's name.
+
+    Raises:
+        UserError: it has another name.
+    """
+    for end in reversed(file.suffixes):
+        if end.lower() in KINDS:
+            return end.lower()
+    raise UserError(f"{file} must be a file of candidate lists: .csv, .json or .jsonl.")
+
+
+def _rows(file: Path) -> Iterator[ListRow]:
     """The rows of a file, as they are written."""
-    kinds: dict[str, Callable[[TextIO, Path], Iterator[_Row]]] = {
-        ".csv": _csv_rows,
-        ".json": lambda stream, file: _named(_json_list(stream, file), file, anonymous),
-        ".jsonl": lambda stream, file: _named(_json_lines(stream, file), file, anonymous),
-    }
-    if file.suffix.lower() not in kinds:
-        raise UserError(f"{file} must be a file of candidate lists: .csv, .json or .jsonl.")
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            yield from kinds[file.suffix.lower()](stream, file)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} must be text in UTF-8: {error.reason} at byte {error.start}."
-        ) from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {reason(error)}.") from error
+    if kind_of(file) == ".csv":
+        with opened(file) as stream:
+            yield from _csv_rows(stream, file)
+    else:
+        yield from _named(json_rows(file), file)
 
 
-def _csv_rows(stream: TextIO, file: Path) -> Iterator[_Row]:
+def _csv_rows(stream: TextIO, file: Path) -> Iterator[ListRow]:
     reader = csv.reader(stream, strict=True)
     try:
         head = next(reader, [])
@@ -338,85 +327,31 @@ def _csv_rows(stream: TextIO, file: Path) -> Iterator[_Row]:
                     f"{file}, row {row}: {len(fields)} fields must be {len(head)}, as in the "
                     "header."
                 )
-            yield _Row(
+            yield ListRow(
+                row,
                 fields[user],
                 fields[target],
                 [fields[place] for place in candidates if fields[place].strip()],
                 fields[phase] if phase is not None else None,
-                (),
             )
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num} is not CSV: {error}.") from error
 
 
-def _named(objects: Iterator[Any], file: Path, anonymous: bool) -> Iterator[_Row]:
-    """The parts of each object, under our keys or those of LLaRA."""
+def _named(objects: Iterator[Any], file: Path) -> Iterator[ListRow]:
+    """The parts of each object."""
     for row, item in enumerate(objects, 1):
+        where = f"{file}, row {row}"
         if not isinstance(item, Mapping):
-            raise UserError(f"{file}, row {row}: {shown(item)} must be an object.")
-        keys = {"user": "user", "target": "target", "candidates": "candidates"}
-        if LLARA["candidates"] in item:
-            if not anonymous:
-                raise UserError(
-                    f"{file}, row {row} is of a file without users, as LLaRA has them; "
-                    "recbole-sdpo import makes a dataset and a candidates file of such files."
-                )
-            keys = LLARA
-        values: dict[str, Any] = {name: item.get(key) for name, key in keys.items()}
-        for name, key in keys.items():
-            if key not in item and name != "history":
-                raise UserError(f"{file}, row {row} has no key {key!r}.")
-            if name in ("candidates", "history"):
-                values[name] = _list(values[name], file, row, key)
-        yield _Row(
-            values.get("user"),
-            values["target"],
-            values["candidates"],
-            item.get("phase"),
-            values.get("history", ()),
-        )
-
-
-def _list(value: Any, file: Path, row: int, key: str) -> Sequence[Any]:
-    if isinstance(value, str) and key in LLARA.values():
-        return value.split(BETWEEN)
-    if value is None and key == LLARA["history"]:
-        return ()
-    if not isinstance(value, list):
-        raise UserError(f"{file}, row {row}: {key}={shown(value)} must be a list.")
-    return value
-
-
-def _json_lines(stream: TextIO, file: Path) -> Iterator[Any]:
-    for row, line in enumerate((line for line in stream if line.strip()), 1):
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}, row {row} is not JSON: {error}.") from error
-
-
-def _json_list(stream: TextIO, file: Path) -> Iterator[Any]:
-    """The elements of a list, one at a time, whatever the length of the file."""
-    decode, row = json.JSONDecoder().raw_decode, 1
-    text = stream.read(BLOCK)
-    begin = re.match(r"\s*\[", text)
-    if not begin:
-        if not text.strip():
-            return
-        raise UserError(f"{file} must hold a list of objects, [{{…}}, {{…}}].")
-    place = begin.end()
-    while True:
-        space = re.compile(r"[\s,]*").match(text, place)
-        place = space.end() if space else place
-        if text.startswith("]", place):
-            return
-        try:
-            item, place = decode(text, place)
-        except (ValueError, RecursionError) as error:
-            more = stream.read(BLOCK)
-            if not more or len(text) - place > LARGEST_ROW:
-                raise UserError(f"{file}, row {row} is not JSON, or not whole.") from error
-            text, place = text[place:] + more, 0
-        else:
-            yield item
-            row += 1
+            raise UserError(f"{where}: {shown(item)} must be an object.")
+        if is_published(item):
+            raise UserError(
+                f"{where} is of a file without users, as LLaRA has them; recbole-sdpo import makes "
+                "a dataset and a candidates file of such files."
+            )
+        for key in ("user", "target", "candidates"):
+            if key not in item:
+                raise UserError(f"{where} has no key {key!r}.")
+        if not isinstance(item["candidates"], list):
+            raise UserError(f"{where}: candidates={shown(item['candidates'])} must be a list.")
+        yield ListRow(row, item["user"], item["target"], item["candidates"], item.get("phase"))

@@ -16,7 +16,7 @@ from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader, NegS
 from recbole.data.dataset import Dataset
 from recbole.sampler.sampler import AbstractSampler
 
-from recbole_sdpo.data.candidate_lists import CandidateLists
+from recbole_sdpo.data.candidate_lists import ROWS_AT_ONCE, CandidateLists
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.sequences import met_items
@@ -91,6 +91,20 @@ class FrozenCandidates:
         own = np.arange(items.shape[1]) == place[:, None]
         items[own], items[~own] = self.target, self.negatives.reshape(-1)
         return items
+
+    def holding_met(self, users: np.ndarray, items: np.ndarray) -> int:
+        """How many lists hold a negative that their user has met.
+
+        Args:
+            users, items: int64 ``[pairs]``, who has met what.
+        """
+        each, holding = 1 + int(max(items.max(initial=0), self.negatives.max(initial=0))), 0
+        met = users * each + items
+        for first in range(0, len(self.user), ROWS_AT_ONCE):
+            some = slice(first, first + ROWS_AT_ONCE)
+            pairs = self.user[some, None] * each + self.negatives[some]
+            holding += int(np.isin(pairs, met).any(1).sum())
+        return holding
 
     def sample_by_user_ids(
         self, user_ids: Sequence[int], item_ids: Sequence[int], num: int

@@ -44,10 +44,13 @@ class Catalogue:
         titles: a title for each item; id 0 is RecBole's padding and has an empty one.
         untitled: int64, the ids whose ``.item`` row was missing or empty; their title is ``"item
             <token>"``.
+        written: the same titles in other forms, empty where there is none: the first field as it
+            stands in the file, and all fields with the article where it stands.
     """
 
     titles: tuple[str, ...]
     untitled: np.ndarray
+    written: tuple[tuple[str, ...], ...] = ()
 
     @cached_property
     def group(self) -> np.ndarray:
@@ -96,24 +99,30 @@ class Catalogue:
         """
         frame = read_items(dataset, fields)
         parts = frame.apply(lambda column: column.str.split().str.join(" "))
-        names = parts[fields[0]]
-        if article_first:
-            names = names.map(_article_first)
-        for field in fields[1:]:
-            names = names.where(
-                parts[field].eq("") | names.eq(""), names + " (" + parts[field] + ")"
-            )
+        first, others = parts[fields[0]], [parts[field] for field in fields[1:]]
+        names = _joined(first.map(_article_first) if article_first else first, others)
         by_token = names[names.ne("")].to_dict()
         tokens = dataset.field2id_token[dataset.iid_field]
         titles = tuple(by_token.get(token, f"item {token}") for token in tokens[1:])
         untitled = np.flatnonzero([token not in by_token for token in tokens[1:]]) + 1
-        return cls(("", *titles), untitled)
+        written = tuple(
+            ("", *form.reindex(tokens[1:], fill_value=""))
+            for form in (first, _joined(first, others))
+        )
+        return cls(("", *titles), untitled, written)
 
     @classmethod
     def without_titles(cls, dataset: Dataset) -> Catalogue:
         """Every item a title of its own, for a baseline on data that has none."""
         tokens = dataset.field2id_token[dataset.iid_field]
         return cls(("", *(f"item {token}" for token in tokens[1:])), np.arange(1, len(tokens)))
+
+
+def _joined(names: pd.Series, others: Sequence[pd.Series]) -> pd.Series:
+    """``names`` with what else makes a title in parentheses."""
+    for other in others:
+        names = names.where(other.eq("") | names.eq(""), names + " (" + other + ")")
+    return names
 
 
 def _article_first(title: str) -> str:

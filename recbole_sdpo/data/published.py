@@ -23,17 +23,18 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from recbole_sdpo.data.atomic import HALF, UNREADABLE, check_name, decoded, without_quote
-from recbole_sdpo.errors import UserError, reason
-from recbole_sdpo.files import whole_folder, write_text
+from recbole_sdpo.data.atomic import HALF, check_name, without_quote
+from recbole_sdpo.data.json_rows import json_rows
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import whole_folder
 
 PHASES = ("train", "valid", "test")
 KEYS = ("historyList", "itemList", "trueSelection")
@@ -103,6 +104,7 @@ class Titles:
                     yield first, last, title
 
 
+@lru_cache(2**18)
 def clean(title: str) -> str:
     """``title`` as a line of a file can hold it: white space is single blanks."""
     return " ".join(re.sub("[\0\ufeff]", " ", title).split())
@@ -110,6 +112,177 @@ def clean(title: str) -> str:
 
 def _parts(text: str) -> list[str]:
     return [clean(part) for part in text.split(SEPARATOR)]
+
+
+def is_published(row: Mapping[str, Any]) -> bool:
+    """Is a row of JSON of the kind that this module reads?"""
+    return "itemList" in row
+
+
+class Published:
+    """Rows of published files, read from them as often as asked: what stays in memory are titles.
+
+    Args:
+        files: JSON files by phase, that of the test among them, each a list of rows or a row a
+            line; may be compressed.
+        encoding: of the files, or UTF-8.
+
+    Attributes:
+        titles: cuts texts.
+        length: of most lists of the test; lists of another length are not used.
+
+    Raises:
+        UserError: a file cannot be read, is empty, is no JSON, or a row lacks a key or holds
+            something else.
+    """
+
+    def __init__(self, files: Mapping[str, Path], encoding: str | None = None) -> None:
+        self.files, self._encoding = files, encoding
+        known: set[str] = set()
+        for phase, file in files.items():
+            if file.is_fifo():
+                raise UserError(f"{file} must be a file, not a pipe, for it is read again.")
+            for row in self._written(phase):
+                known.update(_alone(row))
+        self.titles = Titles(known - {""})
+        test = Reader(self.titles, training=False)
+        lengths = Counter(len(row.candidates) for row in test.read(self._written("test")))
+        if not lengths:
+            raise self._none(test, "test")
+        self.length = max(lengths, key=lengths.__getitem__)
+        self._readers = {
+            phase: Reader(self.titles, training=phase == "train", length=self.length)
+            for phase in files
+        }
+
+    def rows(self, phase: str) -> Iterator[Row]:
+        """The rows of one file in titles, once; those of training may have no candidates.
+
+        Raises:
+            UserError: none can be used.
+        """
+        row = None
+        for row in self._readers[phase].read(self._written(phase)):
+            yield row
+        if row is None:
+            raise self._none(self._readers[phase], phase)
+
+    def notes(self) -> list[str]:
+        """What cannot be used of the rows that were read, a sentence for each fault."""
+        return [
+            sentence
+            for phase, reader in reversed(self._readers.items())  # the test is what matters most
+            for sentence in reader.sentences(self.files[phase])
+        ]
+
+    def _none(self, reader: Reader, phase: str) -> UserError:
+        *_, last = reader.sentences(self.files[phase])
+        return UserError(f"{last}; no row of this file can be used.")
+
+    def _written(self, phase: str) -> Iterator[Row]:
+        """The rows of one file, as they are written."""
+        file, number = self.files[phase], 0
+        for number, content in enumerate(json_rows(file, self._encoding), 1):
+            yield _row(f"{file}, row {number}", number, content)
+        if not number:
+            raise UserError(f"{file} is empty; it must hold a row or more.")
+
+
+def _row(where: str, number: int, content: object) -> Row:
+    if not isinstance(content, dict):
+        raise UserError(f"{where} must be an object with the keys {', '.join(KEYS)}.")
+    for key in KEYS:
+        if key not in content:
+            others = ", ".join(map(str, content)) or "none"
+            raise UserError(
+                f"{where} has no {key!r}; it must have {', '.join(KEYS)}, not {others}."
+            )
+        value, alone = content[key], key == "trueSelection"
+        texts = [value] if isinstance(value, str) or alone else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            kind = (
+                "a title" if alone else f"a list of titles, or a text of them joined by {SEPARATOR}"
+            )
+            raise UserError(f"{where}: {key!r} must be {kind}.")
+        if half := re.search(HALF, "".join(texts)):
+            raise UserError(
+                f"{where}: {key!r} holds {half[0]!r}, half of a character, which no file can hold."
+            )
+    history, candidates, target = (content[key] for key in KEYS)
+    return Row(number, history, candidates, clean(target))
+
+
+def _alone(row: Row) -> Iterator[str]:
+    """All titles of a row that are no part of a text of several."""
+    yield row.target
+    for titles in (row.history, row.candidates):
+        yield from map(clean, () if isinstance(titles, str) else titles)
+
+
+@dataclass
+class Reader:
+    """Makes titles of the rows of one file, and counts those that cannot be used.
+
+    Args:
+        titles: cuts texts.
+        training: a row whose list alone cannot be used is kept, without candidates.
+        length: of lists that can be used; None: any.
+    """
+
+    titles: Titles
+    training: bool
+    length: int | None = None
+    faults: Counter[tuple[str, str]] = field(default_factory=Counter)
+    examples: dict[tuple[str, str], list[tuple[int, object]]] = field(default_factory=dict)
+
+    def read(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Those of ``rows`` that can be used, in titles."""
+        for row in rows:
+            try:
+                history = self.titles.of("historyList", row.history)
+                if not history or not row.target:
+                    raise Unusable("{} has no title", KEYS[0] if row.target else KEYS[2])
+            except Unusable as fault:
+                self._note(row, "left out", *fault.args)
+                continue
+            try:
+                candidates = self._candidates(row)
+            except Unusable as fault:
+                kept = "trained on, but without its list"
+                self._note(row, kept if self.training else "left out", *fault.args)
+                candidates = []
+            if candidates or self.training:
+                yield Row(row.number, history, candidates, row.target)
+
+    def _candidates(self, row: Row) -> list[str]:
+        candidates = self.titles.of("itemList", row.candidates)
+        count = candidates.count(row.target)
+        if count != 1:
+            where = "is not in" if count == 0 else f"is {count} times in"
+            raise Unusable(f"trueSelection {{!r}} {where} itemList", row.target)
+        if len(candidates) < 2:
+            raise Unusable("itemList has {!r} alone", row.target)
+        if len(set(candidates)) < len(candidates):
+            title, _ = Counter(candidates).most_common(1)[0]
+            raise Unusable("itemList has {!r} twice", title)
+        if len(candidates) != (self.length or len(candidates)):
+            unlike = f"itemList has {{}} titles, and most of the test have {self.length}"
+            raise Unusable(unlike, len(candidates))
+        return candidates
+
+    def _note(self, row: Row, outcome: str, what: str, value: object) -> None:
+        examples = self.examples.setdefault((what, outcome), [])
+        self.faults[what, outcome] += 1
+        if len(examples) < SHOWN + 2:  # the first, the others, and one that shows there are more
+            examples.append((row.number, value))
+
+    def sentences(self, path: Path) -> Iterator[str]:
+        """One for each fault, with the first of its rows and the numbers of others."""
+        for (what, outcome), times in self.faults.items():
+            (number, value), *others = self.examples[what, outcome]
+            like = f", like {_some([str(other) for other, _ in others])}" if others else ""
+            count = f"{times:,} row{'s' * (times > 1)}"
+            yield f"{path}, row {number}: {what.format(value)}; {outcome}{like} ({count})"
 
 
 def write_published(
@@ -137,46 +310,40 @@ def write_published(
     validation and test; for training its history and target are kept, without a list.
 
     Args:
-        train, valid, test: JSON files, each a list of rows or a row a line; may be compressed.
-        encoding: of the files, or UTF-8.
+        train, valid, test, encoding: see :class:`Published`.
 
     Raises:
         UserError: a name or a file cannot be used, or no row of a file.
         UserError: there is such a folder already; nothing is overwritten.
     """
     check_name(name)
-    folder, files = Path(output) / name, dict(zip(PHASES, (train, valid, test), strict=True))
+    folder = Path(output) / name
     if folder.exists():
         raise UserError(f"{folder} exists already; delete it, or choose another name or output.")
-    written = {phase: _read(Path(path), encoding) for phase, path in files.items()}
-    titles = Titles(_alone(chain.from_iterable(written.values())))
-    notes: list[str] = []
-    readers = {phase: Reader(titles, training=phase == "train") for phase in PHASES}
-    rows = {phase: reader.read(written.pop(phase)) for phase, reader in readers.items()}
-    lengths = Counter(len(row.candidates) for row in rows["test"] if row.candidates)
-    length = max(lengths, key=lengths.__getitem__, default=0)
-    for phase, reader in reversed(readers.items()):  # that of the test has no fault of others
-        rows[phase] = reader.usable(rows[phase], length)
-        notes += reader.sentences(Path(files[phase]))
-        if not rows[phase]:
-            raise UserError(f"{notes[-1]}; no row of this file can be used.")
-    ids: dict[str, str] = {}
-    for row in chain.from_iterable(rows.values()):
-        for title in (*row.history, row.target, *row.candidates):
-            ids.setdefault(title, str(len(ids) + 1))
-    if cut := [title for title in ids if title not in titles.known]:
+    published = Published(dict(zip(PHASES, map(Path, (train, valid, test)), strict=True)), encoding)
+    with whole_folder(folder) as place:
+        ids, counts, longest = _write(place, name, published)
+        settings = {
+            "data_path": str(output),
+            "benchmark_filename": list(PHASES),
+            "load_col": {"inter": ["user_id", "item_id_list", "item_id"], "item": ["item_id"]},
+            "MAX_ITEM_LIST_LENGTH": longest,
+            "title_article_first": False,
+            "candidates_file": str(folder / CANDIDATES),
+        }
+        text = yaml.safe_dump(settings, sort_keys=False)
+        (place / f"{name}.yaml").write_text(text, encoding="utf-8")
+    notes = published.notes()
+    if cut := [title for title in ids if title not in published.titles.known]:
         notes.append(
             f"{len(cut):,} titles stand nowhere alone, only in texts cut at {SEPARATOR}; see that "
             f"none is a part of one: {_some(list(map(repr, cut)))}"
         )
-    with whole_folder(folder) as place:
-        settings = _write(place, name, str(output), rows, ids)
-    counts = [f"{len(part):,}" for part in rows.values()]
     return "\n".join(
         [
-            f"{folder}: {counts[0]} rows for training, {counts[1]} for validation, {counts[2]} for "
-            f"the test; {len(ids):,} items; histories of at most "
-            f"{settings['MAX_ITEM_LIST_LENGTH']} titles, lists of {length}",
+            f"{folder}: {counts['train']:,} rows for training, {counts['valid']:,} for validation, "
+            f"{counts['test']:,} for the test; {len(ids):,} items; histories of at most {longest} "
+            f"titles, lists of {published.length}",
             *notes,
             f"next: recbole-sdpo run --model=SASRec --dataset={name} "
             f"--config_files={shlex.quote(str(folder / f'{name}.yaml'))}",
@@ -184,174 +351,44 @@ def write_published(
     )
 
 
-def _read(path: Path, encoding: str | None) -> list[Row]:
-    """The rows of a file, as they are written.
+def _write(
+    folder: Path, name: str, published: Published
+) -> tuple[dict[str, str], Counter[str], int]:
+    """The rows, the lists and the items; returns the items' ids by title, how many rows each phase
+    has, and the length of the longest history."""
+    ids: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    longest = 0
 
-    Raises:
-        UserError: it cannot be read, is no JSON, or a row lacks a key or holds something else.
-    """
-    try:
-        text = decoded(path, encoding)
-    except UNREADABLE as error:
-        raise UserError(
-            f"{path} cannot be read: {reason(error)}; it must be JSON in {encoding or 'UTF-8'}."
-        ) from error
-    if text.lstrip().startswith("["):
-        numbered = list(enumerate(_json(text, str(path)), 1))
-    else:
-        lines = enumerate(text.split("\n"), 1)
-        numbered = [(n, _json(line, f"{path}, line {n},")) for n, line in lines if line.strip()]
-    if not numbered:
-        raise UserError(f"{path} is empty; it must hold a row or more.")
-    return [_row(f"{path}, row {number}", number, content) for number, content in numbered]
+    def of(titles: Iterable[str]) -> list[str]:
+        return [ids.setdefault(title, str(len(ids) + 1)) for title in titles]
 
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where} is not JSON ({error}); it must be a list of rows, or a row on each line."
-        ) from error
-
-
-def _row(where: str, number: int, content: object) -> Row:
-    if not isinstance(content, dict):
-        raise UserError(f"{where} must be an object with the keys {', '.join(KEYS)}.")
-    for key in KEYS:
-        if key not in content:
-            others = ", ".join(map(str, content)) or "none"
-            raise UserError(
-                f"{where} has no {key!r}; it must have {', '.join(KEYS)}, not {others}."
-            )
-        value, alone = content[key], key == "trueSelection"
-        texts = [value] if isinstance(value, str) or alone else value
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            kind = (
-                "a title" if alone else f"a list of titles, or a text of them joined by {SEPARATOR}"
-            )
-            raise UserError(f"{where}: {key!r} must be {kind}.")
-        if half := re.search(HALF, "".join(texts)):
-            raise UserError(
-                f"{where}: {key!r} holds {half[0]!r}, half of a character, which no file can hold."
-            )
-    history, candidates, target = (content[key] for key in KEYS)
-    return Row(number, history, candidates, clean(target))
-
-
-def _alone(rows: Iterator[Row]) -> set[str]:
-    """All titles that are no part of a text of several."""
-    known = set()
-    for row in rows:
-        known.add(row.target)
-        for titles in (row.history, row.candidates):
-            known.update(map(clean, () if isinstance(titles, str) else titles))
-    return known - {""}
-
-
-@dataclass
-class Reader:
-    """Makes titles of the rows of one file, and remembers which rows cannot be used.
-
-    Args:
-        titles: cuts texts.
-        training: a row whose list alone cannot be used is kept, without candidates.
-    """
-
-    titles: Titles
-    training: bool
-    faults: dict[tuple[str, str], list[tuple[int, object]]] = field(default_factory=dict)
-
-    def read(self, rows: list[Row]) -> list[Row]:
-        """``rows`` in titles, without candidates where a list is of no use, but for those of which
-        nobody can be asked."""
-        return [asked for row in rows if (asked := self._asked(row))]
-
-    def usable(self, rows: list[Row], length: int) -> list[Row]:
-        """Those that can be used of ``rows``, which :meth:`read` has read, where lists have
-        ``length`` candidates."""
-        unlike = f"itemList has {{}} titles, and most of the test have {length}"
-        read = [
-            self._without_list(row, unlike, len(row.candidates))
-            if row.candidates and len(row.candidates) != length
-            else row
-            for row in rows
-        ]
-        return [row for row in read if row.candidates or self.training]
-
-    def _asked(self, row: Row) -> Row | None:
-        try:
-            history = self.titles.of("historyList", row.history)
-            if not history or not row.target:
-                raise Unusable("{} has no title", KEYS[0] if row.target else KEYS[2])
-        except Unusable as error:
-            self._note(row, "left out", *error.args)
-            return None
-        row = replace(row, history=history)
-        try:
-            candidates = self.titles.of("itemList", row.candidates)
-            count = candidates.count(row.target)
-            if count != 1:
-                where = "is not in" if count == 0 else f"is {count} times in"
-                raise Unusable(f"trueSelection {{!r}} {where} itemList", row.target)
-            if len(candidates) < 2:
-                raise Unusable("itemList has {!r} alone", row.target)
-            title, times = Counter(candidates).most_common(1)[0]
-            if times > 1:
-                raise Unusable("itemList has {!r} twice", title)
-        except Unusable as error:
-            return self._without_list(row, *error.args)
-        return replace(row, candidates=candidates)
-
-    def _without_list(self, row: Row, what: str, value: object) -> Row:
-        outcome = "trained on, but without its list" if self.training else "left out"
-        self._note(row, outcome, what, value)
-        return replace(row, candidates=[])
-
-    def _note(self, row: Row, outcome: str, what: str, value: object) -> None:
-        self.faults.setdefault((what, outcome), []).append((row.number, value))
-
-    def sentences(self, path: Path) -> Iterator[str]:
-        """One for each fault, with the first of its rows and the numbers of others."""
-        for (what, outcome), rows in self.faults.items():
-            (number, value), *others = rows
-            like = f", like {_some([str(other) for other, _ in others])}" if others else ""
-            count = f"{len(rows):,} row{'s' * (len(rows) > 1)}"
-            yield f"{path}, row {number}: {what.format(value)}; {outcome}{like} ({count})"
+    with (folder / CANDIDATES).open("w", encoding="utf-8") as lists:
+        for phase in PHASES:
+            with (folder / f"{name}.{phase}.inter").open("w", encoding="utf-8") as events:
+                events.write("user_id:token\titem_id_list:token_seq\titem_id:token\n")
+                for row in published.rows(phase):
+                    user, history, (target,) = (
+                        f"{phase}-{row.number}",
+                        of(row.history),
+                        of([row.target]),
+                    )
+                    events.write(f"{user}\t{' '.join(history)}\t{target}\n")
+                    if candidates := of(row.candidates):
+                        one = {
+                            "user": user,
+                            "target": target,
+                            "candidates": candidates,
+                            "phase": phase,
+                        }
+                        lists.write(json.dumps(one) + "\n")
+                    counts[phase] += 1
+                    longest = max(longest, len(history))
+    with (folder / f"{name}.item").open("w", encoding="utf-8") as items:
+        items.write("item_id:token\ttitle:token_seq\n")
+        items.writelines(f"{item}\t{without_quote(title)}\n" for title, item in ids.items())
+    return ids, counts, longest
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + ", …" * (len(names) > SHOWN)
-
-
-def _write(
-    folder: Path, name: str, output: str, rows: Mapping[str, list[Row]], ids: Mapping[str, str]
-) -> dict[str, Any]:
-    """The files; returns the settings with which RecBole reads them."""
-    settings = {
-        "data_path": output,
-        "benchmark_filename": list(rows),
-        "load_col": {"inter": ["user_id", "item_id_list", "item_id"], "item": ["item_id"]},
-        "MAX_ITEM_LIST_LENGTH": max(len(row.history) for row in chain(*rows.values())),
-        "title_article_first": False,
-        "candidates_file": str(Path(output) / name / CANDIDATES),
-    }
-    lists = []
-    for phase, part in rows.items():
-        lines = ["user_id:token\titem_id_list:token_seq\titem_id:token"]
-        for row in part:
-            user, target = f"{phase}-{row.number}", ids[row.target]
-            lines.append(f"{user}\t{' '.join(ids[title] for title in row.history)}\t{target}")
-            if row.candidates:
-                candidates = [ids[title] for title in row.candidates]
-                one = {"user": user, "target": target, "candidates": candidates, "phase": phase}
-                lists.append(json.dumps(one))
-        write_text(folder / f"{name}.{phase}.inter", "\n".join([*lines, ""]))
-    items = [
-        "item_id:token\ttitle:token_seq",
-        *(f"{ids[title]}\t{without_quote(title)}" for title in ids),
-    ]
-    write_text(folder / f"{name}.item", "\n".join([*items, ""]))
-    write_text(folder / CANDIDATES, "\n".join([*lists, ""]))
-    write_text(folder / f"{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
-    return settings

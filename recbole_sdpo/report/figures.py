@@ -11,9 +11,10 @@ from cycler import cycler
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from recbole_sdpo.report.comparison import Comparison, FinishedRun, Row
+from recbole_sdpo.report.table import PLAIN, metric_head
 
 SMOOTHED = 0.05
 """Share of a stage's steps over which its curves are averaged: single batches are noisy."""
@@ -33,6 +34,9 @@ SHORTEST_S = 1.0
 PANELS_ACROSS = 4
 """Panels beside each other; more go below them."""
 
+FEW_TARGETS = 30
+"""Of a group: the interval of fewer is so long that it would make those of others a dot."""
+
 LONGEST = 60
 """Letters of a name that a figure shows."""
 
@@ -47,8 +51,8 @@ CURVES = {
 def bars(comparison: Comparison) -> Figure:
     """A panel for each metric, a bar for each row; whiskers: the standard deviation over seeds."""
     metrics, rows = comparison.metrics, comparison.rows
-    across = min(len(metrics), PANELS_ACROSS)
-    lines = -(-len(metrics) // across)
+    lines = -(-len(metrics) // PANELS_ACROSS)
+    across = -(-len(metrics) // lines)
     size = (3.6 * across + 1.6, 0.4 + lines * (0.8 + 0.32 * len(rows)))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(lines, across, sharey=True, squeeze=False).ravel()
@@ -69,9 +73,12 @@ def bars(comparison: Comparison) -> Figure:
                 mean = row.mean(metric)
                 # Where the bar is too short for its number, the number is behind it.
                 x, color = (0, "white") if mean > SHORT * longest else (mean, "black")
-                axes.text(x, place, f" {mean:.3f}", va="center", color=color, fontsize=8)
+                text = f" {mean:.4f}" if mean < 10 else f" {mean:,.1f}"
+                axes.text(x, place, text, va="center", color=color, fontsize=8)
         axes.set_yticks(range(len(rows)), [_short(row.name) for row in rows])
-        axes.set_xlabel(metric)
+        axes.set_xlabel(metric_head(metric, PLAIN))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
     figure.suptitle(
@@ -178,7 +185,11 @@ def in_groups(panels: Mapping[str, pd.DataFrame], label: str) -> Figure:
         axes.set_xlabel("group, and its targets", fontsize=8)
         axes.grid(alpha=0.3, axis="y")
     figure.axes[0].set_ylabel(label)
-    figure.axes[0].set_ylim(bottom=0)  # of all panels, with all that is drawn
+    shown = pd.concat(panels.values())
+    ends = shown["high"].where(shown["targets"] >= FEW_TARGETS)
+    highest = (ends if ends.notna().any() else shown["high"]).max()
+    top = 1.05 * np.nanmax([highest, shown["mean"].max(), np.finfo(float).eps])
+    figure.axes[0].set_ylim(0, top)  # of all panels; a longer whisker of few targets is cut
     _legend(figure, figure.axes[0], names, loc="outside lower center", ncols=2)
     return figure
 

@@ -89,6 +89,7 @@ LATEX = Marks(
     r"$\downarrow$",
     _latex,
 )
+PLAIN = Marks("±", "*", "{}", "{}", "%", "↑", "↓", str)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -228,7 +229,7 @@ def _cells(comparison: Comparison, marks: Marks) -> list[list[str]]:
     lines = [
         [
             marks.escape(comparison.candidates),
-            *(_head(metric, marks) for metric in metrics),
+            *(metric_head(metric, marks) for metric in metrics),
             *map(marks.escape, last),
         ]
     ]
@@ -250,7 +251,8 @@ def _number(value: float, kind: str) -> str:
     return "" if math.isnan(value) else format(value, kind)
 
 
-def _head(metric: str, marks: Marks) -> str:
+def metric_head(metric: str, marks: Marks) -> str:
+    """A metric over its column, with an arrow where it is of the lists that all users get."""
     if not is_of_lists(metric):
         return marks.escape(metric)
     lower = OF_LISTS[metric.lower().partition("@")[0]].smaller

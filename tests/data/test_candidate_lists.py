@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recbole.data import create_dataset
 
-from recbole_sdpo.data import candidate_lists
+from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data import candidate_lists, json_rows
 from recbole_sdpo.data.candidate_lists import (
     PHASES,
     KnownItems,
@@ -15,7 +17,9 @@ from recbole_sdpo.data.candidate_lists import (
     Numbers,
     read_lists,
 )
+from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.errors import UserError
+from tests.conftest import TINY, write_dataset
 
 USERS, ITEMS = [f"u{n}" for n in range(6)], [f"i{n}" for n in range(12)]
 
@@ -65,7 +69,7 @@ def toy(titles=None):
         },
     )
     titles = titles or [f"title {n}" for n in range(12)]
-    return KnownUsers(dataset), KnownItems(dataset, SimpleNamespace(titles=("", *titles)))
+    return KnownUsers(dataset), KnownItems(dataset, Catalogue(("", *titles), np.array([], int)))
 
 
 @pytest.mark.parametrize("end", ["csv", "json", "jsonl"])
@@ -76,7 +80,7 @@ def test_every_format_gives_what_was_written_however_much_is_read_at_once(
     file = write(tmp_path_factory.mktemp("d") / f"lists.{end}", rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(candidate_lists, "ROWS_AT_ONCE", at_once)
-        patch.setattr(candidate_lists, "BLOCK", 7)
+        patch.setattr(json_rows, "BLOCK", 7)
         lists = read_lists(file, *toy())
     read = [
         (USERS[user - 1], PHASES[phase], [ITEMS[item - 1] for item in items], items.index(target))
@@ -142,13 +146,14 @@ def broken(change, end="csv"):
         (broken(lambda text: text + '"'), "line 4 is not CSV: unexpected end of data"),
         (broken(lambda text: "", "json"), "is empty; it must have a row for each"),
         (broken(lambda text: "[]", "json"), "is empty; it must have a row for each"),
-        (broken(lambda text: text[:-9], "json"), "row 2 is not JSON, or not whole"),
-        (broken(lambda text: text[1:-1], "json"), "must hold a list of objects"),
+        (broken(lambda text: text[:-9], "json"), "row 2 is not JSON (Unterminated string"),
+        (broken(lambda text: text[1:-1], "json"), "row 2 is not JSON (Expecting value); the file"),
+        (broken(lambda text: text.replace('"u2"', "null"), "json"), "row 2: user, target and can"),
         (broken(lambda text: "[1]", "json"), "row 1: 1 must be an object"),
         (broken(lambda text: text.replace("target", "goal"), "json"), "row 1 has no key 'target'"),
         (broken(lambda text: text.replace('"i1"', "true"), "json"), "row 1: user, target and can"),
         (broken(lambda text: '[{"itemList": []}]', "json"), "row 1 is of a file without users, as"),
-        (broken(lambda text: text + "{", "jsonl"), "row 3 is not JSON: Expecting property name"),
+        (broken(lambda text: text + "{", "jsonl"), "row 3 is not JSON (Expecting property name"),
         (
             broken(
                 lambda text: text.replace("[", '"').replace("]", '"').replace('", "', ""), "jsonl"
@@ -168,15 +173,29 @@ def test_a_fault_is_one_sentence_with_file_and_row(tmp_path, make, message):
     assert "\n" not in said and said.endswith(".")
 
 
-def test_files_of_llara_have_rows_without_users_and_histories(tmp_path):
-    file = tmp_path / "test.json"
-    rows = [
-        {"historyList": ["A", "B, or C"], "itemList": ["D", "E"], "trueSelection": "E"},
-        {"historyList": "A::E", "itemList": "D::E", "trueSelection": "E"},
-    ]
-    file.write_text(json.dumps(rows))
-    items = Numbers()
-    lists = read_lists(file, Numbers(), items, anonymous=True)
-    assert lists.user.tolist() == [0, 1] and lists.target.tolist() == [0, 0]
-    met = {text: int(lists.met[number]) for text, number in items.of.items()}
-    assert met == {"A": 2, "B, or C": 1, "E": 3, "D": 0}
+def test_a_title_may_be_as_the_file_writes_it_where_it_is_one_items_alone(tmp_path):
+    path = write_dataset(tmp_path, [[1, 2, 3, 4]], None)
+    (path / "toy" / "toy.item").write_text(
+        "item_id:token\tname:token_seq\tyear:token\ni1\tGodfather,  The\t1972\n"
+        "i2\tThing, The\t1951\ni3\tThing, The\t1982\ni4\t\t\n"
+    )
+    dataset = create_dataset(
+        RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
+    )
+    items = KnownItems(dataset, Catalogue.from_dataset(dataset, ["name", "year"]))
+    names = {
+        "Godfather, The": "i1",
+        "the godfather (1972)": "i1",
+        "Godfather, The (1972)": "i1",
+        "The Thing (1951)": "i2",
+        "Thing, The (1982)": "i3",
+        "item i4": "i4",
+        "Thing, The": None,
+        "The Thing": None,
+        "": None,
+    }
+    read = items(np.array(list(names), object))
+    tokens = dataset.field2id_token["item_id"]
+    assert [tokens[item] if item > 0 else None for item in read] == list(names.values())
+    assert items.fault("Thing, The").startswith("'Thing, The' is the title of several items")
+    assert "such as 'The Godfather (1972)'" in items.fault("The Thing")

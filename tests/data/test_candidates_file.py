@@ -217,6 +217,35 @@ def test_the_result_is_of_the_given_candidates(given, caplog):
             assert higher < ranks.loc[user, "rank"] <= higher + alike
 
 
+@pytest.mark.parametrize("model", ["SDPO-LLM", "BPR"])
+def test_lists_that_hold_what_their_user_has_met_are_counted(given, caplog, model):
+    settings, rows = given
+
+    def said(met):
+        """Of lists whose last candidate is ``met(user, phase)`` steps after the user's first
+        item; the user meets 12 items, and the others are met by others."""
+        lists = []
+        for user, target, *_, phase in rows:
+            start = int(user[1:]) // 3
+            others = [f"i{1 + (start + step) % 24}" for step in (12, 13, 14, met(user, phase))]
+            lists.append([user, target, *others, target, phase])
+        write(Path(settings["candidates_file"]), lists)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            loaded(model, settings)
+        return [text for text in caplog.messages if "has met" in text]
+
+    def some(user, phase):
+        return 0 if user in ("u3", "u5") else 11 if phase == "valid" else 10
+
+    # step 10 is the target of the validation, which is met before the test; step 11 is after it
+    (text,) = said(some)
+    assert ": 2 of 72 valid lists and 72 of 72 test lists hold items that their user" in text
+    (text,) = said(lambda user, phase: 9 if user == "u7" and phase == "test" else 15)
+    assert ": 1 of 72 test lists hold items that their user has met before" in text
+    assert not said(lambda user, phase: 15)
+
+
 def experiment(tmp_path, **content):
     file = tmp_path / "e.yaml"
     file.write_text(

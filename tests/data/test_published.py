@@ -1,7 +1,9 @@
 """Published rows become RecBole's, each with its own history, target and candidates."""
 
 import json
+import os
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import hypothesis
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 from recbole_sdpo.command import program
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data import json_rows
+from recbole_sdpo.data.candidate_lists import Numbers, read_lists
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.dataset import create_dataset, data_preparation
 from recbole_sdpo.data.prompts import history_windows
@@ -167,8 +171,11 @@ def test_rows_that_cannot_be_used_are_named_and_counted(tmp_path, bad, why):
     [
         ("", "is empty; it must hold a row or more"),
         ("[]", "is empty; it must hold a row or more"),
-        ("[1, 2", r"test.json is not JSON \(.*\); it must be a list of rows, or a row on each"),
-        (json.dumps(GOOD) + "\nx", r"test.json, line 2, is not JSON"),
+        (
+            "[" + ", ".join([json.dumps(GOOD)] * 2),
+            r"test.json, row 3 is not JSON \(the list does not end\)",
+        ),
+        (json.dumps(GOOD) + "\nx", "test.json, row 2 is not JSON"),
         ("[" * 100_000, "is not JSON"),
         ("[1]", "test.json, row 1 must be an object with the keys historyList, itemList, true"),
         ('{"a": 1}', "row 1 has no 'historyList'; it must have historyList, .*, not a"),
@@ -186,6 +193,53 @@ def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as raised:
         write(tmp_path, test=content)
     assert not (tmp_path / "data" / "lists").exists() and "\n" not in str(raised.value)
+
+
+def test_memory_does_not_grow_with_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_rows, "BLOCK", 10_000)
+    peaks = []
+    for number in (200, 1000):
+        bad = GOOD | {"itemList": ["C", "D", "C"]}
+        rows = [bad if n % 2 else GOOD for n in range(number)]
+        files = [tmp_path / f"{number}-{phase}.json" for phase in PHASES]
+        for file in files:
+            file.write_text(json.dumps(rows))
+        tracemalloc.start()
+        said = write_published(*files, str(number), tmp_path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert f"({number // 2:,} rows)" in said and "like 4, 6, 8, 10, 12, 14, 16, 18" in said
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_a_pipe_which_cannot_be_read_again_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe must be a file, not a pipe, for it is read again"):
+        write_published(*[tmp_path / "pipe"] * 3, "x", tmp_path)
+
+
+def test_an_audit_reads_the_lists_that_an_import_makes(tmp_path, monkeypatch, capsys):
+    others = [f"Re::{n}" for n in range(9)]  # of which an audit would make two titles each
+    rows = [
+        row("A::B", "::".join(["C", title, "D"]) if n % 2 else ["C", title, "D"], title)
+        for n, title in enumerate(others)
+    ]
+    broken = [
+        *rows,
+        row("A", ["A", "B", "E"], "B"),
+        row("A", ["C", "E"], "D"),
+        row("A", ["C", "D"], "D"),
+    ]
+    said = write(tmp_path, broken, broken, broken)
+    lists = read_lists(tmp_path / "data" / "lists" / "candidates.jsonl", Numbers(), Numbers())
+    options = [str(tmp_path / "test.json"), *(f"--{p}={tmp_path / p}.json" for p in PHASES[:2])]
+    monkeypatch.setattr("sys.argv", ["recbole-sdpo", "audit", *options])
+    program.main()
+    out = capsys.readouterr().out
+    assert said.splitlines()[1:-1] == out.splitlines()[:6]  # the same rows are left out
+    number = len(lists.of("valid")) + len(lists.of("train"))
+    assert f"{len(lists.of('test'))} lists of 3 candidates; guessers learned from {number}" in out
+    assert len(lists.of("test")) == 10 and number == 20 and "| popularity" in out
 
 
 def test_nothing_is_overwritten_and_names_are_checked(tmp_path):

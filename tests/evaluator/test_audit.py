@@ -305,3 +305,20 @@ def test_the_command_knows_a_datasets_titles_and_refuses_what_it_cannot_use(
     file.write_text("\n".join(file.read_text().splitlines()[:2]))
     with pytest.raises(UserError, match="has 1 list of the test; it must have two or more"):
         call(monkeypatch, capsys, str(file))
+
+
+def test_files_of_two_kinds_are_not_audited_together(tmp_path, monkeypatch, capsys):
+    test = llara(tmp_path / "test.json", clean(np.random.default_rng(0), 5), ["title 1"])
+    (tmp_path / "lists.csv").write_text("user,target,candidate_1,candidate_2\nu,a,a,b\nv,a,a,b")
+    with pytest.raises(UserError, match="test.json has titles in itemList, and .*lists.csv has no"):
+        call(monkeypatch, capsys, test, f"--train={tmp_path / 'lists.csv'}")
+
+
+def test_the_exit_code_says_whether_lists_give_their_targets_away(tmp_path, monkeypatch, capsys):
+    rng, codes = np.random.default_rng(7), {}
+    for make in (clean, leaky):
+        file = llara(tmp_path / f"{make.__name__}.json", make(rng, 300), ["title 1"])
+        monkeypatch.setattr("sys.argv", ["recbole-sdpo", "audit", file])
+        codes[make], out = program.main(), capsys.readouterr().out
+        assert ("warning: " in out) == bool(codes[make])
+    assert codes == {clean: 0, leaky: 1}

@@ -265,6 +265,14 @@ def test_figures_show_the_numbers(tmp_path, runs):
     bars = figures.bars(found)
     widths = [patch.get_width() for patch in bars.axes[1].patches]
     assert widths == pytest.approx([row.mean("NDCG@5") for row in found.rows])
+    lists = compare(runs, "uni19", ["HR@1"], ["rival"])
+    for row in lists.rows:
+        row.lists = {"GiniIndex@10": np.array([0.0123]), "ItemCoverage@10": np.array([120.25])}
+    lists.metrics += ["GiniIndex@10", "ItemCoverage@10"]
+    _, gini, coverage = figures.bars(lists).axes
+    assert (gini.get_xlabel(), coverage.get_xlabel()) == ("GiniIndex@10 ↓", "ItemCoverage@10 ↑")
+    assert {text.get_text() for text in gini.texts} == {" 0.0123"}
+    assert {text.get_text() for text in coverage.texts} == {" 120.2"}
     line = figures.sweep([found], "train_neg_sample_args.sample_num").axes[0].lines[0]
     means = {row.name: row.mean("HR@1") for row in found.rows}
     assert line.get_xdata().tolist() == [0, 1, 2] and line.get_ydata().tolist() == pytest.approx(
@@ -640,6 +648,9 @@ def test_a_group_is_shown_with_its_interval_and_star(grouped):
     first, last = figures.in_groups(two, "HR@1").axes
     assert first.get_ylim() == last.get_ylim()
     assert last.get_ylim()[0] == 0 and last.get_ylim()[1] > part["high"].max()
+    few = part.assign(targets=[1, *part["targets"][1:]], mean=0.01, low=0.0)
+    few["high"] = [0.9, *[0.05] * (len(few) - 1)]
+    assert figures.in_groups({"By popularity": few}, "HR@1").axes[0].get_ylim()[1] < 0.06
     figure = figures.in_groups({"By popularity": part}, "HR@1")
     (drawn,) = figure.axes[0].containers
     np.testing.assert_allclose(drawn[0].get_ydata().astype(float), part["mean"])
