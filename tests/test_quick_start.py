@@ -18,9 +18,8 @@ from safetensors import SafetensorError
 from recbole_sdpo import compat, quick_start
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.result import read_result
-from recbole_sdpo.trainer import checkpoint, folder, sdpo_trainer, state
+from recbole_sdpo.trainer import checkpoint, folder, sdpo_trainer, state, step_file
 from recbole_sdpo.trainer.stage import Stage
-from recbole_sdpo.trainer import step_file
 from recbole_sdpo.trainer.step_file import StepFile
 
 SMALL = {
