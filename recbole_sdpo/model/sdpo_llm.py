@@ -35,6 +35,7 @@ from recbole_sdpo.data.prompts import (
     candidate_prompts,
     history_prompts,
 )
+from recbole_sdpo.data.ratings import RATING
 from recbole_sdpo.data.sequences import (
     histories,
     last_targets,
@@ -230,6 +231,26 @@ class SDPOLLM(SequentialRecommender):
             for source in mixed.samplers.values():
                 source.check(user, target, max(wanted.values()))
 
+    def check_ratings(self, dataset: Dataset) -> None:
+        """Has the objective a loss for each of ``dataset``'s ratings, if it reads them?
+
+        Raises:
+            UserError: of one it is not finite.
+        """
+        objective, settings = OBJECTIVES[self.settings.objective], self.settings
+        if not objective.reads_ratings:
+            return
+        rating = dataset.inter_feat[RATING].unique()
+        same = torch.ones(len(rating), 1 + max(1, self.negatives))
+        alike = Logps.of(-same, -same, same)
+        wrong = ~objective.losses(alike._replace(rating=rating), settings.constants).isfinite()
+        if wrong.any():
+            raise UserError(
+                f"objective={settings.objective!r} has no loss for the rating "
+                f"{float(rating[wrong].min()):g} with unrated_score={settings.unrated_score:g}; "
+                "lower that, or leave such events out with val_interval."
+            )
+
     def _negatives(self, dataset: Dataset, sampler: AbstractSampler) -> Negatives:
         """As ``negative_sources`` has them, but for the policy's own."""
         weights = {**(self.settings.negative_sources or {})}
@@ -374,6 +395,8 @@ class SDPOLLM(SequentialRecommender):
         )
         items = offered[:, : 1 + min(number, objective.negatives)]
         logps, _ = self(self.encoder.forest(prompts, items), items.shape[1], objective.reference)
+        if RATING in interaction:
+            logps = logps._replace(rating=interaction[RATING][:rows].to(logps.policy_pos))
         return objective.losses(logps, self.settings.constants).mean()
 
     @torch.no_grad()

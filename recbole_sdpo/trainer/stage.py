@@ -300,7 +300,11 @@ class Stage:
 
     def _logps(self, batch: Batch, reference: bool) -> tuple[Logps, torch.Tensor]:
         known = self.cache.read(batch.targets).to(self.model.lm.device) if self.cache else None
-        return self._policy(batch.forest, batch.width, reference, known, batch.ends)
+        logps, kl = self._policy(batch.forest, batch.width, reference, known, batch.ends)
+        if self.examples.ratings is not None:
+            rating = torch.from_numpy(self.examples.ratings[batch.targets])
+            logps = logps._replace(rating=rating.to(logps.policy_pos))
+        return logps, kl
 
     def _write(self, values: dict[str, float]) -> None:
         values = values | {"learning_rate": self.scheduler.get_last_lr()[0]}
