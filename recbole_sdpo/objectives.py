@@ -65,7 +65,8 @@ class Logps(NamedTuple):
 
     def detach(self) -> Logps:
         """The same numbers, of which no gradient is asked."""
-        return Logps(*(part if part is None else part.detach() for part in self))
+        parts = self._asdict().items()
+        return self._replace(**{name: part.detach() for name, part in parts if part is not None})
 
     def without_reference(self) -> Logps:
         """The same policy beside a reference to which all responses are alike, which is none."""

@@ -358,8 +358,9 @@ def _check_labels(config: Config, files: list[File]) -> None:
 
 
 def _check_ratings(config: Config, files: list[File]) -> None:
-    field = rating_field(config)
-    for file in _events(files) if field else ():
+    if (field := rating_field(config)) is None:
+        return
+    for file in _events(files):
         if file.types.get(field) != "float":
             columns = ", ".join(map(":".join, file.types.items()))
             raise UserError(

@@ -359,9 +359,10 @@ class SDPOLLM(SequentialRecommender):
         policy = policy.view(-1, width)
         ref = torch.zeros_like(policy) if known is None else known.view(-1, width)
         length = forest.lengths().to(policy).view(-1, width)
-        pos, neg, *others = Logps.of(policy, ref, length)
+        logps = Logps.of(policy, ref, length)
         # Copies: what is in place of a view is lost on FSDP2, which hooks on what a pass returns.
-        return Logps(pos.clone(), neg.clone(), *others), kl
+        copies = logps.policy_pos.clone(), logps.policy_neg.clone()
+        return logps._replace(policy_pos=copies[0], policy_neg=copies[1]), kl
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Mean loss of RecBole's batch under the current objective, for training by any RecBole
