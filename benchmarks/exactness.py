@@ -241,7 +241,7 @@ def sdpo_loss(device: torch.device, negatives: int = 3) -> dict[str, object]:
         examples = recommender.examples(train_data._dataset, train_data._sampler, negatives)
         prompts, items = examples.batch(np.arange(8), 0, "exactness")
         forest = recommender.encoder.forest(prompts, items)
-        loss = sdpo(recommender(forest, 1 + negatives, True), Constants()).mean()
+        loss = sdpo(recommender(forest, 1 + negatives, True)[0], Constants()).mean()
         loss.backward()
         sides.append(
             (

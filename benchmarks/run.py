@@ -35,7 +35,7 @@ from recbole_sdpo.data.sequences import histories
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.lm.ranking import score_all, score_top
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.objectives import OBJECTIVES, Constants, Objective, sdpo
+from recbole_sdpo.objectives import OBJECTIVES, Constants, Logps, Objective, sdpo
 from recbole_sdpo.ragged import exclusive_cumsum
 from recbole_sdpo.report.table import markdown_table
 
@@ -123,7 +123,8 @@ class Bench:
     def loss(self, prompts: Prompts, items: np.ndarray, known: Tensor | None = None) -> Tensor:
         """Our S-DPO step up to the loss, packing included."""
         forest = self.recommender.encoder.forest(prompts, items)
-        return sdpo(self.recommender(forest, items.shape[1], True, known), Constants()).mean()
+        logps, _ = self.recommender(forest, items.shape[1], True, known)
+        return sdpo(logps, Constants()).mean()
 
     def gradient(self, loss: Callable[[], Tensor]) -> list[Tensor]:
         """A step up to the optimizer."""
@@ -224,12 +225,15 @@ class Bench:
 
         def loss(objective: Objective, prompts: Prompts, items: np.ndarray) -> Tensor:
             forest = self.recommender.encoder.forest(prompts, items)
-            logps = self.recommender(forest, items.shape[1], objective.reference)
-            return objective.losses(logps, Constants()).mean()
+            logps, _ = self.recommender(forest, items.shape[1], objective.reference)
+            return objective.losses(rated(logps), Constants()).mean()
+
+        def rated(logps: Logps) -> Logps:
+            return logps._replace(rating=torch.full_like(logps.policy_pos, 4.0))
 
         aligned = {name: kind for name, kind in OBJECTIVES.items() if kind.negatives == math.inf}
         with torch.no_grad():
-            expected = plain.logps(self.recommender, part, few)
+            expected = rated(plain.logps(self.recommender, part, few))
             for kind in aligned.values():
                 torch.testing.assert_close(
                     loss(kind, part, few),
@@ -356,7 +360,7 @@ class Bench:
 
         def step(forest: Forest, width: int) -> None:
             optimizer.zero_grad()
-            sdpo(self.recommender(forest, width, True), Constants()).mean().backward()
+            sdpo(self.recommender(forest, width, True)[0], Constants()).mean().backward()
             optimizer.step()
 
         packed = pack()

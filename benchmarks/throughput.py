@@ -95,7 +95,7 @@ class Workload:
         def loss() -> Tensor:
             if items.shape[1] == 1:
                 return -self.lm(forest).mean()
-            return sdpo(self.recommender(forest, items.shape[1], True), Constants()).mean()
+            return sdpo(self.recommender(forest, items.shape[1], True)[0], Constants()).mean()
 
         def run() -> None:
             self.optimizer.zero_grad()
@@ -167,7 +167,7 @@ class Workload:
         prompts, items = self.batch(negatives, tokens)
         part, few = plain.some_targets(prompts, items, PLAIN_TARGETS)
         with torch.no_grad(), self.lm.arithmetic():
-            ours_of_few = self.recommender(
+            ours_of_few, _ = self.recommender(
                 self.recommender.encoder.forest(part, few), items.shape[1], True
             )
             theirs_of_few = plain.sdpo_loss(self.recommender, part, few)

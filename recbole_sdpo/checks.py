@@ -730,7 +730,7 @@ def _warn_of_constants(settings: Settings) -> None:
         if value != Constants._field_defaults[key] and key not in read:
             getLogger().warning(
                 f"{key}={value:g} has no effect on objective={settings.objective!r}, which reads "
-                f"{', '.join(sorted(read)) or 'no such setting'}."
+                f"{', '.join(sorted(read & {*Constants._fields})) or 'no such setting'}."
             )
 
 

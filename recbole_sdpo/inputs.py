@@ -80,6 +80,7 @@ OF_SDPO_LLM = frozenset(
         "prompts.py",
         "prompts",
         "examples.py",
+        "ratings.py",
     }
 )
 

@@ -12,6 +12,7 @@ of the difference is made small::
     sdpo         log pi / pi_ref       logsumexp    -log sigma
     dpo_multi    log pi / pi_ref       each         -log sigma
     dmpo         log pi / pi_ref       mean         -log sigma
+    recpo        log pi / pi_ref       logsumexp    -log sigma, with a margin by the user's rating
     softmax      log pi                logsumexp    -log sigma
     cpo          log pi                each         -log sigma, and the target's own -log pi
     simpo        log pi by the token   each         -log sigma
@@ -44,6 +45,8 @@ class Logps(NamedTuple):
         ref_neg: ``[B, K]``.
         length_pos: ``[B]``, tokens of the preferred response, its terminator included.
         length_neg: ``[B, K]``.
+        rating: ``[B]``, what the user gave to the preferred item, as in the data; None where no
+            objective reads it.
     """
 
     policy_pos: Tensor
@@ -52,6 +55,7 @@ class Logps(NamedTuple):
     ref_neg: Tensor
     length_pos: Tensor
     length_neg: Tensor
+    rating: Tensor | None = None
 
     @classmethod
     def of(cls, policy: Tensor, reference: Tensor, length: Tensor) -> Logps:
@@ -61,7 +65,8 @@ class Logps(NamedTuple):
 
     def detach(self) -> Logps:
         """The same numbers, of which no gradient is asked."""
-        return Logps(*(part.detach() for part in self))
+        parts = self._asdict().items()
+        return self._replace(**{name: part.detach() for name, part in parts if part is not None})
 
     def without_reference(self) -> Logps:
         """The same policy beside a reference to which all responses are alike, which is none."""
@@ -70,10 +75,10 @@ class Logps(NamedTuple):
 
     def by_token(self) -> Logps:
         """Means over the tokens of each response in place of sums."""
-        pos, neg, ref_pos, ref_neg, length_pos, length_neg = self
+        pos, neg, ref_pos, ref_neg, length_pos, length_neg, rating = self
         return Logps(
             *(pos / length_pos, neg / length_neg, ref_pos / length_pos, ref_neg / length_neg),
-            *(torch.ones_like(length_pos), torch.ones_like(length_neg)),
+            *(torch.ones_like(length_pos), torch.ones_like(length_neg), rating),
         )
 
 
@@ -86,12 +91,16 @@ class Constants(NamedTuple):
         label_smoothing: from 0 to below 0.5, how often preferred and negative are taken to be
             swapped.
         sft_weight: how many times the preferred response's -log pi is added.
+        rating_margin: how many times the margin of ratings is added, lambda of RecPO.
+        unrated_score: what counts as the rating of what a user has not rated.
     """
 
     beta: float = 1.0
     reward_margin: float = 0.0
     label_smoothing: float = 0.0
     sft_weight: float = 0.0
+    rating_margin: float = 1.0
+    unrated_score: float = 0.9045
 
 
 Loss = Callable[[Logps, Constants], Tensor]
@@ -218,6 +227,25 @@ def dynamicpo(logps: Logps, constants: Constants) -> Tensor:
     return _log_loss(mean + constants.reward_margin, constants)
 
 
+def recpo(logps: Logps, constants: Constants) -> Tensor:
+    """RecPO (Ouyang et al., *What Makes LLMs Effective Sequential Recommenders?*, 2025): S-DPO with
+    a margin that grows with the user's rating s_p of the preferred item,
+    -log sigma(-logsumexp_d(r_d - r_p + lambda log(1 + s_p - s_d))).
+
+    The negatives are items that the user has not rated: s_d is ``unrated_score``. The authors' code
+    (HoytWen/RecPO, rec_dpo_trainer.py, data/movielens_data.py) divides the rating of what is met n
+    steps later by sqrt(1 + n), prefers the highest of the next ten, and gives the others 3 at 10
+    steps, which is 0.9045. Here the next item is preferred, whose n is 0.
+    """
+    return _with_margin(logps, constants, torch.log1p(_rating(logps) - constants.unrated_score))
+
+
+def recpo_ratio(logps: Logps, constants: Constants) -> Tensor:
+    """:func:`recpo` with a margin of lambda s_p / s_d, which the authors' scripts ask for
+    (``--ratio``)."""
+    return _with_margin(logps, constants, _rating(logps) / constants.unrated_score)
+
+
 BOUNDARY_MARGIN = 6.0
 """Of :func:`dynamicpo`, in nats, as its authors have it."""
 
@@ -227,6 +255,18 @@ def _gaps(logps: Logps, constants: Constants) -> Tensor:
     pos, neg, ref_pos, ref_neg, *_ = logps
     gaps = constants.beta * ((neg - ref_neg) - (pos - ref_pos).unsqueeze(-1))
     return gaps + constants.reward_margin
+
+
+def _with_margin(logps: Logps, constants: Constants, margin: Tensor) -> Tensor:
+    """S-DPO with a ``margin [B]`` of each target's own, lambda times."""
+    gap = torch.logsumexp(_gaps(logps, constants), dim=-1)
+    return _log_loss(gap + constants.rating_margin * margin, constants)
+
+
+def _rating(logps: Logps) -> Tensor:
+    if logps.rating is None:
+        raise ValueError("The objective reads Logps.rating, and there is none.")
+    return logps.rating
 
 
 def _log_loss(gap: Tensor, constants: Constants) -> Tensor:
@@ -314,7 +354,8 @@ class Objective(NamedTuple):
         loss: the function.
         negatives: how many it looks at, at most.
         reference: does it compare the policy with one?
-        reads: which of :class:`Constants` it reads, but for ``sft_weight``, which goes with each.
+        reads: which of :class:`Constants` it reads, but for ``sft_weight``, which goes with each;
+            and ``rating``, if it reads :attr:`Logps.rating`.
     """
 
     title: str
@@ -322,6 +363,11 @@ class Objective(NamedTuple):
     negatives: float
     reference: bool
     reads: tuple[str, ...] = ("beta",)
+
+    @property
+    def reads_ratings(self) -> bool:
+        """Does it need the users' ratings?"""
+        return "rating" in self.reads
 
     def losses(self, logps: Logps, constants: Constants) -> Tensor:
         """The loss of each target, ``[B]``, with the SFT that is asked for beside an alignment."""
@@ -332,6 +378,7 @@ class Objective(NamedTuple):
 
 
 _PAIRS = ("beta", "reward_margin", "label_smoothing")
+_RATED = (*_PAIRS, "rating", "rating_margin", "unrated_score")
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": Objective("SFT", sft, negatives=0, reference=False, reads=()),
@@ -340,6 +387,8 @@ OBJECTIVES: dict[str, Objective] = {
     "dpo_multi": Objective("DPO-multi", dpo_multi, math.inf, reference=True, reads=_PAIRS),
     "dmpo": Objective("DMPO", dmpo, math.inf, reference=True, reads=_PAIRS),
     "dynamicpo": Objective("DynamicPO", dynamicpo, math.inf, reference=True, reads=_PAIRS),
+    "recpo": Objective("RecPO", recpo, math.inf, reference=True, reads=_RATED),
+    "recpo_ratio": Objective("RecPO (ratio)", recpo_ratio, math.inf, reference=True, reads=_RATED),
     "robust_dpo": Objective("robust DPO", robust_dpo, math.inf, reference=True, reads=_PAIRS),
     "ipo": Objective("IPO", ipo, math.inf, reference=True),
     "kto": Objective("KTO", kto, math.inf, reference=True),

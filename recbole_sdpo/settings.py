@@ -492,6 +492,21 @@ class Settings:
         "how many times SFT's loss is added to that of the second stage",
         Role.ALIGNMENT,
     )
+    rating_margin: float = _within(
+        0,
+        1000,
+        1.0,
+        "how many times RecPO's margin of ratings counts (objectives recpo and recpo_ratio)",
+        Role.ALIGNMENT,
+    )
+    unrated_score: float = _setting(
+        0.9045,
+        "what counts as the rating of a negative, which the user has not rated; the default is for "
+        "ratings from 1 to 5",
+        Role.ALIGNMENT,
+        lambda score: 0 < score <= 1000,
+        "more than 0 and at most 1000",
+    )
     negative_sources: dict[str, float] | None = _setting(
         None,
         "weights of the sources of negatives, such as {'uniform': 0.5, 'self': 0.5}; self: the "

@@ -34,12 +34,14 @@ def logps():
     shapes = ((B,), (B, K), (B,), (B, K))
     parts = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     lengths = [torch.randint(1, 9, shape, generator=generator).double() for shape in shapes[:2]]
-    return Logps(*(part.abs() * -3 - 0.1 for part in parts), *lengths)
+    rating = torch.randint(1, 6, (B,), generator=generator).double()
+    return Logps(*(part.abs() * -3 - 0.1 for part in parts), *lengths, rating)
 
 
 def one_by_one(pos, neg, ref_pos, ref_neg):
     """Logps of titles of one token."""
-    return Logps(pos, neg, ref_pos, ref_neg, torch.ones_like(pos), torch.ones_like(neg))
+    ones = torch.ones_like(pos), torch.ones_like(neg)
+    return Logps(pos, neg, ref_pos, ref_neg, *ones, torch.full_like(pos, 4.0))
 
 
 def first_negative(logps):
@@ -50,17 +52,17 @@ def log_sigmoid(x):
     return -math.log1p(math.exp(-x)) if x > -30 else x
 
 
-def by_hand(name, beta, margin, swapped):
+def by_hand(name, beta, margin, swapped, rating_margin, unrated):
     """The loss of one target, of numbers and lists, as its paper writes it."""
 
-    def pair(reward_pos, reward_neg):
+    def pair(reward_pos, reward_neg, margin=margin):
         apart = reward_pos - reward_neg - margin
         return -(1 - swapped) * log_sigmoid(apart) - swapped * log_sigmoid(-apart)
 
     def mean(values):
         return sum(values) / len(values)
 
-    def loss(p, ns, rp, rns, lp, lns):
+    def loss(p, ns, rp, rns, lp, lns, rating):
         ratio_pos = p - rp
         ratios = [n - r for n, r in zip(ns, rns, strict=True)]
         if name == "sft":
@@ -76,6 +78,11 @@ def by_hand(name, beta, margin, swapped):
                 ratio_pos, ratios = p, ns
             worst = math.log(sum(math.exp(beta * ratio) for ratio in ratios))
             return pair(beta * ratio_pos, worst)
+        if name in ("recpo", "recpo_ratio"):  # as the authors' code has it
+            better = math.log(1 + rating - unrated) if name == "recpo" else rating / unrated
+            logits = [r - ratio_pos + rating_margin * better / beta for r in ratios]
+            logit = -math.log(sum(math.exp(beta * each + margin) for each in logits))
+            return pair(logit, 0.0, margin=0.0)
         if name == "simpo":
             return mean([pair(beta / lp * p, beta / ln * n) for n, ln in zip(ns, lns, strict=True)])
         if name == "cpo":
@@ -133,8 +140,8 @@ def highest_of_three(values):
 @pytest.mark.parametrize("margin, swapped", [(0.0, 0.0), (0.4, 0.1)])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_each_is_the_formula_of_its_paper(name, margin, swapped, logps):
-    constants = Constants(BETA, margin, swapped)
-    expected = by_hand(name, *constants[:3])
+    constants = Constants(BETA, margin, swapped, rating_margin=0.6, unrated_score=1.3)
+    expected = by_hand(name, BETA, margin, swapped, 0.6, 1.3)
     rows = zip(*(part.tolist() for part in logps), strict=True)
     losses = OBJECTIVES[name].loss(logps, constants)
     assert losses.tolist() == pytest.approx([expected(*row) for row in rows], rel=1e-10)
@@ -148,7 +155,11 @@ def test_what_an_objective_says_of_itself_is_so(name, logps):
     strange = torch.full_like(logps.ref_pos, 9.0), torch.full_like(logps.ref_neg, -9.0)
     other = objective.loss(logps._replace(ref_pos=strange[0], ref_neg=strange[1]), PLAIN)
     assert torch.equal(losses, other) is not objective.reference
+    assert torch.equal(losses, objective.loss(logps._replace(rating=logps.rating + 1), PLAIN)) is (
+        not objective.reads_ratings
+    )
     changed = {"beta": 1.9, "reward_margin": 0.5, "label_smoothing": 0.2}
+    changed |= {"rating_margin": 0.5, "unrated_score": 0.5}
     for key, value in changed.items():
         other = objective.loss(logps, PLAIN._replace(**{key: value}))
         assert torch.equal(losses, other) is (key not in objective.reads), key
@@ -181,12 +192,26 @@ def test_what_becomes_another_objective_at_its_limits(logps):
     torch.testing.assert_close(loss["cpo"](one, plain), softmax(one, plain) - one.policy_pos)
     torch.testing.assert_close(loss["robust_dpo"](logps, plain), loss["dpo_multi"](logps, plain))
     # the mean of robust DPO over swapped and other preferences is DPO's loss on the true ones
-    ones, nexts = one[::2], one[1::2]
+    ones, nexts = one[:6:2], one[1:6:2]
     pairs = [(neg[:, 0], pos[:, None]) for pos, neg in zip(ones, nexts, strict=True)]
-    swap = Logps(*itertools.chain(*pairs))
+    swap = Logps(*itertools.chain(*pairs), one.rating)
     noisy = Constants(BETA, 0.0, 0.2)
     mean = 0.8 * loss["robust_dpo"](one, noisy) + 0.2 * loss["robust_dpo"](swap, noisy)
     torch.testing.assert_close(mean, dpo(one, plain), **close)
+
+
+def test_recpo_is_sdpo_where_ratings_make_no_margin(logps):
+    close, expected = dict(rtol=1e-12, atol=0), sdpo(logps, PLAIN)
+    off = PLAIN._replace(rating_margin=0.0)
+    for name in ("recpo", "recpo_ratio"):
+        torch.testing.assert_close(OBJECTIVES[name].loss(logps, off), expected, **close)
+    equal = PLAIN._replace(unrated_score=3.0, rating_margin=0.7)
+    alike = logps._replace(rating=torch.full_like(logps.rating, 3.0))
+    torch.testing.assert_close(OBJECTIVES["recpo"].loss(alike, equal), expected, **close)
+    of_one = sdpo(logps, PLAIN._replace(reward_margin=0.7))  # the ratio of equal ratings is 1
+    torch.testing.assert_close(OBJECTIVES["recpo_ratio"].loss(alike, equal), of_one, **close)
+    with pytest.raises(ValueError, match=r"reads Logps.rating, and there is none"):
+        OBJECTIVES["recpo"].loss(logps._replace(rating=None), PLAIN)
 
 
 def test_gradient_is_the_closed_form(logps):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from recbole_sdpo import compat, quick_start
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.result import read_result
-from recbole_sdpo.trainer import checkpoint, folder, sdpo_trainer, state
+from recbole_sdpo.trainer import checkpoint, folder, sdpo_trainer, state, step_file
 from recbole_sdpo.trainer.stage import Stage
 from recbole_sdpo.trainer.step_file import StepFile
 
@@ -390,6 +390,15 @@ def test_rows_of_steps_stay_byte_for_byte(tmp_path, caplog):
     assert "steps.csv is not there; the run goes on without" in caplog.text
     again.write("sft", 3, 3, {"loss": 1.0})
     assert pd.read_csv(path)["step"].tolist() == [3]
+
+
+def test_a_file_of_an_older_version_keeps_its_columns(tmp_path, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(step_file, "HEAD", b"stage,step,targets,loss\n")
+        mark = StepFile(tmp_path, None).mark()
+    StepFile(tmp_path, mark).write("sdpo", 0, 0, {"loss": 0.5, "kl": 0.1})
+    rows = pd.read_csv(tmp_path / "steps.csv").to_dict("records")
+    assert rows == [{"stage": "sdpo", "step": 0, "targets": 0, "loss": 0.5}]
 
 
 def test_the_curves_can_be_read(whole):

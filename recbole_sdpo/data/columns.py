@@ -13,6 +13,7 @@ import yaml
 from recbole.config import Config
 from recbole.utils import ModelType
 
+from recbole_sdpo.data.ratings import rating_field
 from recbole_sdpo.data.tables import read_header
 from recbole_sdpo.errors import UserError
 
@@ -136,6 +137,7 @@ def check_columns(config: Config) -> None:
     _check_named(config, files)
     _check_preloaded(config, files)
     _check_labels(config, files)
+    _check_ratings(config, files)
 
 
 def _is(config: Config, key: str) -> str:
@@ -353,3 +355,16 @@ def _check_labels(config: Config, files: list[File]) -> None:
             "by threshold={'rating': 4}"
         )
         file.need(_is(config, "LABEL_FIELD"), config["LABEL_FIELD"], ["float"], why)
+
+
+def _check_ratings(config: Config, files: list[File]) -> None:
+    if (field := rating_field(config)) is None:
+        return
+    for file in _events(files):
+        if file.types.get(field) != "float":
+            columns = ", ".join(map(":".join, file.types.items()))
+            raise UserError(
+                f"{_is(config, 'objective')} reads ratings, so {_is(config, 'RATING_FIELD')} must "
+                f"be a column of type float of {file.path}, whose columns are {columns}; name it, "
+                "or choose another objective."
+            )

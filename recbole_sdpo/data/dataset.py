@@ -27,6 +27,7 @@ from recbole.utils import FeatureSource, FeatureType, ModelType
 
 from recbole_sdpo.data.candidates import candidates_seed
 from recbole_sdpo.data.columns import FILTERS, UNFILTERED, by_time, check_columns, list_field
+from recbole_sdpo.data.ratings import RATING, rating_field, read_ratings
 from recbole_sdpo.data.split_rows import SplitRows, distinct, known_events, strangers, unknown
 from recbole_sdpo.data.tables import Table, read_table
 from recbole_sdpo.errors import UserError
@@ -122,6 +123,7 @@ def install() -> None:
         _load_feat,
         _set_alias,
         _fill_nan,
+        _normalize,
         _remap_ID_all,
         _remove_duplication,
         _reset_index,
@@ -136,6 +138,7 @@ RECBOLE = {
     for name in (
         "_load_data",
         "_set_alias",
+        "_normalize",
         "_remap_ID_all",
         "_reset_index",
         "_change_feat_format",
@@ -184,6 +187,10 @@ def _load_feat(self: Dataset, filepath: str, source: FeatureSource | str) -> pd.
             if "float" in kind.value:
                 self.field2bucketnum[field] = 2
         columns[field] = _column(self, table, field, name)
+    if name == "inter" and (rated := rating_field(self.config)):
+        self.field2source[RATING], self.field2type[RATING] = source, FeatureType.FLOAT
+        self.field2seqlen[RATING], self.field2bucketnum[RATING] = 1, 2
+        columns[RATING] = read_ratings(table, rated)
     if not columns:
         self.logger.warning(f"No columns has been loaded from [{source}]")
         return None
@@ -250,6 +257,14 @@ def _fill_nan(self: Dataset) -> None:
                 nothing = np.empty(0, np.int64 if kind == FeatureType.TOKEN_SEQ else np.float64)
                 rows = [nothing if isinstance(row, float) else row for row in column]
                 frame[field] = pd.Series(rows, index=frame.index, dtype=object)
+
+
+def _normalize(self: Dataset) -> None:
+    """As RecBole's, but for the ratings that an objective reads."""
+    written = self.inter_feat.get(RATING)
+    RECBOLE["_normalize"](self)
+    if written is not None:
+        self.inter_feat[RATING] = written
 
 
 def _remap_ID_all(self: Dataset) -> None:

@@ -12,7 +12,8 @@ from recbole.data.dataset import Dataset
 
 from recbole_sdpo.data.negatives import Negatives
 from recbole_sdpo.data.prompts import Prompts, Units, candidate_prompts, history_windows
-from recbole_sdpo.data.sequences import histories, training_sequences
+from recbole_sdpo.data.ratings import ratings
+from recbole_sdpo.data.sequences import histories, target_rows, training_sequences
 from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import generator, recbole_draws
 
@@ -22,9 +23,12 @@ class Examples(Protocol):
 
     Attributes:
         targets: int64 ``[trees]``, how many targets each tree serves.
+        ratings: float32, what each user gave to the target, one for each target, tree by tree; or
+            None.
     """
 
     targets: np.ndarray
+    ratings: np.ndarray | None
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
         """About how many tokens each tree takes, int64 ``[trees]``; ``lengths`` are the tokens
@@ -72,6 +76,8 @@ class HistoryExamples:
             training_sequences(self.dataset), self.window, self.units.header
         )
         self.targets = np.bincount(self.prompts.tree, minlength=len(self.prompts))
+        # Windows have a sequence's targets in order, each once.
+        self.ratings = ratings(self.dataset, target_rows(self.dataset))
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
         trunk = segment_sums(lengths[self.prompts.trunks.values], self.prompts.trunks.lengths)
@@ -127,6 +133,7 @@ class CandidateExamples:
             rows[self.dataset.iid_field].numpy(),
         )
         self.targets = np.ones(len(self.target), np.int64)
+        self.ratings = ratings(self.dataset, np.arange(len(self.target)))
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
         title = _negative_length(self.sampler, self.user, self.target, lengths)
@@ -171,6 +178,7 @@ class FixedExamples:
 
     def __init__(self, examples: Examples, seed: int) -> None:
         self._examples, self.targets = examples, examples.targets
+        self.ratings = examples.ratings
         self.prompts, self.items = examples.batch(np.arange(len(self.targets)), seed, "fixed")
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:

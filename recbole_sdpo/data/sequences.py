@@ -55,10 +55,8 @@ def training_sequences(dataset: Dataset) -> Sequences:
     it, so that one pass over a sequence serves all its targets. Rows that continue nothing start a
     sequence of their own.
     """
-    rows = dataset.inter_feat
+    rows = dataset.inter_feat[target_rows(dataset)]
     user = rows[dataset.uid_field].numpy()
-    order = np.argsort(user, kind="stable")
-    rows, user = rows[order], user[order]
     past, target = histories(rows, dataset.config), rows[dataset.iid_field].numpy()
     if len(target) == 0:
         return Sequences(Ragged.from_rows([]), user, np.empty(0, np.int64))
@@ -72,6 +70,12 @@ def training_sequences(dataset: Dataset) -> Sequences:
     in_opening = places(lengths) < np.repeat(opening.lengths, lengths)
     items[in_opening], items[~in_opening] = opening.values, target
     return Sequences(Ragged(items, lengths), user[heads], opening.lengths)
+
+
+def target_rows(dataset: Dataset) -> np.ndarray:
+    """The rows of a sequential dataset in the order in which :func:`training_sequences` has their
+    targets, int64 ``[rows]``."""
+    return np.argsort(dataset.inter_feat[dataset.uid_field].numpy(), kind="stable")
 
 
 def _extends(past: Ragged, target: np.ndarray, longest: int) -> np.ndarray:

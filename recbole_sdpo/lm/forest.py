@@ -96,6 +96,14 @@ class Forest:
         """Tokens of each response, int64 ``[R]``, where the forest is."""
         return torch.bincount(self.edge_response, minlength=self.responses)
 
+    def openings(self) -> Tensor:
+        """The entry of ``states`` that predicts the first token of each response, int64 ``[R]``,
+        where the forest is."""
+        # As in sum_by_response; a mask over the edges would be waited for.
+        table = self.edge_state.new_zeros(self.responses, self.steps)
+        table[self.edge_response, self.edge_step] = self.edge_state
+        return table[:, 0]
+
     def pin_memory(self) -> Forest:
         """The same forest in memory from which a GPU copies while the host goes on."""
         return self._with_each(Tensor.pin_memory)

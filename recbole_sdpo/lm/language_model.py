@@ -8,12 +8,13 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from logging import getLogger
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from recbole_sdpo.lm.attention import (
 from recbole_sdpo.lm.body import decoder_layers
 from recbole_sdpo.lm.forest import Forest, plant
 from recbole_sdpo.lm.parts import all_of
-from recbole_sdpo.lm.projection import token_logps
+from recbole_sdpo.lm.projection import next_logps, rows_at_once, token_logps
 from recbole_sdpo.lm.whole import is_whole, tables
 from recbole_sdpo.ragged import Ragged
 
@@ -132,8 +133,7 @@ class LanguageModel(nn.Module):
         Args:
             attention: what :func:`attention_inputs` gave for ``forest``, if it was asked already.
         """
-        with self.arithmetic():
-            return self._response_logps(self.causal_lm, forest, attention)
+        return self._answers(forest, attention)[0]
 
     @torch.no_grad()
     def reference_logps(self, forest: Forest, attention: Attention | None = None) -> Tensor:
@@ -142,8 +142,7 @@ class LanguageModel(nn.Module):
         Raises:
             RuntimeError: no reference was frozen yet.
         """
-        with self.reference() as model, self.arithmetic():
-            return self._response_logps(model, forest, attention)
+        return self._reference_answers(forest, attention)[0]
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -175,21 +174,51 @@ class LanguageModel(nn.Module):
     def policy_and_reference(self, forest: Forest) -> tuple[Tensor, Tensor]:
         """:meth:`forward` and :meth:`reference_logps`; what lies under the lowest adapter runs
         once for both."""
+        return self.compared(forest, torch.empty(0, dtype=torch.long))[:2]
+
+    def compared(self, forest: Forest, watched: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`policy_and_reference`, and how far they are apart.
+
+        Args:
+            watched: int64 ``[W]``, some of the responses.
+
+        Returns:
+            the log-probabilities of both, ``[R]`` each, and for each watched response the KL
+            divergence of the policy from the reference, over all tokens that might come first in
+            place of its own, in nats ``[W]``, without a gradient.
+        """
         forest = forest.to(self.device)  # once for both, as are the masks
         with self.arithmetic():  # in which the masks are, too
             attention = self._attention(forest)
-        if not self._shared:
-            return self(forest, attention), self.reference_logps(forest, attention)
         outputs: list = []
-        hook = self._layers[self._shared - 1].register_forward_hook(
-            lambda layer, args, output: outputs.append(output)
-        )
-        try:
-            policy = self(forest, attention)
-        finally:
-            hook.remove()
-        with self._below_gives(outputs[0]):
-            return policy, self.reference_logps(forest, attention)
+        hook: AbstractContextManager = nullcontext()
+        if self._shared:
+            hook = self._layers[self._shared - 1].register_forward_hook(
+                lambda layer, args, output: outputs.append(output)
+            )
+        with hook:
+            policy, mine = self._answers(forest, attention)
+        with self._below_gives(outputs[0]) if self._shared else nullcontext():
+            reference, theirs = self._reference_answers(forest, attention)
+        at = forest.openings()[watched.to(self.device, non_blocking=True)]
+        return policy, reference, self._divergence(mine.detach()[at], theirs[at])
+
+    @torch.no_grad()
+    def _divergence(self, mine: Tensor, theirs: Tensor) -> Tensor:
+        """The KL divergence over the next token after the policy's states ``mine [W, H]`` from that
+        after the reference's, ``[W]``."""
+        if not len(mine):
+            return torch.zeros(0, device=self.device)
+        apart = []
+        with self.arithmetic():
+            each = rows_at_once(self.causal_lm, mine)
+            for some, others in zip(mine.split(each), theirs.split(each), strict=True):
+                policy = next_logps(self.causal_lm, some)
+                with self.reference() as model:
+                    reference = next_logps(model, others)
+                terms = F.kl_div(reference, policy, reduction="none", log_target=True)
+                apart.append(terms.sum(-1))
+        return torch.cat(apart)
 
     @contextmanager
     def _below_gives(self, output: Tensor | tuple) -> Iterator[None]:
@@ -362,7 +391,7 @@ class LanguageModel(nn.Module):
                     expected.append(
                         logps[torch.arange(start - 1, len(tokens) - 1), tokens[start:]].sum()
                     )
-                scores = self._response_logps(model, forest, attention).double()
+                scores = self._pass(model, forest, attention)[0].double()
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -398,11 +427,24 @@ class LanguageModel(nn.Module):
                 return self._attention(forest)
         return attention
 
-    def _response_logps(
+    def _answers(self, forest: Forest, attention: Attention | None) -> tuple[Tensor, Tensor]:
+        """:meth:`_pass` under the policy."""
+        with self.arithmetic():
+            return self._pass(self.causal_lm, forest, attention)
+
+    @torch.no_grad()
+    def _reference_answers(
+        self, forest: Forest, attention: Attention | None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`_pass` under the reference."""
+        with self.reference() as model, self.arithmetic():
+            return self._pass(model, forest, attention)
+
+    def _pass(
         self, model: PreTrainedModel, forest: Forest, attention: Attention | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """One pass over the forest: the sum of each response's token log-probabilities given its
-        prompt, ``[R]``."""
+        prompt, ``[R]``, and the last hidden states of the tokens that predict, ``[S, H]``."""
         forest = forest.to(model.device)
         implementation, inputs = attention or self._attention(forest)
         set_attention(model, implementation)
@@ -412,7 +454,7 @@ class LanguageModel(nn.Module):
         # The states are distinct: the gradient of this adds in no order.
         states = hidden.flatten(0, 1).index_select(0, forest.states)
         logps = token_logps(model, states, forest.edge_state, forest.edge_token, forest.first_edge)
-        return forest.sum_by_response(logps)
+        return forest.sum_by_response(logps), states
 
 
 def _state(model: nn.Module) -> Iterator[Tensor]:

@@ -51,6 +51,20 @@ def token_logps(
     )
 
 
+def next_logps(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """log pi of every token after the given last hidden states ``[N, H]``, ``[N, vocabulary]`` in
+    float32 or more; for so few of them as :func:`rows_at_once` says."""
+    padded = F.pad(hidden, (0, 0, 0, -len(hidden) % _together(hidden)))
+    return _to_logits(model, padded)[: len(hidden)].log_softmax(-1)
+
+
+def rows_at_once(model: PreTrainedModel, hidden: Tensor) -> int:
+    """Of how many of the states ``hidden`` the logits may be held at a time."""
+    together = _together(hidden)
+    logits = together * model.config.get_text_config().vocab_size
+    return max(1, LOGITS_AT_ONCE[hidden.device.type == "cuda"] // logits) * together
+
+
 class _TokenLogps(torch.autograd.Function):
     """log pi of ``edge_token[e]`` after ``hidden[edge_state[e]]``, without ever holding all logits.
 
@@ -117,16 +131,7 @@ def _chunks(
     """Cuts of the states, and of the edges that leave them, with a bounded number of logits
     each."""
     (model,) = logits_of.args
-    together = _together(hidden)
-    step = (
-        max(
-            1,
-            LOGITS_AT_ONCE[hidden.device.type == "cuda"]
-            // (together * model.config.get_text_config().vocab_size),
-        )
-        * together
-    )
-    bounds = [*range(0, len(hidden), step), len(hidden)]
+    bounds = [*range(0, len(hidden), rows_at_once(model, hidden)), len(hidden)]
     # Edges stand in the order of their states, so that a cut of the states is one of the edges.
     edges = first_edge[bounds].tolist()
     return [

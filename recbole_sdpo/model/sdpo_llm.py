@@ -34,6 +34,7 @@ from recbole_sdpo.data.prompts import (
     candidate_prompts,
     history_prompts,
 )
+from recbole_sdpo.data.ratings import RATING
 from recbole_sdpo.data.sequences import (
     histories,
     last_targets,
@@ -59,6 +60,8 @@ from recbole_sdpo.settings import NO_FULL_RANKING, BackboneSettings, CompleteSet
 
 PASSES = ("predict", "full_sort_predict", "answers", "favourites")
 """Methods of the model that call the backbone, beside ``forward``."""
+
+NO_TARGETS = torch.empty(0, dtype=torch.int64)
 
 TARGET_ROW = "target_row"
 """Column of an evaluation batch: the number of the target, from 0, that a row's item is a
@@ -228,6 +231,26 @@ class SDPOLLM(SequentialRecommender):
             for source in mixed.samplers.values():
                 source.check(user, target, max(wanted.values()))
 
+    def check_ratings(self, dataset: Dataset) -> None:
+        """Has the objective a loss for each of ``dataset``'s ratings, if it reads them?
+
+        Raises:
+            UserError: of one it is not finite.
+        """
+        objective, settings = OBJECTIVES[self.settings.objective], self.settings
+        if not objective.reads_ratings:
+            return
+        rating = dataset.inter_feat[RATING].unique()
+        same = torch.ones(len(rating), 1 + max(1, self.negatives))
+        alike = Logps.of(-same, -same, same)
+        wrong = ~objective.losses(alike._replace(rating=rating), settings.constants).isfinite()
+        if wrong.any():
+            raise UserError(
+                f"objective={settings.objective!r} has no loss for the rating "
+                f"{float(rating[wrong].min()):g} with unrated_score={settings.unrated_score:g}; "
+                "lower that, or leave such events out with val_interval."
+            )
+
     def _negatives(self, dataset: Dataset, sampler: AbstractSampler) -> Negatives:
         """As ``negative_sources`` has them, but for the policy's own."""
         weights = {**(self.settings.negative_sources or {})}
@@ -307,8 +330,13 @@ class SDPOLLM(SequentialRecommender):
         return scores.masked_fill(scores < scores.topk(reach).values[:, -1:], -torch.inf)
 
     def forward(
-        self, forest: Forest, width: int, reference: bool, known: Tensor | None = None
-    ) -> Logps:
+        self,
+        forest: Forest,
+        width: int,
+        reference: bool,
+        known: Tensor | None = None,
+        watched: Tensor = NO_TARGETS,
+    ) -> tuple[Logps, Tensor]:
         """Log-probabilities of a forest whose responses are, for each target, its title and K
         negative ones.
 
@@ -316,17 +344,25 @@ class SDPOLLM(SequentialRecommender):
             width: 1 + K.
             reference: the reference's, too; zeros stand in for them otherwise.
             known: what the reference said, ``[T, 1 + K]``, if that is known already.
+            watched: int64 ``[W]``, some of the targets.
+
+        Returns:
+            them, and the KL divergence of the policy from the reference over the next token where
+            the titles of the watched targets begin, in nats ``[W]``; none, ``[0]``, where the
+            reference is not asked.
         """
+        kl = torch.zeros(0, device=self.lm.device)
         if reference and known is None:
-            policy, known = self.lm.policy_and_reference(forest)
+            policy, known, kl = self.lm.compared(forest, watched * width)
         else:
             policy = self.lm(forest)
         policy = policy.view(-1, width)
         ref = torch.zeros_like(policy) if known is None else known.view(-1, width)
         length = forest.lengths().to(policy).view(-1, width)
-        pos, neg, *others = Logps.of(policy, ref, length)
+        logps = Logps.of(policy, ref, length)
         # Copies: what is in place of a view is lost on FSDP2, which hooks on what a pass returns.
-        return Logps(pos.clone(), neg.clone(), *others)
+        copies = logps.policy_pos.clone(), logps.policy_neg.clone()
+        return logps._replace(policy_pos=copies[0], policy_neg=copies[1]), kl
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Mean loss of RecBole's batch under the current objective, for training by any RecBole
@@ -359,7 +395,9 @@ class SDPOLLM(SequentialRecommender):
             histories(interaction[:rows], self.config), Ragged.from_matrix(offered), target, user
         )
         items = offered[:, : 1 + min(number, objective.negatives)]
-        logps = self(self.encoder.forest(prompts, items), items.shape[1], objective.reference)
+        logps, _ = self(self.encoder.forest(prompts, items), items.shape[1], objective.reference)
+        if RATING in interaction:
+            logps = logps._replace(rating=interaction[RATING][:rows].to(logps.policy_pos))
         return objective.losses(logps, self.settings.constants).mean()
 
     @torch.no_grad()

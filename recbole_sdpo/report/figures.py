@@ -45,6 +45,8 @@ CURVES = {
     "reward_negative": "mean reward of the negatives",
     "margin": "margin to the best negative",
     "logp_positive": "log π of the positive",
+    "accuracy": "targets above all their negatives",
+    "kl": "KL from the reference, next token",
 }
 
 
@@ -224,9 +226,9 @@ def _short(name: str) -> str:
 
 
 def curves(runs: Sequence[FinishedRun]) -> Figure:
-    """What happens while aligning: rewards, margin and log-probability of the positive, by run."""
-    figure = Figure(figsize=(9, 6.4 + LEGEND_LINE * len(runs)), layout="constrained")
-    for axes, (column, label) in zip(figure.subplots(2, 2).flat, CURVES.items()):
+    """What happens while aligning, by run: a panel for each of :data:`CURVES`."""
+    figure = Figure(figsize=(13.5, 6.4 + LEGEND_LINE * len(runs)), layout="constrained")
+    for axes, (column, label) in zip(figure.subplots(2, 3).flat, CURVES.items()):
         _curve(axes, runs, column, label)
     _legend(figure, figure.axes[0], [run.name for run in runs], loc="outside lower center", ncols=2)
     return figure
@@ -256,6 +258,8 @@ def _curve(axes, runs: Sequence[FinishedRun], column: str, label: str) -> None:
     _cycle(axes)
     for run in runs:
         steps = alignment_steps(run)
+        if column not in steps:  # of an older version
+            continue
         smooth = steps[column].rolling(max(1, int(SMOOTHED * len(steps))), min_periods=1).mean()
         shown = slice(None, None, max(1, len(steps) // POINTS))
         axes.plot(steps["targets"][shown], smooth[shown], label="row", linewidth=1.2)

@@ -49,6 +49,11 @@ class Batch:
         """Responses to a target, 1 + K."""
         return self.items.shape[1]
 
+    @property
+    def ends(self) -> torch.Tensor:
+        """The last target of each tree, whose prompt is its longest, int64 ``[trees]``."""
+        return torch.from_numpy(np.flatnonzero(np.diff(self.prompts.tree, append=-1)))
+
     def pin_memory(self) -> Batch:
         """The same batch, from which a GPU copies while the host goes on."""
         return replace(self, forest=self.forest.pin_memory())

@@ -423,6 +423,7 @@ class SDPOTrainer(Trainer):
             self.eval_collector.data_collect(train_data)
             self._parts = [train_data._dataset]
             self.model.check_negatives(train_data._dataset, train_data._sampler)
+            self.model.check_ratings(train_data._dataset)
             self.model.check_prompts(train_data._dataset, self.model.settings.prompt_candidates)
             if self.model.settings.caches_reference:
                 reference_folder(self.model.settings.backbone.cache_dir)

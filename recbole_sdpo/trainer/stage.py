@@ -30,7 +30,7 @@ from recbole_sdpo.settings import CompleteStage
 from recbole_sdpo.trainer.batches import Batch, Plan, StageBatches
 from recbole_sdpo.trainer.engine import adding_up, joined
 from recbole_sdpo.trainer.reference import ReferenceCache
-from recbole_sdpo.trainer.step_file import StepFile
+from recbole_sdpo.trainer.step_file import KL, StepFile
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -237,14 +237,15 @@ class Stage:
         # By the step's number, so that a resumed run drops what the uninterrupted one does.
         torch.manual_seed(derive_seed(model.seed, "dropout", self.name, self.step, process))
         self.optimizer.zero_grad()
-        # Sums: losses, tokens, processes asked to stop, so that all stop at one step, diagnostics.
-        width = 3 + len(Diagnostics._fields)
+        # Sums: losses, tokens, processes asked to stop, so that all stop at one step, divergences
+        # and their number, diagnostics.
+        width = 5 + len(Diagnostics._fields)
         sums = torch.zeros(width, device=model.lm.device, dtype=torch.float64)
         for number, batch in enumerate(step, 1):
             if objective.negatives and model.draws > 1:
                 batch = self._hardest(batch)
             with adding_up(self._policy, last=number == len(step)):
-                logps = self._logps(batch, objective.reference)
+                logps, kl = self._logps(batch, objective.reference)
                 losses = objective.losses(logps, model.settings.constants) * batch.counts
                 # Summed over batches, and by the engine the mean over processes, this is the mean
                 # over the step's targets.
@@ -254,12 +255,16 @@ class Stage:
                 sums[1] += batch.forest.size
             if batch.counts and objective.negatives:
                 means = diagnostics(logps.detach(), model.settings.beta)
-                sums[3:] += torch.stack(means).double() * len(losses)
+                sums[3] += kl.sum()
+                sums[4] += len(kl)
+                sums[5:] += torch.stack(means).double() * len(losses)
         sums[2] = bool(asked_to_stop())
         sums = self.accelerator.reduce(sums, "sum")
         norm = all_of(clip_grad_norm_(self._parameters, settings.clip_norm or float("inf")))
         # All that the host wants to know, at once: each question waits for the GPU.
-        norm, loss, tokens, stops, *watched = torch.cat([norm.double()[None], sums]).tolist()
+        norm, loss, tokens, stops, kl, ends, *watched = torch.cat(
+            [norm.double()[None], sums]
+        ).tolist()
         # Before the optimizer's step: weights that it spoils would be saved for a resumed run.
         if not np.isfinite([loss, norm]).all():
             raise UserError(
@@ -268,8 +273,12 @@ class Stage:
                 f"{self.name}_title_rate (now {settings.title_rate})."
             )
         self.optimizer.step()
-        means = Diagnostics(*(total / targets for total in watched))
-        self._write(loss / targets, means if objective.negatives else None, norm)
+        values = {"loss": loss / targets, "gradient_norm": norm}
+        if objective.negatives:
+            values |= Diagnostics(*(total / targets for total in watched))._asdict()
+        if ends:
+            values[KL] = kl / ends
+        self._write(values)
         self.scheduler.step()
         self.step, self.targets = self.step + 1, self.targets + targets
         self.tokens += int(tokens)
@@ -280,7 +289,7 @@ class Stage:
         """``batch`` with, of each negative's draws, the one that the policy scores highest, as
         RecBole's ``dynamic`` has it."""
         self.model.eval()
-        scores = self._policy(batch.forest, batch.width, False).policy_neg
+        scores = self._policy(batch.forest, batch.width, False)[0].policy_neg
         self.model.train()
         drawn = batch.items[:, 1:].reshape(len(scores), -1, self.model.draws)
         best = scores.view(drawn.shape).argmax(-1, keepdim=True).cpu().numpy()
@@ -289,14 +298,16 @@ class Stage:
         forest = self.model.encoder.forest(batch.prompts, items)
         return replace(batch, forest=forest, items=items)
 
-    def _logps(self, batch: Batch, reference: bool) -> Logps:
+    def _logps(self, batch: Batch, reference: bool) -> tuple[Logps, torch.Tensor]:
         known = self.cache.read(batch.targets).to(self.model.lm.device) if self.cache else None
-        return self._policy(batch.forest, batch.width, reference, known)
+        logps, kl = self._policy(batch.forest, batch.width, reference, known, batch.ends)
+        if self.examples.ratings is not None:
+            rating = torch.from_numpy(self.examples.ratings[batch.targets])
+            logps = logps._replace(rating=rating.to(logps.policy_pos))
+        return logps, kl
 
-    def _write(self, loss: float, watched: Diagnostics | None, norm: float) -> None:
-        rate = self.scheduler.get_last_lr()[0]
-        values = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
-        values |= watched._asdict() if watched else {}
+    def _write(self, values: dict[str, float]) -> None:
+        values = values | {"learning_rate": self.scheduler.get_last_lr()[0]}
         if self.step_file is not None:
             self.step_file.write(self.name, self.step, self.targets, values)
         if self.writer is None:

@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from recbole_sdpo.data.examples import HistoryExamples
-from recbole_sdpo.data.sequences import training_sequences
+from recbole_sdpo.data.ratings import ratings
+from recbole_sdpo.data.sequences import target_rows, training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import read_record, sha256, whole_file, write_record
 from recbole_sdpo.lm.parts import gathered, parted_as
@@ -124,8 +125,9 @@ def resume_identity(model: SDPOLLM, dataset: Dataset, processes: int) -> dict[st
         dataset: RecBole's, for training.
         processes: that train together.
     """
-    sequences = training_sequences(dataset)
-    rows = (sequences.items.values, sequences.items.lengths, sequences.user)
+    sequences, rated = training_sequences(dataset), ratings(dataset, target_rows(dataset))
+    rows = [sequences.items.values, sequences.items.lengths, sequences.user]
+    rows += [] if rated is None else [rated]
     data = hashlib.sha256(b"".join(row.tobytes() for row in rows)).hexdigest()
     theirs = {key: model.config[key] for key in sorted(having(Role.FIXED))}
     ours, free = model.settings.to_flat(), having(Role.FREE)

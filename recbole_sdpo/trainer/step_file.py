@@ -14,9 +14,13 @@ from recbole_sdpo.objectives import Diagnostics
 
 FILE = "steps.csv"
 
+KL = "kl"
+"""The column of the KL divergence from the reference."""
+
 COLUMNS = (
     *("stage", "step", "targets", "loss", "gradient_norm", "learning_rate"),
     *Diagnostics._fields,
+    KL,
 )
 HEAD = ",".join(COLUMNS).encode() + b"\n"
 
@@ -44,10 +48,10 @@ class StepFile:
         self._path = run_dir / FILE
         with whole_file(self._path) as part:
             part.write_bytes(HEAD if mark is None else self._rows_until(mark))
-        self._digest, self._size = (
-            hashlib.sha256(self._path.read_bytes()),
-            self._path.stat().st_size,
-        )
+        content = self._path.read_bytes()
+        self._digest, self._size = hashlib.sha256(content), len(content)
+        # of a run that an older version began, there are fewer
+        self._columns = content.split(b"\n", 1)[0].decode().split(",")
         self._file = self._path.open("ab", buffering=0)
 
     def _rows_until(self, mark: Mark) -> bytes:
@@ -67,7 +71,7 @@ class StepFile:
     def write(self, stage: str, step: int, targets: int, values: dict[str, float]) -> None:
         """A row; ``targets`` are those trained on so far in the stage."""
         row = {"stage": stage, "step": step, "targets": targets, **values}
-        line = ",".join(str(row.get(column, "")) for column in COLUMNS).encode() + b"\n"
+        line = ",".join(str(row.get(column, "")) for column in self._columns).encode() + b"\n"
         with naming(self._path):
             self._file.write(line)
         self._digest.update(line)

@@ -174,7 +174,7 @@ def test_trees_that_are_cut_say_the_same(ring, monkeypatch):
         monkeypatch.setattr(encoder, "cut_wide", cut)
         forest = model.encoder.forest(prompts, items)
         model.zero_grad()
-        logps = model(forest, 4, False)
+        logps, _ = model(forest, 4, False)
         (-logps.policy_pos + logps.policy_neg.exp().sum(1)).sum().backward()
         slopes = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         said.append((len(forest.tokens), logps, slopes))

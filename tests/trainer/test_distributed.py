@@ -80,6 +80,11 @@ def test_two_processes_are_one(ring, tmp_path, peft, parallel):
             tag = f"{stage}/{name}"
             assert len(losses_of_one[tag]) > 1
             assert losses_of_two[tag] == pytest.approx(losses_of_one[tag], rel=1e-3)
+    asked = parallel == "fsdp"  # fixed negatives keep what the reference said of titles alone
+    assert ("sdpo/kl" in losses_of_two) is asked
+    if asked:
+        assert losses_of_one["sdpo/kl"][-1] > 1e-6
+        assert losses_of_two["sdpo/kl"] == pytest.approx(losses_of_one["sdpo/kl"], rel=1e-2)
 
 
 def test_baselines_ask_for_one_process(ring, tmp_path):

@@ -24,13 +24,13 @@ SMALL = {
 def asked(monkeypatch):
     """How many responses the reference was asked for."""
     counts = []
-    ask = LanguageModel.reference_logps
+    ask = LanguageModel._reference_answers
 
     def counted(self, forest, *attention):
         counts.append(forest.responses)
         return ask(self, forest, *attention)
 
-    monkeypatch.setattr(LanguageModel, "reference_logps", counted)
+    monkeypatch.setattr(LanguageModel, "_reference_answers", counted)
     return counts
 
 

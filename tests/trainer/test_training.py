@@ -1,5 +1,6 @@
 """Both stages on a dataset with a rule: item n is followed by n + 1."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -478,24 +479,45 @@ def test_a_step_takes_as_many_targets_as_asked_for(ring, style):
 
 @pytest.mark.parametrize("style", ["history", "candidates"])
 def test_the_size_of_batches_changes_no_step(ring, style):
-    """Its targets, its draws and its gradient are those of the seed on every device."""
+    """Its targets, its draws, its gradient and its divergence are those of the seed on every
+    device."""
     trainer, loaders = start(
         ring | {"prompt_style": style, "prompt_candidates": 5, "sdpo_targets_per_step": 30}
     )
-    model, plans, grads = trainer.model, [], []
+    model, plans, grads, logged = trainer.model, [], [], []
     examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 3)
     model.lm.freeze_reference()
+    before = copy.deepcopy(model.lm.causal_lm)
+    with torch.no_grad():
+        for weight in model.lm.trainable().values():
+            weight.add_(0.05 * torch.randn_like(weight))
     for tokens in (90, 5000):
         settings = replace(model.settings.sdpo, tokens_per_batch=tokens)
         stage = Stage("sdpo", "sdpo", settings, None, model, examples, trainer.accelerator, None)
         plans.append(stage.batches.plan(0))
         stage.optimizer.step = lambda: None
         first = plans[-1][:1]
-        stage._step(list(stage.batches.loader(first, 0)), stage.batches.targets(first))
+        stage._write = logged.append
+        step = list(stage.batches.loader(first, 0))
+        stage._step(step, stage.batches.targets(first))
         grads.append(torch.cat([p.grad.flatten() for p in stage._parameters]))
     small, large = ([sorted(np.concatenate(step)) for step in plan] for plan in plans)
     assert small == large and len(plans[0][0]) > len(plans[1][0]) == 1
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    # over the next token after the whole trunk of each tree, but for the target that ends it
+    (prompts,) = (batch.prompts for batch in step)
+    until = {tree: int(before) for tree, before in zip(prompts.tree, prompts.before, strict=True)}
+    apart = []
+    for tree, units in until.items():
+        texts = model.encoder.tokens.take(prompts.trunks[tree][:units])
+        ids = torch.from_numpy(texts.values)[None]
+        with torch.no_grad():
+            now, then = (
+                each(input_ids=ids).logits[0, -1].double().softmax(-1)
+                for each in (model.lm.causal_lm, before)
+            )
+        apart.append(float((now * (now / then).log()).sum()))
+    assert [values["kl"] for values in logged] == pytest.approx([np.mean(apart)] * 2, rel=1e-3)
 
 
 def test_targets_and_batches_to_a_step_exclude_each_other(ring):
