@@ -22,6 +22,10 @@ from recbole_sdpo.ragged import Ragged
 LEFT_OUT = "left_out"
 """Column of an evaluation batch: how many items are no candidates of the row's target."""
 
+SCORES_AT_ONCE = 2**22
+"""Scores of a model that knows no sequence in a batch, at least. RecBole takes ``eval_batch_size``
+of them, which by default are those of one or two users."""
+
 
 class CatalogueEvalDataLoader(FullSortEvalDataLoader):
     """RecBole's loader of the whole catalogue, but that each target is ranked on its own for every
@@ -37,6 +41,10 @@ class CatalogueEvalDataLoader(FullSortEvalDataLoader):
     def _init_batch_size_and_step(self) -> None:
         self.is_sequential = self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
         super()._init_batch_size_and_step()
+        if not self.is_sequential:
+            items = self._dataset.item_num
+            self.step = max(self.step, SCORES_AT_ONCE // items)
+            self.set_batch_size(self.step * items)
 
     def collate_fn(self, index: Sequence[int]) -> tuple:
         """RecBole's tuple: rows, what is left out, and of each target its row and its item."""

@@ -132,6 +132,12 @@ def test_the_whole_catalogue_has_what_was_met_if_asked(path, model):
     assert fingerprint(*every) != fingerprint(*whole_catalogue(path, model)[0])
 
 
+@pytest.mark.parametrize(("model", "batches"), [("BPR", 1), ("GRU4Rec", 50)])
+def test_a_batch_of_scores_is_of_many_users(path, model, batches):
+    (_, test), _ = whole_catalogue(path, model, eval_batch_size=1)
+    assert len(test) == batches and len(ranked(test)) == 50
+
+
 @pytest.mark.parametrize("mode", ["uni5", "pop5", "full"])
 def test_all_kinds_of_models_meet_the_same_candidates_whatever_else_is_drawn(path, mode):
     settings = {"eval_args": {"mode": mode}}
