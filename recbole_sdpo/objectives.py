@@ -233,9 +233,9 @@ def recpo(logps: Logps, constants: Constants) -> Tensor:
     -log sigma(-logsumexp_d(r_d - r_p + lambda log(1 + s_p - s_d))).
 
     The negatives are items that the user has not rated: s_d is ``unrated_score``. The authors' code
-    (HoytWen/RecPO, rec_dpo_trainer.py, data/movielens_data.py) divides the rating of what is met n
-    steps later by sqrt(1 + n), prefers the highest of the next ten, and gives the others 3 at 10
-    steps, which is 0.9045. Here the next item is preferred, whose n is 0.
+    (HoytWen/RecPO, trainer/rec_dpo_trainer.py, data/movielens_data.py) divides the rating of what
+    is met n steps later by sqrt(1 + n), prefers the highest of the next ten, and gives the others 3
+    at 10 steps, which is 0.9045. Here the next item is preferred, whose n is 0.
     """
     return _with_margin(logps, constants, torch.log1p(_rating(logps) - constants.unrated_score))
 

@@ -46,6 +46,7 @@ from recbole_sdpo.data.candidates import (
 from recbole_sdpo.data.catalogue import Catalogue, NoTitles
 from recbole_sdpo.data.dataset import check_users, create_dataset, data_preparation
 from recbole_sdpo.data.sequences import met_items, popularity
+from recbole_sdpo.data.whole_catalogue import check_lists
 from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
@@ -369,9 +370,11 @@ def evaluation_loaders(
         mode: (with_mode(valid_data, mode), with_mode(test_data, mode))
         for mode in settings.more_candidates
     }
-    for pair in loaders.values():
+    for mode, pair in loaders.items():
         for number, loader in enumerate(pair, 2):
             freeze(loader, parts[:number], catalogue, seed, settings.candidates_exclude_history)
+            if mode == "full" and any(map(is_of_lists, config["metrics"])):
+                check_lists(loader, max(config["topk"]))
     return loaders
 
 

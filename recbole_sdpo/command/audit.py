@@ -35,13 +35,16 @@ from recbole_sdpo.report.table import markdown_table
 
 HELP = "guess the targets of candidate lists without a history and a model"
 
+LEAK = 3
+"""Exit code where lists give their targets away; 1 and 2 are those of errors."""
+
 EXAMPLES = """\
   recbole-sdpo audit lists.csv                           learned from its other phases, or halves
   recbole-sdpo audit lists.csv --dataset=ml-100k         popularity and titles, too
   recbole-sdpo audit test.json --valid=val.json --train=train.json       files of LLaRA
 
-The exit code is 1 where a guesser is above what popularity explains, and where a file cannot be
-used; else it is 0.
+The exit code is 3 where a guesser is above what popularity explains, 1 where a file cannot be used,
+and else 0.
 Settings of the data, such as --data_path=data, follow as --name=value where --dataset is given."""
 
 
@@ -101,7 +104,7 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> int:
     reference = _reference(parts, lists.items.shape[1])
     found = audit(lists, reference, known.popularity, known.title_length)
     print(_table(found, args.test, lists.items.shape[1]))
-    return int(any(guess.gives_away for guess in found.guesses))
+    return LEAK if any(guess.gives_away for guess in found.guesses) else 0
 
 
 def _reference(parts: dict[str, CandidateLists], length: int) -> Lists | None:

@@ -127,6 +127,10 @@ class KnownItems:
         shared = names["name"].duplicated(keep=False)
         own, self._shared = names[~shared], frozenset(names["name"][shared])
         self._titles, self._of_title = pd.Index(own["name"]), own["item"].to_numpy()
+        # An id that is the title of another item, such as the film 187.
+        named = self._tokens.get_indexer(self._titles)
+        also = (named >= 0) & (named != self._of_title)
+        self._both = frozenset(own["name"][also])
 
     def __call__(self, texts: np.ndarray) -> np.ndarray:
         """As :meth:`KnownUsers.__call__`, also for a title that one item alone has, as models read
@@ -136,12 +140,16 @@ class KnownItems:
         unknown = np.flatnonzero(places < 0)
         found = self._titles.get_indexer([folded(text) for text in flat[unknown]])
         places[unknown[found >= 0]] = self._of_title[found[found >= 0]]
+        if len(unknown):  # where all are ids, a title means nothing
+            places[[text in self._both for text in flat]] = -1
         return np.where(places < 0, -1, places + 1).astype(np.int32).reshape(texts.shape)
 
     def fault(self, text: str) -> str:
         """What is wrong with a text that has no number."""
         if folded(text) in self._shared:
             return f"{shown(text)} is the title of several items; give the item's id"
+        if text in self._both:
+            return f"{shown(text)} is the id of one item and the title of another; give ids alone"
         return (
             f"item {shown(text)} must be an item's id in the dataset, or its title, such as "
             f"{shown(self._example)}"

@@ -17,6 +17,7 @@ from recbole.utils import ModelType
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.sequences import met_items
 from recbole_sdpo.data.split_rows import distinct
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.ragged import Ragged
 
 LEFT_OUT = "left_out"
@@ -43,7 +44,7 @@ class CatalogueEvalDataLoader(FullSortEvalDataLoader):
         super()._init_batch_size_and_step()
         if not self.is_sequential:
             items = self._dataset.item_num
-            self.step = max(self.step, SCORES_AT_ONCE // items)
+            self.step: int = max(self.step, SCORES_AT_ONCE // items)
             self.set_batch_size(self.step * items)
 
     def collate_fn(self, index: Sequence[int]) -> tuple:
@@ -82,6 +83,28 @@ class WithoutMet:
         row = np.repeat(np.arange(len(met)), met.lengths)
         others = met.values != target[row]
         return Ragged(met.values[others], np.bincount(row[others], minlength=len(met)))
+
+
+def check_lists(loader: FullSortEvalDataLoader, longest: int) -> None:
+    """Has each user of ``loader`` so many items to get as a list is long?
+
+    Raises:
+        UserError: one has fewer, so that lists would hold items that are no candidates.
+    """
+    if not isinstance(loader.collate_fn, WithoutMet):
+        return
+    dataset = loader._dataset
+    user, target = (
+        dataset.inter_feat[field].numpy() for field in (dataset.uid_field, dataset.iid_field)
+    )
+    left = dataset.item_num - 1 - loader.collate_fn.left_out(user, target).lengths
+    if len(left) and left.min() < longest:
+        raise UserError(
+            f"topk asks for lists of {longest} items, but for user "
+            f"{str(dataset.field2id_token[dataset.uid_field][user[left.argmin()]])!r} only "
+            f"{left.min()} are left that the user has not met; metrics of lists need a topk of at "
+            f"most {left.min()}, or candidates_exclude_history=False."
+        )
 
 
 def items_of_met_titles(parts: Sequence[Dataset], catalogue: Catalogue) -> Ragged:

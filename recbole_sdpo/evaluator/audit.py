@@ -40,6 +40,9 @@ BINS = 8
 """Groups of items, from the least popular to the most, within which one is as likely to be the
 target as another."""
 
+REDRAWN = 3
+"""Times that the negatives of a list are drawn anew."""
+
 TOP = 5
 
 FLOOR = "audit: {}"
@@ -89,8 +92,8 @@ class Guess:
             guesser cannot tell apart share their ranks.
         p: of HR@1, one-sided, against chance, Holm-corrected over the guessers.
         explained: the HR@1 that is expected of it where nothing but popularity tells targets from
-            negatives; None for popularity itself, and where it is not known for the share as
-            target.
+            negatives; None for popularity itself. For the share as target it is its HR@1 beside
+            negatives that are drawn anew.
         p_beyond: one-sided, of being above that, Holm-corrected.
     """
 
@@ -185,6 +188,10 @@ def audit(
     is drawn. A conditional logit over an item's popularity and its share as a target in
     ``reference`` estimates it. What it expects of a guesser is what popularity explains.
 
+    The share itself guesses again among negatives that are drawn anew for each target, as often as
+    items of their popularity are drawn. What has become popular since then explains as much there;
+    that targets, or some of them, are seldom drawn as negatives does not.
+
     Args:
         lists: two or more.
         reference: of the validation and training parts; None: one half of ``lists`` is the
@@ -201,7 +208,7 @@ def audit(
     assert reference is not None
     lists, reference = _some(lists, MOST_LISTS, rng), _some(reference, MOST_REFERENCE, rng)
     scores = _scores(lists, reference, popularity, title_length)
-    lately = np.bincount(reference.target, minlength=1 + int(lists.items.max()))[lists.items]
+    anew = _drawn_anew(lists, reference, popularity, rng)
     hit, ndcg = _gains(np.zeros((1, lists.items.shape[1])))
     return Audit(
         lists=len(lists),
@@ -209,7 +216,7 @@ def audit(
         halves=halves,
         chance=(float(hit[0, 0]), float(ndcg[0, 0])),
         knows_popularity=popularity is not None,
-        guesses=_judged(lists, scores, lately),
+        guesses=_judged(lists, scores, _learned(anew, reference, anew.items, reference.items)),
     )
 
 
@@ -331,25 +338,62 @@ def _gains(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (higher == 0) / alike, (up_to[higher + alike] - up_to[higher]) / alike
 
 
-def _judged(lists: Lists, scores: dict[str, np.ndarray], lately: np.ndarray) -> list[Guess]:
+def _drawn_anew(
+    lists: Lists, reference: Lists, popularity: np.ndarray | None, rng: np.random.Generator
+) -> Lists:
+    """:data:`REDRAWN` lists for each one, of the same target, first, and other negatives.
+
+    An item is drawn as often as items of its popularity are in ``lists`` and ``reference``: with a
+    chance whose logarithm is a cubic of that of the popularity. Where no popularity is known, all
+    items of the lists are drawn alike.
+    """
+    every = [lists.items.reshape(-1), reference.items.reshape(-1)]
+    pool, times = np.unique(np.concatenate(every), return_counts=True)
+    for each in (lists, reference):
+        np.subtract.at(times, np.searchsorted(pool, each.target), 1)
+    log = np.zeros(len(pool)) if popularity is None else np.log1p(popularity[pool])
+    log = (log - log.mean()) / max(float(log.std()), 1e-9)
+    powers = log[:, None] ** np.arange(1, 4)
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        log_p = powers @ weights - logsumexp(powers @ weights)
+        gradient = times.sum() * np.exp(log_p) @ powers - times @ powers
+        return -(times @ log_p) / times.sum(), gradient / times.sum()
+
+    weights = optimize.minimize(loss, np.zeros(3), jac=True, method="L-BFGS-B").x
+    up_to = np.exp(powers @ weights).cumsum()
+    target = np.tile(lists.target, REDRAWN)
+    items = np.repeat(target[:, None], lists.items.shape[1], axis=1)
+    again = np.ones(items.shape, bool)
+    again[:, 0] = False
+    while again.any():
+        items[again] = pool[np.searchsorted(up_to, up_to[-1] * rng.random(int(again.sum())))]
+        order = np.argsort(items, axis=1, kind="stable")  # of equal ones the first stays
+        in_order = np.take_along_axis(items, order, 1)
+        twice = np.zeros(items.shape, bool)
+        twice[:, 1:] = in_order[:, 1:] == in_order[:, :-1]
+        np.put_along_axis(again, order, twice, 1)
+    return Lists(target, items, ordered=False)
+
+
+def _judged(lists: Lists, scores: dict[str, np.ndarray], anew: np.ndarray) -> list[Guess]:
     """Each guesser's metrics and tests.
 
     Args:
-        lately: int ``[L, C]``, how often each candidate is a target of the reference.
+        anew: the share as target in lists drawn anew, ``[REDRAWN * L, C]``, the target's first.
     """
     own, even = lists.own, np.full(lists.items.shape, 1 / lists.items.shape[1])
     of_items = [scores[name] for name in (POPULARITY, SHARE) if name in scores]
-    models = dict.fromkeys(scores, _explained(of_items, own))
-    del models[SHARE]
-    if POPULARITY in scores:
-        del models[POPULARITY]
-        models[SHARE] = _explained([scores[POPULARITY], lately], own)
+    model = _explained(of_items, own)
     guesses, against_chance, beyond = [], [], {}
     for name, score in scores.items():
         hit, ndcg = _gains(score)
         explained = None
-        if name in models:
-            beyond[name], explained = _above(hit, own, models[name])
+        if name == SHARE:
+            elsewhere = _gains(anew)[0][:, 0].reshape(REDRAWN, -1).mean(0)
+            beyond[name], explained = _above_paired(hit[own], elsewhere)
+        elif name != POPULARITY:
+            beyond[name], explained = _above(hit, own, model)
         against_chance.append(_above(hit, own, even)[0])
         guesses.append(Guess(name, _interval(hit[own]), _interval(ndcg[own]), 1.0, explained, None))
     p_beyond = dict(zip(beyond, map(float, holm(list(beyond.values()))), strict=True))
@@ -411,6 +455,18 @@ def _above(hit: np.ndarray, own: np.ndarray, p: np.ndarray) -> tuple[float, floa
     spread = np.sqrt(((p * hit**2).sum(1) - mean**2).clip(min=0).sum())
     excess = hit[own].sum() - mean.sum() - 0.5
     return float(stats.norm.sf(excess / spread)) if spread > 1e-9 else 1.0, float(mean.mean())
+
+
+def _above_paired(hit: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """The one-sided p-value of a mean above that of ``other`` on the same lists, and that mean.
+
+    By the normal approximation with a correction for continuity. Of few lists, all may differ
+    alike: the variance is that of a hit by the other's mean, at least.
+    """
+    difference, mean = hit - other, float(other.mean())
+    spread = np.sqrt(len(hit) * max(float(difference.var()), mean * (1 - mean)))
+    excess = difference.sum() - 0.5
+    return float(stats.norm.sf(excess / spread)) if spread > 1e-9 else 1.0, mean
 
 
 def _interval(values: np.ndarray) -> tuple[float, float, float]:

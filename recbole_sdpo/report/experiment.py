@@ -117,7 +117,9 @@ def write_report(
     drawings = _figures(comparisons, runs) | _group_figures(by_group, modes, groupings, first)
     pictures = {name: _draw(name, draw, warnings) for name, draw in drawings.items()}
     pictures = {name: picture for name, picture in pictures.items() if picture}
-    note = f"{NOTE}; {_sizes(comparisons[0])}. Minutes are of training, SFT included."
+    note = (
+        f"{NOTE}; {_sizes(comparisons[0])}. Minutes are of training and validation, SFT included."
+    )
     if any(row.lists for comparison in comparisons for row in comparison.rows):
         note += f" {LISTS_NOTE}"
     if comparisons[0].costs:

@@ -119,8 +119,9 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
 
 
 def against_time(comparisons: Sequence[Comparison]) -> Figure:
-    """The first metric of each row against its minutes of training, SFT included, a panel for each
-    candidate set; whiskers: the 95 % interval of the mean over users, of the seeds' means."""
+    """The first metric of each row against its minutes of training and validation, SFT included, a
+    panel for each candidate set; whiskers: the 95 % interval of the mean over users, of the seeds'
+    means."""
     metric, rows = comparisons[0].metrics[0], comparisons[0].rows
     size = (4.2 * len(comparisons) + 0.6, 3.4 + LEGEND_LINE * 2 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
@@ -143,7 +144,7 @@ def against_time(comparisons: Sequence[Comparison]) -> Figure:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_title(f"candidates {comparison.candidates}", fontsize=9)
-        axes.set(xlabel="minutes of training", ylabel=metric)
+        axes.set(xlabel="minutes of training and validation", ylabel=metric)
         axes.grid(alpha=0.3)
     names = [row.name for row in rows]
     _legend(figure, figure.axes[0], names, loc="outside lower center", ncols=2)

@@ -105,7 +105,6 @@ def test_without_phases_all_are_of_the_test_and_whole_numbers_are_ids(tmp_path):
 
 def test_an_item_may_be_named_by_a_title_that_it_alone_has(tmp_path):
     titles = [f"title {n}" for n in range(12)]
-    titles[4] = "i5"  # an id comes first
     row = ("u1", "test", ["title 3", "i5", "i0"], 0)
     lists = read_lists(write(tmp_path / "a.csv", [row]), *toy(titles))
     assert lists.items.tolist() == [[4, 6, 1]] and lists.target.tolist() == [4]
@@ -199,3 +198,16 @@ def test_a_title_may_be_as_the_file_writes_it_where_it_is_one_items_alone(tmp_pa
     assert [tokens[item] if item > 0 else None for item in read] == list(names.values())
     assert items.fault("Thing, The").startswith("'Thing, The' is the title of several items")
     assert "such as 'The Godfather (1972)'" in items.fault("The Thing")
+
+
+def test_a_text_that_is_one_items_id_and_anothers_title_is_no_title(tmp_path):
+    """Such as the film 187: in a file of ids it is an id, beside titles it is refused."""
+    path = write_dataset(tmp_path, [[1, 2, 3, 4]], {1: "One", 2: "i3", 3: "Three", 4: "Four"})
+    config = RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
+    dataset = create_dataset(config)
+    items = KnownItems(dataset, Catalogue.from_dataset(dataset, ["title"]))
+    tokens = dataset.field2id_token["item_id"]
+    assert tokens[items(np.array(["i3", "i1"], object))].tolist() == ["i3", "i1"]
+    read = items(np.array(["i3", "One"], object))
+    assert read[0] < 1 and tokens[read[1]] == "i1"
+    assert "the id of one item and the title of another" in items.fault("i3")

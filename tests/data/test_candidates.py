@@ -132,6 +132,18 @@ def test_the_whole_catalogue_has_what_was_met_if_asked(path, model):
     assert fingerprint(*every) != fingerprint(*whole_catalogue(path, model)[0])
 
 
+@pytest.mark.parametrize("model", ["GRU4Rec", "BPR"])
+def test_lists_are_no_longer_than_what_a_user_has_not_met(path, model):
+    asked = {"metrics": ["NDCG", "GiniIndex"], "valid_metric": "NDCG@5"}
+    whole_catalogue(path, model, **asked, topk=[5, 25])
+    whole_catalogue(path, model, **asked, topk=[5, 30], candidates_exclude_history=False)
+    whole_catalogue(path, model, topk=[5, 30], valid_metric="NDCG@5")
+    with pytest.raises(
+        ValueError, match=r"lists of 30 items, but for user 'u\d+' only 2\d are left"
+    ):
+        whole_catalogue(path, model, **asked, topk=[5, 30])
+
+
 @pytest.mark.parametrize(("model", "batches"), [("BPR", 1), ("GRU4Rec", 50)])
 def test_a_batch_of_scores_is_of_many_users(path, model, batches):
     (_, test), _ = whole_catalogue(path, model, eval_batch_size=1)
