@@ -110,6 +110,7 @@ def test_the_report_has_what_the_runs_found(experiment):
             "by-beta",
             "curves",
             "hardest-negative",
+            "time",
         )
         for end in ("png", "svg")
     }
