@@ -139,7 +139,7 @@ def test_the_report_has_what_the_runs_found(experiment):
     np.testing.assert_allclose(sums["sum"] / sums["targets"], whole, rtol=1e-4)
     assert len(sums) == len(table)
     page = (report / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 7 and "http" not in page.replace(
+    assert page.count("data:image/png;base64,") == 8 and "http" not in page.replace(
         "http-equiv", ""
     )
     assert "Warning: too many, seed 1 failed" in page and "not the same training targets" in page
