@@ -28,7 +28,6 @@ from recbole_sdpo import compat
 from recbole_sdpo.checks import check_folders, check_memory, check_topk, is_of_lists
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidate_lists import (
-    PHASES,
     CandidateLists,
     KnownItems,
     KnownUsers,
@@ -45,6 +44,7 @@ from recbole_sdpo.data.candidates import (
 )
 from recbole_sdpo.data.catalogue import Catalogue, NoTitles
 from recbole_sdpo.data.dataset import check_users, create_dataset, data_preparation
+from recbole_sdpo.data.published import PHASES
 from recbole_sdpo.data.sequences import met_items, popularity
 from recbole_sdpo.data.whole_catalogue import check_lists
 from recbole_sdpo.device import check_device

@@ -75,8 +75,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def call(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Print a table, and a sentence on what it means; returns 1 where a guesser is above what
-    popularity explains, and else 0.
+    """Print a table, and a sentence on what it means; returns :data:`LEAK` where a guesser is above
+    what popularity explains, and else 0.
 
     Raises:
         UserError: a file cannot be used, or there is one list.

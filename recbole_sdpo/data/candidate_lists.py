@@ -16,12 +16,9 @@ from recbole.data.dataset import Dataset
 
 from recbole_sdpo.data.catalogue import Catalogue, folded
 from recbole_sdpo.data.json_rows import json_rows, opened
-from recbole_sdpo.data.published import is_published
+from recbole_sdpo.data.published import PHASES, is_published
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.values import shown
-
-PHASES = ("train", "valid", "test")
-"""By their numbers in :attr:`CandidateLists.phase`."""
 
 KINDS = (".csv", ".json", ".jsonl")
 """How the name of a file of lists ends, but for that of a packed one, such as .csv.gz."""
@@ -127,10 +124,11 @@ class KnownItems:
         shared = names["name"].duplicated(keep=False)
         own, self._shared = names[~shared], frozenset(names["name"][shared])
         self._titles, self._of_title = pd.Index(own["name"]), own["item"].to_numpy()
-        # An id that is the title of another item, such as the film 187.
-        named = self._tokens.get_indexer(self._titles)
-        also = (named >= 0) & (named != self._of_title)
-        self._both = frozenset(own["name"][also])
+        # Ids that are the title of another item, such as the film 187.
+        folds = [folded(token) for token in self._tokens]
+        place = self._titles.get_indexer(folds)
+        others = (place >= 0) & (self._of_title[place] != np.arange(len(folds)))
+        self._both = frozenset(self._tokens[others])
 
     def __call__(self, texts: np.ndarray) -> np.ndarray:
         """As :meth:`KnownUsers.__call__`, also for a title that one item alone has, as models read

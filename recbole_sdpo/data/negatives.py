@@ -79,7 +79,7 @@ class NegativeSampler:
             titles = group[drawn[rows]]
             # RecBole's alias table can give -1 where rounding leaves an item without a partner.
             bad = (drawn[rows] < 1) | (titles == group[target[rows], None])
-            bad |= _repeats(np.hstack([others[rows], titles]))[:, others.shape[1] :]
+            bad |= repeats(np.hstack([others[rows], titles]))[:, others.shape[1] :]
             bad |= _is_in(user[rows, None] * self._groups + titles, self._met)
             todo[rows] = bad
         return drawn
@@ -185,7 +185,7 @@ def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     return ordered[place] == values
 
 
-def _repeats(matrix: np.ndarray) -> np.ndarray:
+def repeats(matrix: np.ndarray) -> np.ndarray:
     """Marks each entry that equals an earlier one of its row."""
     order = np.argsort(matrix, axis=1, kind="stable")
     ranked = np.take_along_axis(matrix, order, 1)

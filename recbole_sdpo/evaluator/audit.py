@@ -14,6 +14,7 @@ from scipy.special import logsumexp
 
 from recbole_sdpo.data.candidates import FrozenCandidates
 from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.negatives import repeats
 from recbole_sdpo.evaluator.significance import holm
 from recbole_sdpo.random import generator
 
@@ -361,18 +362,22 @@ def _drawn_anew(
         return -(times @ log_p) / times.sum(), gradient / times.sum()
 
     weights = optimize.minimize(loss, np.zeros(3), jac=True, method="L-BFGS-B").x
-    up_to = np.exp(powers @ weights).cumsum()
+    chance = np.exp(powers @ weights)
     target = np.tile(lists.target, REDRAWN)
+    if len(pool) < 2 * lists.items.shape[1]:  # nearly all are drawn: all are put in an order
+        keys = np.log(rng.random((len(target), len(pool)))) / chance
+        keys[np.arange(len(target)), np.searchsorted(pool, target)] = 1
+        first = np.argsort(-keys, axis=1)[:, : lists.items.shape[1]]
+        return Lists(target, pool[first], ordered=False)
+    up_to = chance.cumsum()
     items = np.repeat(target[:, None], lists.items.shape[1], axis=1)
-    again = np.ones(items.shape, bool)
-    again[:, 0] = False
-    while again.any():
-        items[again] = pool[np.searchsorted(up_to, up_to[-1] * rng.random(int(again.sum())))]
-        order = np.argsort(items, axis=1, kind="stable")  # of equal ones the first stays
-        in_order = np.take_along_axis(items, order, 1)
-        twice = np.zeros(items.shape, bool)
-        twice[:, 1:] = in_order[:, 1:] == in_order[:, :-1]
-        np.put_along_axis(again, order, twice, 1)
+    todo = np.arange(len(items))
+    while len(todo):
+        some = items[todo]
+        again = repeats(some)
+        some[again] = pool[np.searchsorted(up_to, up_to[-1] * rng.random(int(again.sum())))]
+        items[todo] = some
+        todo = todo[repeats(some).any(1)]
     return Lists(target, items, ordered=False)
 
 

@@ -202,7 +202,7 @@ def test_a_title_may_be_as_the_file_writes_it_where_it_is_one_items_alone(tmp_pa
 
 def test_a_text_that_is_one_items_id_and_anothers_title_is_no_title(tmp_path):
     """Such as the film 187: in a file of ids it is an id, beside titles it is refused."""
-    path = write_dataset(tmp_path, [[1, 2, 3, 4]], {1: "One", 2: "i3", 3: "Three", 4: "Four"})
+    path = write_dataset(tmp_path, [[1, 2, 3, 4]], {1: "One", 2: "I3", 3: "Three", 4: "Four"})
     config = RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
     dataset = create_dataset(config)
     items = KnownItems(dataset, Catalogue.from_dataset(dataset, ["title"]))

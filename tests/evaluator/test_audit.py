@@ -111,6 +111,25 @@ def test_negatives_that_are_seldom_targets_are_found(known, share):
         assert "share as target" in {guess.guesser for guess in audited.guesses if guess.gives_away}
 
 
+@pytest.mark.parametrize("each", [4, 15, 16, ITEMS])
+def test_lists_are_drawn_anew_by_popularity(each):
+    """Few of the items, or most of them; those that the lists hold often come often."""
+    rng, known = np.random.default_rng(0), np.arange(ITEMS)
+    target = rng.integers(0, ITEMS, 500)
+    keys = np.log(rng.random((500, ITEMS))) / (1.0 + known)
+    keys[np.arange(500), target] = 1
+    lists = Lists(target, np.argsort(-keys, 1)[:, :each])
+    anew = module._drawn_anew(lists, lists.take(np.arange(0)), known, rng)
+    assert (anew.items[:, 0] == anew.target).all()
+    assert (anew.target.reshape(-1, 500) == target).all()
+    assert (np.diff(np.sort(anew.items, 1), axis=1) > 0).all()
+    times, before = (
+        np.bincount(of.items[~of.own], minlength=ITEMS) / len(of) for of in (anew, lists)
+    )
+    # of most items, flatter: what is drawn already cannot be drawn more often
+    assert np.abs(times - before).max() < 0.15
+
+
 def test_lists_drawn_after_seeding_with_the_target_are_found():
     _, _, who = over_seeds(leaky, 0.8, halves=False)
     assert who["nearest lists"] >= 99
