@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,14 +201,17 @@ def test_a_title_may_be_as_the_file_writes_it_where_it_is_one_items_alone(tmp_pa
     assert "such as 'The Godfather (1972)'" in items.fault("The Thing")
 
 
-def test_a_text_that_is_one_items_id_and_anothers_title_is_no_title(tmp_path):
+@pytest.mark.parametrize("title", ["B3", "b3"])
+def test_a_text_that_is_one_items_id_and_anothers_title_is_no_title(tmp_path, title):
     """Such as the film 187: in a file of ids it is an id, beside titles it is refused."""
-    path = write_dataset(tmp_path, [[1, 2, 3, 4]], {1: "One", 2: "I3", 3: "Three", 4: "Four"})
+    path = write_dataset(tmp_path, [[1, 2, 3, 4]], {1: "One", 2: title, 3: "Three", 4: "Four"})
+    for file in (path / "toy").iterdir():
+        file.write_text(re.sub(r"(^|\t)i(?=\d)", r"\1B", file.read_text(), flags=re.M))
     config = RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
     dataset = create_dataset(config)
     items = KnownItems(dataset, Catalogue.from_dataset(dataset, ["title"]))
     tokens = dataset.field2id_token["item_id"]
-    assert tokens[items(np.array(["i3", "i1"], object))].tolist() == ["i3", "i1"]
-    read = items(np.array(["i3", "One"], object))
-    assert read[0] < 1 and tokens[read[1]] == "i1"
-    assert "the id of one item and the title of another" in items.fault("i3")
+    assert tokens[items(np.array(["B3", "B1"], object))].tolist() == ["B3", "B1"]
+    read = items(np.array(["B3", "One"], object))
+    assert read[0] < 1 and tokens[read[1]] == "B1"
+    assert "the id of one item and the title of another" in items.fault("B3")

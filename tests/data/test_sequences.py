@@ -14,6 +14,7 @@ from recbole_sdpo.data.sequences import (
     histories,
     last_targets,
     met_items,
+    target_rows,
     training_sequences,
 )
 from recbole_sdpo.ragged import Ragged
@@ -54,6 +55,19 @@ def test_sequences_are_the_users_items_without_the_last_two(loaders):
     assert found == {u: items[:-2] for u, items in enumerate(content)}
     assert sequences.targets == len(dataset)
     assert (sequences.history == 1).all()
+
+
+def test_rows_of_users_may_be_mixed(loaders):
+    """Each user's in their order; targets stand as target_rows says."""
+    dataset = loaders[1]("GRU4Rec")[0]._dataset
+    user = dataset.inter_feat["user_id"].numpy()
+    step = np.array([(user[:row] == user[row]).sum() for row in range(len(user))])
+    mixed = dataset.copy(dataset.inter_feat[np.lexsort((user, step))])
+    before, after = training_sequences(dataset), training_sequences(mixed)
+    assert before.items.lengths.tolist() == after.items.lengths.tolist()
+    assert before.items.values.tolist() == after.items.values.tolist()
+    targets = mixed.inter_feat["item_id"].numpy()[target_rows(mixed)]
+    assert targets.tolist() == dataset.inter_feat["item_id"].tolist()
 
 
 def test_rows_that_do_not_chain_stand_alone(loaders):
