@@ -41,6 +41,8 @@ TRAINED = {
     "full, compiled": {"peft": "none", "compile": True},
     "LoRA, whole titles": {"peft": "lora", "item_tokens": "whole"},
     "full, whole titles": {"peft": "none", "item_tokens": "whole"},
+    "full, whole titles, float32": {"peft": "none", "item_tokens": "whole", "dtype": "float32"},
+    "full, whole titles, compiled": {"peft": "none", "item_tokens": "whole", "compile": True},
 }
 """Ways to train; "cast to float32" is what peft does by itself: adapters compute in float32,
 under a backbone in bfloat16."""
@@ -311,7 +313,13 @@ def cases(
     for tokens, negatives in product((large, small), (0, 3, 15)):
         yield steps("full", negatives, tokens)
     yield "full, ranking", lambda: workload("full").ranking(args.users)
+    for trained in ("full, whole titles", "full, whole titles, float32", "LoRA, whole titles"):
+        for tokens, negatives in product((small, middle), (0, 15)):
+            yield steps(trained, negatives, tokens)
+        yield f"{trained}, ranking", lambda t=trained: workload(t).ranking(args.users)
     if gpu:
+        for negatives in (0, 15):
+            yield steps("full, whole titles, compiled", negatives, small)
         for trained, negatives in product(("full, compiled", "LoRA, compiled"), (0, 3)):
             yield steps(trained, negatives, middle)
     for trained, negatives in product(("LoRA, cast to float32", "LoRA, float32"), (0, 3)):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 
 from recbole_sdpo.lm.forest import plant
 from recbole_sdpo.lm.language_model import LanguageModel
@@ -89,20 +92,49 @@ def test_nothing_waits_for_the_device_between_forward_and_backward():
         torch.cuda.set_sync_debug_mode("default")
 
 
+LEARNS = {
+    "objective": "sdpo",
+    "sft_epochs": 12,
+    "sdpo_epochs": 2,
+    "sft_learning_rate": 1e-2,
+    "scratch_vocab_size": 400,
+}
+"""Settings with which a whole run learns the rule of the ring."""
+
+
+@pytest.fixture
+def one_process_of_nccl(monkeypatch, tmp_path):
+    """A group of this process alone, which takes it for one of several as a model is made."""
+    dist.init_process_group("nccl", f"file://{tmp_path}/group", rank=0, world_size=1)
+    several = iter([SimpleNamespace(num_processes=2)])
+    monkeypatch.setattr(
+        "recbole_sdpo.model.sdpo_llm.PartialState", lambda: next(several, None) or PartialState()
+    )
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize(
-    ("peft", "dtype"),
-    [("none", "float32"), ("none", "mixed"), ("lora", "float32"), ("lora", "bfloat16")],
+    "settings",
+    [
+        {"peft": "none", "dtype": "float32"},
+        {"peft": "none", "dtype": "mixed"},
+        {"peft": "lora", "dtype": "float32"},
+        {"peft": "lora", "dtype": "bfloat16"},
+        {"peft": "none", "item_tokens": "whole", "dtype": "mixed"},
+        {"peft": "none", "negative_sources": {"uniform": 0.5, "self": 0.5}},
+        {"peft": "none", "item_tokens": "whole", "compile": True, "dtype": "float32"},
+    ],
+    ids=str,
 )
-def test_a_whole_run_on_the_gpu_learns_the_rule(ring, peft, dtype):
-    given = {
-        "objective": "sdpo",
-        "peft": peft,
-        "dtype": dtype,
-        "sft_epochs": 12,
-        "sdpo_epochs": 2,
-        "sft_learning_rate": 1e-2,
-    }
-    result = run("SDPO-LLM", "toy", config_dict=ring | given | {"scratch_vocab_size": 400})
+def test_a_whole_run_on_the_gpu_learns_the_rule(ring, settings):
+    result = run("SDPO-LLM", "toy", config_dict=ring | LEARNS | settings)
     assert result["machine"]["device"].startswith("cuda")
     assert result["test_result"]["hit@1"] > 0.8
     assert result["peak_memory_gib"] > 0
+
+
+def test_a_model_in_parts_on_the_gpu_learns_the_rule(ring, one_process_of_nccl):
+    settings = {"peft": "none", "item_tokens": "whole", "parallel": "fsdp"}
+    result = run("SDPO-LLM", "toy", config_dict=ring | LEARNS | settings)
+    assert result["test_result"]["hit@1"] > 0.8
