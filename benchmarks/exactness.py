@@ -135,6 +135,7 @@ def compare(
         dtype: of the weights.
         mixed: computed in bfloat16, the trained weights in float32.
     """
+    torch.set_float32_matmul_precision("highest")  # our loader has lowered it, of another row
     work, truth = Work.draw(trees=trees), build(name, lora)
     expected = _with_gradient(
         truth, lambda: work.one_by_one(truth, torch.device("cpu")), work.weights
@@ -173,6 +174,7 @@ def compare(
 def rank(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
     """A catalogue under prompts with a cache, and the answers written greedily, against one
     sequence at a time on the CPU."""
+    torch.set_float32_matmul_precision("highest")
     rng, truth = np.random.default_rng(3), build(name, lora=False)
     prompts = Ragged.from_rows([rng.integers(3, VOCABULARY, size) for size in (90, 33, 71)])
     titles = Ragged.from_rows(
@@ -218,9 +220,13 @@ def rank(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, objec
     }
 
 
-def sdpo_loss(device: torch.device, negatives: int = 3) -> dict[str, object]:
+def sdpo_loss(device: torch.device, precision: str, negatives: int = 3) -> dict[str, object]:
     """S-DPO's loss and gradient on a batch of ml-100k, in float32, on ``device`` against the
-    CPU's."""
+    CPU's.
+
+    Args:
+        precision: of matrix products; "high", as in a run, has 10 bits on a GPU (TF32).
+    """
     sides = []
     for place in (torch.device("cpu"), device):
         given = {"scratch_dropout": 0.0, "train_neg_sample_args": {"sample_num": negatives}}
@@ -232,6 +238,7 @@ def sdpo_loss(device: torch.device, negatives: int = 3) -> dict[str, object]:
             )
             train_data, *_ = data_preparation(config, create_dataset(config))
             recommender = SDPOLLM(config, train_data._dataset).to(place).eval()
+        torch.set_float32_matmul_precision(precision)
         lm = recommender.lm
         lm.freeze_reference()
         rng = torch.Generator().manual_seed(0)
@@ -262,7 +269,9 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict[str, ob
     """All comparisons that ``device`` can make, by name, in the order of their worth."""
     gpu = device.type == "cuda"
     dtypes = {"bf16": torch.bfloat16, "float32": torch.float32}
-    yield "S-DPO, scratch on ml-100k, float32", lambda: sdpo_loss(device)
+    for precision in ("high", "highest"):
+        label = f"S-DPO, scratch on ml-100k, float32, products {precision}"
+        yield label, lambda p=precision: sdpo_loss(device, p)
     for attention in ("sdpa", "flex_attention", "eager"):
         for name in ARCHITECTURES:
             if (attention == "sdpa" and name in NO_SDPA) or (

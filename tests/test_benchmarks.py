@@ -113,6 +113,17 @@ def test_exactness_holds_here(benchmarks, row):
     assert "scores" in values or values["repeats bit for bit"]
 
 
+def test_exactness_takes_exact_products_whatever_a_run_before_took(benchmarks):
+    before = torch.get_float32_matmul_precision()
+    try:
+        for row in ("Llama, sdpa, float32", "Llama, ranking and answers, float32"):
+            torch.set_float32_matmul_precision("high")  # as a model does that goes to a GPU
+            dict(benchmarks[3].cases(CPU))[row]()
+            assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_exactness_notices_a_wrong_mask(benchmarks, monkeypatch):
     monkeypatch.setattr(LanguageModel, "_check_scores", lambda self, choice: None)
     whole = plant
