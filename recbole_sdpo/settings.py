@@ -290,10 +290,10 @@ class BackboneSettings:
         bool,
         "a folder",
     )
-    item_tokens: Literal["pieces", "whole"] = _setting(
-        "pieces",
+    item_tokens: Literal["auto", "pieces", "whole"] = _setting(
+        "auto",
         "a title is the backbone's own tokens, or one new token, whose embedding begins as the "
-        "mean of theirs and is trained",
+        "mean of theirs and is trained; auto: pieces, but whole where backbone=auto is pretrained",
         Role.POLICY,
     )
     dtype: Literal["auto", "float32", "bfloat16", "mixed"] = _setting(
@@ -322,7 +322,7 @@ class BackboneSettings:
     )
     peft: Literal["auto", "lora", "none"] = _setting(
         "auto",
-        "train an adapter or all weights; auto: lora, but none for scratch",
+        "train an adapter or all weights; auto: lora, but none for scratch and for backbone=auto",
         Role.POLICY,
     )
     lora_rank: int = _within(1, 1024, 16, "rank of the adapter", Role.ADAPTER)

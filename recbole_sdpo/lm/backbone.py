@@ -73,17 +73,21 @@ list of what was missing."""
 
 def resolved(chosen: BackboneSettings, device: torch.device) -> BackboneSettings:
     """``chosen`` with what each ``auto`` means on ``device``."""
-    gpu = device.type == "cuda"
-    name = (SMOLLM2 if gpu else "scratch") if chosen.name == "auto" else chosen.name
-    peft = ("none" if name == "scratch" else "lora") if chosen.peft == "auto" else chosen.peft
-    dtype = chosen.dtype
+    suits_device, gpu = chosen.name == "auto", device.type == "cuda"
+    name = (SMOLLM2 if gpu else "scratch") if suits_device else chosen.name
+    item_tokens, peft, dtype = chosen.item_tokens, chosen.peft, chosen.dtype
+    # What learned most, of a backbone that is small enough: results/README.md, 11 and 12.
+    if item_tokens == "auto":
+        item_tokens = "whole" if suits_device and name != "scratch" else "pieces"
+    if peft == "auto":
+        peft = "none" if suits_device or name == "scratch" else "lora"
     if dtype == "auto":
         # Trained weights stay in float32: bfloat16 loses small updates. Scratch is too small to
         # gain by it.
         bf16 = name != "scratch" and bf16_is_fast(device)
-        trained = peft == "none" or chosen.item_tokens == "whole"
+        trained = peft == "none" or item_tokens == "whole"
         dtype = ("mixed" if trained else "bfloat16") if bf16 else "float32"
-    return replace(chosen, name=name, peft=peft, dtype=dtype)
+    return replace(chosen, name=name, item_tokens=item_tokens, peft=peft, dtype=dtype)
 
 
 def bf16_is_fast(device: torch.device) -> bool:

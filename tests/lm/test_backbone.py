@@ -187,7 +187,12 @@ def test_auto_depends_on_the_device():
     cpu = resolved(auto, CPU)
     assert (cpu.name, cpu.peft, cpu.dtype) == ("scratch", "none", "float32")
     gpu = resolved(auto, torch.device("cuda"))
-    assert (gpu.name, gpu.peft) == ("smollm2-135m", "lora")
+    assert (gpu.name, gpu.item_tokens, gpu.peft) == ("smollm2-135m", "whole", "none")
+    chosen = config(backbone="smollm2-135m")
+    assert (chosen.item_tokens, chosen.peft) == ("pieces", "lora")
+    given = Settings.from_mapping({"item_tokens": "pieces", "peft": "lora"}).backbone
+    gpu = resolved(given, torch.device("cuda"))
+    assert (gpu.name, gpu.item_tokens, gpu.peft) == ("smollm2-135m", "pieces", "lora")
 
 
 def test_an_adapter_is_no_backbone(folder):
