@@ -31,6 +31,19 @@ class Difference(NamedTuple):
     test: str
 
 
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Of the mean of users' ``values``, at 95 %: Wilson's where they are 0 or 1, else Student's t
+    within 0 and 1; not a number where they do not differ, for their spread is not known then."""
+    if len(values) and np.isin(values, (0, 1)).all():
+        counted = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        return float(counted.low), float(counted.high)
+    if len(np.unique(values)) < 2:
+        return float("nan"), float("nan")
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    low, high = np.clip([values.mean() - half, values.mean() + half], 0, 1)
+    return float(low), float(high)
+
+
 def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Difference:
     """Compare two models by a metric of the same users in the same order.
 

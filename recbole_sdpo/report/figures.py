@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from recbole_sdpo.evaluator.significance import interval
 from recbole_sdpo.report.comparison import Comparison, FinishedRun, Row
 from recbole_sdpo.report.table import PLAIN, metric_head
 
@@ -120,8 +121,7 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
 
 def against_time(comparisons: Sequence[Comparison]) -> Figure:
     """The first metric of each row against its minutes of training and validation, SFT included, a
-    panel for each candidate set; whiskers: the 95 % interval of the mean over users, of the seeds'
-    means."""
+    panel for each candidate set; whiskers: the 95 % :func:`interval` of the seeds' means."""
     metric, rows = comparisons[0].metrics[0], comparisons[0].rows
     size = (4.2 * len(comparisons) + 0.6, 3.4 + LEGEND_LINE * 2 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
@@ -132,10 +132,11 @@ def against_time(comparisons: Sequence[Comparison]) -> Figure:
         axes.set_prop_cycle(cycler(alpha=[1.0, 0.5]) * rcParams["axes.prop_cycle"])
         for row in comparison.rows:
             users = row.users[metric].mean(0)
+            mean = users.mean()
             axes.errorbar(
                 max(row.wall_s, SHORTEST_S) / 60,
-                users.mean(),
-                yerr=1.96 * users.std(ddof=1) / np.sqrt(len(users)) if len(users) > 1 else None,
+                mean,
+                yerr=np.abs(np.subtract(interval(users), mean))[:, None],
                 marker="s" if row.baseline else "o",
                 linewidth=0,
                 elinewidth=1,

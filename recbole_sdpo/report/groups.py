@@ -8,10 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from recbole_sdpo.evaluator.ranks import THIRDS
-from recbole_sdpo.evaluator.significance import holm, paired_difference
+from recbole_sdpo.evaluator.significance import holm, interval, paired_difference
 from recbole_sdpo.report.comparison import LEVEL, Comparison, FinishedRun, Row
 
 EDGES = (0, 1, 5, 20)
@@ -149,7 +148,7 @@ def _table(comparison: Comparison, grouping: str, groups: pd.Series) -> pd.DataF
 def _line(row: Row, best: Row, metric: str, users: pd.Index) -> dict[str, object]:
     """One row's metric on ``users``, and its difference to the ``best`` baseline."""
     mine = _values(row, metric, row.user.intersection(users)).mean(0)
-    low, high = _interval(mine)
+    low, high = interval(mine)
     line: dict[str, object] = {
         "targets": len(mine),
         "mean": mine.mean() if len(mine) else float("nan"),
@@ -173,19 +172,6 @@ def _line(row: Row, best: Row, metric: str, users: pd.Index) -> dict[str, object
 def _values(row: Row, metric: str, users: pd.Index) -> np.ndarray:
     """float64 ``[seeds, users]``."""
     return row.users[metric][:, row.user.get_indexer(users)]
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """Of the mean of ``values``, at 95 %: Wilson's where they are 0 or 1, else Student's t within
-    0 and 1; not a number where they do not differ, for their spread is not known then."""
-    if len(values) and np.isin(values, (0, 1)).all():
-        counted = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-        return float(counted.low), float(counted.high)
-    if len(np.unique(values)) < 2:
-        return float("nan"), float("nan")
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    low, high = np.clip([values.mean() - half, values.mean() + half], 0, 1)
-    return float(low), float(high)
 
 
 def group_table(

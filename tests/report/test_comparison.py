@@ -13,12 +13,13 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
-from recbole_sdpo.evaluator.significance import holm, paired_difference
+from recbole_sdpo.evaluator.significance import holm, interval, paired_difference
 from recbole_sdpo.report import figures
 from recbole_sdpo.report.comparison import FinishedRun, Published, compare, unfair
 from recbole_sdpo.report.experiment import write_report
-from recbole_sdpo.report.groups import _interval, group_frame, group_table
+from recbole_sdpo.report.groups import group_frame, group_table
 from recbole_sdpo.report.table import (
     comparison_frame,
     comparison_html,
@@ -282,10 +283,16 @@ def test_figures_show_the_numbers(tmp_path, runs):
         point, _, (whiskers,) = drawn.lines
         (whisker,) = whiskers.get_segments()
         assert point.get_xydata()[0] == pytest.approx([row.wall_s / 60, row.mean("HR@1")])
-        spread = row.users["HR@1"].mean(0).std(ddof=1) / np.sqrt(len(row.user))
-        assert whisker[:, 1] == pytest.approx(
-            [row.mean("HR@1") - 1.96 * spread, row.mean("HR@1") + 1.96 * spread]
-        )
+        hits, users = row.users["HR@1"].mean(0), len(row.user)
+        if set(hits) <= {0, 1}:  # Wilson's interval, by its formula
+            z, p = 1.959964, hits.mean()
+            middle = (p + z**2 / 2 / users) / (1 + z**2 / users)
+            half = np.sqrt(p * (1 - p) / users + (z / 2 / users) ** 2) * z / (1 + z**2 / users)
+            assert whisker[:, 1] == pytest.approx([middle - half, middle + half])
+        else:
+            half = stats.t.ppf(0.975, users - 1) * hits.std(ddof=1) / np.sqrt(users)
+            ends = np.clip([hits.mean() - half, hits.mean() + half], 0, 1)
+            assert whisker[:, 1] == pytest.approx(ends)
     margin = figures.curves(swept[:1]).axes[2].lines[0]
     smooth = swept[0].steps["margin"].rolling(2, min_periods=1).mean()
     assert (
@@ -679,14 +686,14 @@ def test_no_groups_of_runs_that_do_not_say_who_met_the_target(tmp_path):
 
 
 def test_the_interval_of_what_is_0_or_1_stays_between_them():
-    low, high = _interval(np.array([1.0, 0.0, 0.0]))
+    low, high = interval(np.array([1.0, 0.0, 0.0]))
     # Wilson's, by its formula
     n, p, z = 3, 1 / 3, 1.959964
     centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     expected = [(centre + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
     assert [low, high] == pytest.approx(expected, abs=1e-6) and 0 < low < high < 1
-    assert _interval(np.zeros(3))[0] == 0 < _interval(np.zeros(3))[1]
-    assert _interval(np.array([0.0, 0.63, 0.0])) == (0.0, pytest.approx(1.0, abs=0.3))
+    assert interval(np.zeros(3))[0] == 0 < interval(np.zeros(3))[1]
+    assert interval(np.array([0.0, 0.63, 0.0])) == (0.0, pytest.approx(1.0, abs=0.3))
 
 
 def test_a_report_warns_of_lists_that_give_their_targets_away():
