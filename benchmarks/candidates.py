@@ -1,5 +1,6 @@
-"""Validating RecBole's models on 20 candidates: one pass for each target against one for each
-candidate: python benchmarks/candidates.py [--models SASRec BPR] [--dataset NAME --data_path DIR]
+"""Validating RecBole's sequential models on 20 candidates: one pass for each target against one
+for each candidate: python benchmarks/candidates.py [--models SASRec] [--dataset NAME --data_path
+DIR]
 
 Both sides rank the same targets, in turns; the run stops where their metrics differ.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -24,7 +26,7 @@ from recbole_sdpo.quick_start import evaluation_loaders
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.trainer.one_pass import with_one_pass
 
-MODELS = ["BPR", "LightGCN", "GRU4Rec", "Caser", "SASRec", "BERT4Rec"]
+MODELS = ["GRU4Rec", "Caser", "SASRec", "BERT4Rec"]
 
 
 def seconds(model: str, args: argparse.Namespace) -> dict[str, float]:
@@ -40,15 +42,21 @@ def seconds(model: str, args: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     recommender = compat.model_class(model)(config, train_data._dataset).to(config["device"])
     base = compat.trainer_class(config)
-    trainers = {"ours": with_one_pass(base), "RecBole": base}
-    sides = {}
-    for name, kind in trainers.items():
-        trainer = kind(config, recommender)
+    trainers = {
+        name: kind(config, recommender)
+        for name, kind in (("ours", with_one_pass(base)), ("RecBole", base))
+    }
+    for trainer in trainers.values():
         trainer.eval_collector.data_collect(train_data)
-        sides[name] = lambda trainer=trainer: trainer.evaluate(valid_data, load_best_model=False)
+    sides = {
+        name: partial(trainer.evaluate, valid_data, load_best_model=False)
+        for name, trainer in trainers.items()
+    }
     ours, theirs = (side() for side in sides.values())
     if ours != theirs:
         raise AssertionError(f"{model}: {ours} and {theirs}")
+    if not trainers["ours"].one_pass.agrees:
+        raise AssertionError(f"{model} is asked for each candidate on both sides")
     return measure.median_seconds(sides, args.repeats, torch.device(config["device"]))
 
 

@@ -516,12 +516,13 @@ def _log_head(
         total = sum(p.numel() for p in model.parameters())
         backbone = model.backbone
         why = (
-            f" (backbone=auto on {config['device']}; choose with --backbone=…)"
+            f" (backbone=auto on {config['device']}; choose with --backbone, --item_tokens, --peft)"
             if model.settings.backbone.name == "auto"
             else ""
         )
         lines["backbone"] = (
-            f"{backbone.name}{why}, {total:,} parameters in {backbone.dtype}, peft {backbone.peft}"
+            f"{backbone.name}{why}, {total:,} parameters in {backbone.dtype}, "
+            f"item_tokens {backbone.item_tokens}, peft {backbone.peft}"
         )
         if model.negatives:
             kind = kind_of_negatives(config["train_neg_sample_args"], model.sources)

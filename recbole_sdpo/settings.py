@@ -293,7 +293,8 @@ class BackboneSettings:
     item_tokens: Literal["auto", "pieces", "whole"] = _setting(
         "auto",
         "a title is the backbone's own tokens, or one new token, whose embedding begins as the "
-        "mean of theirs and is trained; auto: pieces, but whole where backbone=auto is pretrained",
+        "mean of theirs and is trained; auto: pieces, but whole where backbone=auto takes a "
+        "pretrained one, all of which is trained",
         Role.POLICY,
     )
     dtype: Literal["auto", "float32", "bfloat16", "mixed"] = _setting(
@@ -322,7 +323,8 @@ class BackboneSettings:
     )
     peft: Literal["auto", "lora", "none"] = _setting(
         "auto",
-        "train an adapter or all weights; auto: lora, but none for scratch and for backbone=auto",
+        "train an adapter or all weights; auto: lora, but none for scratch, and for backbone=auto "
+        "unless its weights are in four bits or bfloat16",
         Role.POLICY,
     )
     lora_rank: int = _within(1, 1024, 16, "rank of the adapter", Role.ADAPTER)

@@ -77,10 +77,12 @@ def resolved(chosen: BackboneSettings, device: torch.device) -> BackboneSettings
     name = (SMOLLM2 if gpu else "scratch") if suits_device else chosen.name
     item_tokens, peft, dtype = chosen.item_tokens, chosen.peft, chosen.dtype
     # What learned most, of a backbone that is small enough: results/README.md, 11 and 12.
-    if item_tokens == "auto":
-        item_tokens = "whole" if suits_device and name != "scratch" else "pieces"
     if peft == "auto":
-        peft = "none" if suits_device or name == "scratch" else "lora"
+        frozen = chosen.quantization != "none" or dtype == "bfloat16"
+        peft = "none" if name == "scratch" or (suits_device and not frozen) else "lora"
+    if item_tokens == "auto":
+        whole = suits_device and name != "scratch" and peft == "none"
+        item_tokens = "whole" if whole else "pieces"
     if dtype == "auto":
         # Trained weights stay in float32: bfloat16 loses small updates. Scratch is too small to
         # gain by it.

@@ -1,4 +1,5 @@
-"""Candidates of a target scored by one pass of a model of RecBole, and not by one for each."""
+"""Candidates of a target scored by one pass of a sequential model of RecBole, and not by one for
+each."""
 
 from __future__ import annotations
 
@@ -8,16 +9,19 @@ from typing import Any
 
 import torch
 from recbole.data.interaction import Interaction
-from recbole.model.abstract_recommender import AbstractRecommender
+from recbole.model.abstract_recommender import AbstractRecommender, SequentialRecommender
 from recbole.trainer import Trainer
 from torch import Tensor
 
+from recbole_sdpo.data.whole_catalogue import SCORES_AT_ONCE
+
 ROUNDING = 1e-4
-"""How far two scores may be apart, as a share of the largest of all, and be called equal."""
+"""How far two scores may be apart, as a share of all scores' spread, and be called equal."""
 
 
 def with_one_pass(base: type[Trainer]) -> type[Trainer]:
-    """``base``, a trainer of RecBole, but that it scores sampled candidates by :class:`OnePass`."""
+    """``base``, a trainer of RecBole, whose sequential models score candidates by
+    :class:`OnePass`."""
     parent: Any = base
 
     class WithOnePass(parent):
@@ -41,16 +45,20 @@ class OnePass:
         history, candidate 2 -> score              candidates 1, 2, ... are taken
         ...
 
-    The first batch is scored in both ways. A model that has no scores of all items, or other ones,
-    is asked for each candidate, as by RecBole.
+    The first batch that can tell is scored in both ways. Where the scores differ, or the model
+    cannot score all items, it is asked for each candidate, as by RecBole. So are models that know
+    no sequence: they gain little, and some keep scores of all items that outlive their weights.
 
     Args:
         one_by_one: RecBole's ``_neg_sample_batch_eval``.
+
+    Attributes:
+        agrees: are the scores of both ways the same? None before that is known.
     """
 
     def __init__(self, model: AbstractRecommender, one_by_one: Callable[[tuple], tuple]) -> None:
         self.model, self.one_by_one = model, one_by_one
-        self.agrees: bool | None = None
+        self.agrees = None if isinstance(model, SequentialRecommender) else False
 
     @torch.no_grad()
     def __call__(self, batch: tuple) -> tuple:
@@ -58,41 +66,50 @@ class OnePass:
         the candidates, and of each target its row and its item.
 
         Args:
-            batch: rows, the target of each (ascending), and the two that are handed on; without
-                candidates the last three are None.
+            batch: rows, the target of each (ascending from 0), and the two that are handed on;
+                without candidates the last three are None.
         """
         rows, target, *targets = batch
         if self.agrees is False or target is None:
             return self.one_by_one(batch)
-        if self.agrees:
-            return rows, self._scores(rows, target), *targets
-        expected = self.one_by_one(batch)
         try:
-            fault = _apart(self._scores(rows, target), expected[1])
-        except Exception as error:  # those of RecBole's models that have none raise all kinds
-            fault = f"{type(error).__name__}: {error}"
-        self.agrees = not fault
-        if fault:
-            getLogger().info(
-                f"{type(self.model).__name__} scores candidates one by one: its full_sort_predict "
-                f"does not give the scores of its predict ({fault})."
-            )
+            scores = self._scores(rows, target)
+        except Exception as error:  # models that cannot score all items raise all kinds
+            return self._refused(batch, f"{type(error).__name__}: {error}")
+        if self.agrees:
+            return rows, scores, *targets
+        expected = self.one_by_one(batch)
+        if scores.shape != expected[1].shape:
+            shapes = f"of shape {list(scores.shape)}, and not {list(expected[1].shape)}"
+            return self._refused(batch, shapes)
+        asked = expected[1].isfinite()
+        theirs, ours = expected[1][asked], scores[asked]
+        # Of one target, or equal scores, rows that are swapped would not be seen.
+        if len(scores) > 1 and len(theirs) and (spread := theirs.max() - theirs.min()) > 0:
+            apart = (ours - theirs).abs().max()
+            if not apart <= ROUNDING * spread:
+                return self._refused(batch, f"{apart:.2g} apart, of a spread of {spread:.2g}")
+            self.agrees = True
         return expected
+
+    def _refused(self, batch: tuple, why: str) -> tuple:
+        self.agrees = False
+        getLogger().info(
+            f"{type(self.model).__name__} scores candidates one by one: its full_sort_predict does "
+            f"not give the scores of its predict ({why})."
+        )
+        return self.one_by_one(batch)
 
     def _scores(self, rows: Interaction, target: Tensor) -> Tensor:
         model: Any = self.model
         first = torch.searchsorted(target, torch.arange(int(target[-1]) + 1))
-        every = model.full_sort_predict(rows[first].to(model.device)).view(len(first), -1)
+        every = torch.cat(
+            [
+                model.full_sort_predict(rows[some].to(model.device)).view(len(some), -1)
+                for some in first.split(max(1, SCORES_AT_ONCE // model.n_items))
+            ]
+        )
         place = target.to(every.device), rows[model.ITEM_ID].to(every.device)
-        scores = torch.full_like(every, -torch.inf)
-        scores[place] = every[place]
+        scores = torch.full(every.shape, -torch.inf, device=every.device)
+        scores[place] = every[place].float()
         return scores
-
-
-def _apart(scores: Tensor, expected: Tensor) -> str:
-    """How scores are not those that are ``expected``, or nothing."""
-    if scores.shape != expected.shape:
-        return f"of shape {list(scores.shape)}, and not {list(expected.shape)}"
-    asked = expected.isfinite()
-    apart = (scores[asked] - expected[asked]).abs().max()
-    return "" if apart <= ROUNDING * expected[asked].abs().max() else f"{apart:.2g} apart"

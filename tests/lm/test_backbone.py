@@ -190,9 +190,16 @@ def test_auto_depends_on_the_device():
     assert (gpu.name, gpu.item_tokens, gpu.peft) == ("smollm2-135m", "whole", "none")
     chosen = config(backbone="smollm2-135m")
     assert (chosen.item_tokens, chosen.peft) == ("pieces", "lora")
-    given = Settings.from_mapping({"item_tokens": "pieces", "peft": "lora"}).backbone
-    gpu = resolved(given, torch.device("cuda"))
-    assert (gpu.name, gpu.item_tokens, gpu.peft) == ("smollm2-135m", "pieces", "lora")
+    for given, item_tokens, peft in (
+        ({"peft": "lora"}, "pieces", "lora"),
+        ({"quantization": "nf4"}, "pieces", "lora"),
+        ({"dtype": "bfloat16"}, "pieces", "lora"),
+        ({"dtype": "float32"}, "whole", "none"),
+        ({"item_tokens": "pieces"}, "pieces", "none"),
+        ({"item_tokens": "whole", "peft": "lora"}, "whole", "lora"),
+    ):
+        gpu = resolved(Settings.from_mapping(given).backbone, torch.device("cuda"))
+        assert (gpu.name, gpu.item_tokens, gpu.peft) == ("smollm2-135m", item_tokens, peft)
 
 
 def test_an_adapter_is_no_backbone(folder):

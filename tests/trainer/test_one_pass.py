@@ -6,7 +6,9 @@ import logging
 
 import pandas as pd
 import pytest
-from recbole.model.general_recommender import bpr, lightgcn
+import torch
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import GeneralRecommender, SequentialRecommender
 from recbole.model.sequential_recommender import bert4rec, caser, gru4rec, sasrec
 
 from recbole_sdpo.quick_start import run
@@ -14,14 +16,7 @@ from recbole_sdpo.trainer.one_pass import OnePass
 
 MODELS = {
     model.__name__: model
-    for model in (
-        bpr.BPR,
-        lightgcn.LightGCN,
-        bert4rec.BERT4Rec,
-        caser.Caser,
-        gru4rec.GRU4Rec,
-        sasrec.SASRec,
-    )
+    for model in (bert4rec.BERT4Rec, caser.Caser, gru4rec.GRU4Rec, sasrec.SASRec)
 }
 
 
@@ -76,6 +71,79 @@ def test_a_model_whose_scores_of_all_items_are_others_is_asked_for_each(
     assert line.startswith("SASRec scores candidates one by one") and said in line
 
 
-def test_rows_without_candidates_are_scored_as_they_are():
-    batch = ("rows with a label", None, None, None)
-    assert OnePass(None, lambda asked: ("scored", asked))(batch) == ("scored", batch)
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [(SequentialRecommender, None), (GeneralRecommender, torch.tensor([0, 0]))],
+)
+def test_models_without_sequences_and_rows_without_candidates_are_left_to_recbole(kind, target):
+    rows = ("rows", target, None, None)
+    one_pass = OnePass(kind.__new__(kind), lambda asked: ("scored", asked))
+    assert one_pass(rows) == ("scored", rows)
+
+
+class Table(SequentialRecommender):
+    """Scores of a table, of which ``wrong`` is how those of all items are read."""
+
+    def __init__(self, scores: torch.Tensor, wrong=lambda scores: scores) -> None:
+        torch.nn.Module.__init__(self)
+        self.scores, self.wrong, self.n_items = scores, wrong, scores.shape[1]
+        self.ITEM_ID, self.device = "item", torch.device("cpu")
+
+    def full_sort_predict(self, rows):
+        return self.wrong(self.scores[rows["user"]])
+
+
+def batch(users: list[int], width: int = 3) -> tuple:
+    """Each user with candidates 0, 1, ...."""
+    rows = {
+        "user": torch.tensor(users).repeat_interleave(width),
+        "item": torch.arange(width).repeat(len(users)),
+    }
+    return Interaction(rows), torch.arange(len(users)).repeat_interleave(width), None, None
+
+
+def one_by_one(table: torch.Tensor):
+    def scores(asked: tuple) -> tuple:
+        rows, target, *rest = asked
+        expected = torch.full((int(target[-1]) + 1, table.shape[1]), -torch.inf)
+        expected[target, rows["item"]] = table[rows["user"], rows["item"]].float()
+        return rows, expected, *rest
+
+    return scores
+
+
+SCORES = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("scores", [SCORES, 100 + 1e-3 * SCORES, SCORES.double()])
+@pytest.mark.parametrize("at_once", [2**22, 11, 1])
+def test_scores_are_those_of_each_candidate_however_many_targets_go_at_once(
+    monkeypatch, scores, at_once
+):
+    monkeypatch.setattr("recbole_sdpo.trainer.one_pass.SCORES_AT_ONCE", at_once)
+    one_pass = OnePass(Table(scores), one_by_one(scores))
+    for users in ([3], [0, 4, 2], [5], [1, 1, 0, 5]):
+        found = one_pass(batch(users))[1]
+        torch.testing.assert_close(found, one_by_one(scores)(batch(users))[1])
+    assert one_pass.agrees
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda scores: scores + 0.01,  # of scores near 100
+        lambda scores: scores.T.contiguous().view(scores.shape),  # right of one target
+        lambda scores: scores * torch.nan,
+    ],
+    ids=["near", "swapped", "nan"],
+)
+def test_one_target_or_equal_scores_prove_nothing(wrong):
+    scores = 100 + 1e-2 * SCORES
+    scores[0] = 100.0
+    one_pass = OnePass(Table(scores, wrong), one_by_one(scores))
+    for users in ([2], [0, 0]):
+        one_pass(batch(users))
+        assert one_pass.agrees is None
+    found = one_pass(batch([1, 2, 3]))[1]
+    assert one_pass.agrees is False
+    torch.testing.assert_close(found, one_by_one(scores)(batch([1, 2, 3]))[1])
