@@ -163,7 +163,20 @@ def load_best(trainer: Trainer) -> None:
             trainer.saved_model_file, map_location=trainer.device, weights_only=False
         )
         trainer.model.load_state_dict(weights["state_dict"])
-        trainer.model.load_other_parameter(weights["other_parameter"])
+        load_rest(trainer.model, weights["other_parameter"])
+
+
+def load_rest(model: AbstractRecommender, rest: dict[str, Any] | None) -> None:
+    """What RecBole keeps of ``model`` beside its weights, after those were loaded.
+
+    Representations of all users and items that are not in it are forgotten. KGIN and MCCLK name
+    none, and would rank the whole catalogue by those of the last validation, whatever weights are
+    loaded; reported nowhere that we found.
+    """
+    for name in vars(model):
+        if name.startswith("restore_"):
+            setattr(model, name, None)
+    model.load_other_parameter(rest)
 
 
 class _LogFile(logging.FileHandler):

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from recbole_sdpo.compat import load_rest
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import whole_file
 from recbole_sdpo.lm.language_model import FROZEN
@@ -78,7 +79,7 @@ class BestWeights:
     def restore(self, mode: str) -> None:
         """Put the weights that were best on ``mode`` into the model."""
         restore(self.trainer.model, self._weights[mode])
-        self.trainer.model.load_other_parameter(self._rest.get(mode))
+        load_rest(self.trainer.model, self._rest.get(mode))
 
     def _better(self, new: Metrics, old: Metrics | None) -> bool:
         if not old:

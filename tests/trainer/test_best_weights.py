@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from recbole.model.general_recommender.bpr import BPR
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.trainer.best_weights import BestWeights, restore, snapshot
@@ -139,3 +140,47 @@ def test_a_snapshot_has_what_training_changes():
     assert not np.array_equal(model[1].running_mean, before["1.running_mean"])
     restore(model, kept)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["as LightGCN", "as KGIN"])
+@pytest.mark.parametrize("mode", ["full", "uni5"])
+def test_representations_that_a_model_keeps_are_those_of_the_weights_it_is_tested_with(
+    ring, tmp_path, monkeypatch, named, mode
+):
+    """A model that keeps them scores as one that makes them anew each time."""
+    drawn = np.random.default_rng(0)
+    without_rule = [[int(item) for item in drawn.permutation(24)[:10] + 1] for _ in range(48)]
+    write_dataset(tmp_path / "noise", without_rule, None)
+
+    class Keeping(BPR):
+        if named:
+            other_parameter_name = ["restore_user_e", "restore_item_e"]
+
+        def __init__(self, config, dataset):
+            super().__init__(config, dataset)
+            self.restore_user_e, self.restore_item_e = None, None
+
+        def calculate_loss(self, interaction):
+            self.restore_user_e, self.restore_item_e = None, None
+            return super().calculate_loss(interaction)
+
+        def full_sort_predict(self, interaction):
+            if self.restore_user_e is None:
+                self.restore_user_e, self.restore_item_e = (
+                    self.user_embedding.weight.detach().clone(),
+                    self.item_embedding.weight.detach().clone(),
+                )
+            user = self.restore_user_e[interaction[self.USER_ID]]
+            return (user @ self.restore_item_e.T).view(-1)
+
+    settings = ring | {
+        "data_path": str(tmp_path / "noise"),
+        "epochs": 8,
+        "learning_rate": 0.3,  # so that the last epoch is not the best
+        "eval_args": {"mode": mode},
+        "more_candidates": ["full"] if mode != "full" else ["uni5"],
+    }
+    anew = quick_start.run("BPR", "toy", config_dict=settings | {"run_dir": "anew"})
+    monkeypatch.setattr("recbole_sdpo.compat.model_class", lambda name: Keeping)
+    kept = quick_start.run("BPR", "toy", config_dict=settings | {"run_dir": "kept"})
+    assert kept["stages"]["fit"]["candidates"] == anew["stages"]["fit"]["candidates"]
