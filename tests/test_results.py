@@ -98,7 +98,8 @@ def test_the_numbers_of_the_gpu_page_are_those_of_its_files():
     page = (RESULTS / "gpu" / "README.md").read_text(encoding="utf-8")
     text = (RESULTS / "gpu" / "smollm2.jsonl").read_text() + (ROOT / "README.md").read_text()
     ranked = set(FOUR_DIGITS.findall(page))
-    assert len(ranked) > 10 and all(number.rstrip("0") in text for number in ranked)
+    others = ranked - numbers(RESULTS / "amazon-games" / "three-seeds")
+    assert len(others) > 10 and all(number.rstrip("0") in text for number in others)
     lines = (RESULTS / "gpu" / "speed-h200.jsonl").read_text().splitlines()
     steps = [row for row in map(json.loads, lines) if "targets/s" in row and "tokens" in row]
     assert len(steps) == 9
