@@ -3,6 +3,7 @@ an entry is no longer needed."""
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import importlib
 import importlib.util
@@ -27,6 +28,7 @@ import numpy as np
 import pandas as pd
 import recbole.trainer.trainer
 import torch
+from accelerate import PartialState
 from recbole.config import Config
 from recbole.data import utils as data_utils
 from recbole.data.dataset import Dataset
@@ -498,6 +500,15 @@ def check_launcher() -> None:
             "torchrun --nproc_per_node=2 "
             "run_recbole_sdpo.py …, which accelerate joins."
         )
+
+
+def leave_group_at_exit() -> None:
+    """Leave torch.distributed's group while Python still stands.
+
+    A thread of gloo may hold tensors, and a process that frees them later is aborted at its end,
+    now and then, whatever it had to say (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    atexit.register(PartialState().destroy_process_group)
 
 
 def quiet_warnings() -> None:

@@ -121,6 +121,7 @@ def run(
         )
         check_device(config)
         state = PartialState(cpu=config["device"].type == "cpu")
+        compat.leave_group_at_exit()
         if state.num_processes > 1 and config["model"] != MODEL:
             raise UserError(
                 f"A launch of {state.num_processes} processes serves {MODEL} only; start "

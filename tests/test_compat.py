@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import recbole
 import scipy.sparse
 import torch
 import yaml
@@ -353,6 +354,24 @@ def test_recbole_still_sets_the_visible_gpus(monkeypatch):
         RunConfig("BPR", "ml-100k")
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+def test_torch_still_keeps_its_group_to_the_end():
+    """Where it does not, leave_group_at_exit has had its day."""
+    code = (
+        "import atexit; atexit.register(lambda: print(group.is_initialized()))\n"
+        "import torch.distributed as group\n"
+        "group.init_process_group('gloo', store=group.HashStore(), rank=0, world_size=1)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.stdout == "True\n"
+
+
+@pytest.mark.parametrize("model", ["kgin", "mcclk"])
+def test_recbole_still_names_nothing_that_these_keep_of_their_scores(model):
+    folder = Path(recbole.__path__[0]) / "model" / "knowledge_aware_recommender"
+    source = (folder / f"{model}.py").read_text(encoding="utf-8")
+    assert "self.restore_user_e" in source and "other_parameter_name" not in source
 
 
 def test_recboles_collector_still_hands_out_tensors_alone():

@@ -17,6 +17,14 @@ from recbole_sdpo.interrupt import (
 )
 
 
+@pytest.fixture(autouse=True)
+def in_a_terminal():
+    """Ctrl-C is heard: a shell starts what goes on behind it with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )

@@ -92,6 +92,18 @@ def test_baselines_ask_for_one_process(ring, tmp_path):
         launch(2, ring, tmp_path / "pop", model="Pop")
 
 
+RUN = """
+import atexit, runpy, sys, torch
+
+@atexit.register
+def left():
+    if torch.distributed.is_initialized():
+        print("error: still in its group as Python ends", file=sys.stderr)
+
+runpy.run_module("recbole_sdpo", run_name="__main__", alter_sys=True)
+"""
+
+
 def start(process, settings, folder, port, *options):
     """One of two processes, as a scheduler starts them without torchrun."""
     folder.mkdir(exist_ok=True)
@@ -100,7 +112,7 @@ def start(process, settings, folder, port, *options):
     )
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     place |= {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "recbole_sdpo", "run", "--dataset=toy"]
+    command = [sys.executable, "-c", RUN, "run", "--dataset=toy"]
     return subprocess.Popen(
         [*command, "--config_files=settings.yaml", *options],
         cwd=folder,
