@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import candidates
     import exactness
     import gpu
     import measure
@@ -36,9 +37,10 @@ def benchmarks(monkeypatch):
     import throughput
     import words
 
-    yield measure, plain, run, exactness, throughput, gpu, words
-    for name in ("measure", "plain", "run", "exactness", "throughput", "gpu", "words"):
-        del sys.modules[name]
+    modules = (measure, plain, run, exactness, throughput, gpu, words, candidates)
+    yield modules
+    for module in modules:
+        del sys.modules[module.__name__]
 
 
 def test_the_plain_way_is_one_sequence_at_a_time(benchmarks):
@@ -122,6 +124,14 @@ def test_exactness_takes_exact_products_whatever_a_run_before_took(benchmarks):
             assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_candidates_are_timed_by_both_ways_and_nothing_else(benchmarks):
+    args = argparse.Namespace(dataset="ml-100k", data_path=None, repeats=1)
+    took = benchmarks[7].seconds("Caser", args)
+    assert took.keys() == {"ours", "RecBole"} and min(took.values()) > 0
+    with pytest.raises(AssertionError, match="BPR is asked for each candidate on both sides"):
+        benchmarks[7].seconds("BPR", args)
 
 
 def test_exactness_notices_a_wrong_mask(benchmarks, monkeypatch):

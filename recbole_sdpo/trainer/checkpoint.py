@@ -130,8 +130,11 @@ def _made_with(model: SDPOLLM) -> dict[str, Any]:
     Its tokenizer and the shapes of its weights speak for themselves.
     """
     flat, backbone = model.settings.to_flat(), model.backbone
-    resolved = {"backbone": backbone.name, "item_tokens": backbone.item_tokens}
-    flat |= resolved | {"peft": backbone.peft}
+    flat |= {
+        "backbone": backbone.name,
+        "item_tokens": backbone.item_tokens,
+        "peft": backbone.peft,
+    }
     adapter = having(Role.ADAPTER) if backbone.peft == "lora" else frozenset()
     settings = {key: flat[key] for key in sorted(having(Role.POLICY) | adapter)}
     if adapter and backbone.name == "scratch":

@@ -73,32 +73,35 @@ class OnePass:
         if self.agrees is False or target is None:
             return self.one_by_one(batch)
         try:
-            scores = self._scores(rows, target)
+            scores, fault = self._scores(rows, target), ""
         except Exception as error:  # models that cannot score all items raise all kinds
-            return self._refused(batch, f"{type(error).__name__}: {error}")
-        if self.agrees:
+            scores, fault = None, f"{type(error).__name__}: {error}"
+        if self.agrees and scores is not None:
             return rows, scores, *targets
         expected = self.one_by_one(batch)
-        if scores.shape != expected[1].shape:
-            shapes = f"of shape {list(scores.shape)}, and not {list(expected[1].shape)}"
-            return self._refused(batch, shapes)
-        asked = expected[1].isfinite()
-        theirs, ours = expected[1][asked], scores[asked]
-        # Of one target, or equal scores, rows that are swapped would not be seen.
-        if len(scores) > 1 and len(theirs) and (spread := theirs.max() - theirs.min()) > 0:
-            apart = (ours - theirs).abs().max()
-            if not apart <= ROUNDING * spread:
-                return self._refused(batch, f"{apart:.2g} apart, of a spread of {spread:.2g}")
-            self.agrees = True
+        if scores is not None:
+            fault = self._compare(scores, expected[1])
+        if fault:
+            self.agrees = False
+            getLogger().info(
+                f"{type(self.model).__name__} scores candidates one by one: its full_sort_predict "
+                f"does not give the scores of its predict ({fault})."
+            )
         return expected
 
-    def _refused(self, batch: tuple, why: str) -> tuple:
-        self.agrees = False
-        getLogger().info(
-            f"{type(self.model).__name__} scores candidates one by one: its full_sort_predict does "
-            f"not give the scores of its predict ({why})."
-        )
-        return self.one_by_one(batch)
+    def _compare(self, scores: Tensor, expected: Tensor) -> str:
+        """How scores are not those that are ``expected``, or nothing; sets :attr:`agrees` where
+        they are and could tell."""
+        if scores.shape != expected.shape:
+            return f"of shape {list(scores.shape)}, and not {list(expected.shape)}"
+        asked = expected.isfinite()
+        theirs = expected[asked]
+        # Of one target, or equal scores, rows that are swapped would not be seen.
+        if len(scores) < 2 or not len(theirs) or not (spread := theirs.max() - theirs.min()) > 0:
+            return ""
+        apart = (scores[asked] - theirs).abs().max()
+        self.agrees = bool(apart <= ROUNDING * spread)
+        return "" if self.agrees else f"{apart:.2g} apart, of a spread of {spread:.2g}"
 
     def _scores(self, rows: Interaction, target: Tensor) -> Tensor:
         model: Any = self.model

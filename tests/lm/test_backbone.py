@@ -202,6 +202,21 @@ def test_auto_depends_on_the_device():
         assert (gpu.name, gpu.item_tokens, gpu.peft) == ("smollm2-135m", item_tokens, peft)
 
 
+@pytest.mark.parametrize(
+    ("given", "fast", "slow"),
+    [
+        ({}, "bfloat16", "float32"),
+        ({"peft": "none"}, "mixed", "float32"),
+        ({"item_tokens": "whole"}, "mixed", "float32"),
+    ],
+)
+def test_what_is_trained_itself_keeps_its_precision(monkeypatch, given, fast, slow):
+    chosen = Settings.from_mapping({"backbone": "smollm2-135m"} | given).backbone
+    for bf16, dtype in ((True, fast), (False, slow)):
+        monkeypatch.setattr(module, "bf16_is_fast", lambda device, bf16=bf16: bf16)
+        assert resolved(chosen, CPU).dtype == dtype
+
+
 def test_an_adapter_is_no_backbone(folder):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds an adapter; give it as sft_checkpoint"):

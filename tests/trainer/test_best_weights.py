@@ -123,6 +123,22 @@ def test_each_set_keeps_its_own_best(tmp_path, interrupted):
     assert not best.valid
 
 
+def test_with_its_weights_a_model_has_what_it_keeps_beside_them():
+    trainer = Sometimes({"a": iter([0.1, 0.3, 0.2]), "b": iter([0.5, 0.4, 0.6])})
+    model = trainer.model
+    model.other_parameter = lambda: {"epoch": model.epoch}
+    model.load_other_parameter = lambda rest: setattr(model, "loaded", rest)
+    best = BestWeights(trainer, {"pop1": "a", "pop2": "b"}, None)
+    best.begin("fit", validated=False)
+    for model.epoch in range(3):
+        model.restore_user_e = f"representations of epoch {model.epoch}"
+        best()
+    for mode, number in (("pop1", 1), ("pop2", 2)):
+        model.restore_user_e = "representations of epoch 2"
+        best.restore(mode)
+        assert model.loaded == {"epoch": number} and model.restore_user_e is None
+
+
 def test_a_snapshot_has_what_training_changes():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     model[0].bias.requires_grad_(False)

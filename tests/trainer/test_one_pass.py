@@ -71,14 +71,25 @@ def test_a_model_whose_scores_of_all_items_are_others_is_asked_for_each(
     assert line.startswith("SASRec scores candidates one by one") and said in line
 
 
-@pytest.mark.parametrize(
-    ("kind", "target"),
-    [(SequentialRecommender, None), (GeneralRecommender, torch.tensor([0, 0]))],
-)
-def test_models_without_sequences_and_rows_without_candidates_are_left_to_recbole(kind, target):
-    rows = ("rows", target, None, None)
-    one_pass = OnePass(kind.__new__(kind), lambda asked: ("scored", asked))
-    assert one_pass(rows) == ("scored", rows)
+def test_rows_without_candidates_are_left_to_recbole():
+    rows = ("rows", None, None, None)
+    one_pass = OnePass(Table(SCORES), lambda asked: ("scored", asked))
+    assert one_pass(rows) == ("scored", rows) and one_pass.agrees is None
+
+
+def test_a_model_without_sequences_is_not_asked_for_all_items():
+    class Items(GeneralRecommender):
+        asked, n_items = False, 5
+        __init__ = torch.nn.Module.__init__
+
+        def full_sort_predict(self, rows):
+            self.asked = True
+
+    model = Items()
+    one_pass = OnePass(model, one_by_one(SCORES))
+    scores = one_pass(batch([1, 2, 3]))[1]
+    torch.testing.assert_close(scores, one_by_one(SCORES)(batch([1, 2, 3]))[1])
+    assert not model.asked
 
 
 class Table(SequentialRecommender):
@@ -88,8 +99,10 @@ class Table(SequentialRecommender):
         torch.nn.Module.__init__(self)
         self.scores, self.wrong, self.n_items = scores, wrong, scores.shape[1]
         self.ITEM_ID, self.device = "item", torch.device("cpu")
+        self.asked: list[int] = []  # how many targets at once
 
     def full_sort_predict(self, rows):
+        self.asked.append(len(rows))
         return self.wrong(self.scores[rows["user"]])
 
 
@@ -121,17 +134,19 @@ def test_scores_are_those_of_each_candidate_however_many_targets_go_at_once(
     monkeypatch, scores, at_once
 ):
     monkeypatch.setattr("recbole_sdpo.trainer.one_pass.SCORES_AT_ONCE", at_once)
-    one_pass = OnePass(Table(scores), one_by_one(scores))
+    table = Table(scores)
+    one_pass = OnePass(table, one_by_one(scores))
     for users in ([3], [0, 4, 2], [5], [1, 1, 0, 5]):
-        found = one_pass(batch(users))[1]
-        torch.testing.assert_close(found, one_by_one(scores)(batch(users))[1])
+        ours = one_pass(batch(users))[1]
+        torch.testing.assert_close(ours, one_by_one(scores)(batch(users))[1])
     assert one_pass.agrees
+    assert max(table.asked) == max(1, min(4, at_once // 5)) and sum(table.asked) == 9
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda scores: scores + 0.01,  # of scores near 100
+        lambda scores: scores + 0.005,  # of scores near 100, .03 apart
         lambda scores: scores.T.contiguous().view(scores.shape),  # right of one target
         lambda scores: scores * torch.nan,
     ],
@@ -144,6 +159,6 @@ def test_one_target_or_equal_scores_prove_nothing(wrong):
     for users in ([2], [0, 0]):
         one_pass(batch(users))
         assert one_pass.agrees is None
-    found = one_pass(batch([1, 2, 3]))[1]
+    scores_of_three = one_pass(batch([1, 2, 3]))[1]
     assert one_pass.agrees is False
-    torch.testing.assert_close(found, one_by_one(scores)(batch([1, 2, 3]))[1])
+    torch.testing.assert_close(scores_of_three, one_by_one(scores)(batch([1, 2, 3]))[1])

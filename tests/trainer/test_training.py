@@ -158,6 +158,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
         ),
         ({"peft": "lora"}, "was made with peft='none', and this run has 'lora'"),
         (
+            {"item_tokens": "whole"},
+            "was made with item_tokens='pieces', and this run has 'whole'",
+        ),
+        (
             {"prompt_templates": "movies"},
             "was made with prompt_templates='items', and this run has 'movies'",
         ),
