@@ -410,10 +410,15 @@ def _run_stages(
     stages: dict[str, dict] = {}
     ranks: list[pd.DataFrame] = []
     for name in trainer.stages:
+        before = best_weights.valid
         best_weights.begin(name, trainer.validated(name))
         trainer.rank_for(name)
-        if name == "sdpo" and trainer.config["eval_step"] > 0:
-            best_weights()  # no epoch may be better than its start
+        if name == "sdpo" and trainer.config["eval_step"] > 0 and not best_weights.valid:
+            # no epoch may be better than its start
+            if stages["sft"]["targets"] or trainer.model.settings.popularity_discount:
+                best_weights()
+            else:  # which has just been validated, by the same scores
+                best_weights.begin_with(before)
         report = trainer.fit_stage(
             name, train_data, valid_data, saved=saved, show_progress=show, callback_fn=best_weights
         )

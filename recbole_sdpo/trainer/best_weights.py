@@ -76,6 +76,11 @@ class BestWeights:
             if self._better(metrics, self.valid.get(mode)):
                 self._keep(mode, metrics)
 
+    def begin_with(self, valid: dict[str, Metrics]) -> None:
+        """Keep the weights that the model has; ``valid`` are their metrics on each set."""
+        for mode in self.loaders:
+            self._keep(mode, valid[mode])
+
     def restore(self, mode: str) -> None:
         """Put the weights that were best on ``mode`` into the model."""
         restore(self.trainer.model, self._weights[mode])

@@ -8,6 +8,7 @@ from recbole.model.general_recommender.bpr import BPR
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.trainer.best_weights import BestWeights, restore, snapshot
+from recbole_sdpo.trainer.sdpo_trainer import SDPOTrainer
 from tests.conftest import write_dataset
 
 
@@ -86,6 +87,26 @@ def test_a_resumed_run_tests_the_weights_that_the_uninterrupted_one_does(ring, m
     again = quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"resume": "cut"})
     for stage in ("sft", "sdpo"):
         assert again["stages"][stage]["candidates"] == whole["stages"][stage]["candidates"]
+
+
+@pytest.mark.parametrize(("discount", "times"), [(0.0, 2), (1.0, 4)])
+def test_what_no_sft_has_changed_is_validated_once(ring, monkeypatch, discount, times):
+    settings = ring | {"more_candidates": ["pop9"], "sft_epochs": 1, "sdpo_epochs": 0}
+    quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"run_dir": "before"})
+    settings |= {"sft_checkpoint": "before", "popularity_discount": discount}
+    validated, evaluate = [], SDPOTrainer.evaluate
+
+    def counted(self, eval_data, *args, **kwargs):
+        validated.append(eval_data)
+        return evaluate(self, eval_data, *args, **kwargs)
+
+    monkeypatch.setattr(SDPOTrainer, "evaluate", counted)
+    stages = quick_start.run("SDPO-LLM", "toy", config_dict=settings)["stages"]
+    sft, sdpo = (stages[name]["candidates"]["pop9"] for name in ("sft", "sdpo"))
+    assert sft == sdpo  # of items that are met alike, too, whose popularity changes no order
+    # the test sets of two stages, and each validation set by each way to score
+    assert len(validated) == 4 + times
+    assert len({id(loader) for loader in validated}) == 4
 
 
 class Sometimes:
