@@ -4,10 +4,9 @@ its title."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +43,6 @@ from recbole_sdpo.data.sequences import (
 )
 from recbole_sdpo.data.whole_catalogue import LEFT_OUT
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.backbone import load_backbone, resolved
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.lm.generation import NOTHING, line_ends, write
@@ -53,10 +51,11 @@ from recbole_sdpo.lm.parts import is_parted, part
 from recbole_sdpo.lm.ranking import NODES_AT_ONCE, TitleTree, score_all, score_top
 from recbole_sdpo.lm.scratch import train_tokenizer
 from recbole_sdpo.model.encoder import TERMINATOR, Encoder, title_lines
+from recbole_sdpo.model.suitability import check_parts, without_effect
 from recbole_sdpo.objectives import OBJECTIVES, Logps
 from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import derive_seed, generator
-from recbole_sdpo.settings import NO_FULL_RANKING, BackboneSettings, CompleteSettings, Settings
+from recbole_sdpo.settings import NO_FULL_RANKING, CompleteSettings, Settings
 
 PASSES = ("predict", "full_sort_predict", "answers", "favourites")
 """Methods of the model that call the backbone, beside ``forward``."""
@@ -108,8 +107,8 @@ class SDPOLLM(SequentialRecommender):
         settings = settings.suited_to(self.backbone)
         parted = settings.parallel == "fsdp" and PartialState().num_processes > 1
         if parted:
-            _check_parts(settings, self.backbone)
-        for sentence in _without_effect(config.external_config_dict, self.backbone):
+            check_parts(settings, self.backbone)
+        for sentence in without_effect(config.external_config_dict, self.backbone):
             self.logger.warning(sentence)
 
         def tokenizer() -> PreTrainedTokenizerBase:
@@ -641,60 +640,3 @@ class SDPOLLM(SequentialRecommender):
         memo[id(self)] = clone
         clone.__dict__ = copy.deepcopy(self.__dict__, memo)
         return clone
-
-
-def _check_parts(settings: Settings, backbone: BackboneSettings) -> None:
-    """Refuse what does not go with ``parallel=fsdp``.
-
-    Raises:
-        UserError: naming it.
-    """
-    beside = backbone.peft == "lora" and backbone.item_tokens == "whole"
-    refused = {
-        "quantization": (backbone.quantization, backbone.quantization != "none", "'none'"),
-        "compile": (backbone.compile, backbone.compile, "False"),
-        "attention": (backbone.attention, backbone.attention == FLEX, "auto, sdpa or eager"),
-        "full_sort": (settings.full_sort, settings.full_sort == "topk", "'exact'"),
-        "item_tokens": (backbone.item_tokens, beside, "'pieces' with peft=lora"),
-    }
-    for key, (value, wrong, right) in refused.items():
-        if wrong:
-            raise UserError(
-                f"{key}={value!r} does not go with parallel='fsdp'; it must be {right}, or set "
-                "parallel=ddp."
-            )
-
-
-def _without_effect(chosen: Mapping[str, Any], backbone: BackboneSettings) -> Iterator[str]:
-    """A sentence for each kind of settings that do nothing with ``backbone``, whose ``auto`` are
-    resolved; what is ``chosen`` as it is anyway does no harm."""
-    defaults = Settings().to_flat()
-    does_nothing = {
-        "parallel": (
-            PartialState().num_processes == 1,
-            "one process; start several, as in torchrun --nproc_per_node=2",
-        ),
-        "lora_": (
-            backbone.peft != "lora",
-            "peft='none', which trains all weights; set peft=lora",
-        ),
-        "backbone_": (
-            backbone.name == "scratch",
-            "backbone='scratch', which has scratch_layers and scratch_dropout; set a backbone",
-        ),
-        "title_rate": (
-            backbone.item_tokens != "whole",
-            "item_tokens='pieces', where no token is a title; set item_tokens=whole",
-        ),
-        "title_prior": (
-            backbone.kind != "whole titles" or backbone.weights != "pretrained",
-            "titles that do not begin as words of a pretrained backbone; set a backbone, "
-            "item_tokens=whole and backbone_weights=pretrained",
-        ),
-    }
-    for kind, (nothing, why) in does_nothing.items():
-        named = {key for key in chosen if key.startswith(kind) or key.endswith(f"_{kind}")}
-        keys = [key for key in chosen if key in named and chosen[key] != defaults.get(key)]
-        if keys and nothing:
-            have = "have" if len(keys) > 1 else "has"
-            yield f"{', '.join(keys)} {have} no effect with {why}."
