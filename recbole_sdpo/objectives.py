@@ -16,6 +16,7 @@ of the difference is made small::
     softmax      log pi                logsumexp    -log sigma
     cpo          log pi                each         -log sigma, and the target's own -log pi
     simpo        log pi by the token   each         -log sigma
+    mppo         pi by the token       sum          -log sigma
     ipo          log pi / pi_ref       each         square
 """
 
@@ -149,6 +150,18 @@ def simpo(logps: Logps, constants: Constants) -> Tensor:
     """SimPO (Meng et al., NeurIPS 2024, equation 6): means over tokens, no reference, and a margin;
     the mean over the negatives, of which the paper has one."""
     return dpo_multi(logps.by_token().without_reference(), constants)
+
+
+def mppo(logps: Logps, constants: Constants) -> Tensor:
+    """MPPO (Xie et al., COLING 2025, equations 4 and 10, Pair-MNM): a reward is the geometric mean
+    of the probabilities of a response's tokens, from 0 to 1, and all negatives count together,
+    -log sigma(beta (K p - sum_d p_d)). The paper has no beta, which is 1.
+
+    So the loss lies between -log sigma(beta K) and -log sigma(-beta K), and a response that is
+    improbable has next to no gradient.
+    """
+    pos, neg, *_ = logps.by_token()
+    return F.softplus(constants.beta * (neg.exp() - pos.exp().unsqueeze(-1)).sum(-1))
 
 
 def cpo(logps: Logps, constants: Constants) -> Tensor:
@@ -394,6 +407,7 @@ OBJECTIVES: dict[str, Objective] = {
     "kto": Objective("KTO", kto, math.inf, reference=True),
     "softmax": Objective("softmax", softmax, math.inf, reference=False, reads=_PAIRS),
     "simpo": Objective("SimPO", simpo, math.inf, reference=False, reads=_PAIRS),
+    "mppo": Objective("MPPO", mppo, math.inf, reference=False),
     "cpo": Objective("CPO", cpo, math.inf, reference=False, reads=_PAIRS),
     "orpo": Objective("ORPO", orpo, math.inf, reference=False),
 }

@@ -85,6 +85,12 @@ def by_hand(name, beta, margin, swapped, rating_margin, unrated):
             return pair(logit, 0.0, margin=0.0)
         if name == "simpo":
             return mean([pair(beta / lp * p, beta / ln * n) for n, ln in zip(ns, lns, strict=True)])
+        if name == "mppo":
+            mean_pos, *means = (
+                math.exp(logp) ** (1 / length)
+                for logp, length in zip([p, *ns], [lp, *lns], strict=True)
+            )
+            return -log_sigmoid(beta * (len(means) * mean_pos - sum(means)))
         if name == "cpo":
             return mean([pair(beta * p, beta * n) for n in ns]) - p
         if name == "orpo":
@@ -191,6 +197,12 @@ def test_what_becomes_another_objective_at_its_limits(logps):
     torch.testing.assert_close(loss["simpo"](short, plain), softmax(one, plain), **close)
     torch.testing.assert_close(loss["cpo"](one, plain), softmax(one, plain) - one.policy_pos)
     torch.testing.assert_close(loss["robust_dpo"](logps, plain), loss["dpo_multi"](logps, plain))
+    # of two responses whose probabilities are nearly alike, p - p' is nearly p (log p - log p')
+    near = short._replace(policy_neg=short.policy_pos[:, None] - 1e-6)
+    weight = BETA * short.policy_pos.exp() * 1e-6
+    torch.testing.assert_close(
+        loss["mppo"](near, plain) - math.log(2), -weight / 2, rtol=1e-4, atol=0
+    )
     # the mean of robust DPO over swapped and other preferences is DPO's loss on the true ones
     ones, nexts = one[:6:2], one[1:6:2]
     pairs = [(neg[:, 0], pos[:, None]) for pos, neg in zip(ones, nexts, strict=True)]
