@@ -20,6 +20,7 @@ from recbole_sdpo import quick_start
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.trainer.folder import run_folder
 from recbole_sdpo.trainer.stage import Stage
 
@@ -189,21 +190,23 @@ def test_without_a_learning_rate_nothing_moves(ring):
     assert all(torch.equal(before[name], p) for name, p in trainer.model.lm.trainable().items())
 
 
-@pytest.mark.parametrize("objective", ["sdpo", "dpo", "dynamicpo", "simpo"])
-def test_every_objective_trains_with_an_adapter(ring, objective):
+@pytest.mark.parametrize("objective", sorted({*OBJECTIVES} - {"sft"}))
+def test_every_objective_trains_with_an_adapter(rated, objective):
     trainer, loaders = start(
-        ring
+        rated
         | {
             "peft": "lora",
             "lora_rank": 2,
             "lora_layers": [1],
             "objective": objective,
             "max_train_targets": 60,
+            "RATING_FIELD": "rating",
         }
     )
     base = {n: p.clone() for n, p in trainer.model.lm.model.named_parameters() if "lora" not in n}
     assert all("layers.1" in name for name in trainer.model.lm.trainable())
     trainer.fit(*loaders[:2])
+    assert trainer.reports["sdpo"].targets >= 60
     now = dict(trainer.model.lm.model.named_parameters())
     assert all(torch.equal(p, now[name]) for name, p in base.items())
     folder = trainer.run_dir / "sdpo"
