@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from recbole_sdpo.data.prompts import template_file
 from recbole_sdpo.errors import UserError, reason
 from recbole_sdpo.files import sha256, user_path, write_text
 from recbole_sdpo.lm.backbone import resolved, weights_source
-from recbole_sdpo.objectives import OBJECTIVES
+from recbole_sdpo.objectives import BUILT_IN, OBJECTIVES
 from recbole_sdpo.settings import MODEL
 from recbole_sdpo.trainer.checkpoint import sft_folder
 from recbole_sdpo.trainer.state import holds_state, read_state
@@ -137,7 +138,7 @@ class Inputs:
         if name == "sources":
             return "a source file of recbole_sdpo"
         if name == "objective":
-            return f"the source of objective={self.config.settings.objective!r}"
+            return f"objective={self.config.settings.objective!r}, or its source,"
         kind, _, package = name.partition("/")
         return (
             f"the version of {package}" if kind == "versions" else str(self.files.get(name, name))
@@ -231,16 +232,33 @@ def _files(config: RunConfig) -> dict[str, Path]:
 
 
 def _objective_of_others(config: RunConfig) -> dict[str, str]:
-    """The source of an objective that was registered from outside of the package."""
-    loss: Any = OBJECTIVES[config.settings.objective].loss
+    """Of an objective that was registered from outside of the package, what it says of itself, and
+    the source of its loss."""
+    name = config.settings.objective
+    if name in BUILT_IN:
+        return {}
+    objective = OBJECTIVES[name]
+    loss: Any = objective.loss
+    parts = [repr((objective.negatives, objective.reference, objective.reads))]
     while isinstance(loss, functools.partial):
+        parts += [_plain(value) for value in (*loss.args, *chain(*sorted(loss.keywords.items())))]
         loss = loss.func
+    kind = loss if inspect.isfunction(loss) else type(loss)
+    parts.append(f"{kind.__module__}.{kind.__qualname__}")
     try:
-        file = inspect.getsourcefile(loss if inspect.isfunction(loss) else type(loss))
+        file = inspect.getsourcefile(kind)
     except TypeError:  # of what is not written in Python
         file = None
-    inside = file and Path(recbole_sdpo.__path__[0]) in Path(file).parents
-    return {} if inside or not file else {"objective": _known(Path(file), _meaning)}
+    if file:
+        parts.append(_known(Path(file), _meaning))
+    return {"objective": _hash("\n".join(parts))}
+
+
+def _plain(value: Any) -> str:
+    """What of an argument is the same in another process: not where it lies in memory."""
+    if isinstance(value, (str, int, float, tuple, type(None))):
+        return repr(value)
+    return f"{type(value).__qualname__} {getattr(value, '__qualname__', '')}"
 
 
 def _data_files(config: RunConfig) -> dict[str, Path]:

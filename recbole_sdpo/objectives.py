@@ -413,6 +413,9 @@ OBJECTIVES: dict[str, Objective] = {
 }
 """By the values of the setting ``objective``."""
 
+BUILT_IN = frozenset(OBJECTIVES)
+"""The names of this package's own, beside which others may be registered."""
+
 ENTRY_POINTS = "recbole_sdpo.objectives"
 """The group of entry points under which an installed package offers objectives."""
 

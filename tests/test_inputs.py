@@ -1,7 +1,9 @@
 """A run says what it read, and notices what changes beneath it."""
 
+import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import sha256, write_record
 from recbole_sdpo.inputs import Inputs
+from recbole_sdpo.objectives import OBJECTIVES, Constants, Objective, dpo, dpo_multi
 from recbole_sdpo.result import read_result
 
 
@@ -134,6 +137,29 @@ def test_models_of_recbole_have_nothing_to_do_with_our_prompts(ring):
         and "prompt_templates" in ours.files
     )
     assert baseline.digests["sources"] != ours.digests["sources"]
+
+
+def test_what_an_objective_from_outside_declares_counts(ring, monkeypatch):
+    mine = Objective("mine", dpo_multi, 1, True)
+    others = {
+        "same": mine._replace(title="whatever"),
+        "negatives": mine._replace(negatives=math.inf),
+        "reference": mine._replace(reference=False),
+        "reads": mine._replace(reads=("beta", "reward_margin")),
+        "loss": mine._replace(loss=dpo),
+        "argument": mine._replace(loss=partial(dpo_multi, constants=Constants(2.0))),
+        "other argument": mine._replace(loss=partial(dpo_multi, constants=Constants(3.0))),
+    }
+
+    def digest(objective):
+        monkeypatch.setitem(OBJECTIVES, "mine", objective)
+        return Inputs.of(config(ring, objective="mine")).digests["objective"]
+
+    expected = digest(mine)
+    digests = {name: digest(objective) for name, objective in others.items()}
+    assert digests.pop("same") == expected
+    assert len({expected, *digests.values()}) == 1 + len(digests)
+    assert "objective" not in Inputs.of(config(ring)).digests
 
 
 def test_of_the_trainer_what_chooses_weights_counts_for_every_model(monkeypatch):

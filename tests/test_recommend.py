@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import restore_policy
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.recommend import Recommender
+from recbole_sdpo.trainer.checkpoint import Checkpoint
 from tests.conftest import TINY, write_dataset
 from tests.faults.checkpoints import ADDED, evil_texts, replaced, sealed, tampered
 
@@ -323,6 +325,29 @@ def test_what_a_run_named_by_a_relative_path_may_be_gone(ring, tmp_path, monkeyp
     (tmp_path / "far").mkdir()
     monkeypatch.chdir(tmp_path / "far")
     pd.testing.assert_frame_equal(Recommender.load(tmp_path / "run").recommend("u1", k=3), here)
+
+
+def test_a_folder_named_as_the_backbone_is_none(ring):
+    Path("scratch").mkdir()
+    quick_start.run(
+        "SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20}
+    )
+    assert len(Recommender.load("run").recommend("u1", k=3)) == 3
+
+
+def test_what_made_training_fast_is_not_served(ring):
+    quick_start.run(
+        "SDPO-LLM", "toy", config_dict=ring | {"run_dir": "run", "max_train_targets": 20}
+    )
+    made = Checkpoint.read(Path("run"))
+    fast = {"attention": "flex_attention", "compile": True, "gradient_checkpointing": True}
+
+    def served(**given):
+        backbone = replace(made.settings.backbone, **given)
+        return replace(made, settings=replace(made.settings, backbone=backbone)).chosen(False)
+
+    assert served(**fast) == made.chosen(False)
+    assert served(attention="eager").attention == "eager"
 
 
 def test_a_title_may_hold_a_semicolon(ring, monkeypatch, capsys):

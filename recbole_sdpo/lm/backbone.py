@@ -252,6 +252,11 @@ def restore_policy(lm: LanguageModel, folder: Path, new_titles: bool = False) ->
             f"{what} has no token for {shorten(min(unmet))} ({len(unmet)} such titles), and this "
             "backbone makes none of a title's words; train on the data as they are now."
         )
+    if adapted and not new_titles and len(saved) != len(here):
+        raise UserError(
+            f"{what} is an adapter on random weights, which were drawn for {len(saved)} titles and "
+            f"texts, and there are {len(here)}; use the data it was made with."
+        )
     if unmet:
         getLogger().log(
             WARNING if 2 * len(unmet) > len(here) else INFO,

@@ -29,7 +29,8 @@ from recbole_sdpo.files import (
     whole_folder,
     write_text,
 )
-from recbole_sdpo.lm.backbone import ADAPTER_FILE, restore_policy, save_backbone
+from recbole_sdpo.lm.attention import FLEX
+from recbole_sdpo.lm.backbone import ADAPTER_FILE, SMOLLM2, restore_policy, save_backbone
 from recbole_sdpo.lm.parts import gathered, is_parted
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.settings import BackboneSettings, Role, Settings, having
@@ -77,8 +78,6 @@ def save_checkpoint(folder: Path, model: SDPOLLM) -> None:
     if not main:
         return
     settings = model.settings.to_flat() | _made_with(model)
-    # of a template that may be elsewhere, or another, later
-    settings["header"] = model.units.pieces[0]
     with whole_folder(folder) as part:
         save_backbone(model.lm, part, weights)
         write_text(part / POLICY_FILE, json.dumps(settings, indent=2))
@@ -137,9 +136,13 @@ def _made_with(model: SDPOLLM) -> dict[str, Any]:
     }
     adapter = having(Role.ADAPTER) if backbone.peft == "lora" else frozenset()
     settings = {key: flat[key] for key in sorted(having(Role.POLICY) | adapter)}
-    if adapter and backbone.name == "scratch":
-        settings["seed"] = model.seed  # of the random weights under the adapter
-    return json.loads(json.dumps(settings))
+    if backbone.name == "scratch":
+        settings["scratch_heads"] = backbone.scratch_heads  # which no weight's shape tells
+        if adapter:
+            settings["seed"] = model.seed  # of the random weights under it
+    # of a template that may be elsewhere, or another, later
+    header, *texts = model.units.pieces
+    return json.loads(json.dumps(settings | {"header": header, "texts": texts}))
 
 
 def _data(config: Config, backbone: BackboneSettings) -> dict[str, Any]:
@@ -147,11 +150,12 @@ def _data(config: Config, backbone: BackboneSettings) -> dict[str, Any]:
     without = having(Role.OF_THIS_RUN)
     given = {key: item for key, item in config.external_config_dict.items() if key not in without}
     data, place = Path(config["data_path"]).resolve(), user_path(backbone.name)
+    known = backbone.name in ("scratch", SMOLLM2)  # whatever folder has such a name
     if Path(recbole.__path__[0]).resolve() not in data.parents:
         given["data_path"] = str(data.parent)
     return {
         "dataset": config["dataset"],
-        "backbone": str(place.resolve()) if place.exists() else backbone.name,
+        "backbone": str(place.resolve()) if place.exists() and not known else backbone.name,
         "settings": json.loads(json.dumps(given, default=str)),
     }
 
@@ -221,9 +225,15 @@ class Checkpoint:
         )
 
     def chosen(self, trust_remote_code: bool) -> BackboneSettings:
-        """What to load, on the word of the caller."""
+        """What to load, on the word of the caller; how it was made to train fast does not count."""
+        backbone = self.settings.backbone
         return replace(
-            self.settings.backbone, name=self.backbone, trust_remote_code=trust_remote_code
+            backbone,
+            name=self.backbone,
+            trust_remote_code=trust_remote_code,
+            attention="auto" if backbone.attention == FLEX else backbone.attention,
+            compile=False,
+            gradient_checkpointing=False,
         )
 
 

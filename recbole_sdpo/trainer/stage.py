@@ -249,7 +249,8 @@ class Stage:
                 losses = objective.losses(logps, model.settings.constants) * batch.counts
                 # Summed over batches, and by the engine the mean over processes, this is the mean
                 # over the step's targets.
-                self.accelerator.backward(losses.sum() * (processes / targets))
+                # Not accelerate's, which divides by what its environment says of accumulation.
+                (losses.sum() * (processes / targets)).backward()
             sums[0] += losses.detach().sum()
             if batch.counts:
                 sums[1] += batch.forest.size

@@ -336,6 +336,19 @@ def test_scratch_knows_no_words(ring):
         Recommender.load("run")
 
 
+def test_an_adapter_on_random_weights_keeps_to_as_many_titles(ring):
+    settings = ring | {"item_tokens": "whole", "peft": "lora", "run_dir": "run"}
+    quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"objective": "sft"})
+    here = Recommender.load("run").recommend("u1", k=24)
+    item_file = Path(ring["data_path"]) / "toy" / "toy.item"
+    lines = item_file.read_text().splitlines()
+    item_file.write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    pd.testing.assert_frame_equal(Recommender.load("run").recommend("u1", k=24), here)
+    item_file.write_text("\n".join(lines).replace("grey ring", "grey cube") + "\n")
+    with pytest.raises(UserError, match="drawn for 26 titles and texts, and there are 25"):
+        Recommender.load("run")
+
+
 def test_what_begins_from_its_pieces_is_told(folder, tmp_path, caplog):
     caplog.set_level("INFO")
     save_backbone(load(folder), tmp_path / "saved")

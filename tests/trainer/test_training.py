@@ -152,6 +152,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
     for change, message in (
         ({"scratch_layers": 1}, "does not fit this backbone at|use the settings it was made with"),
         ({"scratch_hidden_size": 16}, "does not fit this backbone at"),
+        ({"scratch_heads": 4}, "was made with scratch_heads=2, and this run has 4"),
         ({"scratch_vocab_size": 280}, "has another tokenizer"),
         (
             {"sft_checkpoint": str(tmp_path)},
@@ -172,6 +173,35 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
         )
         with pytest.raises(ValueError, match=message):
             trainer.fit_stage("sft", *loaders[:2])
+
+
+def test_a_checkpoint_of_other_prompts_is_refused(trained, tmp_path):
+    """The header that it was trained with is kept, and a file of templates may be edited."""
+    settings, template = trained[0], tmp_path / "mine.yaml"
+    for text in ("Seen", "Watched"):
+        template.write_text(f"header: {text}\ncandidates: ['Seen {{history}} of {{candidates}}']\n")
+        trainer, loaders = start(
+            settings
+            | {"prompt_templates": str(template), "run_dir": str(tmp_path / text), "sft_epochs": 0}
+            | ({"sft_checkpoint": str(tmp_path / "Seen")} if text == "Watched" else {})
+        )
+        if text == "Seen":
+            trainer.fit_stage("sft", *loaders[:2])
+    with pytest.raises(UserError, match=r"with header='Seen\\n', and this run has 'Watched\\n'"):
+        trainer.fit_stage("sft", *loaders[:2])
+
+
+def test_gradients_are_not_divided_by_what_accelerate_is_told(ring, monkeypatch):
+    norms = []
+    for times in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", times)
+        trainer, loaders = start(
+            ring | {"objective": "sft", "sft_epochs": 1, "max_train_targets": 40}
+        )
+        trainer.tensorboard = recorder = Recorder()
+        trainer.fit(*loaders[:2])
+        norms.append(recorder.seen["sft/gradient_norm"])
+    assert norms[0] == norms[1]
 
 
 def test_without_a_learning_rate_nothing_moves(ring):
