@@ -492,7 +492,6 @@ def _test(
             best_weights.restore(mode)
         tokens = test_data._dataset.field2id_token
         collected = (tokens[test_data._dataset.uid_field], tokens[test_data._dataset.iid_field])
-        trainer.eval_collector.pop_ranks(*collected)  # those of the validations
         test = trainer.evaluate(
             test_data, load_best_model=False, show_progress=trainer.config["show_progress"]
         )

@@ -3,7 +3,7 @@ against chance and against what popularity explains."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,14 +28,15 @@ NOTABLE = 0.02
 """Of HR@1: a guesser that is less above what popularity explains is not warned of, for the model of
 popularity is not exact, and with many lists everything is significant."""
 
-MOST_LISTS, MOST_REFERENCE = 100_000, 200_000
-"""Lists that are guessed, and that are learned from; of more, so many are drawn."""
+MOST_LISTS, MOST_REFERENCE, MOST_PAIRS = 100_000, 200_000, 200_000_000
+"""Lists that are guessed, and that are learned from, and pairs of candidates of one list; of more,
+so many lists are drawn."""
 
 MOST_FITTED = 20_000
 """Lists by which it is estimated what popularity explains."""
 
-BLOCK = 2_000
-"""Lists whose candidates are compared pair by pair at a time."""
+PAIRS_AT_ONCE = 800_000
+"""Pairs of candidates of one list that are compared at a time, those of a whole list at least."""
 
 BINS = 8
 """Groups of items, from the least popular to the most, within which one is as likely to be the
@@ -207,7 +208,8 @@ def audit(
             lists.take(np.sort(half)) for half in np.split(order, [len(lists) // 2])
         )
     assert reference is not None
-    lists, reference = _some(lists, MOST_LISTS, rng), _some(reference, MOST_REFERENCE, rng)
+    most = min(MOST_LISTS, max(2, MOST_PAIRS // lists.items.shape[1] ** 2))
+    lists, reference = _some(lists, most, rng), _some(reference, MOST_REFERENCE, rng)
     scores = _scores(lists, reference, popularity, title_length)
     anew = _drawn_anew(lists, reference, popularity, rng)
     hit, ndcg = _gains(np.zeros((1, lists.items.shape[1])))
@@ -313,16 +315,23 @@ def _nearest(lists: Lists, reference: Lists) -> np.ndarray:
     together.sum_duplicates()
     together.sort_indices()
     scores = np.zeros(items.shape)
-    for begin in range(0, len(items), BLOCK):
-        some = items[begin : begin + BLOCK]
+    for rows in _blocks(*items.shape):
+        some = items[rows]
         row, place = np.nonzero(times[some])  # the others have no list
         if not len(row):
             continue
         candidate, fellows = some[row, place], some[row]
         held = together[np.repeat(candidate, some.shape[1]), fellows.reshape(-1)]
         overlap = np.asarray(held).reshape(fellows.shape).sum(1)
-        scores[begin + row, place] = overlap / times[candidate]
+        scores[rows.start + row, place] = overlap / times[candidate]
     return scores
+
+
+def _blocks(lists: int, each: int) -> Iterator[slice]:
+    """All ``lists``, so many at a time as their pairs of candidates allow."""
+    step = max(1, PAIRS_AT_ONCE // each**2)
+    for begin in range(0, lists, step):
+        yield slice(begin, begin + step)
 
 
 def _gains(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -332,8 +341,7 @@ def _gains(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ndcg = np.where(np.arange(each) < TOP, 1 / np.log2(np.arange(each) + 2), 0.0)
     up_to = np.concatenate([[0.0], np.cumsum(ndcg)])
     higher, alike = np.empty(scores.shape, np.int64), np.empty(scores.shape, np.int64)
-    for begin in range(0, len(scores), BLOCK):
-        rows = slice(begin, begin + BLOCK)
+    for rows in _blocks(*scores.shape):
         mine, theirs = scores[rows, :, None], scores[rows, None, :]
         higher[rows], alike[rows] = (theirs > mine).sum(2), (theirs == mine).sum(2)
     return (higher == 0) / alike, (up_to[higher + alike] - up_to[higher]) / alike

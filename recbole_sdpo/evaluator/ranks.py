@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from logging import getLogger
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,9 @@ METRICS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "mrr": lambda rank, k: np.where(rank <= k, 1 / rank, 0.0),
 }
 """RecBole's metrics where each user has one target, as functions of its rank, from 1, and of k."""
+
+TIED = 0.1
+"""Share of targets with another candidate's score from which a run warns of it."""
 
 THIRDS = ["head", "middle", "tail", "cold"]
 """Groups of items by popularity: thirds of the interactions in training, and what none holds."""
@@ -113,6 +117,7 @@ class RankCollector(TitleCollector):
         self.popularity_discount = popularity_discount
         self._by_title = writer is not None
         self._batches: list[pd.DataFrame] = []
+        self._ranks: list[pd.DataFrame] = []  # of the evaluation before
 
     @cached_property
     def _third(self) -> np.ndarray:
@@ -141,11 +146,16 @@ class RankCollector(TitleCollector):
         scores = super().eval_batch_collect(scores, interaction, positive_u, positive_i)
         if positive_u is None:  # RecBole's value metrics rank nothing
             return scores
+        if scores.isnan().any():  # of which torch.topk makes the highest scores
+            raise UserError(
+                f"{self.config['model']} gives {int(scores.isnan().sum())} of {scores.numel()} "
+                "scores that are no numbers; train with a lower learning rate."
+            )
         # A row for each candidate, and those of a target together.
         each = len(interaction) // len(scores)
         first, place = interaction[np.arange(0, len(interaction), each)], positive_u.cpu().numpy()
         row, target = positive_u.to(scores.device), positive_i.to(scores.device)
-        rank = target_ranks(scores, row, target, max(self.topk))
+        rank, equal = target_ranks(scores, row, target, max(self.topk))
         user = first[self.config["USER_ID_FIELD"]].cpu().numpy()
         item = positive_i.cpu().numpy()
         histories, met = self._counts
@@ -157,6 +167,7 @@ class RankCollector(TitleCollector):
                 "met": met[item],
                 "popularity": self._third[item],
                 "history": histories[user[place]],
+                "tied": (equal > 1).cpu().numpy(),
             }
         )
         if self.writer:
@@ -188,36 +199,49 @@ class RankCollector(TitleCollector):
         return answers, [0 if place is None else row[place] for place, row in pairs]
 
     def get_data_struct(self) -> Any:
-        """As RecBole's, which forgets what it has handed out."""
+        """As RecBole's, which forgets what it has handed out, at the end of an evaluation."""
         struct = super().get_data_struct()
+        self._ranks, self._batches = self._batches, []
         for key in {VALID, HIT} & set(self.data_struct._data_dict):
             del self.data_struct[key]
         return struct
 
     def pop_ranks(self, user_token: np.ndarray, item_token: np.ndarray) -> pd.DataFrame:
-        """All ranks so far, in the data's own ids, which are then forgotten.
+        """The ranks of the last evaluation, in the data's own ids, which are then forgotten; warns
+        where many of them are by chance.
 
         Columns are ``user``, ``item``, ``rank``, ``met``, the users who met the item in training,
         ``popularity``, its group of :data:`THIRDS`, ``history``, the items that the user met in
         training, and if answers were asked for ``answer`` and ``named``, the candidate that it
         names or nothing.
         """
-        columns = ("user", "item", "rank", "met", "popularity", "history")
+        columns = ("user", "item", "rank", "met", "popularity", "history", "tied")
         nothing = pd.DataFrame({column: [] for column in columns}, dtype=np.int64)
-        ranks, self._batches = pd.concat(self._batches or [nothing]), []
+        ranks, self._ranks = pd.concat(self._ranks or [nothing]), []
+        tied = ranks.pop("tied").mean()
+        if tied > TIED:
+            getLogger().warning(
+                f"{self.config['model']} gives {tied:.0%} of the targets the score of another "
+                "candidate; which of equals comes first follows the items' numbers, as in RecBole, "
+                "so that its metrics may be too low or too high."
+            )
         if "named" in ranks:
             ranks["named"] = np.where(ranks["named"] > 0, item_token[ranks["named"]], "")
         return ranks.assign(user=user_token[ranks["user"]], item=item_token[ranks["item"]])
 
 
-def target_ranks(scores: Tensor, row: Tensor, target: Tensor, top: int) -> Tensor:
-    """The rank of each target in its row of ``scores [rows, items]``, from 1, int64.
+def target_ranks(scores: Tensor, row: Tensor, target: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The rank of each target in its row of ``scores [rows, items]``, from 1, int64, and how many
+    items have its score, itself among them.
 
     Within the ``top`` highest it is the place that ``torch.topk`` gives, by which RecBole counts
-    and which decides ties; beyond, one more than the number of higher scores, ``top + 1`` at least.
+    and which decides ties; beyond, the middle of the places that its equals share, ``top + 1`` at
+    least.
     """
     order = scores.topk(top, dim=-1).indices[row]
     hits = order == target[:, None]
     place = hits.int().argmax(-1) + 1
-    higher = (scores[row] > scores[row, target][:, None]).sum(-1) + 1
-    return torch.where(hits.any(-1), place, higher.clamp(min=top + 1))
+    own = scores[row, target][:, None]
+    higher, equal = (scores[row] > own).sum(-1), (scores[row] == own).sum(-1)
+    beyond = higher + (equal + 1) // 2
+    return torch.where(hits.any(-1), place, beyond.clamp(min=top + 1)), equal

@@ -13,13 +13,19 @@ from recbole_sdpo.errors import UserError
 RESAMPLES = 9999
 """Of the bootstrap, and of the sign flips that stand in for McNemar's test with several seeds."""
 
+FEW, MANY = 10, 20_000
+"""Users below which a t-test cannot be relied on, and above which resampling gives what the normal
+distribution gives at once."""
+
 
 class Difference(NamedTuple):
     """A paired difference of means over users.
 
     Attributes:
         mean: first model less second.
-        low, high: its 95 % confidence interval by the percentile bootstrap over users.
+        low, high: its 95 % confidence interval by the percentile bootstrap over users, or for
+            :data:`MANY` of them by the normal distribution; not a number where no two users'
+            differences differ, for their spread is not known then.
         p: two-sided, of no difference.
         test: the test that gave it.
     """
@@ -49,8 +55,9 @@ def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> D
 
     A metric that is 0 or 1 is tested by McNemar's exact test. With several seeds a user's mean is
     neither, and the same hypothesis, that a user's difference is as likely to have the other sign,
-    is tested by random sign flips. Any other metric takes a paired t-test. Seeds are averaged
-    within each user first: users are what was sampled.
+    is tested by random sign flips. Any other metric takes a paired t-test, but for a few users, or
+    equal differences, sign flips. Seeds are averaged within each user first: users are what was
+    sampled.
 
     Args:
         first, second: float64 ``[seeds, users]``; the numbers of seeds may differ.
@@ -66,7 +73,19 @@ def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> D
         )
     difference = first.mean(0) - second.mean(0)
     rng = np.random.default_rng(seed)
-    interval = stats.bootstrap(
+    low, high = _interval(difference, rng)
+    test, p = _test(first, second, difference, rng)
+    return Difference(float(difference.mean()), low, high, p, test)
+
+
+def _interval(difference: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    if len(np.unique(difference)) < 2:
+        known = 0.0 if not difference.any() else float("nan")
+        return known, known
+    if len(difference) > MANY:
+        half = stats.norm.ppf(0.975) * stats.sem(difference)
+        return float(difference.mean() - half), float(difference.mean() + half)
+    found = stats.bootstrap(
         (difference,),
         np.mean,
         n_resamples=RESAMPLES,
@@ -74,8 +93,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> D
         method="percentile",
         random_state=rng,
     ).confidence_interval
-    test, p = _test(first, second, difference, rng)
-    return Difference(float(difference.mean()), float(interval.low), float(interval.high), p, test)
+    return float(found.low), float(found.high)
 
 
 def _test(
@@ -83,22 +101,34 @@ def _test(
 ) -> tuple[str, float]:
     if not difference.any():
         return "none", 1.0
-    if not np.isin(np.concatenate([first, second]), (0, 1)).all():
+    binary = np.isin(np.concatenate([first, second]), (0, 1)).all()
+    if not binary and len(difference) >= FEW and len(np.unique(difference)) > 1:
         return "paired t-test", float(stats.ttest_1samp(difference, 0).pvalue)
     won, lost = int((difference > 0).sum()), int((difference < 0).sum())
-    if len(first) == len(second) == 1:
+    if binary and len(first) == len(second) == 1:
         return "McNemar, exact", float(stats.binomtest(won, won + lost).pvalue)
-    if won + lost == 1:
-        return "sign flips", 1.0  # of two sign patterns both are as far out; SciPy wants more users
+    return "sign flips", _by_flips(difference[difference != 0], rng)
+
+
+def _by_flips(difference: np.ndarray, rng: np.random.Generator) -> float:
+    """p of a sum that is so far from 0, where each of its terms may have the other sign."""
+    if len(difference) == 1:
+        return 1.0  # of two sign patterns both are as far out; SciPy wants more users
+    # By the central limit theorem, which holds far out where resampling has seen nothing.
+    limit = 2 * stats.norm.sf(abs(difference.sum()) / np.sqrt(np.square(difference).sum()))
+    if len(difference) > MANY:
+        return float(limit)
     flipped = stats.permutation_test(
-        (difference[difference != 0],),
+        (difference,),
         np.mean,
         permutation_type="samples",
         n_resamples=RESAMPLES,
         batch=500,
         random_state=rng,
     )
-    return "sign flips", float(flipped.pvalue)
+    p, least = float(flipped.pvalue), 2 / (RESAMPLES + 1)
+    exact = 2 ** len(difference) <= RESAMPLES
+    return p if exact or p > least else min(p, float(limit))
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

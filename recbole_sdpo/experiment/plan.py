@@ -400,25 +400,39 @@ def _check_targets(config: RunConfig) -> None:
             f"eval_args.split={split!r}: users are compared by the rank of one target; it must be "
             f"{LEAVE_ONE_OUT}."
         )
+    for part in (config["benchmark_filename"] or ())[2:]:
+        file = Path(config["data_path"]) / f"{config['dataset']}.{part}.inter"
+        user = f"{config['USER_ID_FIELD']}:token"
+        if not file.is_file():
+            continue  # which the run says
+        rows = pd.read_csv(
+            file,
+            sep=config["field_separator"],
+            usecols=lambda name, user=user: name == user,
+            dtype=str,
+        )
+        if rows.duplicated().any():
+            raise UserError(
+                f"{file} has several rows of user {rows[rows.duplicated()].iloc[0, 0]!r}: users "
+                "are compared by the rank of one target; it must have one row of each."
+            )
 
 
 def _check_metrics(experiment: Experiment, settings: Settings) -> None:
-    """Of what all users get, the lists are as long as ``topk`` says; and with ``full_sort=topk``
-    only the ranks within the largest of these are known."""
+    """Of what all users get, the lists are as long as ``topk`` says; and of single targets, ranks
+    are exact within the largest of these: beyond, equal scores share a rank, and
+    ``full_sort=topk`` knows none."""
     lengths = np.atleast_1d((default_settings(experiment.dataset) | settings)["topk"])
     for metric in filter(is_of_lists, experiment.metrics):
         if int(metric.partition("@")[2]) not in lengths:
             raise UserError(
                 f"metric {metric!r} needs its cut-off in topk, which is {lengths.tolist()}."
             )
-    if settings.get("full_sort") != "topk":
-        return
-    known = max(lengths)
     for metric in experiment.metrics:
-        if int(metric.partition("@")[2] or 0) > known:
+        if int(metric.partition("@")[2] or 0) > max(lengths):
             raise UserError(
-                f"metric {metric!r} needs more than the top {known} that full_sort='topk' finds; "
-                "give a larger topk."
+                f"metric {metric!r} needs ranks beyond the largest topk, which is {max(lengths)}; "
+                "give a larger one."
             )
 
 

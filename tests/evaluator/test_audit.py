@@ -176,7 +176,7 @@ def test_candidates_of_one_score_share_their_ranks(scores):
 
 
 def test_the_nearest_lists_are_those_that_hold_most_of_the_candidates(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 7)
+    monkeypatch.setattr(module, "PAIRS_AT_ONCE", 7 * 20**2)
     rng = np.random.default_rng(1)
     lists, reference = clean(rng, 30), clean(rng, 50)
     got = module._nearest(lists, reference)
@@ -344,3 +344,18 @@ def test_the_exit_code_says_whether_lists_give_their_targets_away(tmp_path, monk
         codes[make], out = program.main(), capsys.readouterr().out
         assert ("warning: " in out) == bool(codes[make])
     assert codes == {clean: 0, leaky: 3}
+
+
+def test_long_lists_are_compared_in_bounded_memory(monkeypatch):
+    """So many lists as their pairs of candidates allow, and so many pairs at a time."""
+    sizes, blocks = [], module._blocks
+
+    def seen(lists, each):
+        sizes.extend((part.stop - part.start) * each**2 for part in blocks(lists, each))
+        return blocks(lists, each)
+
+    monkeypatch.setattr(module, "_blocks", seen)
+    rng = np.random.default_rng(1)
+    items = np.stack([rng.permutation(2_000)[:1_000] for _ in range(400)])
+    judged = audit(Lists(items[:, 0], items, ordered=False), popularity=np.arange(2_000))
+    assert judged.lists == 200 and max(sizes) <= max(module.PAIRS_AT_ONCE, 1_000**2)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from recbole.model.sequential_recommender.gru4rec import GRU4Rec
 
 from recbole_sdpo import quick_start
-from recbole_sdpo.evaluator.ranks import metric_of_ranks, target_ranks, third_of
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.evaluator.ranks import RankCollector, metric_of_ranks, target_ranks, third_of
 
 
 @pytest.mark.parametrize("model", ["SDPO-LLM", "Pop", "GRU4Rec", "BPR"])
@@ -37,6 +39,23 @@ def test_metrics_of_ranks_are_recboles(ring, model, mode):
         ), name
 
 
+@pytest.mark.parametrize("model", ["SDPO-LLM", "BPR"])
+def test_ranks_of_one_evaluation_are_kept_at_a_time(ring, monkeypatch, model):
+    """Validations are many, and nobody reads their ranks."""
+    most, struct = [], RankCollector.get_data_struct
+
+    def counted(self):
+        result = struct(self)
+        most.append(sum(map(len, self._ranks)) + sum(map(len, self._batches)))
+        return result
+
+    monkeypatch.setattr(RankCollector, "get_data_struct", counted)
+    settings = ring | {"epochs": 3, "more_candidates": ["pop4"], "run_dir": "here"}
+    quick_start.run(model, "toy", config_dict=settings)
+    assert len(most) > 4 and set(most) == {72}
+    assert len(pd.read_csv("here/ranks.csv")) == 72 * (4 if model == "SDPO-LLM" else 2)
+
+
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=12))
 def test_thirds_are_of_interactions(met):
     for item, group in enumerate(third_of(np.array(met))):
@@ -58,7 +77,7 @@ def test_a_rank_is_a_place_in_the_sorted_row(data):
     target = np.array(
         data.draw(st.lists(st.integers(0, items - 1), min_size=len(row), max_size=len(row)))
     )
-    found = target_ranks(
+    found, _ = target_ranks(
         torch.from_numpy(scores), torch.from_numpy(row), torch.from_numpy(target), top
     )
     expected = [
@@ -67,11 +86,46 @@ def test_a_rank_is_a_place_in_the_sorted_row(data):
     assert found.tolist() == expected
 
 
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9))
+def test_beyond_the_top_equals_share_the_middle_of_their_places(equal, above, below):
+    scores = torch.tensor([[2.0] * above + [1.0] * equal + [0.0] * below])
+    top = scores.topk(1).indices.item()
+    places = np.arange(above + 1, above + equal + 1)
+    for item in set(range(above, above + equal)) - {top}:
+        rank, alike = map(int, target_ranks(scores, torch.tensor([0]), torch.tensor([item]), 1))
+        assert alike == equal
+        assert rank == max(2, int(places.mean()))
+
+
+@pytest.mark.parametrize(("model", "tied"), [("Pop", True), ("BPR", False)])
+def test_a_model_of_many_equal_scores_is_warned_of(ring, caplog, model, tied):
+    """All items are met alike, so that to popularity they are one."""
+    settings = ring | {"epochs": 1, "run_dir": "here", "more_candidates": ["full"]}
+    quick_start.run(model, "toy", config_dict=settings)
+    told = [line for line in caplog.messages if "the score of another candidate" in line]
+    assert len(told) == 2 * tied  # of each test
+    assert all(line.startswith("Pop gives 100% of the targets") for line in told)
+    assert "tied" not in pd.read_csv("here/ranks.csv")
+
+
+@pytest.mark.parametrize("mode", ["uni5", "full"])
+def test_scores_that_are_no_numbers_are_no_hits(ring, monkeypatch, mode):
+    predict, full = GRU4Rec.predict, GRU4Rec.full_sort_predict
+    for name, score in (("predict", predict), ("full_sort_predict", full)):
+        monkeypatch.setattr(
+            GRU4Rec, name, lambda self, rows, score=score: score(self, rows).mul(torch.nan)
+        )
+    settings = ring | {"epochs": 1, "eval_args": {"mode": mode}, "run_dir": "here"}
+    with pytest.raises(UserError, match=r"GRU4Rec gives \d+ of \d+ scores that are no numbers"):
+        quick_start.run("GRU4Rec", "toy", config_dict=settings)
+
+
 def test_ties_count_as_recbole_counts_them():
     scores = torch.zeros(1, 6)
     first = scores.topk(3).indices[0]
     ranks = [
-        int(target_ranks(scores, torch.tensor([0]), torch.tensor([item]), 3)) for item in range(6)
+        int(target_ranks(scores, torch.tensor([0]), torch.tensor([item]), 3)[0])
+        for item in range(6)
     ]
     assert [ranks[item] for item in first] == [1, 2, 3]
     assert sorted(ranks) == [1, 2, 3, 4, 4, 4]

@@ -20,7 +20,8 @@ def test_one_seed_of_hits_takes_mcnemars_exact_test(pairs):
     assert found.p == pytest.approx(min(1, 2 * tail)) and found.mean == pytest.approx(
         (won - lost) / len(pairs)
     )
-    assert found.low <= found.mean <= found.high or won == lost == 0
+    alike = won == len(pairs) or lost == len(pairs)
+    assert np.isnan(found.low) if alike else found.low <= found.mean <= found.high
 
 
 def test_several_seeds_of_hits_flip_signs():
@@ -34,6 +35,40 @@ def test_several_seeds_of_hits_flip_signs():
     few = paired_difference(np.array([[1, 1, 1, 0.0], [1, 1, 1, 0]]), np.zeros((2, 4)))
     # three users, all of one sign: two of eight sign patterns are as far out
     assert few.p == pytest.approx(2 / 2**3)
+
+
+@pytest.mark.parametrize("users", [2, 3, 9])
+def test_a_few_users_flip_signs_whatever_the_metric(users):
+    """A t-test of equal differences would be sure of itself."""
+    found = paired_difference(np.ones((1, users)), np.full((1, users), 0.5))
+    assert found.test == "sign flips" and found.p == pytest.approx(2 / 2**users)
+    assert np.isnan([found.low, found.high]).all()
+
+
+def test_many_equal_differences_flip_signs_too():
+    found = paired_difference(np.full((1, 40), 0.63), np.zeros((1, 40)))
+    assert found.test == "sign flips" and 0 < found.p < 1e-6
+
+
+def test_p_is_as_small_with_several_seeds_as_with_one():
+    rng = np.random.default_rng(5)
+    first, second = ((rng.random(1000) < share).astype(float)[None] for share in (0.5, 0.4))
+    one = paired_difference(first, second)
+    two = paired_difference(np.repeat(first, 2, 0), np.repeat(second, 2, 0))
+    assert one.test == "McNemar, exact" and two.test == "sign flips"
+    assert one.p < 2e-4 and np.log(two.p) == pytest.approx(np.log(one.p), rel=0.1)
+
+
+def test_of_many_users_the_normal_distribution_gives_what_resampling_does(monkeypatch):
+    rng = np.random.default_rng(6)
+    first, second = (rng.integers(0, 3, (2, 3000)) < limit for limit in (2, 2))
+    slow = paired_difference(first.astype(float), second.astype(float))
+    monkeypatch.setattr("recbole_sdpo.evaluator.significance.MANY", 2999)
+    fast = paired_difference(first.astype(float), second.astype(float))
+    assert fast.test == slow.test == "sign flips"
+    assert fast.p == pytest.approx(slow.p, abs=0.02)
+    width = slow.high - slow.low
+    assert abs(fast.low - slow.low) < width / 20 and abs(fast.high - slow.high) < width / 20
 
 
 def test_one_user_alone_is_no_evidence():

@@ -432,12 +432,12 @@ def test_every_model_gets_as_many_tries(write):
         ),
         (
             {
-                "runs": [{"name": "a", "settings": {"full_sort": "topk"}}],
+                "runs": [{"name": "a", "model": "Pop"}],
                 "candidates": ["full"],
                 "metrics": ["NDCG@11"],
             },
-            "run 'a': metric 'NDCG@11' needs more than the top 10 that full_sort='topk' finds; "
-            "give a larger topk",
+            "run 'a': metric 'NDCG@11' needs ranks beyond the largest topk, which is 10; give a "
+            "larger one",
         ),
         (
             {"dataset": "nowhere"},
@@ -502,6 +502,22 @@ def test_the_experiments_that_ship_are_sound(file):
             for entry in experiment.runs
             if entry.tune
         )
+
+
+def test_users_of_split_files_have_one_target_each(write, ring):
+    folder = Path(ring["data_path"]) / "toy"
+    head, *rows = (folder / "toy.inter").read_text().splitlines()
+    parts = {"train": rows[:-4], "valid": rows[-1:], "test": rows[-2:]}
+    for name, part in parts.items():
+        (folder / f"toy.{name}.inter").write_text("\n".join([head, *part]) + "\n")
+    settings = {"benchmark_filename": ["train", "valid", "test"]}
+    file = write([{"name": "Pop", "model": "Pop", "settings": settings}])
+    with pytest.raises(
+        UserError, match=r"run 'Pop': \S*toy.test.inter has several rows of user 'u71'"
+    ):
+        plan(Experiment.load(file))
+    (folder / "toy.test.inter").write_text("\n".join([head, rows[-2]]) + "\n")
+    assert len(plan(Experiment.load(file))) == 1
 
 
 def test_who_writes_is_asked_for_answers_that_the_table_wants(write):
