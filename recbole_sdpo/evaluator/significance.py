@@ -85,7 +85,7 @@ def _interval(difference: np.ndarray, rng: np.random.Generator) -> tuple[float, 
     if len(difference) > MANY:
         half = stats.norm.ppf(0.975) * stats.sem(difference)
         return float(difference.mean() - half), float(difference.mean() + half)
-    found = stats.bootstrap(
+    ends = stats.bootstrap(
         (difference,),
         np.mean,
         n_resamples=RESAMPLES,
@@ -93,7 +93,7 @@ def _interval(difference: np.ndarray, rng: np.random.Generator) -> tuple[float, 
         method="percentile",
         random_state=rng,
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(ends.low), float(ends.high)
 
 
 def _test(
