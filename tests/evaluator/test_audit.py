@@ -356,6 +356,6 @@ def test_long_lists_are_compared_in_bounded_memory(monkeypatch):
 
     monkeypatch.setattr(module, "_blocks", seen)
     rng = np.random.default_rng(1)
-    items = np.stack([rng.permutation(2_000)[:1_000] for _ in range(400)])
+    items = np.stack([rng.permutation(2_000)[:1_000] for _ in range(600)])
     judged = audit(Lists(items[:, 0], items, ordered=False), popularity=np.arange(2_000))
     assert judged.lists == 200 and max(sizes) <= max(module.PAIRS_AT_ONCE, 1_000**2)
