@@ -503,12 +503,16 @@ def check_launcher() -> None:
 
 
 def leave_group_at_exit() -> None:
-    """Leave torch.distributed's group while Python still stands.
+    """Leave a group of gloo while Python still stands.
 
     A thread of gloo may hold tensors, and a process that frees them later is aborted at its end,
-    now and then, whatever it had to say (https://github.com/pytorch/pytorch/pull/179291).
+    now and then, whatever it had to say (https://github.com/pytorch/pytorch/pull/179291). One of
+    NCCL may wait there for its peers (https://github.com/pytorch/pytorch/issues/196968), so that a
+    process that failed would not end.
     """
-    atexit.register(PartialState().destroy_process_group)
+    state = PartialState()
+    if state.backend == "gloo":
+        atexit.register(state.destroy_process_group)
 
 
 def quiet_warnings() -> None:

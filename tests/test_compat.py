@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -354,6 +355,16 @@ def test_recbole_still_sets_the_visible_gpus(monkeypatch):
         RunConfig("BPR", "ml-100k")
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+@pytest.mark.parametrize(("backend", "left"), [("gloo", 1), ("nccl", 0), (None, 0)])
+def test_a_group_of_gloo_alone_is_left_at_exit(monkeypatch, backend, left):
+    """NCCL's end may wait for processes that wait for this one."""
+    state, registered = SimpleNamespace(backend=backend, destroy_process_group=len), []
+    monkeypatch.setattr(compat, "PartialState", lambda: state)
+    monkeypatch.setattr(compat.atexit, "register", registered.append)
+    compat.leave_group_at_exit()
+    assert registered == [len] * left
 
 
 def test_torch_still_keeps_its_group_to_the_end():

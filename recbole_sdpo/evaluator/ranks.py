@@ -241,7 +241,7 @@ def target_ranks(scores: Tensor, row: Tensor, target: Tensor, top: int) -> tuple
     order = scores.topk(top, dim=-1).indices[row]
     hits = order == target[:, None]
     place = hits.int().argmax(-1) + 1
-    own = scores[row, target][:, None]
-    higher, equal = (scores[row] > own).sum(-1), (scores[row] == own).sum(-1)
+    own, all_scores = scores[row, target][:, None], scores[row]
+    higher, equal = (all_scores > own).sum(-1), (all_scores == own).sum(-1)
     beyond = higher + (equal + 1) // 2
     return torch.where(hits.any(-1), place, beyond.clamp(min=top + 1)), equal

@@ -410,6 +410,7 @@ def _check_targets(config: RunConfig) -> None:
             sep=config["field_separator"],
             usecols=lambda name, user=user: name == user,
             dtype=str,
+            encoding=config["encoding"],
         )
         if rows.duplicated().any():
             raise UserError(
