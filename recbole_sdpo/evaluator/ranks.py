@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from recbole.data.interaction import Interaction
+from recbole.evaluator.collector import DataStruct
 from torch import Tensor
 
 from recbole_sdpo.data.catalogue import Catalogue
@@ -138,14 +139,14 @@ class RankCollector(TitleCollector):
         interaction: Interaction,
         positive_u: Tensor,
         positive_i: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         scores = scores_tensor
         if self.popularity_discount:
             scores = scores - (self.popularity_discount * self._log_popularity).to(scores)
         # RecBole's collector takes its top items here, so that a discount must come first.
-        scores = super().eval_batch_collect(scores, interaction, positive_u, positive_i)
+        scores, column = super().eval_batch_collect(scores, interaction, positive_u, positive_i)
         if positive_u is None:  # RecBole's value metrics rank nothing
-            return scores
+            return scores, column
         if scores.isnan().any():  # of which torch.topk makes the highest scores
             raise UserError(
                 f"{self.config['model']} gives {int(scores.isnan().sum())} of {scores.numel()} "
@@ -154,7 +155,7 @@ class RankCollector(TitleCollector):
         # A row for each candidate, and those of a target together.
         each = len(interaction) // len(scores)
         first, place = interaction[np.arange(0, len(interaction), each)], positive_u.cpu().numpy()
-        row, target = positive_u.to(scores.device), positive_i.to(scores.device)
+        row, target = positive_u.to(scores.device), column.to(scores.device)
         rank, equal = target_ranks(scores, row, target, max(self.topk))
         user = first[self.config["USER_ID_FIELD"]].cpu().numpy()
         item = positive_i.cpu().numpy()
@@ -179,7 +180,7 @@ class RankCollector(TitleCollector):
             candidates = interaction[self.config["ITEM_ID_FIELD"]].view(-1, each).cpu().numpy()
             batch["answer"], batch["named"] = self._ask(self.writer, first, candidates)
         self._batches.append(batch)
-        return scores
+        return scores, column
 
     def _ask(
         self, writer: Writer, rows: Interaction, candidates: np.ndarray
@@ -198,7 +199,7 @@ class RankCollector(TitleCollector):
         pairs = zip(places, candidates, strict=True)
         return answers, [0 if place is None else row[place] for place, row in pairs]
 
-    def get_data_struct(self) -> Any:
+    def get_data_struct(self) -> DataStruct:
         """As RecBole's, which forgets what it has handed out, at the end of an evaluation."""
         struct = super().get_data_struct()
         self._ranks, self._batches = self._batches, []
@@ -222,8 +223,7 @@ class RankCollector(TitleCollector):
         if tied > TIED:
             getLogger().warning(
                 f"{self.config['model']} gives {tied:.0%} of the targets the score of another "
-                "candidate; which of equals comes first follows the items' numbers, as in RecBole, "
-                "so that its metrics may be too low or too high."
+                "candidate; which of equals comes first is drawn by lot."
             )
         if "named" in ranks:
             ranks["named"] = np.where(ranks["named"] > 0, item_token[ranks["named"]], "")

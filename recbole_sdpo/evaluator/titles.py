@@ -1,4 +1,5 @@
-"""Items of one title are one answer: where one is the target, a ranking leaves out the others."""
+"""What a ranking does with equals: items of one title are one answer, of which a ranking leaves out
+those that are no target, and of equal scores the lot decides."""
 
 from __future__ import annotations
 
@@ -10,24 +11,38 @@ import torch
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.interaction import Interaction
 from recbole.evaluator import Collector
+from recbole.evaluator.collector import DataStruct
 from torch import Tensor
 
+from recbole_sdpo.data.candidates import candidates_seed
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.categories import categories
 from recbole_sdpo.data.sequences import met_items
 from recbole_sdpo.evaluator.lists import GROUPS, popularity_groups
+from recbole_sdpo.random import generator
 
 
 class TitleCollector(Collector):
-    """RecBole's, to which items that carry a target's title do not count against it.
+    """RecBole's, to which items that carry a target's title do not count against it, and which
+    ranks items in an order that tells nothing.
 
-    A model that reads titles gives them one score, and which comes first would be chance; a user
-    who gets one has got the other. Sampled candidates hold none of them.
+    A model that reads titles gives those of one title one score, and which comes first would be
+    chance; a user who gets one has got the other. Sampled candidates hold none of them.
+
+    Of other items with equal scores ``torch.topk`` prefers some by their places, which in RecBole
+    are items' numbers. These follow the file, and so often time, in which targets are late. One
+    lot, the same for all models, shuffles the places::
+
+        items     0 1 2 3 4      lot    3 0 4 2 1     the item at each place
+                                 place  1 4 3 0 2     the place of each item
     """
 
     def __init__(self, config: Any, catalogue: Catalogue) -> None:
         super().__init__(config)
         self._group = torch.from_numpy(catalogue.group) if catalogue.shared else None
+        rng = generator(candidates_seed(config), "equal scores")
+        self._lot = torch.from_numpy(rng.permutation(len(catalogue.group)))
+        self._place = self._lot.argsort()
 
     def data_collect(self, train_data: AbstractDataLoader) -> None:
         """As RecBole's, but that an item's count in training is that of the users who met it, the
@@ -66,16 +81,26 @@ class TitleCollector(Collector):
         interaction: Interaction,
         positive_u: Tensor,
         positive_i: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """As RecBole's, but that there is no list of items where a user's are a sample; returns the
-        scores by which it has ranked."""
-        if self._group is not None and positive_u is not None:
-            scores_tensor = without_twins(scores_tensor, positive_u, positive_i, self._group)
+        scores by which it has ranked, ``[rows, items]``, and ``positive_i``, both by place."""
+        if positive_u is not None:  # RecBole's value metrics rank nothing
+            if self._group is not None:
+                scores_tensor = without_twins(scores_tensor, positive_u, positive_i, self._group)
+            scores_tensor = scores_tensor[:, self._lot.to(scores_tensor.device)]
+            positive_i = self._place.to(positive_i.device)[positive_i]
         super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
         # A ranking of the catalogue has one row for a user, and candidates have one each.
         if "rec.items" in self.data_struct and len(interaction) > len(scores_tensor):
             del self.data_struct["rec.items"]
-        return scores_tensor
+        return scores_tensor, positive_i
+
+    def get_data_struct(self) -> DataStruct:
+        """As RecBole's, in which the lists hold items and not places."""
+        struct = super().get_data_struct()
+        if "rec.items" in struct:
+            struct.set("rec.items", self._lot[struct.get("rec.items")])
+        return struct
 
 
 def without_twins(scores: Tensor, row: Tensor, target: Tensor, group: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from recbole.data.interaction import Interaction
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.dataset import create_dataset
 from recbole_sdpo.evaluator.ranks import RankCollector, metric_of_ranks
-from recbole_sdpo.evaluator.titles import without_twins
+from recbole_sdpo.evaluator.titles import TitleCollector, without_twins
 from tests.conftest import write_dataset
 
 
@@ -105,6 +107,29 @@ def test_a_title_that_items_share_is_one_answer(tmp_path, ring, model, monkeypat
         assert result["popularity"]["hit@1"] == pytest.approx(
             result["test_result"]["hit@1"], abs=6e-5
         )
+
+
+@pytest.mark.parametrize("best", [1, 5])
+def test_of_equal_scores_none_is_preferred(ring, best):
+    """The last item is as often among the best as any other, which torch.topk alone would not
+    see to."""
+    config = RunConfig(
+        "Pop", "toy", config_dict=ring | {"topk": [best], "valid_metric": f"NDCG@{best}"}
+    )
+    dataset = create_dataset(config)
+    catalogue, user = Catalogue.without_titles(dataset), torch.tensor([0])
+    scores = torch.zeros(1, dataset.item_num).index_fill(1, torch.tensor([0]), -torch.inf)
+    seeds, seen = 400, np.zeros(dataset.item_num)
+    for seed in range(seeds):
+        config["candidates_seed"] = seed
+        collector = TitleCollector(config, catalogue)
+        setattr(collector.register, "rec.items", True)
+        collector.eval_batch_collect(scores, Interaction({"u": user}), user, user + 1)
+        items = collector.get_data_struct().get("rec.items")[0]
+        assert len(set(items.tolist())) == best and not items.eq(0).any()
+        seen[items] += 1
+    expected = seeds * best / (dataset.item_num - 1)
+    assert (abs(seen[1:] - expected) < 5 * expected**0.5).all()
 
 
 def test_the_best_alone_are_enough_for_shared_titles(tmp_path, ring):
