@@ -20,6 +20,7 @@ import recbole_sdpo
 from recbole_sdpo.checks import is_of_lists
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.device import check_device
+from recbole_sdpo.data.tables import read_table
 from recbole_sdpo.errors import UserError, meant
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.ranks import metric_of_targets
@@ -402,20 +403,18 @@ def _check_targets(config: RunConfig) -> None:
         )
     for part in (config["benchmark_filename"] or ())[2:]:
         file = Path(config["data_path"]) / f"{config['dataset']}.{part}.inter"
-        user = f"{config['USER_ID_FIELD']}:token"
         if not file.is_file():
             continue  # which the run says
-        rows = pd.read_csv(
-            file,
-            sep=config["field_separator"],
-            usecols=lambda name, user=user: name == user,
-            dtype=str,
-            encoding=config["encoding"],
+        table, user = (
+            read_table(file, config["field_separator"], config["encoding"]),
+            config["USER_ID_FIELD"],
         )
-        if rows.duplicated().any():
-            raise UserError(
-                f"{file} has several rows of user {rows[rows.duplicated()].iloc[0, 0]!r}: users "
-                "are compared by the rank of one target; it must have one row of each."
+        if user in table.types:
+            table.refuse(
+                pd.Series(table.text(user)).duplicated().to_numpy(),
+                user,
+                "has a row above; users are compared by the rank of one target, so each must have "
+                "one row",
             )
 
 

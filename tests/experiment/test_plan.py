@@ -510,13 +510,14 @@ def test_users_of_split_files_have_one_target_each(write, ring):
     parts = {"train": rows[:-4], "valid": rows[-1:], "test": rows[-2:]}
     for name, part in parts.items():
         (folder / f"toy.{name}.inter").write_text("\n".join([head, *part]) + "\n")
-    settings = {"benchmark_filename": ["train", "valid", "test"]}
+    settings = {"benchmark_filename": ["train", "valid", "test"], "encoding": "latin-1"}
     file = write([{"name": "Pop", "model": "Pop", "settings": settings}])
     with pytest.raises(
-        UserError, match=r"run 'Pop': \S*toy.test.inter has several rows of user 'u71'"
+        UserError, match=r"run 'Pop': \S*toy.test.inter, line 3, .*'u71' has a row above"
     ):
         plan(Experiment.load(file))
-    (folder / "toy.test.inter").write_text("\n".join([head, rows[-2]]) + "\n")
+    one = "\n".join([head, rows[-2].replace("u71", "é")]) + "\n"
+    (folder / "toy.test.inter").write_text(one, encoding="latin-1")
     assert len(plan(Experiment.load(file))) == 1
 
 
