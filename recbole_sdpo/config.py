@@ -12,7 +12,8 @@ from recbole.config import Config
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import ModelType
 
-from recbole_sdpo.checks import MODEL_NAME, check_settings
+from recbole_sdpo.checks.configuration import check_settings
+from recbole_sdpo.checks.recbole_rules import MODEL_NAME
 from recbole_sdpo.errors import UserError, meant
 from recbole_sdpo.registry import add_defaults, default_settings
 from recbole_sdpo.settings import MODEL, Settings

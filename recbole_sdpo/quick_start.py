@@ -25,7 +25,8 @@ from recbole.trainer import Trainer
 from recbole.utils import dict2str, get_trainer, init_seed, set_color
 
 from recbole_sdpo import compat
-from recbole_sdpo.checks import check_folders, check_memory, check_topk, is_of_lists
+from recbole_sdpo.checks.machine import check_folders, check_memory
+from recbole_sdpo.checks.metrics import check_topk, is_of_lists
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidate_lists import (
     CandidateLists,

@@ -14,7 +14,7 @@ from recbole.config import Config
 from recbole.evaluator.register import metrics_dict
 
 from recbole_sdpo import compat
-from recbole_sdpo.checks import check_dataset, check_given
+from recbole_sdpo.checks.given import check_dataset, check_given
 from recbole_sdpo.data import dataset
 from recbole_sdpo.evaluator import answers, lists
 from recbole_sdpo.model import SDPOLLM

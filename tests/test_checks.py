@@ -7,14 +7,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_sdpo import checks, quick_start
-from recbole_sdpo.checks import (
+from recbole_sdpo import quick_start
+from recbole_sdpo.checks import machine
+from recbole_sdpo.checks.given import check_given
+from recbole_sdpo.checks.machine import check_folders, check_memory
+from recbole_sdpo.checks.recbole_rules import (
     DATASET,
     PROPERTIES,
     RECBOLE,
-    check_folders,
-    check_given,
-    check_memory,
     model_rule,
     properties,
 )
@@ -144,7 +144,7 @@ def test_intervals_of_recboles_grammar_are_ones():
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_said(rated, monkeypatch, model, change, message):
-    monkeypatch.setattr(checks, "_memory", lambda: 64 << 30)
+    monkeypatch.setattr(machine, "memory", lambda: 64 << 30)
     monkeypatch.setitem(sys.modules, "wandb", None)
     if model not in ("SDPO-LLM", "SASRec"):
         rated.pop("train_neg_sample_args")
@@ -242,13 +242,13 @@ def test_folders_that_cannot_be_written_are_named(ring, tmp_path, monkeypatch):
             quick_start.run("SDPO-LLM", "toy", config_dict=ring | {key: folder})
     config = RunConfig("SDPO-LLM", "toy", config_dict=ring | {"run_dir": "new/run"})
     check_folders(config)
-    monkeypatch.setattr(checks.os, "access", lambda *_: False)
+    monkeypatch.setattr(machine.os, "access", lambda *_: False)
     with pytest.raises(UserError, match="checkpoint_dir=.* must be a folder that can be written"):
         check_folders(config)
 
 
 def test_sequences_that_no_memory_holds_are_refused(ring, monkeypatch):
-    monkeypatch.setattr(checks, "_memory", lambda: 8 * 8 * 1000)
+    monkeypatch.setattr(machine, "memory", lambda: 8 * 8 * 1000)
     config = RunConfig(
         "SASRec",
         "toy",

@@ -20,7 +20,8 @@ import yaml
 from markdown.extensions.toc import slugify
 
 from recbole_sdpo import objectives
-from recbole_sdpo.checks import RECBOLE, check_given, properties
+from recbole_sdpo.checks.given import check_given
+from recbole_sdpo.checks.recbole_rules import RECBOLE, properties
 from recbole_sdpo.evaluator import ranks
 from recbole_sdpo.experiment.plan import Experiment
 from recbole_sdpo.lm.forest import plant

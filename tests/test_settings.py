@@ -7,7 +7,9 @@ from recbole.quick_start import run_recbole
 
 from recbole_sdpo import quick_start
 from recbole_sdpo import settings as module
-from recbole_sdpo.checks import check_given, check_settings, check_unknown
+from recbole_sdpo.checks.configuration import check_settings
+from recbole_sdpo.checks.given import check_given
+from recbole_sdpo.checks.unknown import check_unknown
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import TEMPLATE_FOLDER
 from recbole_sdpo.quick_start import run

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_sdpo.checks import PROPERTIES
+from recbole_sdpo.checks.recbole_rules import PROPERTIES
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.values import Loader, check_values, read_arguments, read_yaml, value
 

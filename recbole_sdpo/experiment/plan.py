@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 
 import recbole_sdpo
-from recbole_sdpo.checks import is_of_lists
+from recbole_sdpo.checks.metrics import is_of_lists
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.device import check_device
 from recbole_sdpo.data.tables import read_table
+from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError, meant
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.ranks import metric_of_targets

@@ -21,7 +21,8 @@ from recbole.utils import InputType
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from recbole_sdpo.checks import check_settings, check_topk
+from recbole_sdpo.checks.configuration import check_settings
+from recbole_sdpo.checks.metrics import check_topk
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.examples import CandidateExamples, Examples, FixedExamples, HistoryExamples
 from recbole_sdpo.data.negatives import SELF, MixedNegatives, Negatives, NegativeSampler, shares

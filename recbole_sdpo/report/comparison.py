@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recbole_sdpo.checks import is_of_lists
+from recbole_sdpo.checks.metrics import is_of_lists
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.audit import Audit, floor_rows
 from recbole_sdpo.evaluator.ranks import metric_of_targets

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from recbole_sdpo.checks import is_of_lists
+from recbole_sdpo.checks.metrics import is_of_lists
 from recbole_sdpo.evaluator.lists import OF_LISTS
 from recbole_sdpo.report.comparison import COST, Comparison, Row
 

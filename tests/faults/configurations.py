@@ -119,7 +119,7 @@ def recboles(model: str) -> list[Declared]:
         if (properties / file).is_file():
             defaults |= yaml.safe_load((properties / file).read_text(encoding="utf-8")) or {}
     try:
-        from recbole_sdpo.checks import RECBOLE as rules
+        from recbole_sdpo.checks.recbole_rules import RECBOLE as rules
     except ImportError:
         rules = {}
     declared = [Declared(name, [*rule.examples], rule.holds) for name, rule in rules.items()]

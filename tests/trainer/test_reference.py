@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from recbole_sdpo.checks import check_settings
+from recbole_sdpo.checks.configuration import check_settings
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.trainer.reference import ReferenceCache
 from recbole_sdpo.trainer.stage import Stage

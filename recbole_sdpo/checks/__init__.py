@@ -1,0 +1,1 @@
+"""What must hold of settings, so that a run that cannot end does not begin."""
