@@ -49,8 +49,8 @@ from recbole_sdpo.data.candidates import fingerprint
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.dataset import create_dataset, data_preparation, user_histories
 from recbole_sdpo.data.examples import Examples
+from recbole_sdpo.loaders import evaluation_loaders
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.quick_start import evaluation_loaders
 from recbole_sdpo.recommend import Recommender
 from recbole_sdpo.recommend_all import recommend_all
 from recbole_sdpo.report.table import markdown_table

@@ -20,7 +20,7 @@ from recbole_sdpo.data.dataset import create_dataset, data_preparation
 from recbole_sdpo.data.sequences import histories, popularity
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import metric_of_ranks
-from recbole_sdpo.quick_start import evaluation_loaders
+from recbole_sdpo.loaders import evaluation_loaders
 from recbole_sdpo.random import generator
 from recbole_sdpo.report.groups import BANDS, band_of
 

@@ -8,62 +8,39 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from logging import INFO, WARNING, getLogger
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 import transformers
 from accelerate import PartialState
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
-from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.trainer import Trainer
 from recbole.utils import dict2str, get_trainer, init_seed, set_color
 
 from recbole_sdpo import compat
 from recbole_sdpo.checks.machine import check_folders, check_memory
-from recbole_sdpo.checks.metrics import check_topk, is_of_lists
+from recbole_sdpo.checks.metrics import check_topk
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.data.candidate_lists import (
-    CandidateLists,
-    KnownItems,
-    KnownUsers,
-    read_lists,
-)
-from recbole_sdpo.data.candidates import (
-    candidates_seed,
-    evaluation_loader,
-    fingerprint,
-    freeze,
-    listed,
-    with_lists,
-    with_mode,
-)
-from recbole_sdpo.data.catalogue import Catalogue, NoTitles
+from recbole_sdpo.data.candidates import fingerprint
 from recbole_sdpo.data.dataset import check_users, create_dataset, data_preparation
-from recbole_sdpo.data.published import PHASES
-from recbole_sdpo.data.sequences import met_items, popularity
-from recbole_sdpo.data.whole_catalogue import check_lists
 from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.evaluator.answers import OF_ANSWERS
-from recbole_sdpo.evaluator.audit import BY_POPULARITY, Audit, audit_loaders, floor_rows
 from recbole_sdpo.evaluator.cost import top_time
-from recbole_sdpo.evaluator.lists import OF_LISTS
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
-from recbole_sdpo.files import user_path, whole_file
+from recbole_sdpo.files import whole_file
 from recbole_sdpo.inputs import Inputs, package_versions
 from recbole_sdpo.interrupt import say_how_to_go_on
-from recbole_sdpo.objectives import OBJECTIVES
+from recbole_sdpo.loaders import Loaders, audits_of, catalogue_of, evaluation_loaders
 from recbole_sdpo.processes import check_alike, lost
-from recbole_sdpo.report.table import markdown_table
+from recbole_sdpo.report.summary import log_head, table_of_tests
 from recbole_sdpo.result import RESULT_FILE, write_result
-from recbole_sdpo.settings import FILE_MODE, MODEL, Role, Settings, having, kind_of_negatives
+from recbole_sdpo.settings import MODEL, Role, having
 from recbole_sdpo.trainer.best_weights import FOLDER, BestWeights, restore, snapshot
 from recbole_sdpo.trainer.folder import LOG_FILE, alone_in, run_folder, tidy
 from recbole_sdpo.trainer.one_pass import with_one_pass
@@ -164,7 +141,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     inputs.keep(run_dir, write=state.is_main_process)
     raw = create_dataset(config)
     described = str(raw)  # RecBole changes the dataset as it splits it
-    catalogue = _catalogue(config, raw)
+    catalogue = catalogue_of(config, raw)
     check_topk(config, raw.item_num - 1)
     check_memory(config, len(raw))
     train_data, *rest = data_preparation(config, raw)
@@ -176,7 +153,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
             "task; see RecBole on it."
         )
     sha256 = {mode: fingerprint(*pair) for mode, pair in loaders.items()}
-    audits = _audits(loaders, train_data, catalogue)
+    audits = audits_of(loaders, train_data, catalogue)
 
     init_seed(config["seed"], config["reproducibility"])
     recommender = compat.model_class(config["model"])(config, train_data._dataset).to(
@@ -201,7 +178,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     targets = (
         recommender.targets_per_epoch(train_data._dataset) if ours else len(train_data._dataset)
     )
-    _log_head(config, recommender, targets, test_data, sha256)
+    log_head(config, recommender, targets, test_data, sha256)
     logger.info(described)
 
     # A trainer of RecBole's has its best weights on the first candidates in a file, or not at all.
@@ -248,9 +225,8 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
             [file for file in (RANKS_FILE, STEPS_FILE) if (run_dir / file).is_file()],
         )
         tidy(run_dir)
-        logger.info(
-            f"{set_color('result', 'yellow')}: {run_dir / RESULT_FILE}\n\n{_table(result)}\n"
-        )
+        where = f"{set_color('result', 'yellow')}: {run_dir / RESULT_FILE}"
+        logger.info(f"{where}\n\n{table_of_tests(result)}\n")
     return result
 
 
@@ -269,133 +245,6 @@ def _process_settings() -> dict[str, Any]:
     quiet = {"state": "error", "show_progress": False} if os.environ.get("RANK", "0") != "0" else {}
     devices = ",".join(map(str, range(torch.cuda.device_count())))
     return quiet | ({"gpu_id": devices} if devices else {})
-
-
-def _catalogue(config: RunConfig, dataset: Any) -> Catalogue:
-    settings = config.settings
-    try:
-        catalogue = Catalogue.from_dataset(
-            dataset, settings.title_fields, settings.title_article_first
-        )
-    except NoTitles as error:
-        if config["model"] == MODEL:
-            raise
-        getLogger().warning(
-            f"{error} {config['model']} needs no titles, but items of one title may meet in a "
-            "candidate set."
-        )
-        return Catalogue.without_titles(dataset)
-    mostly_untitled = 2 * len(catalogue.untitled) > len(catalogue.titles)
-    getLogger().log(
-        WARNING if mostly_untitled else INFO,
-        set_color("catalogue", "blue") + f": {catalogue.describe()}",
-    )
-    return catalogue
-
-
-Loaders = dict[str, tuple[AbstractDataLoader, AbstractDataLoader]]
-"""For each evaluation mode the loaders for validation and test; the first is the one that
-``eval_args`` names, or :data:`FILE_MODE`."""
-
-
-def _given_lists(
-    settings: Settings, dataset: Any, catalogue: Catalogue
-) -> dict[str, CandidateLists]:
-    """What ``candidates_file`` holds, by phase, in the ids of ``dataset``."""
-    file = settings.candidates_file
-    if not file:
-        return {}
-    lists = read_lists(user_path(file), KnownUsers(dataset), KnownItems(dataset, catalogue))
-    if not len(lists.of("test")):
-        raise UserError(
-            f"candidates_file={file!r} has no list of the phase test; it must have some, or no "
-            "phase at all."
-        )
-    twins = lists.holding_twins(catalogue)
-    if twins:
-        getLogger().warning(
-            f"candidates_file={file!r}: {twins:,} of {len(lists):,} lists hold another item of "
-            "their target's title, which does not count against it."
-        )
-    return {phase: own for phase in PHASES if len(own := lists.of(phase))}
-
-
-def _say_met(
-    loaders: dict[str, AbstractDataLoader],
-    parts: Sequence[Any],
-    given: Collection[str],
-    file: str,
-) -> None:
-    """Of the ``given`` lists, how many hold what their user has met, which drawn ones never do?"""
-    counts = []
-    for number, (phase, loader) in enumerate(loaders.items(), 2):
-        if phase in given and (holding := loader._sampler.holding_met(*met_items(*parts[:number]))):
-            counts.append(f"{holding:,} of {len(loader._sampler.user):,} {phase} lists")
-    if counts:
-        getLogger().warning(
-            f"candidates_file={file!r}: {' and '.join(counts)} hold items that their user has met "
-            "before the target; they stay, and a model that knows them well may put them first."
-        )
-
-
-def evaluation_loaders(
-    config: RunConfig,
-    train_data: AbstractDataLoader,
-    rest: list[AbstractDataLoader],
-    catalogue: Catalogue,
-) -> Loaders:
-    """Of RecBole's loaders for validation and test, ``rest``, one of each for every evaluation
-    mode, their candidates frozen; where ``candidates_file`` has lists of a phase, its targets that
-    have none are left out.
-
-    Raises:
-        UserError: the file cannot be used, or no target has a list.
-    """
-    settings, parts = config.settings, [loader._dataset for loader in (train_data, *rest)]
-    seed, file = candidates_seed(config), str(settings.candidates_file)
-    given = _given_lists(settings, parts[0], catalogue)
-    phases = dict(zip(("valid", "test"), rest, strict=True))
-    for phase in given.keys() & phases.keys():
-        phases[phase] = listed(phases[phase], given[phase], file)
-    for phase, loader in phases.items():
-        phases[phase] = evaluation_loader(loader, phase, settings.max_eval_targets, seed)
-    valid_data, test_data = phases.values()
-    main = [
-        with_lists(loader, given[phase]) if phase in given else loader
-        for phase, loader in phases.items()
-    ]
-    _say_met(dict(zip(phases, main, strict=True)), parts, given, file)
-    if given and "valid" not in given:
-        getLogger().info(
-            f"candidates_file={file!r} has no lists of validation, which is by "
-            f"{config['eval_args']['mode']['valid']}."
-        )
-    mode = FILE_MODE if given else config["eval_args"]["mode"]["test"]
-    loaders = {mode: (main[0], main[1])}
-    loaders |= {
-        mode: (with_mode(valid_data, mode), with_mode(test_data, mode))
-        for mode in settings.more_candidates
-    }
-    for mode, pair in loaders.items():
-        for number, loader in enumerate(pair, 2):
-            freeze(loader, parts[:number], catalogue, seed, settings.candidates_exclude_history)
-            if mode == "full" and any(map(is_of_lists, config["metrics"])):
-                check_lists(loader, max(config["topk"]))
-    return loaders
-
-
-def _audits(
-    loaders: Loaders, train_data: AbstractDataLoader, catalogue: Catalogue
-) -> dict[str, Audit]:
-    """Of all candidates that are frozen; warns of those that give their targets away."""
-    met, audits = popularity(train_data._dataset), {}
-    for mode, pair in loaders.items():
-        audit = audit_loaders(pair, met, catalogue)
-        if audit:
-            audits[mode] = audit
-            for warning in audit.warnings(mode):
-                getLogger().warning(warning)
-    return audits
 
 
 def _run_stages(
@@ -503,89 +352,6 @@ def _test(
         metrics[mode] = {"valid": _plain(best_weights.valid.get(mode)), "test": _plain(test)}
     restore(trainer.model, last_weights)
     return metrics
-
-
-def _log_head(
-    config: RunConfig,
-    model: AbstractRecommender,
-    targets: int,
-    test_data: AbstractDataLoader,
-    sha256: dict[str, str],
-) -> None:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lines = {
-        "model": config["model"],
-        "parameters trained": f"{trained:,}",
-        "training targets": f"{targets:,}",
-    }
-    if config["model"] == MODEL:
-        total = sum(p.numel() for p in model.parameters())
-        backbone = model.backbone
-        why = (
-            f" (backbone=auto on {config['device']}; choose with --backbone, --item_tokens, --peft)"
-            if model.settings.backbone.name == "auto"
-            else ""
-        )
-        lines["backbone"] = (
-            f"{backbone.name}{why}, {total:,} parameters in {backbone.dtype}, "
-            f"item_tokens {backbone.item_tokens}, peft {backbone.peft}"
-        )
-        if model.negatives:
-            kind = kind_of_negatives(config["train_neg_sample_args"], model.sources)
-            lines["negatives"] = (
-                f"{model.negatives} to a target, {kind}, never of the user's training items"
-            )
-    if config.settings.popularity_discount:
-        lines["ranked by"] = (
-            f"score less {config.settings.popularity_discount:g} times log popularity"
-        )
-    lines["device"] = str(config["device"])
-    met = "without" if config.settings.candidates_exclude_history else "with"
-    drawn, given = f"{met} what their users have met", f"of {config.settings.candidates_file}"
-    for mode, digest in sha256.items():
-        lines[f"candidates {mode}"] = (
-            f"{len(test_data._dataset):,} test targets, {given if mode == FILE_MODE else drawn}, "
-            f"sha256 {digest[:16]}…"
-        )
-    getLogger().info(
-        "\n".join(f"{set_color(key, 'blue')}: {value}" for key, value in lines.items())
-    )
-
-
-def _table(result: dict[str, Any]) -> str:
-    tested = result["test_result"]
-    metrics = [
-        name for name in ("hit@1", "ndcg@5", "mrr@10", *OF_ANSWERS) if name in tested
-    ] or list(tested)[:3]
-    longest = max(np.atleast_1d(result["settings"]["topk"]))
-    metrics += [name for name in tested if is_of_lists(name) and name.endswith(f"@{longest}")]
-    after = {"sft": "SFT", "sdpo": OBJECTIVES[result["settings"].get("objective", "sdpo")].title}
-    rows = [("popularity", result["popularity"])]
-    for stage, report in result["stages"].items():
-        rows.append(
-            (
-                f"{result['model']} after {after[stage]}" if stage in after else result["model"],
-                report["test"],
-            )
-        )
-    if discount := result["settings"]["popularity_discount"]:
-        rows[-1] = (f"{rows[-1][0]}, less {discount:g} x log popularity", rows[-1][1])
-    if result["settings"]["audit"]:
-        audit = result["audit"].get(next(iter(result["candidates_sha256"])))
-        floor = floor_rows(audit) if audit else {}
-        rows[1:1] = [row for row in floor.items() if not row[0].startswith(BY_POPULARITY)]
-    return markdown_table(
-        ["test", *map(_column, metrics)],
-        [[label, *(values.get(name, "") for name in metrics)] for label, values in rows],
-    )
-
-
-def _column(metric: str) -> str:
-    """A metric, which RecBole writes in lower case, as the head of a column."""
-    name, at, k = metric.partition("@")
-    if kind := (OF_ANSWERS | OF_LISTS).get(name):
-        return f"{kind.__name__}{at}{k}"
-    return metric.upper().replace("HIT", "HR")
 
 
 def _machine(device: torch.device, state: PartialState) -> dict[str, Any]:

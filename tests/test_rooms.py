@@ -22,7 +22,7 @@ ROOMS = (
     "registry",
     "config",
     "inputs device",
-    "report processes",
+    "loaders report processes",
     "quick_start recommend",
     "recommend_all",
     "experiment",

@@ -17,7 +17,7 @@ from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.sequences import met_items
 from recbole_sdpo.data.whole_catalogue import LEFT_OUT
-from recbole_sdpo.quick_start import evaluation_loaders
+from recbole_sdpo.loaders import evaluation_loaders
 from recbole_sdpo.random import generator, recbole_draws
 from tests.conftest import TINY, write_dataset
 

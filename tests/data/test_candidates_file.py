@@ -18,7 +18,8 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.experiment.plan import Experiment, plan
 from recbole_sdpo.inputs import Inputs
-from recbole_sdpo.quick_start import evaluation_loaders, run
+from recbole_sdpo.loaders import evaluation_loaders
+from recbole_sdpo.quick_start import run
 
 
 @pytest.fixture
