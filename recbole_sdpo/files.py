@@ -184,6 +184,15 @@ def seal(folder: Path) -> None:
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
+def sealed(folder: Path) -> dict[str, str]:
+    """The digests that :func:`seal` wrote, by the files' names; none where it has not."""
+    sums = folder / SUMS
+    if not sums.is_file():
+        return {}
+    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
 def check_seal(folder: Path) -> None:
     """Are the files in ``folder`` those that :func:`seal` saw?
 
@@ -196,11 +205,7 @@ def check_seal(folder: Path) -> None:
             f"{sums} is missing: the folder is not whole, or not one that a run wrote; give "
             "another one."
         )
-    lines = (
-        line.partition("  ")
-        for line in sums.read_text(encoding="utf-8", errors="replace").splitlines()
-    )
-    digests = {folder / name: digest for digest, _, name in lines}
+    digests = {folder / name: digest for name, digest in sealed(folder).items()}
     for file in sorted(
         {*digests, *(file for file in folder.rglob("*") if file.is_file() and file != sums)}
     ):

@@ -34,7 +34,7 @@ def test_an_argument_that_nobody_reads_is_an_error(monkeypatch, argument):
         ("--dataset=", "--dataset= is blank; give a name, or leave it out"),
         ("--config_files= ", "--config_files=  is blank"),
         ("--experiment=", "--experiment= is blank"),
-        ("--model=", "model='' must be a name of letters"),
+        ("--model=", "--model= is blank"),
         ("--seed=self", "seed='self' must be a whole number"),
         (
             "--config_files=none.yaml",
@@ -132,6 +132,21 @@ def test_files_and_arguments_reach_the_configuration(monkeypatch, tmp_path, ring
     )
     config = RunConfig(*seen["config"])
     assert config.settings.beta == 0.2 and config.settings.sft.epochs == 0
+
+
+def test_a_file_may_name_the_model_and_the_dataset(monkeypatch):
+    Path("a.yaml").write_text("model: Pop\ndataset: toy\n")
+    Path("b.yaml").write_text("dataset: other\n")
+    seen = []
+    monkeypatch.setattr(run, "run", lambda *args: seen.append(args[:2]))
+    for arguments in (
+        ["--config_files=a.yaml"],
+        ["--config_files=a.yaml b.yaml"],
+        ["--config_files=a.yaml", "--model=BPR", "--dataset=third"],
+        [],
+    ):
+        call(monkeypatch, *arguments)
+    assert seen == [("Pop", "toy"), ("Pop", "other"), ("BPR", "third"), ("SDPO-LLM", "ml-100k")]
 
 
 def call_program(monkeypatch, *arguments):

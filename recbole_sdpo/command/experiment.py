@@ -12,7 +12,7 @@ from recbole_sdpo import compat
 from recbole_sdpo.command.run import read_settings
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.run import run_experiment
-from recbole_sdpo.files import config_file
+from recbole_sdpo.files import config_file, user_path
 from recbole_sdpo.interrupt import as_given
 
 HELP = "do the runs that a YAML file names, and write a report of tables and figures"
@@ -67,7 +67,7 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> int:
         )
     below = Path(args.experiment).with_suffix("").parts
     place = below[below.index("configs") + 1 :] if "configs" in below else below[-1:]
-    output = Path(args.output or Path("saved", *place))
+    output = user_path(args.output or Path("saved", *place))
     command = shlex.join(as_given())
     with compat.no_arguments():  # these are not the settings of one run
         failures = run_experiment(

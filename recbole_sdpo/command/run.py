@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import config_file
 from recbole_sdpo.quick_start import run
 from recbole_sdpo.settings import MODEL
-from recbole_sdpo.values import read_arguments
+from recbole_sdpo.values import read_arguments, read_yaml
 
 HELP = "train and evaluate a model on one split and one set of candidates"
 
@@ -26,7 +27,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What no setting says."""
     parser.add_argument(
         "--model",
-        default=MODEL,
         help="SDPO-LLM, or any model of RecBole, such as GRU4Rec (default: SDPO-LLM)",
     )
     parser.add_argument(
@@ -42,7 +42,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Run the model. RecBole reads the settings in ``rest`` itself."""
     read_settings(args, rest)
-    run(args.model, args.dataset or "ml-100k", (args.config_files or "").split())
+    files = (args.config_files or "").split()
+    in_files: dict[str, Any] = {}
+    for file in files:
+        in_files |= read_yaml(config_file(file), f"config_files={file!r}")
+    run(
+        args.model or in_files.get("model", MODEL),
+        args.dataset or in_files.get("dataset", "ml-100k"),
+        files,
+    )
 
 
 def read_settings(args: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def read_settings(args: argparse.Namespace, rest: Sequence[str]) -> dict[str, An
         raise UserError(
             f"cannot read {others[0]!r}; settings are given as --name=value, without blanks."
         )
-    for name in ("dataset", "config_files", "experiment", "output"):
+    for name in ("model", "dataset", "config_files", "experiment", "output"):
         text = getattr(args, name, None)
         if text is not None and not text.strip():
             raise UserError(f"--{name}={text} is blank; give a name, or leave it out.")

@@ -29,7 +29,7 @@ def main() -> None:
     if args.settings:
         print(table())
     elif args.experiment:
-        if args.model != parser.get_default("model") or args.dataset or args.config_files:
+        if args.model or args.dataset or args.config_files:
             raise UserError(
                 "--experiment names models, dataset and settings in its file; leave out --model, "
                 "--dataset and --config_files."

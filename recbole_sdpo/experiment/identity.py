@@ -22,9 +22,17 @@ def identity(config: RunConfig, inputs: Inputs, begun_from: str | None) -> str:
     ours, own = config["model"] == MODEL, config.settings
     if ours:
         own = own.suited_to(resolved(own.backbone, config["device"]))
-    settings = config.final_config_dict | own.to_flat()
+    # A model of RecBole's may have a setting of its own of the name of one of ours, such as beta;
+    # and so has one of its transforms.
+    theirs = set() if ours else config.internal_config_dict.keys() - having(Role.EVERY_MODEL)
+    if not ours and config["transform"] == "reorder_itemseq":
+        theirs = theirs | {"beta"}
+    settings = config.final_config_dict | {
+        key: value for key, value in own.to_flat().items() if key not in theirs
+    }
     # RecBole's loaders draw a baseline's negatives in their worker processes; ours come before.
-    idle = having(Role.IDLE) | ({"worker"} if ours else set(names()) - having(Role.EVERY_MODEL))
+    others = {"worker"} if ours else set(names()) - having(Role.EVERY_MODEL) - theirs
+    idle = having(Role.IDLE) | others
     parts = {
         "model": config["model"],
         "settings": {key: str(value) for key, value in sorted(settings.items()) if key not in idle},

@@ -8,6 +8,7 @@ import itertools
 import logging
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,8 +18,10 @@ import numpy as np
 import pandas as pd
 
 import recbole_sdpo
+from recbole_sdpo.checks.machine import check_folders
 from recbole_sdpo.checks.metrics import is_of_lists
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data.prompts import Templates
 from recbole_sdpo.data.tables import read_table
 from recbole_sdpo.device import check_device
 from recbole_sdpo.errors import UserError, meant
@@ -35,6 +38,7 @@ from recbole_sdpo.settings import (
     MODE,
     MODEL,
     PARTS,
+    WITHOUT_EFFECT,
     Role,
     having,
     merged_parts,
@@ -127,6 +131,11 @@ class Experiment:
             _check_keys(run, Entry, f"run {number + 1} of {file}", {"name"}, without={"axis"})
             _check_trust(f"run {number + 1} of {file}", run)
             run = run | {"published": _published(f"run {number + 1} of {file}", run)}
+            for key in sorted(overrides.keys() & run.get("vary", {}).keys()):
+                raise UserError(
+                    f"{key}={shown(overrides[key])} is for every run, and run {run['name']!r} "
+                    "varies it; leave it out."
+                )
             entries.append(with_settings(Entry(**run), overrides))
         parts: dict[str, Any] = {"title": file.stem} | content | {"runs": entries}
         experiment = cls(**parts)
@@ -196,9 +205,13 @@ class Experiment:
             for part, lists in (("vary", entry.vary), ("tune", entry.tune)):
                 for key, values in lists.items():
                     _check_list(values, f"{part}.{key} of run {entry.name!r}", "values")
-                    _check_settings(
-                        f"{part} of run {entry.name!r}", dict.fromkeys([key], values[0])
-                    )
+                    for value in values:
+                        _check_settings(f"{part} of run {entry.name!r}", {key: value})
+                    if entry.model == MODEL and key in WITHOUT_EFFECT:
+                        raise UserError(
+                            f"{part} of run {entry.name!r}: {key} has no effect on {MODEL}; give "
+                            "another setting."
+                        )
         names = [entry.name for entry in self.entries()]
         for name in names:
             _check_name("the name of a varied run", name)
@@ -293,27 +306,63 @@ def plan(
     rows = experiment.entries() if entries is None else entries
     logging.disable(logging.WARNING)  # each run says again in its own log what it is warned of
     try:
-        return [
-            _run(experiment, entry, seed) for seed in seeds or experiment.seeds for entry in rows
+        runs = [
+            (entry, _run(experiment, entry, seed))
+            for seed in seeds or experiment.seeds
+            for entry in rows
         ]
     finally:
         logging.disable(logging.NOTSET)
+    _check_axes(runs)
+    return [run for _, run in runs]
+
+
+def _check_axes(runs: list[tuple[Entry, Run]]) -> None:
+    """Rows that differ in a setting alone must be different runs."""
+    values: dict[tuple[str, str], Any] = {}
+    for entry, run in runs:
+        if entry.axis:
+            name, key, value = entry.axis
+            other = values.setdefault((name, run.identity), value)
+            if other != value:
+                raise UserError(
+                    f"vary of run {name!r}: {key}={shown(value)} is the same run as "
+                    f"{key}={shown(other)}; vary a setting that has an effect on it."
+                )
 
 
 def grid(entry: Entry, tries: int) -> list[Settings]:
-    """The settings that ``--tune`` tries for ``entry``, ``tries`` of them, spread evenly over the
-    product of its values.
+    """The settings that ``--tune`` tries for ``entry``, ``tries`` of the product of its values,
+    spread evenly: each time those values that were taken least::
+
+        2 x 4 values, 4 tries      x . . x
+                                   . x x .
 
     Raises:
         UserError: the product has fewer.
     """
-    points = [dict(zip(entry.tune, values)) for values in itertools.product(*entry.tune.values())]
-    if len(points) < tries:
+    left = list(itertools.product(*(range(len(values)) for values in entry.tune.values())))
+    if len(left) < tries:
         raise UserError(
-            f"run {entry.name!r} gives {len(points)} settings to tune, and every model gets "
+            f"run {entry.name!r} gives {len(left)} settings to tune, and every model gets "
             f"tries={tries}; add values, or lower tries."
         )
-    return [points[number * len(points) // tries] for number in range(tries)]
+    order = {place: number for number, place in enumerate(left)}
+    taken: Counter[tuple[int, int]] = Counter()
+    places: list[tuple[int, ...]] = []
+    for number in range(tries):
+        even = number * len(order) / tries
+        _, _, place = min(
+            (sum(taken[value] for value in enumerate(place)), abs(order[place] - even), place)
+            for place in left
+        )
+        left.remove(place)
+        places.append(place)
+        taken.update(enumerate(place))
+    return [
+        {key: values[at] for (key, values), at in zip(entry.tune.items(), place, strict=True)}
+        for place in sorted(places)
+    ]
 
 
 def with_settings(entry: Entry, settings: Settings) -> Entry:
@@ -375,7 +424,11 @@ def _over(settings: Settings, upper: Settings) -> Settings:
 def _resolved(entry: Entry, dataset: str, settings: Settings) -> Run:
     config, start = RunConfig(entry.model, dataset, config_dict=copy.deepcopy(settings)), None
     check_device(config)
+    check_folders(config)
     _check_targets(config)
+    if entry.model == MODEL:
+        own = config.settings
+        Templates.load(own.prompt_templates).of_style(own.prompt_style)
     if entry.model == MODEL and not config.settings.sft_checkpoint:
         alone = _of_sft(settings, config.settings.prompt_style)
         if config.settings.reaches_alignment:
@@ -538,10 +591,15 @@ def _check_settings(where: str, settings: Settings) -> None:
         if not isinstance(key, str):
             raise UserError(f"{where}: the key {shown(key)} must be text.")
         modes = key == "eval_args" and isinstance(value, dict) and "mode" in value
-        if modes or key in having(Role.EXPERIMENT):
+        if modes or key in having(Role.EXPERIMENT) | {"eval_args.mode"}:
             raise UserError(
                 f"{where}: {key}={shown(value)} is the experiment's; give seeds and candidates at "
                 "the top of its file."
+            )
+        if key in ("model", "dataset", "config_files"):
+            raise UserError(
+                f"{where}: {key}={shown(value)} is no setting; give the dataset at the top of the "
+                "file, and each run its model."
             )
         if key in PARTS and not isinstance(value, dict):
             raise UserError(f"{where}: {key}={shown(value)} must be a mapping.")

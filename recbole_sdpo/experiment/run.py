@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.plan import Experiment, Run, plan, written
 from recbole_sdpo.experiment.runner import Failure, Runner, check_writable
 from recbole_sdpo.experiment.tune import tune
@@ -13,6 +14,7 @@ from recbole_sdpo.inputs import package_versions
 from recbole_sdpo.report.comparison import FinishedRun, compare, unfair
 from recbole_sdpo.report.experiment import write_report
 from recbole_sdpo.report.table import comparison_markdown
+from recbole_sdpo.values import shown
 
 STORE = Path("saved") / "runs"
 """Where runs are kept, by identity, for every experiment that has them."""
@@ -47,17 +49,32 @@ def run_experiment(
     check_writable(output)
     runs = plan(experiment)  # which checks all settings before any run begins
     if search:
+        _check_tuned(experiment, overrides or {})
         experiment, failures = tune(experiment, runner, output)
         runs = plan(experiment)
     failures += runner.run_all(runs)
     finished = _finished(experiment, runner, runs)
     warnings = [f"{each.run.name}, seed {each.run.seed} failed: {each.why}" for each in failures]
+    given = sorted({run.name for run in runs if run.settings.get("sft_checkpoint")})
+    if given:
+        warnings.append(
+            f"minutes and cost of {', '.join(given)} are without the SFT that sft_checkpoint gives"
+        )
     if finished:
         origin = _origin(text, command, finished)
         warnings = _report(experiment, finished, output, warnings, origin)
     for warning in warnings:
         print(f"warning: {warning}")
     return failures
+
+
+def _check_tuned(experiment: Experiment, overrides: dict[str, Any]) -> None:
+    for entry in experiment.runs:
+        for key in sorted(overrides.keys() & entry.tune.keys()):
+            raise UserError(
+                f"{key}={shown(overrides[key])} is for every run, and run {entry.name!r} tunes it; "
+                "leave it out, or --tune."
+            )
 
 
 def _finished(experiment: Experiment, runner: Runner, runs: list[Run]) -> list[FinishedRun]:

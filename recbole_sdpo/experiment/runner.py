@@ -24,7 +24,7 @@ import yaml
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.plan import Run
 from recbole_sdpo.experiment.worker import LIFELINE
-from recbole_sdpo.files import check_seal, write_text
+from recbole_sdpo.files import check_seal, sealed, write_text
 from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.interrupt import add_note
 from recbole_sdpo.result import RESULT_FILE, read_result
@@ -85,12 +85,21 @@ class Runner:
         except UserError as error:
             return str(error)
         changed = run.inputs and run.inputs.changed(read, but_for=_of_start(run))
-        return (
-            f"{changed} changed while the experiment ran, so that its result does not count; "
-            "begin it again."
-            if changed
-            else None
-        )
+        if changed:
+            return (
+                f"{changed} changed while the experiment ran, so that its result does not count; "
+                "begin it again."
+            )
+        return self._fault_of_start(run, read)
+
+    def _fault_of_start(self, run: Run, read: dict[str, str]) -> str | None:
+        """It begins from the SFT that the others begin from. One that was lost and trained again
+        may have other weights, as on a GPU."""
+        there = sealed(self.folder(run.start) / "sft") if run.start else {}
+        for name, digest in read.items():
+            if there.get(name.removeprefix("sft_checkpoint/"), digest) != digest:
+                return "the SFT that it began from was trained again, with other weights."
+        return None
 
     def run_all(self, runs: list[Run]) -> list[Failure]:
         """Run them in order, each after the one it begins from; returns those that failed.

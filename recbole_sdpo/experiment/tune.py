@@ -85,8 +85,9 @@ class _Search:
                 "--tune needs runs with a key tune, such as tune: {learning_rate: [0.001, 0.003]}; "
                 "none has one."
             )
-        _check_all(experiment, points)
-        return cls(experiment, runner, points, _sft_rows(experiment, points))
+        sft_row = _sft_rows(experiment, points)
+        _check_all(experiment, points, sft_row)
+        return cls(experiment, runner, points, sft_row)
 
     def run(self, names: list[str]) -> None:
         """Try all points of these entries."""
@@ -125,9 +126,7 @@ class _Search:
         return max(self.tries[name], key=lambda one: one.score).settings
 
     def _with(self, entry: Entry, point: Settings) -> Entry:
-        of_sft = self._best(self.sft_row.get(entry.name))
-        handed_on = {key: value for key, value in of_sft.items() if key != DISCOUNT}
-        return with_settings(entry, handed_on | point)
+        return _handed_on(entry, self._best(self.sft_row.get(entry.name)), point)
 
     def _failed(self, name: str) -> UserError:
         mine = (name, f"SFT of {name}")
@@ -135,14 +134,31 @@ class _Search:
         return UserError(f"all tries of run {name!r} failed: {failure.why} (see {failure.log})")
 
 
+def _handed_on(entry: Entry, of_sft: Settings, point: Settings) -> Entry:
+    """``entry`` with the settings ``of_sft`` that it begins from, but for what is its own, under
+    those of a try."""
+    own = {DISCOUNT, entry.axis[1]} if entry.axis else {DISCOUNT}
+    return with_settings(
+        entry, {key: value for key, value in of_sft.items() if key not in own} | point
+    )
+
+
 def _plan(experiment: Experiment, entries: list[Entry]) -> list[Run]:
     return plan(experiment, experiment.seeds[:1], entries)
 
 
-def _check_all(experiment: Experiment, points: dict[str, list[Settings]]) -> None:
-    """Find now what is wrong with any try, and not when all others have trained."""
-    tuned = [entry for entry in experiment.entries() if entry.tune]
-    tried = [with_settings(entry, point) for entry in tuned for point in points[entry.name]]
+def _check_all(
+    experiment: Experiment, points: dict[str, list[Settings]], sft_row: dict[str, str | None]
+) -> None:
+    """Find now what is wrong with any try, and with any row after any try of its SFT, and not when
+    all others have trained."""
+    tried = [
+        _handed_on(entry, of_sft, point)
+        for entry in experiment.entries()
+        for of_sft in points.get(sft_row.get(entry.name) or "", [{}])
+        for point in points.get(entry.name, [{}])
+        if of_sft or point
+    ]
     for run in _plan(experiment, tried):
         if int(run.settings.get("eval_step", 1)) < 1:
             raise UserError(

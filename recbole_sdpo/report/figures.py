@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from recbole_sdpo.evaluator.significance import interval
+from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.report.comparison import Comparison, FinishedRun, Row
 from recbole_sdpo.report.table import PLAIN, metric_head
 
@@ -241,9 +242,7 @@ def hardest_weight(runs: Sequence[FinishedRun]) -> Figure:
     figure = Figure(figsize=(5.4, 3.6 + LEGEND_LINE * len(runs)), layout="constrained")
     axes = figure.subplots()
     _curve(axes, runs, "hardest_negative_weight", "weight of the hardest negative")
-    for number in sorted(
-        {run.result["settings"]["train_neg_sample_args"]["sample_num"] for run in runs}
-    ):
+    for number in sorted({_negatives(run.result["settings"]) for run in runs}):
         axes.axhline(1 / number, color="gray", linestyle=":", linewidth=1)
         axes.annotate(
             f"1/{number}",
@@ -254,6 +253,12 @@ def hardest_weight(runs: Sequence[FinishedRun]) -> Figure:
         )
     _legend(figure, axes, [run.name for run in runs], loc="outside lower center", ncols=2)
     return figure
+
+
+def _negatives(settings: Mapping[str, Any]) -> int:
+    """How many negatives a target has, of which the objective may take one alone."""
+    drawn = settings["train_neg_sample_args"]["sample_num"]
+    return int(min(drawn, OBJECTIVES[settings["objective"]].negatives))
 
 
 def _curve(axes, runs: Sequence[FinishedRun], column: str, label: str) -> None:

@@ -1,13 +1,16 @@
 """Which runs an experiment has, which of them are one, and what is refused before any of them
 begins."""
 
+import math
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.experiment.plan import Experiment, grid, plan, with_settings, written
+from recbole_sdpo.experiment.plan import Entry, Experiment, grid, plan, with_settings, written
 
 THEIRS = {"metric": "HR@1", "value": 0.5, "source": "A paper, table 3"}
 
@@ -264,6 +267,17 @@ def test_an_override_keeps_the_parts_that_it_does_not_name(write, override):
     own = {"train_neg_sample_args": {"distribution": "popularity", "sample_num": 4}}
     (run,) = plan(Experiment.load(write([{"name": "a", "settings": own}]), override))
     assert run.settings["train_neg_sample_args"] == {"distribution": "popularity", "sample_num": 2}
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 12))
+def test_tries_are_different_and_leave_no_value_out(sizes, tries):
+    lists = {f"key{number}": list(range(size)) for number, size in enumerate(sizes)}
+    tries = min(tries, math.prod(sizes))
+    points = grid(Entry("a", tune=lists), tries)
+    assert len({tuple(point.items()) for point in points}) == tries
+    for key, values in lists.items():
+        if len(values) <= tries:
+            assert {point[key] for point in points} == set(values)
 
 
 def test_every_model_gets_as_many_tries(write):
@@ -562,3 +576,43 @@ def test_weights_that_a_baseline_begins_from_count(write, tmp_path):
         file.write_text(content)
         identities.add(plan(Experiment.load(write(runs)))[0].identity)
     assert len(identities) == 2
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"settings": {"model": "SASRec"}}, "settings|model='SASRec' is no setting"),
+        ({"settings": {"dataset": "other"}}, "dataset='other' is no setting"),
+        ({"settings": {"config_files": "a.yaml"}}, "config_files='a.yaml' is no setting"),
+        ({"vary": {"model": ["SASRec", "GRU4Rec"]}}, "model='SASRec' is no setting"),
+        ({"vary": {"eval_args.mode": ["uni5", "uni4"]}}, "eval_args.mode='uni5' is the experiment"),
+        ({"vary": {"eval_args": [{"order": "TO"}, {"mode": "uni4"}]}}, "is the experiment's"),
+        ({"vary": {"learning_rate": [0.1, 0.2]}}, "learning_rate has no effect on SDPO-LLM"),
+        ({"tune": {"learning_rate": [0.1, 0.2]}}, "learning_rate has no effect on SDPO-LLM"),
+        (
+            {"settings": {"objective": "sft"}, "vary": {"beta": [1.0, 2.0]}},
+            "vary of run 'a': beta=2.0 is the same run as beta=1.0",
+        ),
+        ({"settings": {"sft_checkpoint": "/no/such"}}, "sft_checkpoint='/no/such' must be a fold"),
+        ({"settings": {"prompt_templates": "nosuch.yaml"}}, "prompt_templates='nosuch.yaml'"),
+    ],
+)
+def test_what_would_do_nothing_or_fail_late_is_refused(write, run, message):
+    with pytest.raises(UserError, match=message):
+        plan(Experiment.load(write([{"name": "a", **run}])))
+
+
+def test_what_a_row_varies_no_argument_sets(write):
+    file = write([{"name": "a", "vary": {"beta": [1.0, 2.0]}}])
+    with pytest.raises(UserError, match=r"beta=7.0 is for every run, and run 'a' varies it"):
+        Experiment.load(file, {"beta": 7.0})
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [("AsymKNN", {}), ("RecVAE", {}), ("SASRec", {"transform": "reorder_itemseq"})],
+)
+def test_a_setting_of_recboles_with_the_name_of_one_of_ours_counts(write, model, settings):
+    row = {"name": "a", "model": model, "settings": settings, "vary": {"beta": [0.2, 0.8]}}
+    one, other = plan(Experiment.load(write([row])))
+    assert one.identity != other.identity

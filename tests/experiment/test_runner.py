@@ -265,6 +265,21 @@ def test_what_is_damaged_is_not_done_and_run_again(tmp_path, capsys, file, harm)
     assert str(harmed) in capsys.readouterr().out or (file, harm) == ("result.json", "missing")
 
 
+def test_rows_that_share_an_sft_have_begun_from_the_same_weights(tmp_path, capsys):
+    """An SFT that was lost and is trained again may have others, as on a GPU."""
+    runner, sft = Pretended(tmp_path), a_run("sft", "0")
+    aligned = a_run("a", "1", sft)
+    finish(runner, sft)
+    digest = sha256(tmp_path / "0" / "sft" / "model.safetensors")
+    finish(runner, aligned, {"inputs": {"sft_checkpoint/model.safetensors": digest}})
+    assert runner.run_all([aligned]) == [] and not runner.commands
+    (tmp_path / "0" / "sft" / "model.safetensors").write_text("others")
+    seal(tmp_path / "0" / "sft")
+    assert not runner.done(aligned)
+    assert runner.run_all([aligned]) == [] and len(runner.commands) == 1
+    assert "trained again, with other weights" in capsys.readouterr().out
+
+
 def test_a_checkpoint_from_which_nothing_begins_may_be_gone(tmp_path):
     runner, sft = Pretended(tmp_path), a_run("sft", "0")
     aligned = a_run("a", "1", sft)
@@ -579,17 +594,24 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, of_all, of_
             {"tune": {"beta": [1.0, 3.0]}, "settings": {"eval_step": 0}},
             "run 'S-DPO': --tune looks at the validation set",
         ),
+        (  # with what the SFT would hand on
+            {"settings": {"prompt_style": "candidates"}},
+            "run 'S-DPO': train_neg_sample_args.sample_num=4: .* among the 4 candidates",
+        ),
     ],
 )
 def test_all_tries_are_checked_before_the_first(ring, tmp_path, change, message):
     settings = {key: value for key, value in ring.items() if key != "eval_args"}
+    settings |= {"train_neg_sample_args": {"sample_num": 4}}
     gru = {"name": "GRU", "model": "GRU4Rec", "tune": {"learning_rate": [0.1, 0.2]}}
+    in_text = {"objective": "sft", "prompt_style": "candidates"}
+    sft = {"name": "SFT", "settings": in_text, "tune": {"prompt_candidates": [6, 4]}}
     content = {
         "dataset": "toy",
         "candidates": ["uni5"],
         "settings": settings,
         "tries": 2,
-        "runs": [gru, {"name": "S-DPO"} | change],
+        "runs": [gru, sft, {"name": "S-DPO"} | change],
     }
     (tmp_path / "try.yaml").write_text(yaml.safe_dump(content))
 
@@ -599,3 +621,43 @@ def test_all_tries_are_checked_before_the_first(ring, tmp_path, change, message)
 
     with pytest.raises(ValueError, match=message):
         tune(Experiment.load(tmp_path / "try.yaml"), Unwanted(tmp_path / "runs"), tmp_path / "out")
+
+
+def test_what_a_row_varies_its_sft_does_not_hand_on(ring, tmp_path):
+    settings = {key: value for key, value in ring.items() if key != "eval_args"}
+    content = {
+        "dataset": "toy",
+        "candidates": ["uni5"],
+        "settings": settings | {"MAX_ITEM_LIST_LENGTH": 6},
+        "tries": 2,
+        "runs": [
+            {
+                "name": "SFT",
+                "settings": {"objective": "sft"},
+                "tune": {"MAX_ITEM_LIST_LENGTH": [4, 6]},
+            },
+            {"name": "S-DPO", "vary": {"MAX_ITEM_LIST_LENGTH": [6, 8]}},
+            {"name": "DPO", "settings": {"objective": "dpo"}},
+        ],
+    }
+    (tmp_path / "try.yaml").write_text(yaml.safe_dump(content))
+
+    class Shortest(Runner):
+        def run_all(self, runs):
+            for run in runs:
+                valid = {"ndcg@5": 1 / run.settings["MAX_ITEM_LIST_LENGTH"]}
+                stage = {"valid": valid, "candidates": {"uni5": {"valid": valid}}}
+                metric = {"valid_metric": "NDCG@5", "valid_metric_bigger": True}
+                result = {"stages": {"sft": stage}, "settings": metric}
+                self.folder(run).mkdir(parents=True, exist_ok=True)
+                write_result(self.folder(run), result | {"inputs": run.inputs.digests}, [])
+            return []
+
+    chosen, _ = tune(Experiment.load(tmp_path / "try.yaml"), Shortest(tmp_path), tmp_path / "out")
+    lengths = {entry.name: entry.settings["MAX_ITEM_LIST_LENGTH"] for entry in chosen.entries()}
+    assert lengths == {
+        "SFT": 4,
+        "S-DPO, MAX_ITEM_LIST_LENGTH = 6": 6,
+        "S-DPO, MAX_ITEM_LIST_LENGTH = 8": 8,
+        "DPO": 4,
+    }

@@ -72,7 +72,7 @@ def finished(name, seed, strength, axis=None, users=USERS, targets=100, sha="a" 
         },
         "candidates_sha256": {"uni19": sha},
         "training_targets": targets,
-        "settings": {"train_neg_sample_args": {"sample_num": 3}},
+        "settings": {"objective": "sdpo", "train_neg_sample_args": {"sample_num": 3}},
     }
     return FinishedRun(name, axis, seed, result, ranks, rows[: None if steps else 0], 60.0)
 
