@@ -102,6 +102,13 @@ def test_each_key_says_what_it_must_be(key, wrong, message):
     assert "\n" not in str(error.value)
 
 
+def test_several_gpus_may_stand_in_a_file():
+    """RecBole makes numbers for CUDA of a tuple, as a command line gives it, and of no list."""
+    settings = yaml.safe_load("gpu_id: [0, 1]")
+    check_given(settings)
+    assert settings["gpu_id"] == (0, 1)
+
+
 def test_intervals_of_recboles_grammar_are_ones():
     for right in ("[4,inf)", "(1,5]", " [ 0 , 3.5 ) ", "[1,2];(4,9)", "[-inf,3]", "[1e3,inf)"):
         check_given({"val_interval": {"rating": right}, "user_inter_num_interval": right})

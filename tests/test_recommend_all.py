@@ -162,6 +162,8 @@ def test_a_file_names_the_users(recommender, monkeypatch, capsys):
         (["nobody", "--output", "best.csv"], "must be all, or a file"),
         (["twice", "--output", "best.csv"], "has 'u3' more than once"),
         (["stranger", "--output", "best.csv"], "user 'u99' is not in the data"),
+        (["marked", "--output", "best.csv"], "user 'u99' is not in the data"),
+        (["binary", "--output", "best.csv"], "--users='binary' must be text in UTF-8"),
         (["empty", "--output", "best.csv"], "no users"),
         (["all", "--output", "best.csv", "-k", "21"], "from 1 to 20"),
         (["all", "--output", "best.csv", "-k", "9", "--exclude_history"], "from 1 to 8"),
@@ -170,6 +172,8 @@ def test_a_file_names_the_users(recommender, monkeypatch, capsys):
 def test_what_cannot_be_written_is_an_error(recommender, monkeypatch, capsys, words, message):
     for name, text in {"there.csv": "", "twice": "u3\nu3", "stranger": "u99", "empty": ""}.items():
         Path(name).write_text(text)
+    Path("marked").write_text("u3\nu99", encoding="utf-8-sig")
+    Path("binary").write_bytes(b"\xff")
     monkeypatch.setattr(sys, "argv", [*COMMAND, *words])
     with pytest.raises(SystemExit) as end:
         program.main()

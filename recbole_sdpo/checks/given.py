@@ -35,7 +35,9 @@ def check_given(
     """
     defaults = defaults or {}
     for key, value in given.items():
-        if isinstance(value, tuple) and key != "gpu_id":
+        if key == "gpu_id" and isinstance(value, list):  # as a YAML file has several
+            given[key] = value = tuple(value)
+        elif isinstance(value, tuple) and key != "gpu_id":
             given[key] = value = list(value)
         if key in ("metrics", "valid_metric"):
             given[key] = value = without_aliases(key, value)

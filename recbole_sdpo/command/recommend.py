@@ -148,11 +148,14 @@ def _lines(file: str) -> list[str]:
     """The ids in ``file``, one on each line.
 
     Raises:
-        UserError: one comes twice, or there is no such file.
+        UserError: one comes twice, or there is no such file, or it is no text.
     """
     if not os.path.isfile(user_path(file)):
         raise UserError(f"--users={file!r} must be all, or a file with a user's id on each line.")
-    text = user_path(file).read_text(encoding="utf-8")
+    try:
+        text = user_path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--users={file!r} must be text in UTF-8: {error}.") from error
     users = [line.strip() for line in text.splitlines() if line.strip()]
     twice = sorted(user for user, times in Counter(users).items() if times > 1)
     if twice:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import date
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from pandas.io.common import get_handle
 from pandas.tseries.api import guess_datetime_format
 
 from recbole_sdpo.errors import UserError, meant, reason
-from recbole_sdpo.files import whole_file, whole_folder
+from recbole_sdpo.files import user_path, whole_file, whole_folder
 
 # pandas, by which RecBole reads ids, takes these for missing, and a quote at the start for that of
-# a quoted field.
-NO_ID = r'|".*|#?N/?A|#N/A N/A|<NA>|n/a|NULL|null|None|-?(NaN|nan)|-?1\.#(IND|QNAN)'
+# a quoted field; the last is RecBole's padding.
+NO_ID = r'|".*|#?N/?A|#N/A N/A|<NA>|n/a|NULL|null|None|-?(NaN|nan)|-?1\.#(IND|QNAN)|\[PAD\]'
 
 ROUNDED = r"-?\d(\.\d+)?[eE]\+\d+"
 """A number of which a spreadsheet, or a column of floats, keeps the first digits only."""
@@ -37,6 +37,9 @@ or else the one by which it has most."""
 
 HALF = r"[\ud800-\udfff]"
 """Half of a character that UTF-16 writes as a pair; no file in UTF-8 can hold it."""
+
+DIGITS = 15
+"""That a number of 64 bits holds, whatever they are."""
 
 UNITS = {"seconds": 1e9, "milliseconds": 1e12, "microseconds": 1e15, "nanoseconds": 1e18}
 """About how many of each have passed since 1970, to a factor of ten."""
@@ -97,7 +100,7 @@ def write_atomic(
         UserError: there are such files already; nothing is overwritten.
     """
     check_name(name)
-    folder, item_key = Path(output) / name, item_key or item
+    folder, item_key = user_path(output) / name, item_key or item
     titles = [titles] if isinstance(titles, str) else list(titles)
     fields = ["title", *titles[1:]]
     wrong = rf'[:"\0-\x1f]|{HALF}'
@@ -120,8 +123,8 @@ def write_atomic(
     inter = pd.DataFrame(
         {"user_id:token": _ids(rows, user, source), "item_id:token": _ids(rows, item, source)}
     )
-    inter["timestamp:float"] = _times(rows[time], source)
-    inter = inter.sort_values("timestamp:float", kind="stable")
+    inter["timestamp:float"], order = _times(rows[time], source)
+    inter = inter.loc[order.sort_values(kind="stable").index]
 
     wanted = {"item_key": [item_key], "title": titles}
     rows, source = _read(items, "items", wanted, separator, encoding)
@@ -332,14 +335,15 @@ def _ids(rows: pd.DataFrame, column: str, source: str) -> pd.Series:
         ids.str.fullmatch(NO_ID),
         ids,
         source,
-        "is no id; it must be text other than NA or null, without a quote at the start",
+        "is no id; it must be text other than NA, null and [PAD], without a quote at the start",
     )
     return ids
 
 
-def _times(text: pd.Series, source: str) -> pd.Series:
+def _times(text: pd.Series, source: str) -> tuple[pd.Series, pd.Series]:
     """Numbers as they are, dates as seconds since 1970, in the first way to read them that serves
-    for most rows.
+    for most rows; and what to order events by, which also tells times apart that are one number of
+    64 bits.
 
     What is written must fix the order of the events: no dates that may be of day or of month first,
     no mix of units or of time zones.
@@ -354,8 +358,11 @@ def _times(text: pd.Series, source: str) -> pd.Series:
     times = times.where(times.abs() < float("inf")) if times.dtype.kind == "f" else times
     if 2 * times.count() >= len(text):
         unit = _unit(times, text, source)
+        long = times.dtype.kind == "f" and text.str.len().max() > DIGITS
+        order = text.map(_decimal) if long else times
     else:
-        unit, times = "seconds", _dates(text, source)
+        order = _dates(text, source)
+        unit, times = "seconds", (order - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
     _refuse(
         times.isna(),
         text,
@@ -373,7 +380,15 @@ def _times(text: pd.Series, source: str) -> pd.Series:
             "between 1970-01-02 and 2100; is a missing time written so?",
             stacklevel=3,
         )
-    return times
+    return times, order
+
+
+def _decimal(text: str) -> Decimal:
+    """A number with all its digits; some that pandas reads are none to Decimal."""
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return Decimal(float(text))
 
 
 def _unit(times: pd.Series, text: pd.Series, source: str) -> str:
@@ -396,7 +411,7 @@ def _unit(times: pd.Series, text: pd.Series, source: str) -> str:
 
 
 def _dates(text: pd.Series, source: str) -> pd.Series:
-    """Seconds since 1970, NaN where there is no date."""
+    """Moments, none where there is no date."""
     zone = text.str.contains(ZONE)
     _refuse_both(
         zone,
@@ -417,7 +432,7 @@ def _dates(text: pd.Series, source: str) -> pd.Series:
             source,
             "may have the day or the month first; dates must be written as 2024-01-31",
         )
-    return (max(read, key=pd.Series.count) - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
+    return max(read, key=pd.Series.count)
 
 
 def _read_dates(text: pd.Series, form: str) -> pd.Series:
@@ -435,7 +450,8 @@ def _forms(date: str) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the day stands first
         forms = {guess_datetime_format(day, dayfirst=dayfirst) or "" for dayfirst in (False, True)}
-    whole = sorted(form for form in forms if "%Y" in form)
+    # where the year stands first, the month comes next
+    whole = sorted(form for form in forms if "%Y" in form and not form.startswith("%Y-%d"))
     return [form.replace("%H", "%I") + half[:-2] + "%p" for form in whole] if half else whole
 
 
@@ -461,7 +477,8 @@ def _refuse(wrong: pd.Series, text: pd.Series, source: str, why: str) -> None:
 
 def _fault(source: str, row: int, column: object, value: str, why: str) -> UserError:
     return UserError(
-        f"{source}, row {row + 2} (the header is row 1), column {column!r}: {value} {why}."
+        f"{source}, row {row + 2} (the header is row 1, without blank lines), column {column!r}: "
+        f"{value} {why}."
     )
 
 

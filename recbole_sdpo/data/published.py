@@ -34,7 +34,7 @@ import yaml
 from recbole_sdpo.data.atomic import HALF, check_name, without_quote
 from recbole_sdpo.data.json_rows import json_rows
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import whole_folder
+from recbole_sdpo.files import user_path, whole_folder
 
 PHASES = ("train", "valid", "test")
 KEYS = ("historyList", "itemList", "trueSelection")
@@ -317,14 +317,16 @@ def write_published(
         UserError: there is such a folder already; nothing is overwritten.
     """
     check_name(name)
-    folder = Path(output) / name
+    folder = user_path(output) / name
     if folder.exists():
         raise UserError(f"{folder} exists already; delete it, or choose another name or output.")
-    published = Published(dict(zip(PHASES, map(Path, (train, valid, test)), strict=True)), encoding)
+    published = Published(
+        dict(zip(PHASES, map(user_path, (train, valid, test)), strict=True)), encoding
+    )
     with whole_folder(folder) as place:
         ids, counts, longest = _write(place, name, published)
         settings = {
-            "data_path": str(output),
+            "data_path": str(folder.parent),
             "benchmark_filename": list(PHASES),
             "load_col": {"inter": ["user_id", "item_id_list", "item_id"], "item": ["item_id"]},
             "MAX_ITEM_LIST_LENGTH": longest,

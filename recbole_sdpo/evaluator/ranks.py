@@ -156,7 +156,7 @@ class RankCollector(TitleCollector):
         each = len(interaction) // len(scores)
         first, place = interaction[np.arange(0, len(interaction), each)], positive_u.cpu().numpy()
         row, target = positive_u.to(scores.device), column.to(scores.device)
-        rank, equal = target_ranks(scores, row, target, max(self.topk))
+        rank, tied = target_ranks(scores, row, target, max(self.topk))
         user = first[self.config["USER_ID_FIELD"]].cpu().numpy()
         item = positive_i.cpu().numpy()
         histories, met = self._counts
@@ -168,7 +168,7 @@ class RankCollector(TitleCollector):
                 "met": met[item],
                 "popularity": self._third[item],
                 "history": histories[user[place]],
-                "tied": (equal > 1).cpu().numpy(),
+                "tied": tied.cpu().numpy(),
             }
         )
         if self.writer:
@@ -231,8 +231,8 @@ class RankCollector(TitleCollector):
 
 
 def target_ranks(scores: Tensor, row: Tensor, target: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """The rank of each target in its row of ``scores [rows, items]``, from 1, int64, and how many
-    items have its score, itself among them.
+    """The rank of each target in its row of ``scores [rows, items]``, from 1, int64, and whether
+    it may be within the ``top`` highest and another item has its score, so that chance counts.
 
     Within the ``top`` highest it is the place that ``torch.topk`` gives, by which RecBole counts
     and which decides ties; beyond, the middle of the places that its equals share, ``top + 1`` at
@@ -244,4 +244,6 @@ def target_ranks(scores: Tensor, row: Tensor, target: Tensor, top: int) -> tuple
     own, all_scores = scores[row, target][:, None], scores[row]
     higher, equal = (all_scores > own).sum(-1), (all_scores == own).sum(-1)
     beyond = higher + (equal + 1) // 2
-    return torch.where(hits.any(-1), place, beyond.clamp(min=top + 1)), equal
+    # Beyond the top no metric changes, and full_sort=topk has bounds in place of scores.
+    tied = (equal > 1) & (higher < top)
+    return torch.where(hits.any(-1), place, beyond.clamp(min=top + 1)), tied

@@ -137,6 +137,7 @@ def test_a_tab_or_quote_cannot_shift_what_recbole_itself_reads_of_the_items(tmp_
         (("Jan 03 1970 01:00", "Jan 02 1970 01:00"), ["90000.0", "176400.0"]),
         ((pd.Timestamp("1970-01-02 00:01"), pd.Timestamp("1970-01-02")), ["86400.0", "86460.0"]),
         (("2/1/1970 3:04:05 PM", "13/1/1970 1:00:00 AM"), ["140645.0", "1040400.0"]),
+        (("1970-01-02 3:04 PM", "1970-01-02 11:04 AM"), ["126240.0", "140640.0"]),
     ],
 )
 def test_times_become_seconds_in_order(tmp_path, times, seconds):
@@ -146,6 +147,23 @@ def test_times_become_seconds_in_order(tmp_path, times, seconds):
         "user_id:token\titem_id:token\ttimestamp:float",
         *(f"u\ta\t{time}" for time in seconds),
     ]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"),
+    [
+        ("2024-01-02T03:04:05.123456788Z", "2024-01-02T03:04:05.123456789Z"),
+        ("1234567890123456789.25", "1234567890123456789.5"),
+        ("123456789012345678901", "123456789012345678902"),
+    ],
+)
+def test_times_that_are_one_number_of_64_bits_keep_their_order(tmp_path, earlier, later):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that some are long past 2100
+        write_atomic(events(("u", "b", later), ("u", "a", earlier)), ITEMS, "shop", tmp_path)
+    _, *rows = (tmp_path / "shop" / "shop.inter").read_text().splitlines()
+    (_, first, time), (_, second, same) = (row.split("\t") for row in rows)
+    assert (first, second) == ("a", "b") and float(time) == float(same)
 
 
 def test_columns_may_have_other_names_and_titles_several_parts(tmp_path):
@@ -241,7 +259,7 @@ def test_times_that_may_stand_for_none_are_warned_of(tmp_path, times, row):
         ({"items": ITEMS.head(0)}, "^items has no rows"),
         (
             {"events": events(("u", "a", 1), (" ", "b", 2))},
-            r"^events, row 3 \(the header is row 1\), column 'user_id': '' is no id",
+            r"^events, row 3 \(the header is row 1, .*\), column 'user_id': '' is no id",
         ),
         (
             {"events": events(("u", "a", 1), ("u", None, 2))},
@@ -252,6 +270,7 @@ def test_times_that_may_stand_for_none_are_warned_of(tmp_path, times, row):
             "row 2 .* column 'user_id': 'NA' is no id; it must be text other than NA",
         ),
         ({"events": events(("u", '"a', 1))}, "row 2 .* column 'item_id': '\"a' is no id"),
+        ({"events": events(("u", "[PAD]", 1))}, r"row 2 .* column 'item_id': '\[PAD\]' is no id"),
         (
             {"items": pd.concat([ITEMS, ITEMS.head(1).assign(item_id="null")])},
             "^items, row 10 .* column 'item_id': 'null' is no id",
@@ -453,12 +472,14 @@ def test_the_command_writes_and_reports_and_refuses_in_one_line(tmp_path, monkey
     write_csv(ITEMS.assign(year=1979), tmp_path / "items.csv")
     options = (
         "--events events.csv --items items.csv --name shop --user who --time when --title title "
-        "--title year"
+        "--title year --output=~/data"
     )
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["recbole-sdpo", "import", *options.split()])
     program.main()
     assert capsys.readouterr().out.startswith(
-        "data/shop: 2 events of 1 users and 2 items from 1 to 2; 8 items in the items file, 1"
+        f"{tmp_path}/data/shop: 2 events of 1 users and 2 items from 1 to 2; "
+        "8 items in the items file, 1"
     )
     assert "a\tA tab, a break and blanks\t1979\n" in (
         tmp_path / "data" / "shop" / "shop.item"

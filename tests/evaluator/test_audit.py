@@ -320,6 +320,7 @@ def test_the_command_knows_a_datasets_titles_and_refuses_what_it_cannot_use(
     for words, message in (
         ([str(file), data[1]], "--data_path is for a dataset; give --dataset, too"),
         ([str(file), f"--valid={tmp_path}/no.json"], "no.json cannot be read: there is no such"),
+        ([str(file), f"--train={file}"], "is the file of the test; it must be another"),
         ([str(tmp_path / "lists.txt")], "must be a file of candidate lists: .csv, .json or .jsonl"),
     ):
         with pytest.raises(UserError, match=message):

@@ -92,8 +92,8 @@ def test_beyond_the_top_equals_share_the_middle_of_their_places(equal, above, be
     top = scores.topk(1).indices.item()
     places = np.arange(above + 1, above + equal + 1)
     for item in set(range(above, above + equal)) - {top}:
-        rank, alike = map(int, target_ranks(scores, torch.tensor([0]), torch.tensor([item]), 1))
-        assert alike == equal
+        rank, tied = target_ranks(scores, torch.tensor([0]), torch.tensor([item]), 1)
+        assert bool(tied) == (equal > 1 and not above)
         assert rank == max(2, int(places.mean()))
 
 
@@ -106,6 +106,22 @@ def test_a_model_of_many_equal_scores_is_warned_of(ring, caplog, model, tied):
     assert len(told) == 2 * tied  # of each test
     assert all(line.startswith("Pop gives 100% of the targets") for line in told)
     assert "tied" not in pd.read_csv("here/ranks.csv")
+
+
+def test_bounds_beyond_the_top_are_no_equal_scores(ring, caplog, monkeypatch):
+    """full_sort=topk gives all titles below a prefix that it has not opened one score."""
+    full = GRU4Rec.full_sort_predict
+
+    def bounded(self, rows):
+        scores = full(self, rows).view(len(rows), -1)
+        best = scores.topk(5 + 11).values[:, -1:]  # whatever eleven the user has met
+        return torch.where(scores < best, -1e3, scores)
+
+    monkeypatch.setattr(GRU4Rec, "full_sort_predict", bounded)
+    settings = ring | {"epochs": 1, "run_dir": "here", "eval_args": {"mode": "full"}, "topk": [5]}
+    quick_start.run("GRU4Rec", "toy", config_dict=settings)
+    assert (pd.read_csv("here/ranks.csv")["rank"] > 5).any()
+    assert "the score of another candidate" not in caplog.text
 
 
 @pytest.mark.parametrize("mode", ["uni5", "full"])
