@@ -196,16 +196,27 @@ class Inputs:
         Raises:
             UserError: it cannot be told.
         """
-        file = run_dir / FILE
-        if not file.is_file():
+        began = began_with(run_dir)
+        if not began:
             return None
-        try:
-            began = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{file} is damaged: it is not what the run wrote; begin the run anew."
-            ) from error
         return self.changed(self.digests | dict.fromkeys(self.files) | began, but_for)
+
+
+def began_with(run_dir: Path) -> dict[str, str]:
+    """The digests of the files that the run in ``run_dir`` began with; none where it is not said.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    file = run_dir / FILE
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged: it is not what the run wrote; begin the run anew."
+        ) from error
 
 
 def _files(config: RunConfig) -> dict[str, Path]:

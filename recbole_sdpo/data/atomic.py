@@ -358,8 +358,7 @@ def _times(text: pd.Series, source: str) -> tuple[pd.Series, pd.Series]:
     times = times.where(times.abs() < float("inf")) if times.dtype.kind == "f" else times
     if 2 * times.count() >= len(text):
         unit = _unit(times, text, source)
-        long = times.dtype.kind == "f" and text.str.len().max() > DIGITS
-        order = text.map(_decimal) if long else times
+        order = times
     else:
         order = _dates(text, source)
         unit, times = "seconds", (order - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
@@ -380,6 +379,8 @@ def _times(text: pd.Series, source: str) -> tuple[pd.Series, pd.Series]:
             "between 1970-01-02 and 2100; is a missing time written so?",
             stacklevel=3,
         )
+    if order.dtype.kind == "f" and text.str.len().max() > DIGITS:
+        order = text.map(_decimal)
     return times, order
 
 
@@ -451,7 +452,7 @@ def _forms(date: str) -> list[str]:
         warnings.simplefilter("ignore")  # that the day stands first
         forms = {guess_datetime_format(day, dayfirst=dayfirst) or "" for dayfirst in (False, True)}
     # where the year stands first, the month comes next
-    whole = sorted(form for form in forms if "%Y" in form and not form.startswith("%Y-%d"))
+    whole = sorted(form for form in forms if "%Y" in form and not re.match("%Y.%d", form))
     return [form.replace("%H", "%I") + half[:-2] + "%p" for form in whole] if half else whole
 
 

@@ -27,7 +27,8 @@ METRICS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 """RecBole's metrics where each user has one target, as functions of its rank, from 1, and of k."""
 
 TIED = 0.1
-"""Share of targets with another candidate's score from which a run warns of it."""
+"""Share of targets, maybe within the largest ``topk``, with the score of another candidate, from
+which a run warns of it."""
 
 THIRDS = ["head", "middle", "tail", "cold"]
 """Groups of items by popularity: thirds of the interactions in training, and what none holds."""

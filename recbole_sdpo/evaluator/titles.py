@@ -96,10 +96,12 @@ class TitleCollector(Collector):
         return scores_tensor, positive_i
 
     def get_data_struct(self) -> DataStruct:
-        """As RecBole's, in which the lists hold items and not places."""
+        """As RecBole's, in which lists and scores are of items and not of places."""
         struct = super().get_data_struct()
         if "rec.items" in struct:
             struct.set("rec.items", self._lot[struct.get("rec.items")])
+        if "rec.score" in struct and struct.get("rec.score").ndim > 1:
+            struct.set("rec.score", struct.get("rec.score")[:, self._place])
         return struct
 
 

@@ -131,7 +131,7 @@ class Experiment:
             _check_keys(run, Entry, f"run {number + 1} of {file}", {"name"}, without={"axis"})
             _check_trust(f"run {number + 1} of {file}", run)
             run = run | {"published": _published(f"run {number + 1} of {file}", run)}
-            for key in sorted(overrides.keys() & run.get("vary", {}).keys()):
+            for key in overlapping(overrides, run.get("vary", {})):
                 raise UserError(
                     f"{key}={shown(overrides[key])} is for every run, and run {run['name']!r} "
                     "varies it; leave it out."
@@ -202,6 +202,10 @@ class Experiment:
                     "can be varied."
                 )
             self._check_published(entry)
+            for key in overlapping(entry.tune, entry.vary):
+                raise UserError(
+                    f"run {entry.name!r} varies {key} and tunes it; leave one of the two out."
+                )
             for part, lists in (("vary", entry.vary), ("tune", entry.tune)):
                 for key, values in lists.items():
                     _check_list(values, f"{part}.{key} of run {entry.name!r}", "values")
@@ -362,6 +366,19 @@ def grid(entry: Entry, tries: int) -> list[Settings]:
     return [
         {key: values[at] for (key, values), at in zip(entry.tune.items(), place, strict=True)}
         for place in sorted(places)
+    ]
+
+
+def overlapping(settings: Collection[str], others: Collection[str]) -> list[str]:
+    """Those of ``settings`` that one of ``others`` is, or is a part of, or has as a part."""
+
+    def is_part(key: str, whole: str) -> bool:
+        return f"{key}.".startswith(f"{whole}.")
+
+    return [
+        key
+        for key in settings
+        if any(is_part(key, other) or is_part(other, key) for other in others)
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.experiment.plan import Experiment, Run, plan, written
+from recbole_sdpo.experiment.plan import Experiment, Run, overlapping, plan, written
 from recbole_sdpo.experiment.runner import Failure, Runner, check_writable
 from recbole_sdpo.experiment.tune import tune
 from recbole_sdpo.inputs import package_versions
@@ -70,7 +70,7 @@ def run_experiment(
 
 def _check_tuned(experiment: Experiment, overrides: dict[str, Any]) -> None:
     for entry in experiment.runs:
-        for key in sorted(overrides.keys() & entry.tune.keys()):
+        for key in overlapping(overrides, entry.tune):
             raise UserError(
                 f"{key}={shown(overrides[key])} is for every run, and run {entry.name!r} tunes it; "
                 "leave it out, or --tune."

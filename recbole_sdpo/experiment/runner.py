@@ -25,7 +25,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.plan import Run
 from recbole_sdpo.experiment.worker import LIFELINE
 from recbole_sdpo.files import check_seal, sealed, write_text
-from recbole_sdpo.inputs import Inputs
+from recbole_sdpo.inputs import Inputs, began_with
 from recbole_sdpo.interrupt import add_note
 from recbole_sdpo.result import RESULT_FILE, read_result
 from recbole_sdpo.trainer.state import broken_part, holds_state
@@ -114,6 +114,13 @@ class Runner:
             f"{len(ordered)} runs, of which {len(ordered) - len(todo)} are done already; results "
             f"are kept in {self.store}"
         )
+        failures = self._run_each(todo)
+        # An SFT that was lost may have got other weights than those that others began from.
+        failed = {failure.run.identity for failure in failures}
+        late = [run for run in self._without_result(ordered) if run.identity not in failed]
+        return failures + self._run_each(late)
+
+    def _run_each(self, todo: list[Run]) -> list[Failure]:
         begun: dict[str, Future] = {}
         took: dict[str, float] = {}
         pool = ThreadPoolExecutor(self.jobs)
@@ -223,7 +230,7 @@ class Runner:
     def _run_locked(self, run: Run, lock: IO) -> Failure | None:
         folder, again, log = self.folder(run), [], self._log(run)
         if holds_state(folder) and not (folder / RESULT_FILE).exists():
-            fault = _fault_of_state(run, folder)
+            fault = _fault_of_state(run, folder) or self._fault_of_start(run, began_with(folder))
             if fault:
                 self._say(f"{run.name}, seed {run.seed} begins anew: {fault}")
             else:

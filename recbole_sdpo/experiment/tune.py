@@ -136,11 +136,10 @@ class _Search:
 
 def _handed_on(entry: Entry, of_sft: Settings, point: Settings) -> Entry:
     """``entry`` with the settings ``of_sft`` that it begins from, but for what is its own, under
-    those of a try."""
-    own = {DISCOUNT, entry.axis[1]} if entry.axis else {DISCOUNT}
-    return with_settings(
-        entry, {key: value for key, value in of_sft.items() if key not in own} | point
-    )
+    what it varies and those of a try."""
+    handed_on = {key: value for key, value in of_sft.items() if key != DISCOUNT}
+    varied = {entry.axis[1]: entry.axis[2]} if entry.axis else {}
+    return with_settings(with_settings(entry, handed_on), varied | point)
 
 
 def _plan(experiment: Experiment, entries: list[Entry]) -> list[Run]:

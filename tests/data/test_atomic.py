@@ -138,6 +138,7 @@ def test_a_tab_or_quote_cannot_shift_what_recbole_itself_reads_of_the_items(tmp_
         ((pd.Timestamp("1970-01-02 00:01"), pd.Timestamp("1970-01-02")), ["86400.0", "86460.0"]),
         (("2/1/1970 3:04:05 PM", "13/1/1970 1:00:00 AM"), ["140645.0", "1040400.0"]),
         (("1970-01-02 3:04 PM", "1970-01-02 11:04 AM"), ["126240.0", "140640.0"]),
+        (("1970/01/02 3:04 PM", "1970/01/02 11:04 AM"), ["126240.0", "140640.0"]),
     ],
 )
 def test_times_become_seconds_in_order(tmp_path, times, seconds):
@@ -274,6 +275,10 @@ def test_times_that_may_stand_for_none_are_warned_of(tmp_path, times, row):
         (
             {"items": pd.concat([ITEMS, ITEMS.head(1).assign(item_id="null")])},
             "^items, row 10 .* column 'item_id': 'null' is no id",
+        ),
+        (
+            {"events": events(("u", "a", 1), ("u", "b", 2), ("u", "c", "2024-01-31 18:05:00"))},
+            "row 4 .* column 'timestamp': '2024-01-31 18:05:00' is no time",
         ),
         (
             {"events": events(("u", "a", 1), ("u", "b", 2), ("u", "c", "soon"))},

@@ -123,9 +123,12 @@ def test_of_equal_scores_none_is_preferred(ring, best):
     for seed in range(seeds):
         config["candidates_seed"] = seed
         collector = TitleCollector(config, catalogue)
-        setattr(collector.register, "rec.items", True)
+        for needed in ("rec.items", "rec.score"):
+            setattr(collector.register, needed, True)
         collector.eval_batch_collect(scores, Interaction({"u": user}), user, user + 1)
-        items = collector.get_data_struct().get("rec.items")[0]
+        struct = collector.get_data_struct()
+        assert struct.get("rec.score").equal(scores)
+        items = struct.get("rec.items")[0]
         assert len(set(items.tolist())) == best and not items.eq(0).any()
         seen[items] += 1
     expected = seeds * best / (dataset.item_num - 1)

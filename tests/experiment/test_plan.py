@@ -593,6 +593,10 @@ def test_weights_that_a_baseline_begins_from_count(write, tmp_path):
             {"settings": {"objective": "sft"}, "vary": {"beta": [1.0, 2.0]}},
             "vary of run 'a': beta=2.0 is the same run as beta=1.0",
         ),
+        (
+            {"vary": {"beta": [1.0, 2.0]}, "tune": {"beta": [1.0, 2.0]}},
+            "run 'a' varies beta and tunes it",
+        ),
         ({"settings": {"sft_checkpoint": "/no/such"}}, "sft_checkpoint='/no/such' must be a fold"),
         ({"settings": {"prompt_templates": "nosuch.yaml"}}, "prompt_templates='nosuch.yaml'"),
     ],
@@ -606,6 +610,14 @@ def test_what_a_row_varies_no_argument_sets(write):
     file = write([{"name": "a", "vary": {"beta": [1.0, 2.0]}}])
     with pytest.raises(UserError, match=r"beta=7.0 is for every run, and run 'a' varies it"):
         Experiment.load(file, {"beta": 7.0})
+    whole, part = "train_neg_sample_args", "train_neg_sample_args.sample_num"
+    for varied, values, key, value in [
+        (whole, [{"sample_num": 2}, {"sample_num": 3}], part, 9),
+        (part, [2, 3], whole, {"sample_num": 9}),
+    ]:
+        file = write([{"name": "a", "vary": {varied: values}}])
+        with pytest.raises(UserError, match=f"{key}=.* is for every run, and run 'a' varies it"):
+            Experiment.load(file, {key: value})
 
 
 @pytest.mark.parametrize(

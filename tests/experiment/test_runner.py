@@ -280,6 +280,28 @@ def test_rows_that_share_an_sft_have_begun_from_the_same_weights(tmp_path, capsy
     assert "trained again, with other weights" in capsys.readouterr().out
 
 
+def test_a_finished_row_whose_sft_is_trained_again_is_run_again_with_the_others(tmp_path):
+    class Otherwise(Pretended):
+        """A GPU, which adds in an order of its own."""
+
+        def _work(self, command, log, lock):
+            code = super()._work(command, log, lock)
+            for folder in self.store.glob("*/sft"):
+                (folder / "model.safetensors").write_text("others")
+                seal(folder)
+            return code
+
+    runner, sft = Otherwise(tmp_path), a_run("sft", "0")
+    before, new = a_run("a", "1", sft), a_run("b", "2", sft)
+    finish(runner, sft)
+    digest = sha256(tmp_path / "0" / "sft" / "model.safetensors")
+    finish(runner, before, {"inputs": {"sft_checkpoint/model.safetensors": digest}})
+    shutil.rmtree(tmp_path / "0" / "sft")
+    assert runner.run_all([before, new]) == []
+    assert [Path(command[-1].partition("=")[2]).stem for command in runner.commands] == list("021")
+    assert runner.done(before) and runner.done(new)
+
+
 def test_a_checkpoint_from_which_nothing_begins_may_be_gone(tmp_path):
     runner, sft = Pretended(tmp_path), a_run("sft", "0")
     aligned = a_run("a", "1", sft)
@@ -634,10 +656,14 @@ def test_what_a_row_varies_its_sft_does_not_hand_on(ring, tmp_path):
             {
                 "name": "SFT",
                 "settings": {"objective": "sft"},
-                "tune": {"MAX_ITEM_LIST_LENGTH": [4, 6]},
+                "tune": {
+                    "MAX_ITEM_LIST_LENGTH": [4, 6],
+                    "train_neg_sample_args": [{"sample_num": 5}],
+                },
             },
             {"name": "S-DPO", "vary": {"MAX_ITEM_LIST_LENGTH": [6, 8]}},
             {"name": "DPO", "settings": {"objective": "dpo"}},
+            {"name": "parts", "vary": {"train_neg_sample_args.sample_num": [2, 3]}},
         ],
     }
     (tmp_path / "try.yaml").write_text(yaml.safe_dump(content))
@@ -660,4 +686,12 @@ def test_what_a_row_varies_its_sft_does_not_hand_on(ring, tmp_path):
         "S-DPO, MAX_ITEM_LIST_LENGTH = 6": 6,
         "S-DPO, MAX_ITEM_LIST_LENGTH = 8": 8,
         "DPO": 4,
+        "parts, sample_num = 2": 4,
+        "parts, sample_num = 3": 4,
     }
+    numbers = [
+        entry.settings["train_neg_sample_args"]["sample_num"]
+        for entry in chosen.entries()
+        if entry.name.startswith("parts")
+    ]
+    assert numbers == [2, 3], "although the SFT has a number of its own"
