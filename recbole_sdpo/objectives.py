@@ -382,6 +382,10 @@ class Objective(NamedTuple):
         """Does it need the users' ratings?"""
         return "rating" in self.reads
 
+    def taking(self, drawn: int) -> int:
+        """How many negatives it looks at where so many are drawn."""
+        return int(min(drawn, self.negatives))
+
     def losses(self, logps: Logps, constants: Constants) -> Tensor:
         """The loss of each target, ``[B]``, with the SFT that is asked for beside an alignment."""
         loss = self.loss(logps, constants)

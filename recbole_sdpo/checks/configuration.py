@@ -53,8 +53,7 @@ def check_settings(config: Config) -> Settings:
     check_valid_metric(config)
     check_columns(config)
     _check_model(config)
-    # such as the beta of AsymKNN
-    theirs = set() if ours else set(config.internal_config_dict) - of_every_model
+    theirs = keys_of_recbole(config)
     settings = Settings.from_mapping(
         {key: value for key, value in config.final_config_dict.items() if key not in theirs}
     )
@@ -74,6 +73,14 @@ def check_settings(config: Config) -> Settings:
             f"resume={settings.resume!r} is for {MODEL}; {config['model']} starts anew."
         )
     return settings
+
+
+def keys_of_recbole(config: Config) -> set[str]:
+    """What a model of RecBole reads as its own, although one of our settings may have the name,
+    such as the beta of AsymKNN; nothing for ours."""
+    if config["model"] == MODEL:
+        return set()
+    return set(config.internal_config_dict) - having(Role.EVERY_MODEL)
 
 
 def _check_evaluation(config: Config, settings: Settings) -> None:

@@ -66,20 +66,20 @@ def _check_sources(args: Mapping[str, Any], settings: Settings) -> None:
     sources = settings.negative_sources
     if not sources:
         return
-    given, most = f"negative_sources={sources!r}", OBJECTIVES[settings.objective].negatives
+    given, objective = f"negative_sources={sources!r}", OBJECTIVES[settings.objective]
     if SELF in sources and settings.prompt_style == "candidates":
         raise UserError(
             f"{given}: {SELF!r} ranks the whole catalogue, and prompt_style='candidates' shows a "
             "few; use prompt_style='history'."
         )
-    if not most:
+    if not objective.negatives:
         return
     if args["dynamic"]:
         raise UserError(
             f"{given}: train_neg_sample_args.dynamic=True picks among draws of one source; leave "
             "one of the two out."
         )
-    each = shares(sources, int(min(args["sample_num"], most)))
+    each = shares(sources, objective.taking(args["sample_num"]))
     for name, share in each.items():
         if not share:
             raise UserError(

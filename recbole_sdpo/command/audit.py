@@ -90,7 +90,7 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> int:
     known = _of_dataset(args.dataset, settings) if args.dataset else Known(Numbers())
     files = {phase: user_path(of) for phase in PHASES if (of := getattr(args, phase))}
     for phase in ("valid", "train"):
-        if phase in files and user_path(files[phase]).resolve() == files["test"].resolve():
+        if phase in files and files[phase].resolve() == files["test"].resolve():
             raise UserError(
                 f"--{phase}={getattr(args, phase)} is the file of the test; it must be another, as "
                 "a guesser learns from it."

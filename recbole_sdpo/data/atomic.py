@@ -21,6 +21,7 @@ import pandas as pd
 from pandas.io.common import get_handle
 from pandas.tseries.api import guess_datetime_format
 
+from recbole_sdpo.data.tables import DIGITS
 from recbole_sdpo.errors import UserError, meant, reason
 from recbole_sdpo.files import user_path, whole_file, whole_folder
 
@@ -37,9 +38,6 @@ or else the one by which it has most."""
 
 HALF = r"[\ud800-\udfff]"
 """Half of a character that UTF-16 writes as a pair; no file in UTF-8 can hold it."""
-
-DIGITS = 15
-"""That a number of 64 bits holds, whatever they are."""
 
 UNITS = {"seconds": 1e9, "milliseconds": 1e12, "microseconds": 1e15, "nanoseconds": 1e18}
 """About how many of each have passed since 1970, to a factor of ten."""

@@ -17,6 +17,9 @@ TYPES = ("token", "float", "token_seq", "float_seq")
 MISSING = {"", "nan", "na", "n/a", "<na>", "null", "none"}
 """What stands for a number that is missing, in small letters."""
 
+DIGITS = 15
+"""That float64 holds, whatever they are."""
+
 NUL = "holds a NUL byte; the file must be text, in UTF-8 or in what encoding names"
 
 
@@ -126,7 +129,7 @@ class Table:
 
     def _refuse_lost_digits(self, text: np.ndarray, values: np.ndarray, column: str) -> None:
         """Do two different numbers become one in float64? It holds 15 digits, and mostly 17."""
-        if max(map(len, text), default=0) <= 15:
+        if max(map(len, text), default=0) <= DIGITS:
             return
         exact: dict[float, Decimal] = {}
         pairs = zip(values.tolist(), text, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
+from recbole_sdpo.checks.configuration import keys_of_recbole
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.lm.backbone import resolved
@@ -22,11 +23,9 @@ def identity(config: RunConfig, inputs: Inputs, begun_from: str | None) -> str:
     ours, own = config["model"] == MODEL, config.settings
     if ours:
         own = own.suited_to(resolved(own.backbone, config["device"]))
-    # A model of RecBole's may have a setting of its own of the name of one of ours, such as beta;
-    # and so has one of its transforms.
-    theirs = set() if ours else config.internal_config_dict.keys() - having(Role.EVERY_MODEL)
-    if not ours and config["transform"] == "reorder_itemseq":
-        theirs = theirs | {"beta"}
+    theirs = keys_of_recbole(config)
+    if not ours and config["transform"] == "reorder_itemseq":  # which reads a beta, too
+        theirs |= {"beta"}
     settings = config.final_config_dict | {
         key: value for key, value in own.to_flat().items() if key not in theirs
     }

@@ -131,12 +131,9 @@ class Experiment:
             _check_keys(run, Entry, f"run {number + 1} of {file}", {"name"}, without={"axis"})
             _check_trust(f"run {number + 1} of {file}", run)
             run = run | {"published": _published(f"run {number + 1} of {file}", run)}
-            for key in overlapping(overrides, run.get("vary", {})):
-                raise UserError(
-                    f"{key}={shown(overrides[key])} is for every run, and run {run['name']!r} "
-                    "varies it; leave it out."
-                )
-            entries.append(with_settings(Entry(**run), overrides))
+            entry = Entry(**run)
+            refuse_overlap(overrides, entry.vary, f"run {entry.name!r} varies it")
+            entries.append(with_settings(entry, overrides))
         parts: dict[str, Any] = {"title": file.stem} | content | {"runs": entries}
         experiment = cls(**parts)
         try:
@@ -202,7 +199,7 @@ class Experiment:
                     "can be varied."
                 )
             self._check_published(entry)
-            for key in overlapping(entry.tune, entry.vary):
+            for key in _overlapping(entry.tune, entry.vary):
                 raise UserError(
                     f"run {entry.name!r} varies {key} and tunes it; leave one of the two out."
                 )
@@ -369,7 +366,19 @@ def grid(entry: Entry, tries: int) -> list[Settings]:
     ]
 
 
-def overlapping(settings: Collection[str], others: Collection[str]) -> list[str]:
+def refuse_overlap(overrides: Settings, others: Collection[str], why: str) -> None:
+    """Refuse an override of every run where a run has other values for it.
+
+    Raises:
+        UserError: naming it, and ``why``.
+    """
+    for key in _overlapping(overrides, others):
+        raise UserError(
+            f"{key}={shown(overrides[key])} is for every run, and {why}; leave one of the two out."
+        )
+
+
+def _overlapping(settings: Collection[str], others: Collection[str]) -> list[str]:
     """Those of ``settings`` that one of ``others`` is, or is a part of, or has as a part."""
 
     def is_part(key: str, whole: str) -> bool:
@@ -475,10 +484,8 @@ def _check_targets(config: RunConfig) -> None:
         file = Path(config["data_path"]) / f"{config['dataset']}.{part}.inter"
         if not file.is_file():
             continue  # which the run says
-        table, user = (
-            read_table(file, config["field_separator"], config["encoding"]),
-            config["USER_ID_FIELD"],
-        )
+        table = read_table(file, config["field_separator"], config["encoding"])
+        user = config["USER_ID_FIELD"]
         if user in table.types:
             table.refuse(
                 pd.Series(table.text(user)).duplicated().to_numpy(),

@@ -6,15 +6,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from recbole_sdpo.errors import UserError
-from recbole_sdpo.experiment.plan import Experiment, Run, overlapping, plan, written
+from recbole_sdpo.experiment.plan import Experiment, Run, plan, refuse_overlap, written
 from recbole_sdpo.experiment.runner import Failure, Runner, check_writable
 from recbole_sdpo.experiment.tune import tune
 from recbole_sdpo.inputs import package_versions
 from recbole_sdpo.report.comparison import FinishedRun, compare, unfair
 from recbole_sdpo.report.experiment import write_report
 from recbole_sdpo.report.table import comparison_markdown
-from recbole_sdpo.values import shown
 
 STORE = Path("saved") / "runs"
 """Where runs are kept, by identity, for every experiment that has them."""
@@ -49,7 +47,8 @@ def run_experiment(
     check_writable(output)
     runs = plan(experiment)  # which checks all settings before any run begins
     if search:
-        _check_tuned(experiment, overrides or {})
+        for entry in experiment.runs:
+            refuse_overlap(overrides or {}, entry.tune, f"run {entry.name!r} tunes it")
         experiment, failures = tune(experiment, runner, output)
         runs = plan(experiment)
     failures += runner.run_all(runs)
@@ -66,15 +65,6 @@ def run_experiment(
     for warning in warnings:
         print(f"warning: {warning}")
     return failures
-
-
-def _check_tuned(experiment: Experiment, overrides: dict[str, Any]) -> None:
-    for entry in experiment.runs:
-        for key in overlapping(overrides, entry.tune):
-            raise UserError(
-                f"{key}={shown(overrides[key])} is for every run, and run {entry.name!r} tunes it; "
-                "leave it out, or --tune."
-            )
 
 
 def _finished(experiment: Experiment, runner: Runner, runs: list[Run]) -> list[FinishedRun]:

@@ -117,7 +117,7 @@ class Runner:
         failures = self._run_each(todo)
         # An SFT that was lost may have got other weights than those that others began from.
         failed = {failure.run.identity for failure in failures}
-        late = [run for run in self._without_result(ordered) if run.identity not in failed]
+        late = self._without_result([run for run in ordered if run.identity not in failed])
         return failures + self._run_each(late)
 
     def _run_each(self, todo: list[Run]) -> list[Failure]:

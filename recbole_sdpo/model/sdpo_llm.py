@@ -88,8 +88,9 @@ class SDPOLLM(SequentialRecommender):
         self.seed: int = config["seed"]
         self.window: int = config["MAX_ITEM_LIST_LENGTH"] + 1
         negatives = config["train_neg_sample_args"]
-        most = OBJECTIVES[settings.objective].negatives
-        self.negatives: int = min(negatives["sample_num"], most) if most else 0
+        objective = OBJECTIVES[settings.objective]
+        drawn = negatives["sample_num"] if objective.negatives else 0
+        self.negatives: int = objective.taking(drawn)
         # to a negative, of which the hardest counts
         self.draws: int = negatives["candidate_num"] if negatives["dynamic"] else 1
         # of the negatives, those that the policy itself ranks highest

@@ -258,7 +258,7 @@ def hardest_weight(runs: Sequence[FinishedRun]) -> Figure:
 def _negatives(settings: Mapping[str, Any]) -> int:
     """How many negatives a target has, of which the objective may take one alone."""
     drawn = settings["train_neg_sample_args"]["sample_num"]
-    return int(min(drawn, OBJECTIVES[settings["objective"]].negatives))
+    return OBJECTIVES[settings["objective"]].taking(drawn)
 
 
 def _curve(axes, runs: Sequence[FinishedRun], column: str, label: str) -> None:

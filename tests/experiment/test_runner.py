@@ -27,6 +27,7 @@ from recbole_sdpo.evaluator.ranks import metric_of_ranks
 from recbole_sdpo.experiment import runner as runner_module
 from recbole_sdpo.experiment import worker
 from recbole_sdpo.experiment.plan import Experiment, Run, plan
+from recbole_sdpo.experiment.run import run_experiment
 from recbole_sdpo.experiment.runner import Runner
 from recbole_sdpo.experiment.tune import tune
 from recbole_sdpo.files import seal, sha256, write_record
@@ -320,6 +321,7 @@ def test_a_run_that_read_something_else_does_not_count(ring, tmp_path, capsys):
         store, result={"inputs": inputs.digests | {"data/toy.item": "another"}}
     ).run_all([run])
     assert failure.why.startswith(f"{item} changed while the experiment ran")
+    assert "is run again" not in capsys.readouterr().out, "which it is not, in this call"
     runner = Pretended(store, result={"inputs": inputs.digests})
     assert not runner.done(run) and runner.run_all([run]) == [] and len(runner.commands) == 1
     item.write_text(item.read_text().replace("red", "pink"))
@@ -643,6 +645,15 @@ def test_all_tries_are_checked_before_the_first(ring, tmp_path, change, message)
 
     with pytest.raises(ValueError, match=message):
         tune(Experiment.load(tmp_path / "try.yaml"), Unwanted(tmp_path / "runs"), tmp_path / "out")
+
+
+def test_what_a_row_tunes_no_argument_sets(ring, tmp_path):
+    settings = {key: value for key, value in ring.items() if key != "eval_args"}
+    row = {"name": "GRU", "model": "GRU4Rec", "tune": {"learning_rate": [0.1, 0.2]}}
+    content = {"dataset": "toy", "candidates": ["uni5"], "settings": settings, "runs": [row]}
+    (tmp_path / "try.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"learning_rate=0.5 is for every run, and run 'GRU' tunes"):
+        run_experiment(tmp_path / "try.yaml", tmp_path / "out", {"learning_rate": 0.5}, search=True)
 
 
 def test_what_a_row_varies_its_sft_does_not_hand_on(ring, tmp_path):
