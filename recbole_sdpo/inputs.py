@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +155,15 @@ class Inputs:
         if name:
             raise UserError(f"{name} changed while this run was reading it; start it again.")
 
-    def keep(self, run_dir: Path, write: bool) -> None:
-        """Write the digests of the files into the folder of a run that begins; one that has a state
-        goes on with no other files.
+    def keep(self, run_dir: Path, write: bool) -> dict[str, str]:
+        """Write the digests into the folder of a run that begins; one that has a state goes on
+        with no other files, and says so where it goes on with other code.
 
         Args:
             write: this process is the one that writes.
+
+        Returns:
+            of the sources and versions, those that the run began with and that are others now.
 
         Raises:
             UserError: a file is not what the run began with.
@@ -172,11 +176,11 @@ class Inputs:
                 now |= {
                     key: flat[key] for key in ("backbone", "prompt_templates", "candidates_file")
                 }
-            began = read_state(run_dir)["settings"]
+            had = read_state(run_dir)["settings"]
             for key, value in now.items():
-                if began.get(key, value) != value:
+                if had.get(key, value) != value:
                     raise UserError(
-                        f"resume={str(run_dir)!r}: that run had {key}={began[key]!r} (now "
+                        f"resume={str(run_dir)!r}: that run had {key}={had[key]!r} (now "
                         f"{value!r}); give the options that it had."
                     )
             name = self.changed_since(run_dir)
@@ -185,10 +189,19 @@ class Inputs:
                     f"{name} changed since the run in {run_dir} began; put it back, or begin the "
                     "run anew in another folder."
                 )
-        elif write:
-            names = [*self.files, *(["objective"] if "objective" in self.digests else [])]
-            read = {name: self.digests[name] for name in names}
-            write_text(run_dir / FILE, json.dumps(read, indent=2))
+            began = began_with(run_dir)
+            other = {
+                name: began[name] for name in _code(began) if self.digests.get(name) != began[name]
+            }
+            for name in other:
+                getLogger().warning(
+                    f"{self.named(name)} changed since the run in {run_dir} began: its result is "
+                    "of both, and may not be what one of them alone would give."
+                )
+            return other
+        if write:
+            write_text(run_dir / FILE, json.dumps(self.digests, indent=2))
+        return {}
 
     def changed_since(self, run_dir: Path, but_for: str = "") -> str | None:
         """The first file that the run in ``run_dir`` began with otherwise.
@@ -196,21 +209,31 @@ class Inputs:
         Raises:
             UserError: it cannot be told.
         """
-        began = began_with(run_dir)
-        if not began:
-            return None
-        return self.changed(self.digests | dict.fromkeys(self.files) | began, but_for)
+        began = self.digests | dict.fromkeys(self.files) | began_with(run_dir)
+        return self.changed(began | _code(self.digests), but_for)
+
+
+def _code(digests: Mapping[str, str]) -> dict[str, str]:
+    """Of them, those of the package's sources and of versions."""
+    return {
+        name: value
+        for name, value in digests.items()
+        if name == "sources" or name.startswith("versions/")
+    }
 
 
 def began_with(run_dir: Path) -> dict[str, str]:
-    """The digests of the files that the run in ``run_dir`` began with; none where it is not said.
+    """The digests of what the run in ``run_dir``, which has a state, began with.
 
     Raises:
-        UserError: they are damaged.
+        UserError: they are missing or damaged.
     """
     file = run_dir / FILE
     if not file.is_file():
-        return {}
+        raise UserError(
+            f"{file} is missing, which tells whether the data are those that the run began with; "
+            "put it back, or begin the run anew in another folder."
+        )
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

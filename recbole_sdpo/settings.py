@@ -787,6 +787,7 @@ RECBOLE_ROLES = {
     "eval_step": Role.FIXED,
     "gpu_id": Role.IDLE | Role.OF_THIS_RUN,
     "log_wandb": Role.IDLE,
+    "metric_decimal_place": Role.FIXED,  # a validation's score is rounded, too
     "pre_model_path": Role.PATH,
     "saved": Role.IDLE,
     "seed": Role.FIXED | Role.EXPERIMENT,

@@ -1,5 +1,6 @@
 """A run says what it read, and notices what changes beneath it."""
 
+import json
 import math
 import os
 import time
@@ -184,7 +185,7 @@ def test_a_run_whose_data_change_as_it_reads_them_fails(ring, tmp_path, monkeypa
         quick_start.run(model, "toy", config_dict=ring | {"epochs": 1})
 
 
-def test_a_result_has_what_was_read_and_a_run_is_resumed_with_that_alone(ring, tmp_path):
+def test_a_result_has_what_was_read_and_a_run_is_resumed_with_that_alone(ring, tmp_path, caplog):
     run_dir = tmp_path / "run"
     read = Inputs.of(config(ring, "Pop"))
     result = quick_start.run(
@@ -193,7 +194,13 @@ def test_a_result_has_what_was_read_and_a_run_is_resumed_with_that_alone(ring, t
     assert result["inputs"] == read_result(run_dir)["inputs"] == read.digests
     (run_dir / "state").mkdir(exist_ok=True)
     write_record(run_dir / "state" / "state.json", {"settings": {"dataset": "toy"}})
-    read.keep(run_dir, write=True)
+    assert result["began_with"] == read.keep(run_dir, write=True) == {}
+    older = read.digests | {"versions/torch": "1.0", "sources": "other"}
+    (run_dir / inputs.FILE).write_text(json.dumps(older))
+    assert read.keep(run_dir, write=True) == {"versions/torch": "1.0", "sources": "other"}
+    for name in ("the version of torch", "a source file of recbole_sdpo"):
+        assert f"{name} changed since the run in {run_dir} began: its result is of" in caplog.text
+    (run_dir / inputs.FILE).write_text(json.dumps(read.digests))
     write_record(run_dir / "state" / "state.json", {"settings": {"dataset": "shop"}})
     with pytest.raises(
         UserError, match=r"that run had dataset='shop' \(now 'toy'\); give the options that it had"
@@ -206,4 +213,7 @@ def test_a_result_has_what_was_read_and_a_run_is_resumed_with_that_alone(ring, t
         Inputs.of(config(ring, "Pop")).keep(run_dir, write=True)
     (run_dir / inputs.FILE).write_text("{")
     with pytest.raises(UserError, match="inputs.json is damaged"):
+        read.keep(run_dir, write=True)
+    (run_dir / inputs.FILE).unlink()
+    with pytest.raises(UserError, match="inputs.json is missing, which tells whether the data are"):
         read.keep(run_dir, write=True)

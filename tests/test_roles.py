@@ -13,7 +13,9 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.files import write_record
 from recbole_sdpo.inputs import Inputs
+from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.quick_start import run
+from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.settings import SETTINGS, Role, Settings, having
 from recbole_sdpo.trainer.state import read_state_of, resume_identity
 
@@ -97,7 +99,9 @@ def test_a_resumed_run_may_have_another_value_of_what_is_free_and_of_nothing_els
     data = data_preparation(config, create_dataset(config))[0]._dataset
 
     def now(changed):
-        model = SimpleNamespace(config=config, settings=Settings.from_mapping(ring | changed))
+        settings = Settings.from_mapping(ring | changed)
+        encoder = SimpleNamespace(tokens=Ragged.from_matrix(np.ones((3, 2), np.int64)))
+        model = SimpleNamespace(config=config, settings=settings, encoder=encoder)
         return resume_identity(model, data, processes=1)
 
     (tmp_path / "state").mkdir()
@@ -115,6 +119,24 @@ def test_a_resumed_run_may_have_another_value_of_what_is_free_and_of_nothing_els
         with pytest.raises(UserError, match=f"that run had {key}=.*now 'other'"):
             read_state_of(tmp_path, now({}))
         config.final_config_dict[key] = before
+
+
+def test_a_run_is_not_resumed_with_titles_that_are_read_otherwise(ring, tmp_path):
+    path = Path(ring["data_path"], "toy", "toy.item")
+    path.write_text(path.read_text(encoding="utf-8").replace("red", "réd"), encoding="utf-8")
+
+    def identity(**change):
+        config = RunConfig("SDPO-LLM", "toy", config_dict=ring | change)
+        data = data_preparation(config, create_dataset(config))[0]._dataset
+        return resume_identity(SDPOLLM(config, data), data, processes=1)
+
+    as_it_was, now = identity(), identity(encoding="latin-1")
+    assert {key for key in now if now[key] != as_it_was[key]} == {"titles"}
+    (tmp_path / "state").mkdir()
+    write_record(tmp_path / "state" / "state.json", {"settings": as_it_was})
+    assert read_state_of(tmp_path, identity())
+    with pytest.raises(UserError, match="that run had titles="):
+        read_state_of(tmp_path, now)
 
 
 def test_a_state_of_before_title_prior_had_none(tmp_path):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from recbole.data.dataset import Dataset
 from safetensors import safe_open
@@ -104,12 +105,13 @@ def read_state_of(run_dir: Path, identity: dict[str, Any]) -> dict[str, Any]:
         UserError: it is damaged, or that run had other settings.
     """
     state = read_state(run_dir)
-    # A setting that is younger than the state had its default, or did nothing.
+    # A setting that is younger than the state had its default, or did nothing; what else the state
+    # does not say is not known.
     had = Settings().to_flat() | {"title_prior": 0.0} | state["settings"]
     other = [
         f"{key}={had.get(key)!r} (now {value!r})"
         for key, value in identity.items()
-        if had.get(key) != value
+        if key in had and had[key] != value
     ]
     if other:
         raise UserError(
@@ -128,11 +130,17 @@ def resume_identity(model: SDPOLLM, dataset: Dataset, processes: int) -> dict[st
     sequences, rated = training_sequences(dataset), ratings(dataset, target_rows(dataset))
     rows = [sequences.items.values, sequences.items.lengths, sequences.user]
     rows += [] if rated is None else [rated]
-    data = hashlib.sha256(b"".join(row.tobytes() for row in rows)).hexdigest()
+    # what titles are made of is not all ours to set: RecBole's encoding, load_col, …
+    titles = [model.encoder.tokens.values, model.encoder.tokens.lengths]
+    data = {"training data": _digest(rows), "titles": _digest(titles)}
     theirs = {key: model.config[key] for key in sorted(having(Role.FIXED))}
     ours, free = model.settings.to_flat(), having(Role.FREE)
     shared = theirs | {key: value for key, value in ours.items() if key not in free}
-    return json.loads(json.dumps(shared | {"training data": data, "processes": processes}))
+    return json.loads(json.dumps(shared | data | {"processes": processes}))
+
+
+def _digest(arrays: list[np.ndarray]) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 def broken_part(run_dir: Path) -> Path | None:
