@@ -177,7 +177,8 @@ class Recommender:
         Raises:
             UserError: a user is unknown, or ``k`` is out of range for one.
         """
-        met = [self.met(str(user)) for user in users]
+        users = ids(users)
+        met = [self.met(user) for user in users]
         self.check_k(k, met if exclude_history else [])
         score, items = self._best(met, int(k), exclude_history)
         frame = self._frame(score.ravel(), items.ravel())
@@ -248,6 +249,8 @@ class Recommender:
         return folded(title) in self._item_of
 
     def _item(self, title: str) -> int:
+        if not isinstance(title, str):
+            raise UserError(f"title {shown(title)} of the history must be a text.")
         if title not in self:
             titles = {text: self.catalogue.titles[item] for text, item in self._item_of.items()}
             without = (
@@ -259,6 +262,17 @@ class Recommender:
                 f"title {title!r} is not in the catalogue{without}{_nearest(folded(title), titles)}"
             )
         return self._item_of[folded(title)]
+
+
+def ids(users: Iterable[object]) -> list[str]:
+    """Users' ids as text, as the data have them.
+
+    Raises:
+        UserError: it is one text, and no list.
+    """
+    if isinstance(users, str):
+        raise UserError(f"users={users!r} must be a list of users' ids, such as [{users!r}].")
+    return [str(user) for user in users]
 
 
 def _nearest(name: str, known: Mapping[str, object]) -> str:

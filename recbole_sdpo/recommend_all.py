@@ -28,7 +28,7 @@ from tqdm import tqdm
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import read_record, whole_file, write_record
 from recbole_sdpo.interrupt import add_note
-from recbole_sdpo.recommend import Recommender
+from recbole_sdpo.recommend import Recommender, ids
 
 USERS = 500
 """Users to a part: minutes of work for a large model on a CPU, seconds of it for a small one."""
@@ -61,7 +61,7 @@ def check_output(file: Path) -> None:
 
 def recommend_all(
     recommender: Recommender,
-    file: Path,
+    file: str | Path,
     users: Sequence[str],
     k: int = 10,
     exclude_history: bool = False,
@@ -79,22 +79,26 @@ def recommend_all(
         UserError: the file cannot be written, a user is unknown, ``k`` is out of range for one, or
             what lies beside the file is of another policy, other data or other options.
     """
+    file, users = Path(file), ids(users)
     process, processes = share
-    if process and file.exists():  # the first has joined what was there already
+    folder = file.with_name(f"{file.name}.parts")
+    parts = [
+        (folder / f"{number:05}{file.suffix}", users[first : first + USERS])
+        for number, first in enumerate(range(0, len(users), USERS))
+    ]
+    mine = parts[process::processes]
+    # The first joins the parts and removes them as soon as all are there. It waits for one that
+    # this process has to write, and else may be at it, or through.
+    waited_for = not all(part.exists() for part, _ in mine)
+    if process and (not waited_for or file.exists()):
         return
     check_output(file)
     if not users:
         raise UserError("There are no users to recommend to.")
     met = [recommender.met(user) for user in users]
     recommender.check_k(k, met if exclude_history else [])
-    folder = file.with_name(f"{file.name}.parts")
     folder.mkdir(exist_ok=True)
     _check_record(folder, _identity(recommender, users, met, k, exclude_history), file)
-    parts = [
-        (folder / f"{number:05}{file.suffix}", users[first : first + USERS])
-        for number, first in enumerate(range(0, len(users), USERS))
-    ]
-    mine = parts[process::processes]
     try:
         with tqdm(
             total=sum(len(those) for _, those in mine),

@@ -132,6 +132,41 @@ def test_processes_share_the_users(recommender, monkeypatch):
     assert not list(Path().glob("*.parts"))
 
 
+@pytest.mark.parametrize("late", [1, 7])  # has a part, which is there already; has none
+def test_a_late_process_leaves_alone_what_the_first_joins(recommender, monkeypatch, late):
+    users, file, write = list(recommender.users), Path("best.csv"), recommend_all.recommend_all
+    identity = recommend_all._identity
+    for process in range(1, 6):
+        write(recommender, file, users, 3, share=(process, 8))
+
+    def joined_meanwhile(*args):  # where the late one would be at its slowest
+        monkeypatch.setattr(recommend_all, "_identity", identity)
+        write(recommender, file, users, 3, share=(0, 8))
+        return identity(*args)
+
+    monkeypatch.setattr(recommend_all, "_identity", joined_meanwhile)
+    write(recommender, file, users, 3, share=(late, 8))
+    monkeypatch.setattr(recommend_all, "_identity", identity)
+    assert not file.exists()  # it had nothing to do there
+    write(recommender, file, users, 3, share=(0, 8))
+    assert len(read(file)) == 3 * len(users)
+    assert not list(Path().glob("*.parts"))
+
+
+def test_ids_may_be_numbers_and_are_no_text(recommender, ring):
+    for users in ("12", "u1"):
+        with pytest.raises(UserError, match=f"users='{users}' must be a list of users' ids"):
+            recommender.recommend_to_users(users)
+        with pytest.raises(UserError, match=f"users='{users}' must be a list of users' ids"):
+            recommend_all.recommend_all(recommender, "best.csv", users)
+    recommender.users |= {"12": recommender.users["u1"]}
+    recommend_all.recommend_all(recommender, "best.csv", [12], 3)
+    assert read(Path("best.csv"))["user"].tolist() == ["12"] * 3
+    for title in (1, None):
+        with pytest.raises(UserError, match=f"title {title} of the history must be a text"):
+            recommender.recommend(history=[title])
+
+
 def test_two_processes_of_a_launch_write_one_file(recommender):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += ["-m", "recbole_sdpo", *COMMAND[1:], "all", "-k", "3", "--output", "best.csv"]
