@@ -57,7 +57,10 @@ def attention_inputs(
     if choice == "auto" and forest.tokens.shape[1] <= EAGER_UP_TO and _in_bf16_on_a_cpu(model):
         dense = "eager"
     if forest.chains:
-        return dense, {}
+        # Padding must not run past the last of learned positions.
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        short = limit is None or forest.tokens.shape[1] <= limit
+        return dense, {} if short else {"position_ids": forest.positions}
     long = model.device.type == "cuda" and forest.tokens.shape[1] >= FLEX_FROM
     flex = choice == FLEX or (choice == "auto" and long and not _why_no_flex(model))
     make = _block_mask if flex else _dense_mask

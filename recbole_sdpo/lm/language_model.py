@@ -34,6 +34,7 @@ from recbole_sdpo.lm.parts import all_of
 from recbole_sdpo.lm.projection import next_logps, rows_at_once, token_logps
 from recbole_sdpo.lm.whole import is_whole, tables
 from recbole_sdpo.ragged import Ragged
+from recbole_sdpo.random import generator
 
 VALID = "choose another backbone, such as a Llama, Qwen, Gemma, Mistral or GPT-2."
 
@@ -353,21 +354,20 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def _check_scores(self, choice: str) -> None:
-        """Score a small forest with that attention, and the same responses one sequence at a
-        time by the model's own logits."""
+        """Score a forest with that attention, and the same responses one sequence at a time by the
+        model's own logits."""
         model, device = self.causal_lm, self.device
-        trunk, starts, responses = (
-            [1, 2, 3, 4, 5, 6],
-            [3, 3, 6, 4],
-            [[7, 8, 9], [7, 9, 8, 7], [5, 6], [5, 6, 1]],
-        )
+        # Branches lie far in the row from where they start, so that a model that takes columns
+        # for positions is seen. Each second response begins as the one before it.
+        draw = generator(0, "check of scores")
+        tokens = min(1000, model.get_input_embeddings().weight.shape[0])
+        trunk, responses = draw.integers(tokens, size=40), draw.integers(tokens, size=(8, 4))
+        responses[1::2, :2] = responses[::2, :2]
+        starts = np.repeat([10, 20, 30, 40], 2)
         training = self.model.training
         self.eval()
         forest = plant(
-            Ragged.from_rows([trunk]),
-            np.zeros(len(starts), int),
-            np.array(starts),
-            Ragged.from_rows(responses),
+            Ragged.from_rows([trunk]), np.zeros_like(starts), starts, Ragged.from_matrix(responses)
         ).to(device)
         expected = []
         try:
@@ -377,19 +377,19 @@ class LanguageModel(nn.Module):
                 flex = attention[0] == FLEX
                 set_attention(model, dense_implementation(model, choice) if flex else attention[0])
                 for start, response in zip(starts, responses, strict=True):
-                    tokens = torch.tensor(trunk[:start] + response, device=device)
+                    text = torch.from_numpy(np.concatenate([trunk[:start], response])).to(device)
                     # what was compiled
                     with (
                         torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
                     ):
                         logps = (
-                            model(input_ids=tokens[None], use_cache=False)
+                            model(input_ids=text[None], use_cache=False)
                             .logits[0]
                             .double()
                             .log_softmax(-1)
                         )
                     expected.append(
-                        logps[torch.arange(start - 1, len(tokens) - 1), tokens[start:]].sum()
+                        logps[torch.arange(start - 1, len(text) - 1), text[start:]].sum()
                     )
                 scores = self._pass(model, forest, attention)[0].double()
         except (MemoryError, torch.OutOfMemoryError):
@@ -402,10 +402,13 @@ class LanguageModel(nn.Module):
             self.train(training)
         # Far above rounding, and far below what a wrong mask, position or logit does.
         exact = model.dtype in (torch.float32, torch.float64) and not self.mixed
-        # a GPU's products have 10 bits (TF32)
-        tolerance = 5e-2 if not exact else 1e-2 if device.type == "cuda" else 1e-3
         truth = torch.stack(expected)
-        if not torch.allclose(scores, truth, rtol=tolerance, atol=tolerance):
+        # a GPU's products have 10 bits (TF32)
+        tolerance = 1e-2 if device.type == "cuda" else 1e-3
+        alike = torch.allclose(scores, truth, rtol=tolerance, atol=tolerance)
+        if not exact:  # SmolLM2 is off by 0.9 % of the spread, ALiBi by columns by 4.5 and more
+            alike |= bool((scores - truth).abs().mean() < 0.03 * truth.std())
+        if not alike:
             raise UserError(
                 f"backbone {model.config.model_type!r} scores a tree otherwise than one sequence "
                 "at a time, by up to "
@@ -538,10 +541,12 @@ def _layers_below_training(model: PreTrainedModel, layers: tuple[nn.Module, ...]
 
 
 def _check_kinds(model: PreTrainedModel) -> None:
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
+    config = model.config.get_text_config()
+    kinds = {
+        kind
+        for name in ("layer_types", "attention_layers")  # the second of GPT-Neo, by columns
+        for kind in getattr(config, name, None) or ()
+    } - {"full_attention", "sliding_attention", "global"}
     if kinds:
         raise UserError(
             f"backbone {model.config.model_type!r} has layers of kind {', '.join(sorted(kinds))}, "

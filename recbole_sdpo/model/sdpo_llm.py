@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recbole_sdpo.checks.configuration import check_settings
-from recbole_sdpo.checks.metrics import check_topk
+from recbole_sdpo.checks.metrics import check_topk, is_of_answers
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.examples import CandidateExamples, Examples, FixedExamples, HistoryExamples
 from recbole_sdpo.data.negatives import SELF, MixedNegatives, Negatives, NegativeSampler, shares
@@ -208,7 +208,11 @@ class SDPOLLM(SequentialRecommender):
                     lengths[[p for p in t if not isinstance(p, str)]].sum() for t in units.templates
                 ),
             )
-        self._check_length(int(history + text), int((shown + 1) * lengths[1 : units.items].max()))
+        title = int(lengths[1 : units.items].max())
+        answer = title
+        if self.settings.decoding == "free" and any(map(is_of_answers, self.config["metrics"])):
+            answer = max(title, self.settings.max_new_tokens or 0)
+        self._check_length(int(history + text), shown * title + answer)
 
     def check_negatives(self, dataset: Dataset, sampler: AbstractSampler | None) -> None:
         """Are there enough negatives for every user, in every stage?
@@ -613,13 +617,21 @@ class SDPOLLM(SequentialRecommender):
 
     def _check_length(self, history: int, titles: int) -> None:
         """Can the backbone read so many tokens? One with learned positions cannot read on; one
-        with rotary ones gets worse."""
+        with rotary ones gets worse, or has other scores for the other texts of the batch."""
         config = self.lm.model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
+        limit: int | None = getattr(config, "max_position_embeddings", None)
+        rotary = getattr(config, "rope_parameters", None) or {}
+        # These have angles that follow the longest text of a batch.
+        varying: list[int] = [
+            kind.get("original_max_position_embeddings") or limit or 0
+            for kind in (rotary, *rotary.values())  # one for all layers, or one for each kind
+            if isinstance(kind, dict) and kind.get("rope_type") in ("longrope", "dynamic")
+        ]
+        limit = min(varying) if varying else limit
         if limit is None or history + titles <= limit:
             return
         remedy = (
-            "fewer candidates (eval_args.mode, prompt_candidates)"
+            "fewer candidates (eval_args.mode, prompt_candidates) or max_new_tokens"
             if titles > history
             else "a smaller MAX_ITEM_LIST_LENGTH"
         )
@@ -629,7 +641,7 @@ class SDPOLLM(SequentialRecommender):
             f"{history + titles} tokens, and backbone={self.backbone.name!r} was made for "
             f"{limit}; give {remedy}."
         )
-        if getattr(config, "rope_parameters", None) is None:
+        if varying or not rotary:
             raise UserError(message)
         self.logger.warning(message)
 

@@ -1,6 +1,8 @@
 """Forest log-probabilities and gradients against one full sequence at a time, on every supported
 architecture."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -245,16 +247,59 @@ def test_chains_take_the_causal_path_and_agree(name):
             transformers.BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=VOCAB),
             "cannot score a tree",
         ),
+        (
+            transformers.GPTNeoConfig(
+                hidden_size=32,
+                num_heads=4,
+                num_layers=2,
+                vocab_size=VOCAB,
+                attention_types=[[["global", "local"], 1]],
+            ),
+            "has layers of kind local, which cannot be given a tree",
+        ),
     ],
-    ids=["scaled logits", "positions by distance", "two-dimensional masks"],
+    ids=["scaled logits", "positions by distance", "two-dimensional masks", "windows of columns"],
 )
 def test_a_model_that_a_forest_does_not_suit_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageModel(_drawn(config), None)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_bfloat16_hides_no_wrong_position(mixed):
+    configs = {
+        True: transformers.LlamaConfig(**BASE | {"num_hidden_layers": 12}),
+        False: transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCAB),
+    }
+    for suits, config in configs.items():
+        model = _drawn(config).to(torch.float32 if mixed else torch.bfloat16)
+        with nullcontext() if suits else pytest.raises(ValueError, match="scores a tree otherwise"):
+            LanguageModel(model, None, mixed=mixed)
+
+
+def _drawn(config):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    with pytest.raises(ValueError, match=message):
-        LanguageModel(model, None)
+    return model
+
+
+def test_the_padding_of_chains_stays_within_learned_positions():
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB)
+    config.n_positions = 50
+    trunk, model = torch.arange(48) % VOCAB, _drawn(config)
+    chain = plant(
+        Ragged.from_rows([trunk.numpy()]),
+        np.zeros(1, int),
+        np.array([40]),
+        Ragged.from_rows([trunk[40:].numpy()]),
+        together=64,
+    )
+    assert chain.chains and chain.tokens.shape[1] > 50
+    logps = model.eval()(input_ids=trunk[None]).logits[0].log_softmax(-1)
+    expected = logps[torch.arange(39, 47), trunk[40:]].sum()
+    torch.testing.assert_close(LanguageModel(model, None)(chain)[0], expected)
 
 
 def test_sdpa_is_refused_where_it_would_leave_out_a_soft_cap():

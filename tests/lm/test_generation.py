@@ -9,7 +9,7 @@ from recbole_sdpo.lm.generation import NOTHING, line_ends, write
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.scratch import train_tokenizer
 from recbole_sdpo.ragged import Ragged
-from tests.lm.test_architectures import EAGER_ONLY, NAMES, build, one_by_one
+from tests.lm.test_architectures import EAGER_ONLY, NAMES, VOCAB, build, one_by_one
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [5], [5, 6, 20], [40, 41, 42, 43, 44]]
 ENDS = [3, 30]
@@ -51,6 +51,13 @@ def test_answers_are_those_of_one_prompt_at_a_time(name):
     found = write(lm, Ragged.from_rows(PROMPTS), 12, ENDS)
     assert found.shape == (4, 12)
     assert rows(found) == [greedy(model, prompt, 12, ENDS) for prompt in PROMPTS]
+
+
+@torch.no_grad()
+def test_prompts_of_several_lengths_are_answered_where_every_token_ends_one():
+    model = build("GPTNeoX", "sdpa", False, torch.float64)
+    lines = write(LanguageModel(model, None), Ragged.from_rows(PROMPTS), 3, range(VOCAB))
+    assert rows(lines) == [greedy(model, prompt, 1, []) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("seed", range(4))

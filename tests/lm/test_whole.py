@@ -14,8 +14,10 @@ from recbole_sdpo import quick_start
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import load_backbone, resolved, restore_policy, save_backbone
 from recbole_sdpo.lm.forest import plant
+from recbole_sdpo.lm.language_model import LanguageModel
+from recbole_sdpo.lm.scratch import build_model
 from recbole_sdpo.lm.text import encode_texts, opening_tokens
-from recbole_sdpo.lm.whole import UNKNOWN, make_whole, tables, whole_tokenizer
+from recbole_sdpo.lm.whole import UNKNOWN, TitleHead, make_whole, tables, whole_tokenizer
 from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.recommend import Recommender
 from recbole_sdpo.settings import Settings
@@ -321,6 +323,14 @@ def test_rare_titles_stay_near_their_words(tmp_path, name, peft):
             texts = [number for text, number in vocabulary.items() if not text.startswith("film")]
             texts = [number for number in texts if number < len(first[key])]
             torch.testing.assert_close(part[key][texts], whole[key][texts])
+
+
+@pytest.mark.parametrize("titles", [1, 3, 8])
+def test_a_catalogue_of_few_titles_is_one(titles):
+    tokenizer = whole_tokenizer([f"title {number}\n" for number in range(titles)])
+    model = build_model(len(tokenizer) - 1, 32, 2, 4, 0.0, 0)
+    model.set_output_embeddings(TitleHead.of(model.get_output_embeddings()))
+    LanguageModel(model, tokenizer)  # scores a tree
 
 
 def test_scratch_knows_no_words(ring):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import torch
 from accelerate import PartialState
 from recbole.data import create_dataset, data_preparation
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.sequences import histories
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import ranking
+from recbole_sdpo.lm.scratch import train_tokenizer
 from recbole_sdpo.model import SDPOLLM, encoder, sdpo_llm
 from recbole_sdpo.objectives import Constants, Logps, sdpo
 from recbole_sdpo.ragged import Ragged
@@ -246,20 +249,68 @@ def test_a_deep_copy_shares_the_weights(ring):
     assert "total_ops" not in dict(model.named_buffers())
 
 
-def test_prompts_longer_than_learned_positions_are_refused(ring, tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from recbole_sdpo.lm.scratch import train_tokenizer
-
+def saved(config, folder):
+    """A random model of that configuration in ``folder``, and settings that name it."""
     tokenizer = train_tokenizer(["a b c"], 280)
-    tokenizer.save_pretrained(tmp_path / "gpt2")
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    model, (_, _, test) = build(ring | {"backbone": str(tmp_path / "gpt2"), "peft": "none"})
+    tokenizer.save_pretrained(folder)
+    config.vocab_size = len(tokenizer)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return {"backbone": str(folder), "peft": "none"}
+
+
+def test_prompts_longer_than_learned_positions_are_refused(ring, tmp_path):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    model, (_, _, test) = build(ring | saved(config, tmp_path / "gpt2"))
     with pytest.raises(
         ValueError, match=r"MAX_ITEM_LIST_LENGTH=8.*up to \d+ tokens.*was made for 64"
     ):
         model.check_prompts(test._dataset, 6)
+
+
+def test_room_for_an_answer_is_needed_where_one_is_asked_for(ring, tmp_path):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=160)
+    ring |= saved(config, tmp_path / "gpt2")
+    for change, refused in (
+        ({}, False),
+        ({"max_new_tokens": 150}, False),  # without effect
+        ({"metrics": ["NDCG", "ValidRatio"]}, False),
+        ({"metrics": ["NDCG", "ValidRatio"], "max_new_tokens": 150}, True),
+    ):
+        model, (_, _, test) = build(ring | {"MAX_ITEM_LIST_LENGTH": 4} | change)
+        with (
+            pytest.raises(UserError, match="was made for 160; give fewer .* or max_new_tokens")
+            if refused
+            else nullcontext()
+        ):
+            model.check_prompts(test._dataset, 0)
+
+
+LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [(LlamaConfig, {}), (LlamaConfig, {"factor": 2.0}), (Phi3Config, LONG)],
+    ids=["default", "dynamic", "longrope"],
+)
+def test_angles_that_follow_the_longest_text_are_refused_beyond_their_limit(
+    ring, tmp_path, caplog, request, kind, own
+):
+    name = request.node.callspec.id
+    config = kind(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+        max_position_embeddings=32,
+        original_max_position_embeddings=32,
+        rope_parameters={"rope_type": name, "rope_theta": 1e4} | own,
+    )
+    model, (_, _, test) = build(ring | saved(config, tmp_path / name))
+    with nullcontext() if name == "default" else pytest.raises(UserError, match="made for 32"):
+        model.check_prompts(test._dataset, 6)
+    assert ("was made for 32" in caplog.text) == (name == "default")
 
 
 def test_a_large_catalogue_is_ranked_in_parts(ring, monkeypatch):
