@@ -200,7 +200,7 @@ class StageSettings:
         0,
         None,
         "evaluations without a better valid_metric before the stage ends, or null for RecBole's "
-        "stopping_step",
+        "stopping_step; a small one may end a schedule that falls before its best part",
     )
 
     def completed(self, suited: Mapping[str, Any]) -> StageSettings:

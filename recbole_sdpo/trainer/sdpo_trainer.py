@@ -42,6 +42,9 @@ from recbole_sdpo.trainer.state import (
 )
 from recbole_sdpo.trainer.step_file import StepFile
 
+STILL_HIGH = 0.2
+"""Share of the peak learning rate at which the last and best part of a fall is still to come."""
+
 
 @dataclass
 class StageReport:
@@ -205,6 +208,13 @@ class SDPOTrainer(Trainer):
                 f"{name}: no better {self.valid_metric} in {self.cur_step} evaluations; stopped.",
                 verbose,
             )
+            left = stage.scheduler.get_last_lr()[0] / stage.settings.learning_rate
+            if stage.settings.schedule != "constant" and left > STILL_HIGH:
+                self.logger.warning(
+                    f"{name} ended after {stage.epoch} of {stage.settings.epochs} epochs, at "
+                    f"{left:.0%} of its learning rate. The rate falls over all of them, and the "
+                    f"end gains most; with a larger {name}_stopping_step it may become better."
+                )
         restore(self.model, best)
         if not improved:
             self._log(

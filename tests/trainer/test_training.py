@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -321,6 +322,27 @@ def test_a_stage_may_have_a_patience_of_its_own(ring):
     trainer._valid_epoch = lambda *_: (0.5, {"ndcg@5": 0.5})
     trainer.fit_stage("sft", *loaders[:2])
     assert len(trainer.train_loss_dict) == 2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "scores", "told"),
+    [
+        ("cosine", [0.5] * 9, True),  # ends after the second epoch
+        ("linear", [0.5] * 9, True),
+        ("constant", [0.5] * 9, False),
+        ("cosine", [0.1 * epoch for epoch in range(8)] + [0.0], False),  # after the last
+        ("cosine", [0.1 * epoch for epoch in range(9)], False),
+    ],
+)
+def test_a_stage_that_ends_before_its_schedule_says_so(ring, caplog, schedule, scores, told):
+    of_the_stage = {"sft_epochs": 9, "sft_stopping_step": 0, "sft_schedule": schedule}
+    trainer, loaders = start(ring | of_the_stage)
+    score = iter(scores)
+    trainer._valid_epoch = lambda *_: ((now := next(score)), {"ndcg@5": now})
+    trainer.fit_stage("sft", *loaders[:2])
+    sentence = r"sft ended after 2 of 9 epochs, at \d\d% of its .* with a larger sft_stopping_step"
+    assert bool(re.search(sentence, caplog.text)) == told
+    assert ("ended after" in caplog.text) == told
 
 
 def test_candidates_are_not_frozen_before_what_users_met_is_known(ring):
