@@ -155,7 +155,7 @@ class Inputs:
         if name:
             raise UserError(f"{name} changed while this run was reading it; start it again.")
 
-    def keep(self, run_dir: Path, write: bool) -> dict[str, str]:
+    def keep(self, run_dir: Path, write: bool) -> list[dict[str, str]]:
         """Write the digests into the folder of a run that begins; one that has a state goes on
         with no other files, and says so where it goes on with other code.
 
@@ -163,45 +163,57 @@ class Inputs:
             write: this process is the one that writes.
 
         Returns:
-            of the sources and versions, those that the run began with and that are others now.
+            of each code that was at the run before, earliest first, what is not as it is now.
 
         Raises:
             UserError: a file is not what the run began with.
         """
+        now = _code(self.digests)
+        files, before = _without(self.digests, now), list[dict[str, str]]()
         if holds_state(run_dir):
-            # Another file is read where another is named: that is what to say then.
-            now = {"dataset": self.config["dataset"]}
-            if self.config["model"] == MODEL:
-                flat = self.config.settings.to_flat()
-                now |= {
-                    key: flat[key] for key in ("backbone", "prompt_templates", "candidates_file")
-                }
-            had = read_state(run_dir)["settings"]
-            for key, value in now.items():
-                if had.get(key, value) != value:
-                    raise UserError(
-                        f"resume={str(run_dir)!r}: that run had {key}={had[key]!r} (now "
-                        f"{value!r}); give the options that it had."
-                    )
-            name = self.changed_since(run_dir)
-            if name:
-                raise UserError(
-                    f"{name} changed since the run in {run_dir} began; put it back, or begin the "
-                    "run anew in another folder."
-                )
-            began = began_with(run_dir)
-            other = {
-                name: began[name] for name in _code(began) if self.digests.get(name) != began[name]
-            }
-            for name in other:
+            self._check_unchanged(run_dir)
+            files, before = _record(run_dir)
+            if not before:
                 getLogger().warning(
-                    f"{self.named(name)} changed since the run in {run_dir} began: its result is "
-                    "of both, and may not be what one of them alone would give."
+                    f"{run_dir} does not say with which sources and versions its run began: "
+                    "a release wrote it that did not note them."
                 )
-            return other
-        if write:
-            write_text(run_dir / FILE, json.dumps(self.digests, indent=2))
-        return {}
+        if write and now not in before:
+            write_text(
+                run_dir / FILE, json.dumps({"files": files, "code": [*before, now]}, indent=2)
+            )
+        others = [dict(code.items() - now.items()) for code in before if code != now]
+        for name in dict.fromkeys(chain.from_iterable(others)):
+            getLogger().warning(
+                f"{self.named(name)} is not what it was earlier in the run in {run_dir}, whose "
+                "result is of both, and may not be what one of them alone would give."
+            )
+        return others
+
+    def _check_unchanged(self, run_dir: Path) -> None:
+        """Does the run in ``run_dir`` go on with the files that it began with?
+
+        Raises:
+            UserError: it does not.
+        """
+        # Another file is read where another is named: that is what to say then.
+        now = {"dataset": self.config["dataset"]}
+        if self.config["model"] == MODEL:
+            flat = self.config.settings.to_flat()
+            now |= {key: flat[key] for key in ("backbone", "prompt_templates", "candidates_file")}
+        began = read_state(run_dir)["settings"]
+        for key, value in now.items():
+            if began.get(key, value) != value:
+                raise UserError(
+                    f"resume={str(run_dir)!r}: that run had {key}={began[key]!r} (now "
+                    f"{value!r}); give the options that it had."
+                )
+        name = self.changed_since(run_dir)
+        if name:
+            raise UserError(
+                f"{name} changed since the run in {run_dir} began; put it back, or begin the "
+                "run anew in another folder."
+            )
 
     def changed_since(self, run_dir: Path, but_for: str = "") -> str | None:
         """The first file that the run in ``run_dir`` began with otherwise.
@@ -210,7 +222,7 @@ class Inputs:
             UserError: it cannot be told.
         """
         began = self.digests | dict.fromkeys(self.files) | began_with(run_dir)
-        return self.changed(began | _code(self.digests), but_for)
+        return self.changed(began, but_for)
 
 
 def _code(digests: Mapping[str, str]) -> dict[str, str]:
@@ -222,11 +234,26 @@ def _code(digests: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def _without(digests: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
+    """Those that ``others`` has not, or otherwise."""
+    return {name: value for name, value in digests.items() if others.get(name) != value}
+
+
 def began_with(run_dir: Path) -> dict[str, str]:
-    """The digests of what the run in ``run_dir``, which has a state, began with.
+    """The digests of the files that the run in ``run_dir``, which has a state, began with.
 
     Raises:
         UserError: they are missing or damaged.
+    """
+    return _record(run_dir)[0]
+
+
+def _record(run_dir: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """What :meth:`Inputs.keep` wrote: the digests of files, and those of all code that was at the
+    run.
+
+    Raises:
+        UserError: it is missing or damaged.
     """
     file = run_dir / FILE
     if not file.is_file():
@@ -235,8 +262,10 @@ def began_with(run_dir: Path) -> dict[str, str]:
             "put it back, or begin the run anew in another folder."
         )
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        # A release before 2026-11-28 wrote the files alone.
+        return dict(record.get("files", record)), list(record.get("code", []))
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file} is damaged: it is not what the run wrote; begin the run anew."
         ) from error

@@ -138,7 +138,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     init_seed(config["seed"], config["reproducibility"])
     inputs = Inputs.of(config)
     check_alike(config, inputs)
-    began_with = inputs.keep(run_dir, write=state.is_main_process)
+    other_code = inputs.keep(run_dir, write=state.is_main_process)
     raw = create_dataset(config)
     described = str(raw)  # RecBole changes the dataset as it splits it
     catalogue = catalogue_of(config, raw)
@@ -211,7 +211,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
         "machine": _machine(trainer.device, state),
         "versions": package_versions(),
         "inputs": inputs.digests,
-        "began_with": began_with,
+        "other_code": other_code,
         "settings": {key: _plain(value) for key, value in sorted(config.final_config_dict.items())}
         | own,
         "command": sys.argv,

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -194,13 +195,22 @@ def test_a_result_has_what_was_read_and_a_run_is_resumed_with_that_alone(ring, t
     assert result["inputs"] == read_result(run_dir)["inputs"] == read.digests
     (run_dir / "state").mkdir(exist_ok=True)
     write_record(run_dir / "state" / "state.json", {"settings": {"dataset": "toy"}})
-    assert result["began_with"] == read.keep(run_dir, write=True) == {}
-    older = read.digests | {"versions/torch": "1.0", "sources": "other"}
-    (run_dir / inputs.FILE).write_text(json.dumps(older))
-    assert read.keep(run_dir, write=True) == {"versions/torch": "1.0", "sources": "other"}
+    assert result["other_code"] == read.keep(run_dir, write=True) == []
+    upgrade = {"versions/torch": "9.0", "sources": "other"}
+    torch = {name: read.digests[name] for name in upgrade}
+    upgraded = replace(read, digests=read.digests | upgrade)
+    assert upgraded.keep(run_dir, write=False) == upgraded.keep(run_dir, write=True) == [torch]
     for name in ("the version of torch", "a source file of recbole_sdpo"):
-        assert f"{name} changed since the run in {run_dir} began: its result is of" in caplog.text
-    (run_dir / inputs.FILE).write_text(json.dumps(read.digests))
+        assert f"{name} is not what it was earlier in the run in {run_dir}" in caplog.text
+    assert read.keep(run_dir, write=True) == [upgrade]  # back again, which does not undo it
+    again = replace(read, digests=read.digests | {"versions/torch": "9.1"})
+    former = [{"versions/torch": torch["versions/torch"]}, upgrade | {"sources": "other"}]
+    assert again.keep(run_dir, write=True) == former
+    files = json.loads((run_dir / inputs.FILE).read_text())["files"]
+    (run_dir / inputs.FILE).write_text(json.dumps(files))  # of an older release
+    assert read.keep(run_dir, write=True) == []
+    assert f"{run_dir} does not say with which sources and versions its run began" in caplog.text
+    assert again.keep(run_dir, write=True) == former[:1]
     write_record(run_dir / "state" / "state.json", {"settings": {"dataset": "shop"}})
     with pytest.raises(
         UserError, match=r"that run had dataset='shop' \(now 'toy'\); give the options that it had"

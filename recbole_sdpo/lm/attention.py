@@ -43,7 +43,7 @@ def attention_inputs(
     ``forest`` attends to its ancestors only.
 
     * A forest of chains is plain causal attention at positions 0, 1, 2, …, which needs neither mask
-      nor positions.
+      nor, within what the model has learned, positions.
     * FlexAttention takes a block mask made from ``j <= i < end[j]``, and skips the blocks in which
       nobody sees anybody.
     * SDPA and eager take a dense additive mask. Short rows in bfloat16 are faster eager on a CPU.
@@ -57,10 +57,12 @@ def attention_inputs(
     if choice == "auto" and forest.tokens.shape[1] <= EAGER_UP_TO and _in_bf16_on_a_cpu(model):
         dense = "eager"
     if forest.chains:
-        # Padding must not run past the last of learned positions.
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        short = limit is None or forest.tokens.shape[1] <= limit
-        return dense, {} if short else {"position_ids": forest.positions}
+        config = model.config.get_text_config()
+        last = getattr(config, "max_position_embeddings", None)
+        if last and forest.tokens.shape[1] > last and not getattr(config, "rope_parameters", None):
+            # Positions that are learned end there, and padding must not run past them.
+            return dense, {"position_ids": forest.positions}
+        return dense, {}
     long = model.device.type == "cuda" and forest.tokens.shape[1] >= FLEX_FROM
     flex = choice == FLEX or (choice == "auto" and long and not _why_no_flex(model))
     make = _block_mask if flex else _dense_mask

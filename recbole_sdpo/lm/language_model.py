@@ -361,9 +361,12 @@ class LanguageModel(nn.Module):
         # for positions is seen. Each second response begins as the one before it.
         draw = generator(0, "check of scores")
         tokens = min(1000, model.get_input_embeddings().weight.shape[0])
-        trunk, responses = draw.integers(tokens, size=40), draw.integers(tokens, size=(8, 4))
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 44
+        length = max(4, min(40, longest - 4))
+        trunk, responses = draw.integers(tokens, size=length), draw.integers(tokens, size=(64, 4))
         responses[1::2, :2] = responses[::2, :2]
-        starts = np.repeat([10, 20, 30, 40], 2)
+        starts = np.repeat(length * np.arange(1, 5) // 4, 16)
+        some = np.arange(7, 64, 8)
         training = self.model.training
         self.eval()
         forest = plant(
@@ -376,7 +379,7 @@ class LanguageModel(nn.Module):
                 attention = attention_inputs(model, forest, choice)
                 flex = attention[0] == FLEX
                 set_attention(model, dense_implementation(model, choice) if flex else attention[0])
-                for start, response in zip(starts, responses, strict=True):
+                for start, response in zip(starts[some], responses[some], strict=True):
                     text = torch.from_numpy(np.concatenate([trunk[:start], response])).to(device)
                     # what was compiled
                     with (
@@ -391,7 +394,7 @@ class LanguageModel(nn.Module):
                     expected.append(
                         logps[torch.arange(start - 1, len(text) - 1), text[start:]].sum()
                     )
-                scores = self._pass(model, forest, attention)[0].double()
+                scores = self._pass(model, forest, attention)[0].double()[some]
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -400,15 +403,12 @@ class LanguageModel(nn.Module):
             ) from error
         finally:
             self.train(training)
-        # Far above rounding, and far below what a wrong mask, position or logit does.
+        # Far above rounding, and far below what a wrong mask, position or logit does. Of the spread
+        # of scores, SmolLM2 in bfloat16 is off by 0.02 %, and by 21 % with wrong positions.
         exact = model.dtype in (torch.float32, torch.float64) and not self.mixed
+        limit = 1e-3 if exact and device.type == "cpu" else 0.03  # a GPU may have TF32
         truth = torch.stack(expected)
-        # a GPU's products have 10 bits (TF32)
-        tolerance = 1e-2 if device.type == "cuda" else 1e-3
-        alike = torch.allclose(scores, truth, rtol=tolerance, atol=tolerance)
-        if not exact:  # SmolLM2 is off by 0.9 % of the spread, ALiBi by columns by 4.5 and more
-            alike |= bool((scores - truth).abs().mean() < 0.03 * truth.std())
-        if not alike:
+        if not (scores - truth).abs().mean() < limit * truth.std() + 1e-4:
             raise UserError(
                 f"backbone {model.config.model_type!r} scores a tree otherwise than one sequence "
                 "at a time, by up to "

@@ -208,12 +208,12 @@ class SDPOTrainer(Trainer):
                 f"{name}: no better {self.valid_metric} in {self.cur_step} evaluations; stopped.",
                 verbose,
             )
-            left = stage.scheduler.get_last_lr()[0] / stage.settings.learning_rate
-            if stage.settings.schedule != "constant" and left > STILL_HIGH:
+            rate, peak = stage.scheduler.get_last_lr()[0], stage.settings.learning_rate
+            if stage.settings.schedule != "constant" and rate > STILL_HIGH * peak:
                 self.logger.warning(
                     f"{name} ended after {stage.epoch} of {stage.settings.epochs} epochs, at "
-                    f"{left:.0%} of its learning rate. The rate falls over all of them, and the "
-                    f"end gains most; with a larger {name}_stopping_step it may become better."
+                    f"{rate / peak:.0%} of its learning rate. The rate falls over all of them, and "
+                    f"the end gains most; with a larger {name}_stopping_step it may become better."
                 )
         restore(self.model, best)
         if not improved:

@@ -265,20 +265,28 @@ def test_a_model_that_a_forest_does_not_suit_is_refused(config, message):
         LanguageModel(_drawn(config), None)
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_bfloat16_hides_no_wrong_position(mixed):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
+@pytest.mark.parametrize("seed", range(6))
+def test_no_precision_hides_a_wrong_position(dtype, seed):
+    alibi = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": VOCAB}
     configs = {
         True: transformers.LlamaConfig(**BASE | {"num_hidden_layers": 12}),
-        False: transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCAB),
+        False: transformers.MptConfig(**alibi),
     }
     for suits, config in configs.items():
-        model = _drawn(config).to(torch.float32 if mixed else torch.bfloat16)
+        model = _drawn(config, seed).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
         with nullcontext() if suits else pytest.raises(ValueError, match="scores a tree otherwise"):
-            LanguageModel(model, None, mixed=mixed)
+            LanguageModel(model, None, mixed=dtype == "mixed")
 
 
-def _drawn(config):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("positions", [8, 12, 44])
+def test_a_model_of_few_positions_is_one(positions):
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB}
+    LanguageModel(_drawn(transformers.GPT2Config(n_positions=positions, **sizes)), None)
+
+
+def _drawn(config, seed=0):
+    torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))

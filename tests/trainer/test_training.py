@@ -345,6 +345,12 @@ def test_a_stage_that_ends_before_its_schedule_says_so(ring, caplog, schedule, s
     assert ("ended after" in caplog.text) == told
 
 
+def test_a_stage_without_a_learning_rate_ends_early_too(ring):
+    trainer, loaders = start(ring | {"sft_learning_rate": 0, "sft_stopping_step": 0})
+    trainer._valid_epoch = lambda *_: (0.5, {"ndcg@5": 0.5})
+    assert trainer.fit_stage("sft", *loaders[:2]).valid == {"ndcg@5": 0.5}
+
+
 def test_candidates_are_not_frozen_before_what_users_met_is_known(ring):
     trainer, loaders = start(ring)
     with pytest.raises(RuntimeError, match=r"call fit\(\) or prepare\(\) before evaluate"):
