@@ -92,6 +92,19 @@ class Runner:
             )
         return self._fault_of_start(run, read)
 
+    def _fault_of_state(self, run: Run, folder: Path) -> str | None:
+        """Why the run in ``folder`` cannot go on from its state, if it cannot."""
+        if broken := broken_part(folder):
+            return f"{broken} is missing or damaged."
+        try:
+            read = began_with(folder)
+            changed = run.inputs and run.inputs.changed_since(folder, but_for=_of_start(run))
+        except UserError as error:
+            return str(error)
+        if changed:
+            return f"it began with another {changed}."
+        return self._fault_of_start(run, read)
+
     def _fault_of_start(self, run: Run, read: dict[str, str]) -> str | None:
         """It begins from the SFT that the others begin from. One that was lost and trained again
         may have other weights, as on a GPU."""
@@ -230,8 +243,7 @@ class Runner:
     def _run_locked(self, run: Run, lock: IO) -> Failure | None:
         folder, again, log = self.folder(run), [], self._log(run)
         if holds_state(folder) and not (folder / RESULT_FILE).exists():
-            fault = _fault_of_state(run, folder) or self._fault_of_start(run, began_with(folder))
-            if fault:
+            if fault := self._fault_of_state(run, folder):
                 self._say(f"{run.name}, seed {run.seed} begins anew: {fault}")
             else:
                 again = [f"--resume={folder}"]
@@ -310,17 +322,6 @@ def _of_start(run: Run) -> str:
     """The kind of files that a plan does not know yet: what a run begins from is known by its
     identity."""
     return "sft_checkpoint" if run.start else ""
-
-
-def _fault_of_state(run: Run, folder: Path) -> str | None:
-    """Why the run in ``folder`` cannot go on from its state, if it cannot."""
-    if broken := broken_part(folder):
-        return f"{broken} is missing or damaged."
-    try:
-        changed = run.inputs and run.inputs.changed_since(folder, but_for=_of_start(run))
-    except UserError as error:
-        return str(error)
-    return f"it began with another {changed}." if changed else None
 
 
 def check_writable(folder: Path) -> None:

@@ -218,9 +218,11 @@ def test_what_begins_from_a_failed_run_is_not_tried(tmp_path, capsys):
 
 
 def test_an_interrupted_run_is_resumed_and_one_that_cannot_be_begins_anew(tmp_path, capsys):
-    runs = [a_run(name, name) for name in ("whole", "stillborn", "cut", "without")]
+    runs = [a_run(name, name) for name in ("whole", "stillborn", "cut", "without", "unsaid")]
     for run in runs:
         (tmp_path / run.name).mkdir()
+        if run.name != "unsaid":
+            (tmp_path / run.name / "inputs.json").write_text("{}")
         (tmp_path / run.name / "left").write_text("")
         if run.name != "stillborn":
             (tmp_path / run.name / "state").mkdir()
@@ -234,12 +236,13 @@ def test_an_interrupted_run_is_resumed_and_one_that_cannot_be_begins_anew(tmp_pa
     runner.run_all(runs)
     assert [
         any(part.startswith("--resume=") for part in command) for command in runner.commands
-    ] == [True, False, False, False]
+    ] == [True, False, False, False, False]
     assert [run.name for run in runs if (tmp_path / run.name).exists()] == ["whole"]
     said = capsys.readouterr().out
     assert (
         "cut, seed 1 begins anew" in said
         and f"{tmp_path}/without/state/weights is missing or damaged" in said
+        and f"{tmp_path}/unsaid/inputs.json is missing" in said
     )
 
 
