@@ -43,7 +43,7 @@ def attention_inputs(
     ``forest`` attends to its ancestors only.
 
     * A forest of chains is plain causal attention at positions 0, 1, 2, …, which needs neither mask
-      nor, within what the model has learned, positions.
+      nor, within :func:`positions`, these.
     * FlexAttention takes a block mask made from ``j <= i < end[j]``, and skips the blocks in which
       nobody sees anybody.
     * SDPA and eager take a dense additive mask. Short rows in bfloat16 are faster eager on a CPU.
@@ -57,17 +57,33 @@ def attention_inputs(
     if choice == "auto" and forest.tokens.shape[1] <= EAGER_UP_TO and _in_bf16_on_a_cpu(model):
         dense = "eager"
     if forest.chains:
-        config = model.config.get_text_config()
-        last = getattr(config, "max_position_embeddings", None)
-        if last and forest.tokens.shape[1] > last and not getattr(config, "rope_parameters", None):
-            # Positions that are learned end there, and padding must not run past them.
-            return dense, {"position_ids": forest.positions}
+        limit, hard = positions(model)
+        if hard and limit and forest.tokens.shape[1] > limit:
+            return dense, {"position_ids": forest.positions}  # else padding would run past them
         return dense, {}
     long = model.device.type == "cuda" and forest.tokens.shape[1] >= FLEX_FROM
     flex = choice == FLEX or (choice == "auto" and long and not _why_no_flex(model))
     make = _block_mask if flex else _dense_mask
     masks = for_each_kind(model, lambda window: make(model, forest, window))
     return FLEX if flex else dense, {"attention_mask": masks, "position_ids": forest.positions}
+
+
+def positions(model: PreTrainedModel) -> tuple[int | None, bool]:
+    """For how many positions the model was made, None if it does not say; and can nothing have
+    more?
+
+    Learned positions end there. The angles of LongRoPE and "dynamic" follow the longest text of a
+    batch beyond theirs, which changes the scores of the others. Other rotary ones get worse.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    varying = [
+        kind.get("original_max_position_embeddings") or limit
+        for kind in (rotary, *rotary.values())  # one for all layers, or one for each kind
+        if isinstance(kind, dict) and kind.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min(filter(None, varying), default=limit), bool(varying) or not rotary
 
 
 def check_attention(model: PreTrainedModel, choice: str) -> None:

@@ -26,6 +26,7 @@ from recbole_sdpo.lm.attention import (
     attention_inputs,
     check_attention,
     dense_implementation,
+    positions,
     set_attention,
 )
 from recbole_sdpo.lm.body import decoder_layers
@@ -361,8 +362,7 @@ class LanguageModel(nn.Module):
         # for positions is seen. Each second response begins as the one before it.
         draw = generator(0, "check of scores")
         tokens = min(1000, model.get_input_embeddings().weight.shape[0])
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 44
-        length = max(4, min(40, longest - 4))
+        length = max(4, min(40, (positions(model)[0] or 44) - 4))
         trunk, responses = draw.integers(tokens, size=length), draw.integers(tokens, size=(64, 4))
         responses[1::2, :2] = responses[::2, :2]
         starts = np.repeat(length * np.arange(1, 5) // 4, 16)

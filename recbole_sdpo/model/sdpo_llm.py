@@ -44,6 +44,7 @@ from recbole_sdpo.data.sequences import (
 )
 from recbole_sdpo.data.whole_catalogue import LEFT_OUT
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.lm.attention import positions
 from recbole_sdpo.lm.backbone import load_backbone, resolved
 from recbole_sdpo.lm.forest import Forest
 from recbole_sdpo.lm.generation import NOTHING, line_ends, write
@@ -209,9 +210,8 @@ class SDPOLLM(SequentialRecommender):
                 ),
             )
         title = int(lengths[1 : units.items].max())
-        answer = title
-        if self.settings.decoding == "free" and any(map(is_of_answers, self.config["metrics"])):
-            answer = max(title, self.settings.max_new_tokens or 0)
+        writes = any(map(is_of_answers, self.config["metrics"]))
+        answer = max(title, self._answer_length) if writes else title
         self._check_length(int(history + text), shown * title + answer)
 
     def check_negatives(self, dataset: Dataset, sampler: AbstractSampler | None) -> None:
@@ -466,6 +466,13 @@ class SDPOLLM(SequentialRecommender):
         scores[:, 1:] = titles
         return scores.view(-1)
 
+    @property
+    def _answer_length(self) -> int:
+        """Tokens of an answer at most."""
+        longest = int(self.encoder.tokens.lengths[1 : self.n_items].max())
+        given = self.settings.max_new_tokens if self.settings.decoding == "free" else None
+        return given or longest
+
     @torch.no_grad()
     def answers(self, interaction: Interaction, candidates: np.ndarray) -> list[str]:
         """What the policy writes after the prompt of each row, one line each, as ``decoding`` says.
@@ -484,8 +491,7 @@ class SDPOLLM(SequentialRecommender):
             )
         )
         titles, constrained = self.encoder.tokens, self.settings.decoding == "constrained"
-        longest = int(titles.lengths[1 : self.n_items].max())
-        limit = longest if constrained else self.settings.max_new_tokens or longest
+        limit = self._answer_length
 
         def answer(rows: np.ndarray) -> Tensor:
             among = [titles.take(candidates[row]) for row in rows] if constrained else None
@@ -616,18 +622,8 @@ class SDPOLLM(SequentialRecommender):
         return scores
 
     def _check_length(self, history: int, titles: int) -> None:
-        """Can the backbone read so many tokens? One with learned positions cannot read on; one
-        with rotary ones gets worse, or has other scores for the other texts of the batch."""
-        config = self.lm.model.config.get_text_config()
-        limit: int | None = getattr(config, "max_position_embeddings", None)
-        rotary = getattr(config, "rope_parameters", None) or {}
-        # These have angles that follow the longest text of a batch.
-        varying: list[int] = [
-            kind.get("original_max_position_embeddings") or limit or 0
-            for kind in (rotary, *rotary.values())  # one for all layers, or one for each kind
-            if isinstance(kind, dict) and kind.get("rope_type") in ("longrope", "dynamic")
-        ]
-        limit = min(varying) if varying else limit
+        """Can the backbone read so many tokens, as :func:`positions` has it?"""
+        limit, hard = positions(self.lm.causal_lm)
         if limit is None or history + titles <= limit:
             return
         remedy = (
@@ -641,7 +637,7 @@ class SDPOLLM(SequentialRecommender):
             f"{history + titles} tokens, and backbone={self.backbone.name!r} was made for "
             f"{limit}; give {remedy}."
         )
-        if varying or not rotary:
+        if hard:
             raise UserError(message)
         self.logger.warning(message)
 
