@@ -121,7 +121,7 @@ def test_a_resumed_run_may_have_another_value_of_what_is_free_and_of_nothing_els
         config.final_config_dict[key] = before
 
 
-def test_a_run_is_not_resumed_with_titles_that_are_read_otherwise(ring, tmp_path):
+def test_a_run_is_not_resumed_with_titles_or_scores_that_are_read_otherwise(ring, tmp_path):
     path = Path(ring["data_path"], "toy", "toy.item")
     path.write_text(path.read_text(encoding="utf-8").replace("red", "réd"), encoding="utf-8")
 
@@ -137,6 +137,8 @@ def test_a_run_is_not_resumed_with_titles_that_are_read_otherwise(ring, tmp_path
     assert read_state_of(tmp_path, identity())
     with pytest.raises(UserError, match="that run had titles="):
         read_state_of(tmp_path, now)
+    with pytest.raises(UserError, match=r"that run had metric_decimal_place=4 \(now 1\)"):
+        read_state_of(tmp_path, identity(metric_decimal_place=1))  # rounds what chooses the best
 
 
 def test_a_state_of_before_title_prior_had_none(tmp_path):
