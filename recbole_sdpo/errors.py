@@ -25,11 +25,12 @@ def meant(name: object, known: Iterable[object], otherwise: str = "") -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be read, in words."""
+    """Why a file cannot be read, in words, on one line."""
     words: dict[type[Exception], str] = {
         FileNotFoundError: "there is no such file",
         NotADirectoryError: "there is no such file",
         IsADirectoryError: "it is a folder",
         PermissionError: "its permissions do not allow it",
     }
-    return words.get(type(error)) or getattr(error, "strerror", None) or str(error).strip()
+    said = words.get(type(error)) or getattr(error, "strerror", None) or str(error)
+    return " ".join(said.split())

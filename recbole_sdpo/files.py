@@ -119,9 +119,33 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``folder`` at the end, or is gone if that fails;
+    permissions as the umask leaves them. Nothing may be there, and nothing beside it is touched.
+
+    Raises:
+        OSError: the disk is full, the folder is read-only, …; it names the folder.
+    """
+    part = folder.with_name(f".{folder.name}.{os.getpid()}{PART}")
+    with naming(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
+        mode = part.stat().st_mode & 0o777
+        try:
+            yield part
+            _finish(part, mode)
+            os.rename(part, folder)
+        except BaseException:
+            _remove(part)
+            raise
+        _flush(folder.parent)
+
+
+@contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside ``folder`` to write into, which takes its place at the end; permissions
-    as the umask leaves them.
+    as the umask leaves them. Where ``folder`` lies, the names ``<folder>.part`` and
+    ``<folder>.old`` are ours.
 
     A folder cannot be renamed over another one: the old one steps aside first. A process that dies
     in between leaves it there, and :func:`settle` puts it back.
@@ -136,9 +160,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         mode = part.stat().st_mode & 0o777
         try:
             yield part
-            for file in [*part.rglob("*"), part]:
-                file.chmod(mode if file.is_dir() else mode & 0o666)
-                _flush(file)
+            _finish(part, mode)
             settle(folder)
             if folder.exists():
                 os.rename(folder, old)
@@ -217,6 +239,14 @@ def check_seal(folder: Path) -> None:
                 f"{file} is {state}: it is not what the run wrote ({SUMS} beside it); give "
                 "another checkpoint."
             )
+
+
+def _finish(folder: Path, mode: int) -> None:
+    """Give what ``folder`` holds the permissions of a folder of ``mode``, and have the disk hold
+    it."""
+    for file in [*folder.rglob("*"), folder]:
+        file.chmod(mode if file.is_dir() else mode & 0o666)
+        _flush(file)
 
 
 def _flush(path: Path) -> None:

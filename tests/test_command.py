@@ -137,16 +137,24 @@ def test_files_and_arguments_reach_the_configuration(monkeypatch, tmp_path, ring
 def test_a_file_may_name_the_model_and_the_dataset(monkeypatch):
     Path("a.yaml").write_text("model: Pop\ndataset: toy\n")
     Path("b.yaml").write_text("dataset: other\n")
+    Path("of mine.yaml").write_text("dataset: mine\n")
     seen = []
     monkeypatch.setattr(run, "run", lambda *args: seen.append(args[:2]))
     for arguments in (
         ["--config_files=a.yaml"],
         ["--config_files=a.yaml b.yaml"],
+        ["--config_files=of mine.yaml"],
         ["--config_files=a.yaml", "--model=BPR", "--dataset=third"],
         [],
     ):
         call(monkeypatch, *arguments)
-    assert seen == [("Pop", "toy"), ("Pop", "other"), ("BPR", "third"), ("SDPO-LLM", "ml-100k")]
+    assert seen == [
+        ("Pop", "toy"),
+        ("Pop", "other"),
+        ("SDPO-LLM", "mine"),
+        ("BPR", "third"),
+        ("SDPO-LLM", "ml-100k"),
+    ]
 
 
 def call_program(monkeypatch, *arguments):

@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Run the model. RecBole reads the settings in ``rest`` itself."""
     read_settings(args, rest)
-    files = (args.config_files or "").split()
+    files = _files(args.config_files or "")
     in_files: dict[str, Any] = {}
     for file in files:
         in_files |= read_yaml(config_file(file), f"config_files={file!r}")
@@ -51,6 +51,11 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
         args.dataset or in_files.get("dataset", "ml-100k"),
         files,
     )
+
+
+def _files(text: str) -> list[str]:
+    """Files, separated by blanks, or the one whose path has some."""
+    return [text] if text.strip() and config_file(text).is_file() else text.split()
 
 
 def read_settings(args: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import csv
 import io
 import lzma
 import re
+import tarfile
 import warnings
 import zipfile
 import zlib
@@ -14,7 +15,7 @@ from contextlib import ExitStack, nullcontext
 from datetime import date
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from pandas.tseries.api import guess_datetime_format
 
 from recbole_sdpo.data.tables import DIGITS
 from recbole_sdpo.errors import UserError, meant, reason
-from recbole_sdpo.files import user_path, whole_file, whole_folder
+from recbole_sdpo.files import new_folder, user_path, whole_file
 
 # pandas, by which RecBole reads ids, takes these for missing, and a quote at the start for that of
 # a quoted field; the last is RecBole's padding.
@@ -48,16 +49,22 @@ NO_DATE = r"now|today|\d{1,2}:\d\d(:\d\d(\.\d+)?)?\s*([ap]\.?m\.?)?"
 ZONE = r":\d\d.*?(?:Z|UTC|GMT|[+-]\d\d:?(?:\d\d)?)$"
 """How a time ends that tells its time zone."""
 
+NAMED_ZONE = r":\d\d.*?\s(?!UTC$|GMT$|[AP]M$)[A-Z]{2,5}$"
+"""How one ends that names another one than pandas knows, which would take it for UTC's."""
+
 UNREADABLE = (
     ValueError,
     LookupError,
     OSError,
     EOFError,
+    ImportError,
+    csv.Error,
     zlib.error,
     lzma.LZMAError,
+    tarfile.TarError,
     zipfile.BadZipFile,
 )
-"""What is raised where a file, perhaps a compressed one, is no text."""
+"""What is raised where a file, perhaps a compressed one, is no text, or nothing here unpacks it."""
 
 
 def write_atomic(
@@ -140,9 +147,7 @@ def write_atomic(
 
     with ExitStack() as whole:
         # A folder that is there already may hold files of the user's.
-        place = whole.enter_context(
-            nullcontext(folder) if folder.exists() else whole_folder(folder)
-        )
+        place = whole.enter_context(nullcontext(folder) if folder.exists() else new_folder(folder))
         for end, table in (("inter", inter), ("item", unique)):
             part = whole.enter_context(whole_file(place / paths[end].name))
             table.to_csv(
@@ -250,7 +255,13 @@ def _read_csv(
         fits = lambda each: (set(columns) <= set(headers[each]), len(headers[each]))  # noqa: E731
         chosen = max(headers, key=fits)
         names = headers[chosen]
-        frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, sep=chosen)
+        frame = pd.read_csv(
+            io.StringIO(text),
+            dtype=str,
+            keep_default_na=False,
+            sep=chosen,
+            quoting=_quoting(text, chosen),
+        )
         if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what has no name for an index
             raise ValueError("its rows have more values than its header has names")
     except UNREADABLE as error:
@@ -265,6 +276,52 @@ def _read_csv(
         ) from error
     # pandas renames what comes twice
     return frame.set_axis(names, axis=1) if len(names) == len(frame.columns) else frame
+
+
+def _quoting(text: str, separator: str) -> Literal[0, 3]:
+    """Does a quote open a field, or is it a letter? Tables with tabs are written either way, and it
+    is a letter where each line then has the header's number of fields. A title that begins with one
+    would swallow the rows up to the next:
+    ::
+
+        5  "Heroes        5  Heroes 6 Brazil 7 Low
+        6  Brazil    ->
+        7  "Low
+
+    Raises:
+        ValueError: it seems to be both, in a table without tabs.
+    """
+    if '"' not in text:
+        return csv.QUOTE_MINIMAL
+    swallowed, _ = _swallowed(text, separator, strict=False)
+    _, proper = _swallowed(text, separator, strict=True)
+    if separator == "\t" and (swallowed or not proper):
+        fields = {line.count(separator) for line in re.split("\r\n|\r|\n", text) if line.strip()}
+        if len(fields) == 1:
+            return csv.QUOTE_NONE
+    if swallowed and not proper:
+        raise ValueError(
+            f"a quote opens a field that ends in line {swallowed}, and another stands within one; "
+            "a quote that is a letter must be written twice, in a field that is quoted"
+        )
+    return csv.QUOTE_MINIMAL
+
+
+def _swallowed(text: str, separator: str, strict: bool) -> tuple[int, bool]:
+    """The last line of a row with a field that holds the separator and a line break, or 0; and can
+    all be read?"""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=strict)
+    before = last = 0
+    try:
+        for row in reader:
+            if reader.line_num > before + 1 and any(
+                separator in field and ("\n" in field or "\r" in field) for field in row
+            ):
+                last = reader.line_num
+            before = reader.line_num
+    except csv.Error:
+        return last, False
+    return last, True
 
 
 def decoded(path: str | Path, encoding: str | None) -> str:
@@ -411,6 +468,12 @@ def _unit(times: pd.Series, text: pd.Series, source: str) -> str:
 
 def _dates(text: pd.Series, source: str) -> pd.Series:
     """Moments, none where there is no date."""
+    _refuse(
+        text.str.contains(NAMED_ZONE),
+        text,
+        source,
+        "names a time zone; write the hours from UTC, as in 2024-01-31 18:05-08:00",
+    )
     zone = text.str.contains(ZONE)
     _refuse_both(
         zone,

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import yaml
 from recbole_sdpo.data.atomic import HALF, check_name, without_quote
 from recbole_sdpo.data.json_rows import json_rows
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import user_path, whole_folder
+from recbole_sdpo.files import new_folder, user_path
 
 PHASES = ("train", "valid", "test")
 KEYS = ("historyList", "itemList", "trueSelection")
@@ -313,17 +314,21 @@ def write_published(
         train, valid, test, encoding: see :class:`Published`.
 
     Raises:
-        UserError: a name or a file cannot be used, or no row of a file.
+        UserError: a name or a file cannot be used, or no row of a file; or two are one file.
         UserError: there is such a folder already; nothing is overwritten.
     """
     check_name(name)
     folder = user_path(output) / name
     if folder.exists():
         raise UserError(f"{folder} exists already; delete it, or choose another name or output.")
-    published = Published(
-        dict(zip(PHASES, map(user_path, (train, valid, test)), strict=True)), encoding
-    )
-    with whole_folder(folder) as place:
+    files = dict(zip(PHASES, map(user_path, (train, valid, test)), strict=True))
+    for (one, first), (other, second) in combinations(files.items(), 2):
+        if first.resolve() == second.resolve():
+            raise UserError(
+                f"lists_{other}={str(second)!r} is the file of lists_{one}; each must be another."
+            )
+    published = Published(files, encoding)
+    with new_folder(folder) as place:
         ids, counts, longest = _write(place, name, published)
         settings = {
             "data_path": str(folder.parent),

@@ -15,6 +15,7 @@ from recbole_sdpo.command import program
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.atomic import write_atomic
 from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.json_rows import json_rows
 from recbole_sdpo.errors import UserError
 from tests.conftest import TINY
 
@@ -320,6 +321,14 @@ def test_times_that_may_stand_for_none_are_warned_of(tmp_path, times, row):
         (
             {
                 "events": events(
+                    ("u", "a", "2024-01-31 18:05 UTC"), ("u", "b", "2024-01-31 18:05:00 PST")
+                )
+            },
+            "row 3 .* '2024-01-31 18:05:00 PST' names a time zone; write the hours from UTC",
+        ),
+        (
+            {
+                "events": events(
                     ("u", "a", 1_700_000_000), ("u", "b", 5), ("u", "b", 1_600_000_000_000)
                 )
             },
@@ -419,6 +428,38 @@ def test_no_id_is_accepted_that_recbole_would_take_for_missing(tmp_path, value):
         write_atomic(events((value, "a", 1)), ITEMS, "shop", tmp_path)
 
 
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_a_quote_that_is_a_letter_swallows_no_rows(tmp_path, separator):
+    text = '1,"Heroes\n2,Brazil\n3,"Low\n4,"Heroes" (Live)\n5,7" Single\n'.replace(",", separator)
+    (tmp_path / "items.csv").write_text(f"item_id{separator}title\n{text}")
+    tables = events(("u", "1", 1), ("u", "2", 2)), tmp_path / "items.csv"
+    if separator == ",":
+        with pytest.raises(UserError, match="a quote opens a field that ends in line 4, and ano"):
+            write_atomic(*tables, "shop", tmp_path)
+        return
+    write_atomic(*tables, "shop", tmp_path)
+    titles = (tmp_path / "shop" / "shop.item").read_text().splitlines()[1:]
+    assert titles == ["1\t'Heroes", "2\tBrazil", "3\t'Low", "4\t'Heroes' (Live)", '5\t7" Single']
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_a_quoted_field_may_hold_the_separator_and_lines(tmp_path, separator):
+    table = pd.DataFrame({"item_id": ["1", "2"], "title": [f'A "{separator}\nb', "B"]})
+    write_csv(table, tmp_path / "items.csv", separator)
+    write_atomic(events(("u", "1", 1), ("u", "2", 2)), tmp_path / "items.csv", "shop", tmp_path)
+    comma = separator.strip()
+    assert f'1\tA "{comma} b\n' in (tmp_path / "shop" / "shop.item").read_text()
+
+
+def test_nothing_beside_a_dataset_is_touched(tmp_path):
+    for name in ("shop.old", "shop.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    write_atomic(SOME, ITEMS, "shop", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"shop", "shop.old", "shop.part"}
+    assert all((tmp_path / f"shop.{end}" / "notes.txt").is_file() for end in ("old", "part"))
+
+
 def test_nothing_is_overwritten(tmp_path):
     write_atomic(SOME, ITEMS, "shop", tmp_path)
     before = (tmp_path / "shop" / "shop.inter").read_text()
@@ -458,6 +499,7 @@ def test_nothing_is_overwritten(tmp_path):
             "events.csv' cannot be read: line 2 is not in utf-8; encoding must be that of the "
             "file, such as cp1252",
         ),
+        (b"x" * 200_000, "events.csv' cannot be read: field larger than field limit"),
         (
             b"user_id,item_id,timestamp\nu,a\n",
             "events.csv, row 2 .* column 'timestamp': '' is no time",
@@ -470,6 +512,19 @@ def test_a_file_that_is_no_csv_is_named(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         write_atomic(path, ITEMS, "shop", tmp_path)
+
+
+@pytest.mark.parametrize("end", ["gz", "bz2", "xz", "zip", "tar", "zst"])
+def test_a_file_that_is_not_packed_as_its_name_says_is_named(tmp_path, monkeypatch, end):
+    """Nor is one that nothing here unpacks."""
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    path = tmp_path / f"events.csv.{end}"
+    path.write_text("user_id,item_id,timestamp\nu,a,1\n")
+    with pytest.raises(UserError, match="^events='.*' cannot be read") as of_table:
+        write_atomic(path, ITEMS, "shop", tmp_path)
+    with pytest.raises(UserError, match=f"events.csv.{end} cannot be read") as of_rows:
+        list(json_rows(path))
+    assert "\n" not in f"{of_table.value}{of_rows.value}"
 
 
 def test_the_command_writes_and_reports_and_refuses_in_one_line(tmp_path, monkeypatch, capsys):

@@ -213,9 +213,18 @@ def test_memory_does_not_grow_with_rows(tmp_path, monkeypatch):
 
 
 def test_a_pipe_which_cannot_be_read_again_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
+    pipes = [tmp_path / f"{phase}.pipe" for phase in PHASES]
+    for pipe in pipes:
+        os.mkfifo(pipe)
     with pytest.raises(UserError, match="pipe must be a file, not a pipe, for it is read again"):
-        write_published(*[tmp_path / "pipe"] * 3, "x", tmp_path)
+        write_published(*pipes, "x", tmp_path)
+
+
+def test_a_file_is_of_one_phase(tmp_path):
+    write(tmp_path)
+    train, valid = tmp_path / "train.json", tmp_path / "valid.json"
+    with pytest.raises(UserError, match="lists_test=.*' is the file of lists_train; each"):
+        write_published(train, valid, tmp_path / "." / "train.json", "x", tmp_path)
 
 
 def test_an_audit_reads_the_lists_that_an_import_makes(tmp_path, monkeypatch, capsys):
@@ -249,7 +258,7 @@ def test_nothing_is_overwritten_and_names_are_checked(tmp_path):
     with pytest.raises(UserError, match="name='../x' must be of letters"):
         write(tmp_path, name="../x")
     with pytest.raises(UserError, match="none.json cannot be read: there is no such file"):
-        write_published("none.json", "none.json", "none.json", "x", tmp_path)
+        write_published("none.json", "some.json", "more.json", "x", tmp_path)
 
 
 @pytest.mark.parametrize(
