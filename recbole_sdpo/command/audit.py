@@ -139,6 +139,8 @@ def _of_dataset(name: str, settings: dict[str, Any]) -> Known:
         catalogue = Catalogue.from_dataset(dataset, own.title_fields, own.title_article_first)
         lengths = np.array([len(title) for title in catalogue.titles])
     except NoTitles:
+        if "title_fields" in settings:
+            raise
         catalogue, lengths = Catalogue.without_titles(dataset), None
     items = KnownItems(dataset, catalogue)
     train_data, *_ = data_preparation(config, dataset)
@@ -199,7 +201,12 @@ def _parts(files: dict[str, Path], items: Coder) -> dict[str, CandidateLists]:
                 f"--{phase}={files[phase]}: {files['test']} has lists of the phase {phase} "
                 "already; leave it out."
             )
-        parts[phase] = read_lists(files[phase], Numbers(), items)
+        parts[phase] = read_lists(files[phase], Numbers(), items, phase).of(phase)
+        if not len(parts[phase]):
+            raise UserError(
+                f"--{phase}={files[phase]} has no lists of the phase {phase}; it must have some, "
+                "or name no phases."
+            )
     return parts
 
 
@@ -232,7 +239,10 @@ def _table(found: Audit, file: str, candidates: int) -> str:
         "",
     ]
     names = {guess.guesser for guess in found.guesses}
-    for name, need in (("popularity", "--dataset or --train"), ("title length", "--dataset")):
+    for name, need in (
+        ("popularity", "--dataset or --train"),
+        ("title length", "a --dataset with titles"),
+    ):
         if name not in names:
             lines.append(f"The guesser by {name} is left out; it needs {need}.")
     warnings = [f"warning: {text}" for text in found.warnings(Path(file).name)]

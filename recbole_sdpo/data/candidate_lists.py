@@ -125,59 +125,95 @@ class KnownItems:
         own, self._shared = names[~shared], frozenset(names["name"][shared])
         self._titles, self._of_title = pd.Index(own["name"]), own["item"].to_numpy()
         # Ids that are the title of another item, such as the film 187.
-        folds = [folded(token) for token in self._tokens]
-        place = self._titles.get_indexer(folds)
-        others = (place >= 0) & (self._of_title[place] != np.arange(len(folds)))
-        self._both = frozenset(self._tokens[others])
+        place = self._titles.get_indexer([folded(token) for token in self._tokens])
+        titled = np.flatnonzero(place >= 0)
+        self._both = np.zeros(len(place), bool)
+        self._both[titled] = self._of_title[place[titled]] != titled
+        # Over all calls: is there such a text, and which was the first in doubt?
+        self._met = {"id": False, "title": False}
+        self._doubt = {"id": "", "title": ""}
 
     def __call__(self, texts: np.ndarray) -> np.ndarray:
         """As :meth:`KnownUsers.__call__`, also for a title that one item alone has, as models read
-        it or as the file has it, whatever its case and blanks."""
+        it or as the file has it, whatever its case and blanks.
+
+        Two kinds of text are in doubt: an id that is the title of another item, and a number that
+        is no id but a title, such as the film 2012. The first is taken with ids alone, the second
+        with titles alone, in all calls together.
+        """
         flat = texts.reshape(-1)
         places = self._tokens.get_indexer(flat)
         unknown = np.flatnonzero(places < 0)
-        found = self._titles.get_indexer([folded(text) for text in flat[unknown]])
-        places[unknown[found >= 0]] = self._of_title[found[found >= 0]]
-        if len(unknown):  # where all are ids, a title means nothing
-            places[[text in self._both for text in flat]] = -1
+        title = self._titles.get_indexer([folded(text) for text in flat[unknown]])
+        ids, names = np.flatnonzero(places >= 0), unknown[title >= 0]
+        doubts = {
+            "id": ids[self._both[places[ids]]],
+            "title": names[np.array([_is_number(text) for text in flat[names]], bool)],
+        }
+        places[names] = self._of_title[title[title >= 0]]
+        self._met["id"] |= len(ids) > 0
+        self._met["title"] |= len(names) > 0
+        for side, other, rows in (("id", "title", ids), ("title", "id", names)):
+            if self._met[other]:
+                places[doubts[side]] = -1
+            elif len(doubts[side]):
+                self._doubt[side] = flat[doubts[side][0]]
+            if self._doubt[other]:
+                places[rows] = -1
         return np.where(places < 0, -1, places + 1).astype(np.int32).reshape(texts.shape)
 
     def fault(self, text: str) -> str:
         """What is wrong with a text that has no number."""
         if folded(text) in self._shared:
             return f"{shown(text)} is the title of several items; give the item's id"
-        if text in self._both:
+        place = self._tokens.get_indexer([text])[0]
+        if place >= 0 and self._both[place]:
             return f"{shown(text)} is the id of one item and the title of another; give ids alone"
+        alone = "give ids alone, or titles alone"
+        if place >= 0:
+            doubt = shown(self._doubt["title"])
+            return f"{shown(text)} is an item's id, and {doubt} before it is a title; {alone}"
+        if folded(text) in self._titles:
+            if _is_number(text):
+                return f"{shown(text)} is a title and no item's id, and others are ids; {alone}"
+            doubt = shown(self._doubt["id"])
+            return (
+                f"{shown(text)} is a title, and {doubt} before it the id of one item and the title "
+                f"of another; {alone}"
+            )
         return (
             f"item {shown(text)} must be an item's id in the dataset, or its title, such as "
             f"{shown(self._example)}"
         )
 
 
+def _is_number(text: str) -> bool:
+    return text.strip().isdecimal()
+
+
 Coder = Numbers | KnownUsers | KnownItems
 
 
 class ListRow(NamedTuple):
-    """A row as it is written: its number in the file from 1, and its parts; a phase of None is the
-    test."""
+    """A row as it is written: its number in the file from 1, and its parts."""
 
     number: int
     user: Any
     target: Any
     candidates: Sequence[Any]
-    phase: Any = None
+    phase: Any
 
 
-def read_lists(file: Path, users: Coder, items: Coder) -> CandidateLists:
+def read_lists(file: Path, users: Coder, items: Coder, phase: str = "test") -> CandidateLists:
     """Read a file of candidate lists.
 
     ``.csv`` has the header ``user,target,candidate_1,…,candidate_N[,phase]``. ``.json`` and
     ``.jsonl`` hold a list of objects, or an object a line, with ``user``, ``target``,
-    ``candidates`` and maybe ``phase``: one of :data:`PHASES`, or all rows are of the test. It may
-    be compressed, as ``.csv.gz``.
+    ``candidates`` and maybe ``phase``, one of :data:`PHASES`. It may be compressed, as ``.csv.gz``.
 
     Args:
         users, items: give texts their numbers.
+        phase: of the rows that name none.
 
     Raises:
         UserError: the file cannot be read, is of another kind, or is empty.
@@ -185,7 +221,7 @@ def read_lists(file: Path, users: Coder, items: Coder) -> CandidateLists:
             target or has an item twice; or a user or item is unknown.
         UserError: a pair of user and target is there twice in one phase.
     """
-    lists = lists_of(_rows(file), file, users, items)
+    lists = lists_of(_rows(file, phase), file, users, items)
     if not len(lists):
         raise UserError(f"{file} is empty; it must have a row for each candidate list.")
     return lists
@@ -235,7 +271,7 @@ def _coded(
         ),
     )
     refuse(
-        np.array([row.phase is not None and row.phase not in PHASES for row in rows]),
+        np.array([row.phase not in PHASES for row in rows]),
         lambda row: f"phase {shown(rows[row].phase)} must be one of {', '.join(PHASES)}",
     )
     texts = np.empty((len(rows), 2 + length), object)
@@ -264,7 +300,7 @@ def _coded(
         (candidates != target[:, None]).all(1),
         lambda row: f"the target {shown(texts[row, 1])} must be among the candidates",
     )
-    phase = [PHASES.index("test" if row.phase is None else row.phase) for row in rows]
+    phase = [PHASES.index(row.phase) for row in rows]
     return CandidateLists(user, target, candidates, np.array(phase, np.int8))
 
 
@@ -302,16 +338,16 @@ def kind_of(file: Path) -> str:
     raise UserError(f"{file} must be a file of candidate lists: .csv, .json or .jsonl.")
 
 
-def _rows(file: Path) -> Iterator[ListRow]:
-    """The rows of a file, as they are written."""
+def _rows(file: Path, phase: str) -> Iterator[ListRow]:
+    """The rows of a file, as they are written, of ``phase`` where they name none."""
     if kind_of(file) == ".csv":
         with opened(file) as stream:
-            yield from _csv_rows(stream, file)
+            yield from _csv_rows(stream, file, phase)
     else:
-        yield from _named(json_rows(file), file)
+        yield from _named(json_rows(file), file, phase)
 
 
-def _csv_rows(stream: TextIO, file: Path) -> Iterator[ListRow]:
+def _csv_rows(stream: TextIO, file: Path, default: str) -> Iterator[ListRow]:
     reader = csv.reader(stream, strict=True)
     try:
         head = next(reader, [])
@@ -338,13 +374,13 @@ def _csv_rows(stream: TextIO, file: Path) -> Iterator[ListRow]:
                 fields[user],
                 fields[target],
                 [fields[place] for place in candidates if fields[place].strip()],
-                fields[phase] if phase is not None else None,
+                fields[phase] if phase is not None else default,
             )
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num} is not CSV: {error}.") from error
 
 
-def _named(objects: Iterator[Any], file: Path) -> Iterator[ListRow]:
+def _named(objects: Iterator[Any], file: Path, phase: str) -> Iterator[ListRow]:
     """The parts of each object."""
     for row, item in enumerate(objects, 1):
         where = f"{file}, row {row}"
@@ -360,4 +396,11 @@ def _named(objects: Iterator[Any], file: Path) -> Iterator[ListRow]:
                 raise UserError(f"{where} has no key {key!r}.")
         if not isinstance(item["candidates"], list):
             raise UserError(f"{where}: candidates={shown(item['candidates'])} must be a list.")
-        yield ListRow(row, item["user"], item["target"], item["candidates"], item.get("phase"))
+        named = item.get("phase")
+        yield ListRow(
+            row,
+            item["user"],
+            item["target"],
+            item["candidates"],
+            phase if named is None else named,
+        )

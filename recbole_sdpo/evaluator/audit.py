@@ -28,9 +28,12 @@ NOTABLE = 0.02
 """Of HR@1: a guesser that is less above what popularity explains is not warned of, for the model of
 popularity is not exact, and with many lists everything is significant."""
 
-MOST_LISTS, MOST_REFERENCE, MOST_PAIRS = 100_000, 200_000, 200_000_000
-"""Lists that are guessed, and that are learned from, and pairs of candidates of one list; of more,
-so many lists are drawn."""
+MOST_LISTS, MOST_PAIRS, MOST_LEARNED = 100_000, 200_000_000, 4_000_000
+"""Lists that are guessed, pairs of candidates of one of them, and candidates of the lists that are
+learned from; of more, so many lists are drawn."""
+
+FELLOWS = 100
+"""Candidates of a list that are looked for in others; of more, so many are drawn for each list."""
 
 MOST_FITTED = 20_000
 """Lists by which it is estimated what popularity explains."""
@@ -208,11 +211,12 @@ def audit(
             lists.take(np.sort(half)) for half in np.split(order, [len(lists) // 2])
         )
     assert reference is not None
-    most = min(MOST_LISTS, max(2, MOST_PAIRS // lists.items.shape[1] ** 2))
-    lists, reference = _some(lists, most, rng), _some(reference, MOST_REFERENCE, rng)
-    scores = _scores(lists, reference, popularity, title_length)
+    each = lists.items.shape[1]
+    lists = _some(lists, min(MOST_LISTS, max(2, MOST_PAIRS // each**2)), rng)
+    reference = _some(reference, max(2, MOST_LEARNED // each), rng)
+    scores = _scores(lists, reference, popularity, title_length, rng)
     anew = _drawn_anew(lists, reference, popularity, rng)
-    hit, ndcg = _gains(np.zeros((1, lists.items.shape[1])))
+    hit, ndcg = _gains(np.zeros((1, each)))
     return Audit(
         lists=len(lists),
         reference=len(reference),
@@ -256,6 +260,7 @@ def _scores(
     reference: Lists,
     popularity: np.ndarray | None,
     title_length: np.ndarray | None,
+    rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
     """A score for each candidate, ``[L, C]``, by each guesser that can guess."""
     scores = {}
@@ -268,7 +273,7 @@ def _scores(
         ]
         scores["position"] = _learned(lists, reference, *places)
     scores[SHARE] = _learned(lists, reference, lists.items, reference.items)
-    scores["nearest lists"] = _nearest(lists, reference)
+    scores["nearest lists"] = _nearest(lists, reference, rng)
     if title_length is not None:
         lengths = title_length[reference.items]
         edges = np.unique(np.quantile(lengths, np.linspace(0, 1, 11)[1:-1]))
@@ -293,9 +298,9 @@ def _learned(
     return ((hits + 1) / (seen + each))[groups]
 
 
-def _nearest(lists: Lists, reference: Lists) -> np.ndarray:
-    """For each candidate how many of its list's candidates the reference lists hold on average of
-    which it is the target; 0 where there is none.
+def _nearest(lists: Lists, reference: Lists, rng: np.random.Generator) -> np.ndarray:
+    """For each candidate how many of its list's candidates, or of :data:`FELLOWS` of them, the
+    reference lists hold on average of which it is the target; 0 where there is none.
 
     Lists drawn after ``random.seed(target)`` share all their negatives with those of the same
     target, wherever these are; others share as many as chance will.
@@ -320,8 +325,10 @@ def _nearest(lists: Lists, reference: Lists) -> np.ndarray:
         row, place = np.nonzero(times[some])  # the others have no list
         if not len(row):
             continue
-        candidate, fellows = some[row, place], some[row]
-        held = together[np.repeat(candidate, some.shape[1]), fellows.reshape(-1)]
+        # Drawn without a look at the places, for the target may have one of its own.
+        drawn = rng.permuted(some, axis=1)[:, :FELLOWS] if some.shape[1] > FELLOWS else some
+        candidate, fellows = some[row, place], drawn[row]
+        held = together[np.repeat(candidate, fellows.shape[1]), fellows.reshape(-1)]
         overlap = np.asarray(held).reshape(fellows.shape).sum(1)
         scores[rows.start + row, place] = overlap / times[candidate]
     return scores

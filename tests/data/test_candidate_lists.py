@@ -111,6 +111,50 @@ def test_an_item_may_be_named_by_a_title_that_it_alone_has(tmp_path):
     assert lists.items.tolist() == [[4, 6, 1]] and lists.target.tolist() == [4]
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([["1", "2"], ["3", "4"]], None),  # ids alone; 3 is also a title
+        ([["one", "two"], ["2012", "four"]], None),  # titles alone; 2012 is a title alone
+        ([["one", "2"], ["four", "1"]], None),  # neither is in doubt
+        ([["1", "2"], ["3", "one"]], "is the id of one item and the title of another"),
+        ([["3", "2"], ["4", "one"]], "of another; give ids alone"),
+        ([["one", "2"], ["3", "4"]], "'3' is the id of one item and the title of another"),
+        ([["1", "2"], ["2012", "4"]], "'2012' is a title and no item's id, and others are ids"),
+        ([["2012", "one"], ["1", "4"]], "give ids alone, or titles alone"),
+        ([["2012", "3"], ["one", "four"]], "give ids alone"),
+    ],
+)
+def test_a_text_in_doubt_is_read_alike_wherever_it_stands(tmp_path, texts, at_once, message):
+    dataset = SimpleNamespace(
+        uid_field="user",
+        iid_field="item",
+        field2id_token={"user": np.array(["[PAD]", "u"]), "item": np.array(["[PAD]", *"12345"])},
+    )
+    titles = ("", "one", "two", "2012", "four", "3")
+    coders = Numbers(), KnownItems(dataset, Catalogue(titles, np.array([], int)))
+    file = tmp_path / "lists.json"
+    rows = [{"user": str(n), "target": row[0], "candidates": row} for n, row in enumerate(texts)]
+    file.write_text(json.dumps(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidate_lists, "ROWS_AT_ONCE", at_once)
+        if message:
+            with pytest.raises(UserError, match=message):
+                read_lists(file, *coders)
+            return
+        items = read_lists(file, *coders).items
+    title = {name: item for item, name in enumerate(titles) if item}
+    ids = all(text in "12345" for row in texts for text in row)
+    expected = [[int(t) if ids or t in "12345" else title[t] for t in row] for row in texts]
+    assert items.tolist() == expected
+
+
+def test_lists_of_ids_need_no_title_that_one_item_alone_has(tmp_path):
+    lists = read_lists(write(tmp_path / "a.csv", GOOD), *toy(["twin"] * 12))
+    assert lists.items.tolist() == [[2, 3, 4], [5, 6, 7]]
+
+
 GOOD = [("u1", "test", ["i1", "i2", "i3"], 0), ("u2", "test", ["i4", "i5", "i6"], 2)]
 
 
@@ -209,9 +253,11 @@ def test_a_text_that_is_one_items_id_and_anothers_title_is_no_title(tmp_path, ti
         file.write_text(re.sub(r"(^|\t)i(?=\d)", r"\1B", file.read_text(), flags=re.M))
     config = RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
     dataset = create_dataset(config)
-    items = KnownItems(dataset, Catalogue.from_dataset(dataset, ["title"]))
+    catalogue = Catalogue.from_dataset(dataset, ["title"])
     tokens = dataset.field2id_token["item_id"]
-    assert tokens[items(np.array(["B3", "B1"], object))].tolist() == ["B3", "B1"]
+    ids = KnownItems(dataset, catalogue)(np.array(["B3", "B1"], object))
+    assert tokens[ids].tolist() == ["B3", "B1"]
+    items = KnownItems(dataset, catalogue)
     read = items(np.array(["B3", "One"], object))
     assert read[0] < 1 and tokens[read[1]] == "B1"
     assert "the id of one item and the title of another" in items.fault("B3")

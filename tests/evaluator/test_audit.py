@@ -2,6 +2,7 @@ import json
 import random
 from collections import Counter
 from itertools import pairwise, permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,15 +180,40 @@ def test_the_nearest_lists_are_those_that_hold_most_of_the_candidates(monkeypatc
     monkeypatch.setattr(module, "PAIRS_AT_ONCE", 7 * 20**2)
     rng = np.random.default_rng(1)
     lists, reference = clean(rng, 30), clean(rng, 50)
-    got = module._nearest(lists, reference)
+    got = module._nearest(lists, reference, rng)
     for row, items in enumerate(lists.items):
         for place, item in enumerate(items):
             theirs = reference.items[reference.target == item]
             overlaps = [len(set(other) & set(items)) for other in theirs]
             assert got[row, place] == pytest.approx(np.mean(overlaps) if overlaps else 0)
     example = Lists(np.array([0, 1, 1]), np.array([[0, 1, 2, 3], [1, 3, 4, 5], [1, 0, 4, 5]]))
-    (scores,) = module._nearest(Lists(np.array([1]), np.array([[0, 1, 4, 5]])), example)
+    (scores,) = module._nearest(Lists(np.array([1]), np.array([[0, 1, 4, 5]])), example, rng)
     assert scores.tolist() == [2, 3.5, 0, 0]  # as drawn in its docstring
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_of_long_lists_some_candidates_are_looked_for_and_tell_the_target_no_less(
+    monkeypatch, ordered
+):
+    """Those that a list is compared by must not depend on which the target is."""
+    monkeypatch.setattr(module, "FELLOWS", 3)
+    for make, gives_away in ((clean, 0), (leaky, 20)):
+        alarms = 0
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            lists, reference = make(rng, 150), make(rng, 150)
+            if not ordered:  # the target first
+                lists, reference = (
+                    Lists(
+                        each.target,
+                        np.column_stack([each.target, each.items[~each.own].reshape(150, -1)]),
+                        ordered=False,
+                    )
+                    for each in (lists, reference)
+                )
+            found = audit(lists, reference, popularity(0.8))
+            alarms += any(g.gives_away for g in found.guesses if g.guesser == "nearest lists")
+        assert alarms >= gives_away if gives_away else alarms <= 3
 
 
 def test_a_rare_groups_share_of_targets_is_near_chance():
@@ -204,7 +230,7 @@ def test_no_guesser_knows_the_targets_that_it_guesses():
     lists, reference = leaky(rng, 60), leaky(rng, 60)
     others = Lists(lists.items[np.arange(60), rng.integers(0, EACH, 60)], lists.items)
     known = reference, popularity(1), LENGTHS
-    once, again = module._scores(lists, *known), module._scores(others, *known)
+    once, again = (module._scores(each, *known, rng) for each in (lists, others))
     assert once.keys() == again.keys() and len(once) == 5
     for name in once:
         np.testing.assert_array_equal(once[name], again[name])
@@ -232,7 +258,7 @@ def test_what_popularity_explains_is_what_it_makes_of_the_lists():
 
 def test_of_many_lists_some_are_drawn(monkeypatch):
     monkeypatch.setattr(module, "MOST_LISTS", 50)
-    monkeypatch.setattr(module, "MOST_REFERENCE", 70)
+    monkeypatch.setattr(module, "MOST_LEARNED", 70 * EACH)
     rng = np.random.default_rng(4)
     lists, reference = leaky(rng, 200), leaky(rng, 200)
     found = audit(lists, reference)
@@ -328,6 +354,44 @@ def test_the_command_knows_a_datasets_titles_and_refuses_what_it_cannot_use(
     file.write_text("\n".join(file.read_text().splitlines()[:2]))
     with pytest.raises(UserError, match="has 1 list of the test; it must have two or more"):
         call(monkeypatch, capsys, str(file))
+
+
+def csv_lists(file, lists, *phases):
+    """Of these phases in turn, or without a column of them."""
+    head = ["user", "target", *(f"candidate_{n + 1}" for n in range(EACH))]
+    rows = [head + ["phase"] * bool(phases)]
+    for user, (target, items) in enumerate(zip(lists.target, lists.items.tolist(), strict=True)):
+        phase = [phases[user % len(phases)]] if phases else []
+        rows.append([f"u{user}", target, *items, *phase])
+    file.write_text("\n".join(",".join(map(str, row)) for row in rows))
+    return str(file)
+
+
+def test_the_command_learns_from_the_lists_of_the_phase_alone(tmp_path, monkeypatch, capsys):
+    lists = clean(np.random.default_rng(6), 300)
+    thirds = [lists.take(np.arange(300) % 3 == n) for n in range(3)]
+    every = csv_lists(tmp_path / "all.csv", lists, *("train", "valid", "test"))
+    train, valid, test = (csv_lists(tmp_path / f"{n}.csv", third) for n, third in enumerate(thirds))
+    apart = call(monkeypatch, capsys, test, f"--train={train}", f"--valid={valid}")
+    assert "100 lists of 6 candidates; guessers learned from 200 lists of other" in apart
+    assert call(monkeypatch, capsys, test, f"--train={every}", f"--valid={every}") == apart
+    named = csv_lists(tmp_path / "named.csv", thirds[1], "valid")
+    with pytest.raises(UserError, match="--train=.*named.csv has no lists of the phase train; it"):
+        call(monkeypatch, capsys, test, f"--train={named}")
+
+
+def test_the_command_says_what_title_length_needs(ring, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "lists.csv"
+    rows = [f"u{n},i{1 + n % 24},i{1 + n % 24},i{1 + (n + 5) % 24}" for n in range(4)]
+    file.write_text("\n".join(["user,target,candidate_1,candidate_2", *rows]))
+    data = [str(file), "--dataset=toy", f"--data_path={ring['data_path']}"]
+    with pytest.raises(UserError, match="title_fields=.* has no column 'class'"):
+        call(monkeypatch, capsys, *data, "--title_fields=['class']")
+    items = next(Path(ring["data_path"]).rglob("toy.item"))
+    items.rename(tmp_path / "gone")
+    out = call(monkeypatch, capsys, *data)
+    (tmp_path / "gone").rename(items)
+    assert "The guesser by title length is left out; it needs a --dataset with titles." in out
 
 
 def test_files_of_two_kinds_are_not_audited_together(tmp_path, monkeypatch, capsys):
