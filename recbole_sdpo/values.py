@@ -39,6 +39,14 @@ def value(text: str) -> Any:
     return text if _fault(literal) else literal
 
 
+def several(setting: Any) -> list[Any]:
+    """The values of a setting that may be one or several, or the text of either; none of null."""
+    read = value(setting) if isinstance(setting, str) else setting
+    if read is None:
+        return []
+    return [*read] if isinstance(read, list | tuple) else [read]
+
+
 def shown(value: Any) -> str:
     """``value`` as an error shows it: not too long for a sentence."""
     text = repr(value)

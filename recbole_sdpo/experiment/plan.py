@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -14,12 +15,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 import recbole_sdpo
 from recbole_sdpo.checks.machine import check_folders
-from recbole_sdpo.checks.metrics import is_of_lists
+from recbole_sdpo.checks.metrics import is_of_lists, without_aliases
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import Templates
 from recbole_sdpo.data.tables import read_table
@@ -43,7 +43,7 @@ from recbole_sdpo.settings import (
     having,
     merged_parts,
 )
-from recbole_sdpo.values import check_values, read_yaml, shown
+from recbole_sdpo.values import check_values, read_yaml, several, shown
 
 Settings = dict[str, Any]
 
@@ -169,6 +169,11 @@ class Experiment:
             "names of metrics such as NDCG@5",
             lambda metric: isinstance(metric, str),
         )
+        names = [without_aliases("valid_metric", metric).lower() for metric in self.metrics]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                first = self.metrics[names.index(name)]
+                raise UserError(f"metrics: {self.metrics[place]!r} is {first!r}; give it once.")
         for metric in self.metrics:
             if is_of_lists(metric):
                 self._check_of_lists(metric)
@@ -253,8 +258,16 @@ class Experiment:
                 )
             if one.metric in [other.metric for other in entry.published[:place]]:
                 raise UserError(f"{where} has {one.metric} twice; give it once.")
-            if not 0 <= one.value <= 1:
-                raise UserError(f"{where}: value={shown(one.value)} must be a number, 0 to 1.")
+            of_lists = is_of_lists(one.metric)
+            if of_lists and self.candidates[0] != "full":
+                raise UserError(
+                    f"{where}: metric={shown(one.metric)} is of the whole catalogue, and published "
+                    f"values are of the first candidates; candidates={self.candidates} must begin "
+                    "with full."
+                )
+            if not 0 <= one.value <= (math.inf if of_lists else 1):
+                most = "more" if of_lists else "up to 1"
+                raise UserError(f"{where}: value={shown(one.value)} must be a number, 0 or {most}.")
             _check_name(f"{where}: source", one.source)
 
     def entries(self) -> list[Entry]:
@@ -427,8 +440,9 @@ def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
         if is_of_lists(metric) or (metric.lower() in OF_ANSWERS and entry.model == MODEL)
     ]
     if asked:
-        others = settings.get("metrics", default_settings(experiment.dataset)["metrics"])
-        settings["metrics"] = list(dict.fromkeys([*map(str, np.atleast_1d(others)), *asked]))
+        others = several(settings.get("metrics", default_settings(experiment.dataset)["metrics"]))
+        if others:  # else the run refuses the setting
+            settings["metrics"] = list(dict.fromkeys([*others, *asked]))
     if experiment.candidates[0] != FILE_MODE:
         mode = {"mode": experiment.candidates[0]}
         settings["eval_args"] = (settings.get("eval_args") or {}) | mode
@@ -499,12 +513,10 @@ def _check_metrics(experiment: Experiment, settings: Settings) -> None:
     """Of what all users get, the lists are as long as ``topk`` says; and of single targets, ranks
     are exact within the largest of these: beyond, equal scores share a rank, and
     ``full_sort=topk`` knows none."""
-    lengths = np.atleast_1d((default_settings(experiment.dataset) | settings)["topk"])
+    lengths = several(settings.get("topk")) or default_settings(experiment.dataset)["topk"]
     for metric in filter(is_of_lists, experiment.metrics):
         if int(metric.partition("@")[2]) not in lengths:
-            raise UserError(
-                f"metric {metric!r} needs its cut-off in topk, which is {lengths.tolist()}."
-            )
+            raise UserError(f"metric {metric!r} needs its cut-off in topk, which is {lengths}.")
     for metric in experiment.metrics:
         if int(metric.partition("@")[2] or 0) > max(lengths):
             raise UserError(

@@ -68,7 +68,8 @@ def run_experiment(
 
 
 def _finished(experiment: Experiment, runner: Runner, runs: list[Run]) -> list[FinishedRun]:
-    """Those runs that have a result, and so has what they begin from."""
+    """Those runs that have a result, and so has what they begin from, row by row, each of them seed
+    by seed: where one failed, the others keep their places."""
     axes = {entry.name: entry.axis for entry in experiment.entries()}
     finished = []
     for run in runs:
@@ -76,7 +77,8 @@ def _finished(experiment: Experiment, runner: Runner, runs: list[Run]) -> list[F
             start = runner.folder(run.start) if run.start else None
             folder, axis = runner.folder(run), axes[run.name]
             finished.append(FinishedRun.read(folder, start, run.name, axis, run.seed))
-    return finished
+    places = {name: place for place, name in enumerate(axes)}
+    return sorted(finished, key=lambda run: places[run.name])
 
 
 def _report(

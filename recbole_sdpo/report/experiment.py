@@ -74,7 +74,7 @@ pre {{ overflow: auto; background: #f5f5f5; padding: 1em }}
 """
 
 GROUPS_NOTE = (
-    "After ± stands half of the 95 % interval of the mean over targets. * differs from the best "
+    "In brackets stands the 95 % interval of the mean over targets. * differs from the best "
     "baseline of all targets (p < 0.05 after Holm's correction over all metrics, rows and groups "
     "of a candidate set and grouping)."
 )
@@ -144,13 +144,20 @@ def write_report(
     for name, picture in pictures.items():
         files |= {f"{name}.{end}": picture[end] for end in ENDS}
     folder.mkdir(parents=True, exist_ok=True)
+    before = _pictures_of(folder / "report.html")
     with ExitStack() as places:
         for name, content in files.items():
             places.enter_context(whole_file(folder / name)).write_bytes(content)
-    for name in drawings.keys() - pictures.keys():  # those of another report
+    for name in {*drawings, *before} - {*pictures}:  # those of another report
         for end in ENDS:
             (folder / f"{name}.{end}").unlink(missing_ok=True)
     return warnings
+
+
+def _pictures_of(page: Path) -> list[str]:
+    """The names of the figures that a report shows, if there is one."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    return [html.unescape(name) for name in re.findall(r"<img alt='([\w-]+)' src='data:", text)]
 
 
 def _page(
@@ -275,7 +282,7 @@ def _draw(name: str, draw: Callable[[], Figure], warnings: list[str]) -> Picture
 
 def _line(run: FinishedRun) -> dict:
     result = {key: run.result.get(key) for key in RESULT_KEYS}
-    return {"name": run.name, "train_s": run.wall_s, **result}
+    return {"name": run.name, "wall_s": run.wall_s, **result}
 
 
 def _fenced(text: str) -> str:

@@ -16,6 +16,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from recbole_sdpo.evaluator.significance import interval
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.report.comparison import Comparison, FinishedRun, Row
+from recbole_sdpo.report.groups import in_order
 from recbole_sdpo.report.table import PLAIN, metric_head
 
 SMOOTHED = 0.05
@@ -96,7 +97,7 @@ def bars(comparison: Comparison) -> Figure:
 def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
     """Each metric against the values of ``setting``: a line for each swept entry, and a panel for
     each metric and candidate set."""
-    metrics = comparisons[0].metrics
+    metrics = [*dict.fromkeys(metric for each in comparisons for metric in each.metrics)]
     size = (3.6 * len(metrics), 2.8 * len(comparisons))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(comparisons), len(metrics), squeeze=False)
@@ -107,9 +108,15 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
     )
     for comparison, line in zip(comparisons, panels):
         swept = [(*row.axis, row) for row in comparison.rows if row.axis and row.axis[1] == setting]
-        # In the order of the file, at equal distances.
-        values = list(dict.fromkeys(str(value) for _, _, value, _ in swept))
+        # At equal distances: numbers by their size, others in the order of the file.
+        ordered = [value for _, _, value, _ in swept]
+        if all(isinstance(value, int | float) for value in ordered):
+            ordered = sorted(ordered)
+        values = list(dict.fromkeys(map(str, ordered)))
         for axes, metric in zip(line, metrics):
+            if not any(len(row.by_seed(metric)) for *_, row in swept):
+                axes.remove()
+                continue
             for name in names:
                 rows = {values.index(str(value)): row for of, _, value, row in swept if of == name}
                 _line(axes, rows, metric)
@@ -168,7 +175,7 @@ def in_groups(panels: Mapping[str, pd.DataFrame], label: str) -> Figure:
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()
     ):
         _cycle(axes)
-        groups = part["group"].unique().tolist()
+        groups = in_order(part["group"])
         sizes = part.groupby("group")["targets"].max()
         for number, name in enumerate(names):
             row = part[part["model"] == name].set_index("group").reindex(groups)
@@ -201,10 +208,11 @@ def in_groups(panels: Mapping[str, pd.DataFrame], label: str) -> Figure:
 
 def _line(axes: Axes, rows: dict[int, Row], metric: str) -> None:
     """A point for each of ``rows``, at its place."""
-    spread = [row.std(metric) for row in rows.values()]
+    ordered = [row for _, row in sorted(rows.items())]
+    spread = [row.std(metric) for row in ordered]
     axes.errorbar(
-        list(rows),
-        [row.mean(metric) for row in rows.values()],
+        sorted(rows),
+        [row.mean(metric) for row in ordered],
         yerr=None if np.isnan(spread).all() else spread,
         marker="o",
         capsize=3,

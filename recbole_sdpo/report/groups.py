@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -178,12 +179,12 @@ def group_table(
     frame: pd.DataFrame, candidates: str, grouping: str, metric: str
 ) -> list[list[str]]:
     """Head and lines, one for each row and one of how many targets there are, of that part of a
-    :func:`group_frame`; none where it is empty. What is after ``±`` is half the interval."""
+    :func:`group_frame`; none where it is empty. In brackets stand the ends of the interval."""
     part = group_part(frame, candidates, grouping, metric)
     if part.empty:
         return []
     cells = part.assign(cell=[_cell(*cell) for cell in zip(*(part[c] for c in CELL), strict=True)])
-    groups = part["group"].unique().tolist()
+    groups = in_order(part["group"])
     shown = cells.pivot(index="model", columns="group", values="cell").fillna("")
     sizes = part.groupby("group")["targets"].max()
     return [
@@ -191,6 +192,17 @@ def group_table(
         *([name, *shown.loc[name, groups]] for name in part["model"].unique()),
         ["targets", *(f"{sizes[group]:,}" for group in groups)],
     ]
+
+
+def in_order(groups: Iterable[str]) -> list[str]:
+    """The different ``groups`` of one grouping, whichever row has which: thirds as
+    :data:`~recbole_sdpo.evaluator.ranks.THIRDS` has them, ranges by where they begin."""
+    return sorted(
+        set(groups),
+        key=lambda group: (
+            THIRDS.index(group) if group in THIRDS else int(re.split(r"\D", group)[0])
+        ),
+    )
 
 
 def group_part(frame: pd.DataFrame, candidates: str, grouping: str, metric: str) -> pd.DataFrame:
@@ -204,5 +216,5 @@ CELL = ["mean", "low", "high", "p_holm"]
 
 
 def _cell(mean: float, low: float, high: float, p: float) -> str:
-    half = "" if np.isnan(low) else f" ± {(high - low) / 2:.4f}"
-    return f"{mean:.4f}{half}" + "*" * (p < LEVEL)
+    ends = "" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]"
+    return f"{mean:.4f}{ends}" + "*" * (p < LEVEL)

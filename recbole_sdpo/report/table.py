@@ -173,7 +173,7 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
                     "test": difference and difference.test,
                     "p": difference and difference.p,
                     "p_holm": row.p.get(metric),
-                    "train_s": row.wall_s,
+                    "wall_s": row.wall_s,
                     **row.cost,
                 }
             )

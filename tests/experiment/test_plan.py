@@ -2,7 +2,9 @@
 begins."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.experiment import run as run_module
 from recbole_sdpo.experiment.plan import Entry, Experiment, grid, plan, with_settings, written
 
 THEIRS = {"metric": "HR@1", "value": 0.5, "source": "A paper, table 3"}
@@ -372,6 +375,33 @@ def test_every_model_gets_as_many_tries(write):
             ]
         ),
         (
+            {
+                "runs": [{"name": "a", "published": THEIRS | {"metric": "ItemCoverage@5"}}],
+                "metrics": ["HR@1", "ItemCoverage@5"],
+                "candidates": ["uni5", "full"],
+            },
+            r"metric='ItemCoverage@5' is of the whole catalogue, .*'full'\] must begin with full",
+        ),
+        (
+            {
+                "runs": [{"name": "a", "published": THEIRS | {"metric": "HR@1", "value": -1}}],
+                "candidates": ["full"],
+            },
+            "value=-1 must be a number, 0 or up to 1",
+        ),
+        (
+            {"metrics": ["HR@1", "NDCG@5", "hit@1"]},
+            "metrics: 'hit@1' is 'HR@1'; give it once",
+        ),
+        (
+            {
+                "settings": {"metrics": None},
+                "metrics": ["HR@1", "GiniIndex@5"],
+                "candidates": ["full"],
+            },
+            "run 'a': metrics=None must be a list of metrics",
+        ),
+        (
             {"runs": [{"name": "a", "published": THEIRS, "vary": {"beta": [1.0]}}]},
             "published of run 'a' must be left out where a setting varies",
         ),
@@ -546,6 +576,48 @@ def test_who_writes_is_asked_for_answers_that_the_table_wants(write):
     ]
     with pytest.raises(ValueError, match="run 'LM': .*GenHit needs sampled candidates"):
         plan(Experiment.load(write(runs, metrics=["HR@1", "GenHit"], candidates=["full"])))
+
+
+@pytest.mark.parametrize("topk", ["[1, 5]", "1, 5", [1, 5], 5, "5"])
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [("['Hit', 'NDCG']", ["Hit", "NDCG"]), ("NDCG", ["NDCG"]), (["MRR", "NDCG"], ["MRR", "NDCG"])],
+)
+def test_settings_may_be_text_of_what_they_are(write, topk, names, expected):
+    file = write(
+        [{"name": "Pop", "model": "Pop", "settings": {"topk": topk, "metrics": names}}],
+        metrics=["HR@1", "GiniIndex@5"],
+        candidates=["full"],
+    )
+    (run,) = plan(Experiment.load(file))
+    assert run.settings["metrics"][-1] == "GiniIndex" and "NDCG" in (
+        *run.settings["metrics"],
+        names,
+    )
+    with pytest.raises(UserError, match="'GiniIndex@7' needs its cut-off in topk, which is .*5"):
+        plan(replace(Experiment.load(file), metrics=["HR@1", "GiniIndex@7"]))
+
+
+def test_a_run_that_failed_moves_no_row(write, monkeypatch):
+    file = write(
+        [{"name": "B", "vary": {"beta": [3.0, 0.5]}}, {"name": "Pop", "model": "Pop"}],
+        seeds=[1, 2],
+    )
+    runs = plan(experiment := Experiment.load(file))
+    done = [run for run in runs if (run.seed, run.name) != (1, "B, beta = 3.0")]
+    runner = SimpleNamespace(
+        done=lambda run: run not in runs or run in done, folder=lambda run: run
+    )
+    read = lambda folder, start, name, axis, seed: SimpleNamespace(name=name, seed=seed)  # noqa: E731
+    monkeypatch.setattr(run_module, "FinishedRun", SimpleNamespace(read=read))
+    finished = run_module._finished(experiment, runner, runs)
+    assert [(run.name, run.seed) for run in finished] == [
+        ("B, beta = 3.0", 2),
+        ("B, beta = 0.5", 1),
+        ("B, beta = 0.5", 2),
+        ("Pop", 1),
+        ("Pop", 2),
+    ]
 
 
 def test_every_model_is_asked_for_what_all_users_get(write):

@@ -277,7 +277,7 @@ def test_figures_show_the_numbers(tmp_path, runs):
     line = figures.sweep([found], "train_neg_sample_args.sample_num").axes[0].lines[0]
     means = {row.name: row.mean("HR@1") for row in found.rows}
     assert line.get_xdata().tolist() == [0, 1, 2] and line.get_ydata().tolist() == pytest.approx(
-        [means[f"K = {k}"] for k in (8, 1, 3)]
+        [means[f"K = {k}"] for k in (1, 3, 8)]
     )
     for row, drawn in zip(found.rows, figures.against_time([found]).axes[0].containers):
         point, _, (whiskers,) = drawn.lines
@@ -648,7 +648,7 @@ def test_a_group_is_shown_with_its_interval_and_star(grouped):
     part = frame.query("model == 'mine' and metric == 'HR@1'")
     for row, cell in zip(part.itertuples(), lines[1][1:], strict=True):
         star = "*" * (row.p_holm < 0.05)
-        assert cell == f"{row.mean:.4f} ± {(row.high - row.low) / 2:.4f}{star}"
+        assert cell == f"{row.mean:.4f} [{row.low:.3f}, {row.high:.3f}]{star}"
     assert any(cell.endswith("*") for cell in lines[1]) and not any("*" in c for c in lines[0])
     assert lines[2][1:] == ["50"] * 4
     two = {"By popularity": part.assign(mean=0.0, high=0.0), "Again": part}
@@ -661,6 +661,60 @@ def test_a_group_is_shown_with_its_interval_and_star(grouped):
     figure = figures.in_groups({"By popularity": part}, "HR@1")
     (drawn,) = figure.axes[0].containers
     np.testing.assert_allclose(drawn[0].get_ydata().astype(float), part["mean"])
+
+
+def test_groups_stand_in_their_order_whichever_the_first_row_has(grouped):
+    for run in grouped:
+        if run.name == "base":
+            run.ranks = run.ranks[(run.ranks["met"] > 0) & (run.ranks["popularity"] != "head")]
+    frame = group_frame([compare(grouped, "uni19", ["HR@1"], ["base"])], grouped, [*GROUPED])
+    for grouping, order in (
+        ("met", ["0", "1-4", "5-19", "20 or more"]),
+        ("popularity", ["head", "middle", "tail", "cold"]),
+        ("history", ["3-6", "7-11", "12 or more"]),
+    ):
+        assert group_table(frame, "uni19", grouping, "HR@1")[0][1:] == order
+        part = frame[frame["grouping"] == grouping]
+        ticks = figures.in_groups({"all": part}, "HR@1").axes[0].get_xticklabels()
+        assert [text.get_text().split("\n")[0] for text in ticks] == order
+
+
+def test_a_sweep_draws_each_line_from_left_to_right_and_the_metrics_of_each_candidate_set():
+    swept = {"A": (1.0, 3.0), "B": (10.0, 0.3, 1.0)}
+    runs = [
+        finished(f"{name}, beta = {value}", 1, 0.2 + value / 20, (name, "beta", value))
+        for name, values in swept.items()
+        for value in values
+    ]
+    found = compare(runs, "uni19", ["HR@1"], [])
+    lists = compare(runs, "uni19", ["HR@1"], [])
+    for row in lists.rows:
+        row.lists = {"ItemCoverage@10": np.array([0.5])}
+    lists.metrics.append("ItemCoverage@10")
+    for tables in ([found, lists], [lists, found]):
+        panels = figures.sweep(tables, "beta").axes
+        shown = sorted(axes.get_ylabel() for axes in panels)
+        assert shown == ["HR@1", "HR@1", "ItemCoverage@10"]
+        first = next(axes for axes in panels if axes.get_ylabel() == "HR@1")
+        ticks = [text.get_text() for text in first.get_xticklabels()]
+        assert ticks == ["0.3", "1.0", "3.0", "10.0"]
+        mean = {row.name: row.mean("HR@1") for row in found.rows}
+        for (name, values), line in zip(swept.items(), first.containers, strict=True):
+            places = [[0.3, 1.0, 3.0, 10.0].index(value) for value in sorted(values)]
+            assert line[0].get_xdata().tolist() == places
+            expected = [mean[f"{name}, beta = {value}"] for value in sorted(values)]
+            assert line[0].get_ydata().tolist() == pytest.approx(expected)
+
+
+def test_a_report_leaves_no_figure_of_the_one_before_and_nobody_elses(tmp_path):
+    swept = [finished(f"S, beta = {b}", 1, 0.3, ("S", "beta", b)) for b in (1, 2)]
+    write_report(tmp_path, "a", [compare(swept, "uni19", ["HR@1"], [])], swept, [], "made")
+    (tmp_path / "by-hand.png").write_text("mine")
+    assert (tmp_path / "by-beta.png").is_file() and (tmp_path / "by-beta.svg").is_file()
+    runs = [finished("one", 1, 0.3)]
+    write_report(tmp_path, "b", [compare(runs, "uni19", ["HR@1"], [])], runs, [], "made")
+    assert not [*tmp_path.glob("by-beta.*")] and (tmp_path / "by-hand.png").is_file()
+    assert (tmp_path / "bars-uni19.png").is_file()
 
 
 def test_histories_of_one_length_stay_together(grouped):
