@@ -26,7 +26,7 @@ from recbole_sdpo.data.whole_catalogue import (
     items_of_met_titles,
 )
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.random import generator, recbole_draws
+from recbole_sdpo.random import derive_seed, recbole_draws
 
 
 class PopulationSampler(AbstractSampler):
@@ -268,13 +268,18 @@ def evaluation_loader(
     dataset, rows = loader._dataset, loader._dataset.inter_feat
     if limit is not None and limit < len(rows):
         # By who is asked for what, in the data's own ids: the order of the rows is another for each
-        # kind of model.
+        # kind of model, and one may lack a user.
         user, item = (
             dataset.field2id_token[field][rows[field].numpy()]
             for field in (dataset.uid_field, dataset.iid_field)
         )
-        drawn = generator(seed, "evaluation targets", phase).choice(len(rows), limit, replace=False)
-        dataset = dataset.copy(rows[np.sort(np.lexsort((item, user))[drawn])])
+        salt = derive_seed(seed, "evaluation targets", phase)
+        lots = [
+            hashlib.sha256(f"{salt}\t{u}\t{i}".encode()).digest()
+            for u, i in zip(user, item, strict=True)
+        ]
+        drawn = sorted(range(len(rows)), key=lots.__getitem__)[:limit]
+        dataset = dataset.copy(rows[np.sort(drawn)])
     kind = type(loader)
     if isinstance(loader, FullSortEvalDataLoader):
         kind = CatalogueEvalDataLoader

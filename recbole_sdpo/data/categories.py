@@ -20,7 +20,7 @@ def categories(dataset: Dataset, field: str) -> np.ndarray:
     counts.
 
     Raises:
-        UserError: there is no such file or column.
+        UserError: there is no such file or column, or it is empty.
     """
     config = dataset.config
     path = Path(dataset.dataset_path, f"{dataset.dataset_name}.item")
@@ -40,6 +40,10 @@ def categories(dataset: Dataset, field: str) -> np.ndarray:
         words = text.split(config["seq_separator"]) if several else [text.strip()]
         of_token.setdefault(token, list(dict.fromkeys(filter(None, words))))
     names = sorted({name for words in of_token.values() for name in words})
+    if not names:
+        raise UserError(
+            f"{given}: the column {field} of {path} must name the category of some item."
+        )
     place = {name: number for number, name in enumerate(names)}
     weights = np.zeros((dataset.item_num, len(names)))
     for item, token in enumerate(dataset.field2id_token[dataset.iid_field]):

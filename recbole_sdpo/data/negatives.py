@@ -3,7 +3,7 @@ user has met."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -14,6 +14,10 @@ from recbole.sampler.sampler import AbstractSampler
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.ragged import places
+
+ROUNDS = 1000
+"""How often the sampler proposes anew, before what is left is drawn from what may be drawn alone:
+where nearly all of its weight is on what a user has met, it would propose for ever."""
 
 SELF = "self"
 """The source of negatives that is the policy: what it ranks highest."""
@@ -73,7 +77,9 @@ class NegativeSampler:
         self.check(user, target, number, others)
         drawn = np.zeros((len(user), number), np.int64)
         todo = np.ones(drawn.shape, bool)
-        while todo.any():
+        for _ in range(ROUNDS):
+            if not todo.any():
+                break
             drawn[todo] = self.sampler.sampling(int(todo.sum()))
             rows = np.flatnonzero(todo.any(1))
             titles = group[drawn[rows]]
@@ -82,7 +88,20 @@ class NegativeSampler:
             bad |= repeats(np.hstack([others[rows], titles]))[:, others.shape[1] :]
             bad |= _is_in(user[rows, None] * self._groups + titles, self._met)
             todo[rows] = bad
+        for row in np.flatnonzero(todo.any(1)):
+            taken = [*others[row], *group[drawn[row, ~todo[row]]], group[target[row]]]
+            drawn[row, todo[row]] = self._without(user[row], taken)[: todo[row].sum()]
         return drawn
+
+    def _without(self, user: int, taken: Sequence[int]) -> np.ndarray:
+        """Items that ``user`` has not met, of titles other than ``taken`` and each other's, in an
+        order in which the sampler would propose them: Gumbel's noise on log-probabilities."""
+        group = self.catalogue.group
+        first, stop = np.searchsorted(self._met, [user * self._groups, (user + 1) * self._groups])
+        out = np.isin(group, [*taken, *self._met[first:stop] % self._groups])
+        lots = np.where(out, -np.inf, self._log_p + np.random.gumbel(size=len(group)))
+        order = np.argsort(-lots)[: int(np.isfinite(lots).sum())]
+        return order[np.sort(np.unique(group[order], return_index=True)[1])]
 
     def check(
         self, user: np.ndarray, target: np.ndarray, number: int, beside: np.ndarray | None = None
@@ -127,6 +146,24 @@ class NegativeSampler:
             True
         )
         return drawable
+
+    @cached_property
+    def _log_p(self) -> np.ndarray:
+        """How likely the sampler is to propose each item, float64 ``[items]``, but for a constant.
+
+        Of the alias method (Walker, 1977), which RecBole has: of each item a share stays its own,
+        and another item gets the rest.
+        """
+        p = np.zeros(len(self.catalogue.group))
+        if self.sampler.distribution != "popularity":
+            p[1:] = 1
+        else:
+            for item, own in self.sampler.prob.items():
+                p[item] += own
+                p[max(self.sampler.alias[item], 0)] += 1 - own
+        p[0] = 0
+        with np.errstate(divide="ignore"):
+            return np.log(p)
 
     @cached_property
     def _left(self) -> np.ndarray:

@@ -321,6 +321,24 @@ def test_every_model_meets_the_same_part_of_the_targets(path, mode):
     assert set(zip(other.user, other.item, strict=True)) != asked["Pop"]
 
 
+def test_a_user_more_moves_no_other_target_out_of_the_drawn_ones(path):
+    config = RunConfig("GRU4Rec", "toy", config_dict=TINY | {"data_path": str(path)})
+    loader = data_preparation(config, create_dataset(config))[2]
+    rows = loader._dataset.inter_feat
+
+    def drawn(kept):
+        loader._dataset = loader._dataset.copy(rows[kept])
+        some = evaluation_loader(loader, "test", 9, 5)._dataset.inter_feat
+        return set(some[loader._dataset.uid_field].tolist())
+
+    every = np.arange(len(rows))
+    whole = drawn(every)
+    assert len(whole) == 9
+    for out in every:
+        fewer = drawn(np.delete(every, out))
+        assert len(fewer) == 9 and len(fewer - whole) <= 1
+
+
 def test_what_users_met_counts_whole_where_a_part_of_the_targets_is_evaluated(path):
     """The negatives of a drawn target are none of the items that its user meets later, or that
     lie in rows left out."""

@@ -1,15 +1,19 @@
 """Sources of negatives, and their shares."""
 
 from collections import Counter
+from itertools import permutations
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recbole.sampler.sampler import AbstractSampler
 
+from recbole_sdpo.data import negatives
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import MixedNegatives, NegativeSampler, shares
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.random import recbole_draws
 
 TITLES = ("", *"abcdefgh", "a")  # items 1 and 9 are one title
 CATALOGUE = Catalogue(TITLES, np.array([]))
@@ -81,6 +85,53 @@ def test_what_stands_beside_is_not_drawn_by_title():
     assert all(sorted(row.tolist()) == [5, 6] for row in drawn)
     with pytest.raises(UserError, match="asks for 3 negatives .* only 2 are left"):
         sampler.draw(np.array([2]), np.array([7]), 3, beside)
+
+
+class Popular(AbstractSampler):
+    """RecBole's sampler by popularity, of items that so many users met."""
+
+    def __init__(self, times, alpha):
+        self.times = times
+        super().__init__("popularity", alpha)
+
+    def get_used_ids(self):
+        return None
+
+    def _get_candidates_list(self):
+        return [item for item, times in enumerate(self.times) for _ in range(times)]
+
+
+@pytest.mark.parametrize("rounds", [0, 1000])
+def test_what_the_sampler_hardly_proposes_is_drawn_as_it_would_be(monkeypatch, rounds):
+    """By exact probabilities, which a walk over all orders finds, whether by proposals or not."""
+    monkeypatch.setattr(negatives, "ROUNDS", rounds)
+    times = [0, 4, 9, 1, 2, 6, 3, 5, 0, 2]  # of which 8 is never drawn, and 9 is the title of 1
+    sampler = NegativeSampler(Popular(times, 1.5), CATALOGUE, MET, "x", np.array(["", "u1", "u2"]))
+    p = {item: times[item] ** 1.5 for item in (1, 2, 3, 7, 9)}  # not 4, met; nor 5 and 6
+    chance = Counter()
+    for first, second in permutations(p, 2):
+        if CATALOGUE.group[first] != CATALOGUE.group[second]:
+            left = sum(p[i] for i in p if CATALOGUE.group[i] != CATALOGUE.group[first])
+            chance[first, second] = p[first] / sum(p.values()) * p[second] / left
+    number = 20_000
+    with recbole_draws(1, "test"):
+        drawn = sampler.draw(
+            np.full(number, 2), np.full(number, 5), 2, beside=np.full((number, 1), 6)
+        )
+    seen = Counter(map(tuple, drawn.tolist()))
+    assert seen.keys() <= chance.keys()
+    for pair, expected in chance.items():
+        error = (expected * (1 - expected) / number) ** 0.5
+        assert abs(seen[pair] / number - expected) < 4.5 * error
+
+
+def test_a_user_who_met_nearly_all_that_is_proposed_does_not_keep_the_sampler_busy():
+    times = [0, *[1000] * 6, 1, 1, 0]
+    met = np.full(6, 2), np.arange(1, 7)
+    sampler = NegativeSampler(Popular(times, 6.0), CATALOGUE, met, "x", np.array(["", "u1", "u2"]))
+    with recbole_draws(1, "test"):
+        drawn = sampler.draw(np.full(3, 2), np.full(3, 1), 2)
+    assert np.sort(drawn, 1).tolist() == [[7, 8]] * 3
 
 
 def test_excluded_is_what_was_met_and_the_target():

@@ -161,6 +161,15 @@ def test_a_column_that_is_not_there_is_named_before_training(rated):
         quick_start.run("BPR", "toy", config_dict=rated | settings | {"fairness_groups": "genre"})
 
 
+def test_a_column_without_a_category_is_named_before_training(rated):
+    file = Path(rated["data_path"]) / "toy" / "toy.item"
+    head, *lines = file.read_text().splitlines()
+    file.write_text("\n".join([f"{head}\tgenre:token_seq", *(f"{line}\t" for line in lines)]))
+    settings = {"eval_args": {"mode": "full"}, "metrics": ["NDCG", "MGU"], "epochs": 10**6}
+    with pytest.raises(UserError, match="genre.* must name the category of some item"):
+        quick_start.run("BPR", "toy", config_dict=rated | settings | {"fairness_groups": "genre"})
+
+
 def test_recboles_own_trainers_have_no_groups(ring):
     settings = {"eval_args": {"mode": "full"}, "metrics": ["NDCG", "MGU"], "epochs": 1}
     with pytest.raises(UserError, match="MGU needs groups of items.*quick_start.run"):
