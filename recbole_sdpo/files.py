@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from recbole_sdpo.errors import UserError
@@ -126,18 +127,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full, the folder is read-only, …; it names the folder.
     """
-    part = folder.with_name(f".{folder.name}.{os.getpid()}{PART}")
     with naming(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-        mode = part.stat().st_mode & 0o777
-        try:
+        with TemporaryDirectory(PART, f".{folder.name}.", folder.parent) as place:
+            part = Path(place, folder.name)
+            part.mkdir()
+            mode = part.stat().st_mode & 0o777
             yield part
             _finish(part, mode)
             os.rename(part, folder)
-        except BaseException:
-            _remove(part)
-            raise
         _flush(folder.parent)
 
 

@@ -144,6 +144,7 @@ def test_a_file_may_name_the_model_and_the_dataset(monkeypatch):
         ["--config_files=a.yaml"],
         ["--config_files=a.yaml b.yaml"],
         ["--config_files=of mine.yaml"],
+        ["--config_files=" + " ".join(["a.yaml"] * 100)],
         ["--config_files=a.yaml", "--model=BPR", "--dataset=third"],
         [],
     ):
@@ -152,6 +153,7 @@ def test_a_file_may_name_the_model_and_the_dataset(monkeypatch):
         ("Pop", "toy"),
         ("Pop", "other"),
         ("SDPO-LLM", "mine"),
+        ("Pop", "toy"),
         ("BPR", "third"),
         ("SDPO-LLM", "ml-100k"),
     ]

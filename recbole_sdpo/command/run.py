@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import config_file
+from recbole_sdpo.files import config_file, user_path
 from recbole_sdpo.quick_start import run
 from recbole_sdpo.settings import MODEL
 from recbole_sdpo.values import read_arguments, read_yaml
@@ -55,7 +56,7 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _files(text: str) -> list[str]:
     """Files, separated by blanks, or the one whose path has some."""
-    return [text] if text.strip() and config_file(text).is_file() else text.split()
+    return [text] if os.path.isfile(user_path(text)) else text.split()
 
 
 def read_settings(args: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:

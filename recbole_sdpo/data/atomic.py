@@ -49,8 +49,8 @@ NO_DATE = r"now|today|\d{1,2}:\d\d(:\d\d(\.\d+)?)?\s*([ap]\.?m\.?)?"
 ZONE = r":\d\d.*?(?:Z|UTC|GMT|[+-]\d\d:?(?:\d\d)?)$"
 """How a time ends that tells its time zone."""
 
-NAMED_ZONE = r":\d\d.*?\s(?!UTC$|GMT$|[AP]M$)[A-Z]{2,5}$"
-"""How one ends that names another one than pandas knows, which would take it for UTC's."""
+NAMED_ZONE = r":\d\d(?:[.,]\d+)?(?:\s*[AP]M)?\s*(?!(?:UTC|GMT|[AP]M)\b)[A-Z]{2,5}(?:\s\d{4})?$"
+"""How one ends that names another one, which pandas would take for UTC's."""
 
 UNREADABLE = (
     ValueError,
@@ -279,9 +279,9 @@ def _read_csv(
 
 
 def _quoting(text: str, separator: str) -> Literal[0, 3]:
-    """Does a quote open a field, or is it a letter? Tables with tabs are written either way, and it
-    is a letter where each line then has the header's number of fields. A title that begins with one
-    would swallow the rows up to the next:
+    """Does a quote open a field, or is it a letter? Tables with tabs are written either way. There
+    it is a letter if quoting makes no sense of it, unless the header is quoted. A title that begins
+    with one would swallow the rows up to the next:
     ::
 
         5  "Heroes        5  Heroes 6 Brazil 7 Low
@@ -289,39 +289,41 @@ def _quoting(text: str, separator: str) -> Literal[0, 3]:
         7  "Low
 
     Raises:
-        ValueError: it seems to be both, in a table without tabs.
+        ValueError: a field swallows rows so.
     """
     if '"' not in text:
         return csv.QUOTE_MINIMAL
-    swallowed, _ = _swallowed(text, separator, strict=False)
-    _, proper = _swallowed(text, separator, strict=True)
-    if separator == "\t" and (swallowed or not proper):
-        fields = {line.count(separator) for line in re.split("\r\n|\r|\n", text) if line.strip()}
-        if len(fields) == 1:
-            return csv.QUOTE_NONE
-    if swallowed and not proper:
-        raise ValueError(
-            f"a quote opens a field that ends in line {swallowed}, and another stands within one; "
-            "a quote that is a letter must be written twice, in a field that is quoted"
-        )
+    lines = io.StringIO(text, newline="").readlines()
+    before = csv.field_size_limit(len(text))
+    try:
+        if separator == "\t" and not _is_quoted(lines, separator):
+            header, *rows = [line for line in lines if line.strip()]
+            tabs = header.count(separator)
+            if '"' not in header and all(row.count(separator) == tabs for row in rows):
+                return csv.QUOTE_NONE
+        first, reader = 0, csv.reader(lines, delimiter=separator)
+        for row in reader:
+            several = reader.line_num > first + 1 and any(separator in field for field in row)
+            if several and not _is_quoted(lines[first : reader.line_num], separator):
+                raise ValueError(
+                    f"a quote in line {first + 1} or below opens a field, and another one stands "
+                    "within that; a quote that is a letter must be written twice, in a field that "
+                    "is quoted"
+                )
+            first = reader.line_num
+    finally:
+        csv.field_size_limit(before)
     return csv.QUOTE_MINIMAL
 
 
-def _swallowed(text: str, separator: str, strict: bool) -> tuple[int, bool]:
-    """The last line of a row with a field that holds the separator and a line break, or 0; and can
-    all be read?"""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=strict)
-    before = last = 0
+def _is_quoted(lines: Sequence[str], separator: str) -> bool:
+    """Does each quote open a field or end it, or is one of two?"""
     try:
-        for row in reader:
-            if reader.line_num > before + 1 and any(
-                separator in field and ("\n" in field or "\r" in field) for field in row
-            ):
-                last = reader.line_num
-            before = reader.line_num
+        for _ in csv.reader(lines, delimiter=separator, strict=True):
+            pass
     except csv.Error:
-        return last, False
-    return last, True
+        return False
+    return True
 
 
 def decoded(path: str | Path, encoding: str | None) -> str:

@@ -125,10 +125,12 @@ class KnownItems:
         own, self._shared = names[~shared], frozenset(names["name"][shared])
         self._titles, self._of_title = pd.Index(own["name"]), own["item"].to_numpy()
         # Ids that are the title of another item, such as the film 187.
-        place = self._titles.get_indexer([folded(token) for token in self._tokens])
+        ids = [folded(token) for token in self._tokens]
+        place = self._titles.get_indexer(ids)
         titled = np.flatnonzero(place >= 0)
-        self._both = np.zeros(len(place), bool)
+        self._both = np.array([text in self._shared for text in ids], bool)
         self._both[titled] = self._of_title[place[titled]] != titled
+        self._numbered = any(map(_is_number, self._tokens))
         # Over all calls: is there such a text, and which was the first in doubt?
         self._met = {"id": False, "title": False}
         self._doubt = {"id": "", "title": ""}
@@ -137,9 +139,9 @@ class KnownItems:
         """As :meth:`KnownUsers.__call__`, also for a title that one item alone has, as models read
         it or as the file has it, whatever its case and blanks.
 
-        Two kinds of text are in doubt: an id that is the title of another item, and a number that
-        is no id but a title, such as the film 2012. The first is taken with ids alone, the second
-        with titles alone, in all calls together.
+        Two kinds of text are in doubt: an id that is the title of another item, and where ids are
+        numbers, one that is no id but a title, such as the film 2012. The first is taken with ids
+        alone, the second with titles alone, in all calls together.
         """
         flat = texts.reshape(-1)
         places = self._tokens.get_indexer(flat)
@@ -148,7 +150,7 @@ class KnownItems:
         ids, names = np.flatnonzero(places >= 0), unknown[title >= 0]
         doubts = {
             "id": ids[self._both[places[ids]]],
-            "title": names[np.array([_is_number(text) for text in flat[names]], bool)],
+            "title": names[np.array([self._may_be_id(text) for text in flat[names]], bool)],
         }
         places[names] = self._of_title[title[title >= 0]]
         self._met["id"] |= len(ids) > 0
@@ -164,27 +166,29 @@ class KnownItems:
 
     def fault(self, text: str) -> str:
         """What is wrong with a text that has no number."""
-        if folded(text) in self._shared:
-            return f"{shown(text)} is the title of several items; give the item's id"
         place = self._tokens.get_indexer([text])[0]
         if place >= 0 and self._both[place]:
             return f"{shown(text)} is the id of one item and the title of another; give ids alone"
-        alone = "give ids alone, or titles alone"
         if place >= 0:
             doubt = shown(self._doubt["title"])
-            return f"{shown(text)} is an item's id, and {doubt} before it is a title; {alone}"
+            return f"{shown(text)} is an item's id, and {doubt} before it is none; give ids alone"
+        if folded(text) in self._shared:
+            return f"{shown(text)} is the title of several items; give the item's id"
         if folded(text) in self._titles:
-            if _is_number(text):
-                return f"{shown(text)} is a title and no item's id, and others are ids; {alone}"
+            if self._may_be_id(text):
+                return f"{shown(text)} is a title and no item's id; give ids alone"
             doubt = shown(self._doubt["id"])
             return (
                 f"{shown(text)} is a title, and {doubt} before it the id of one item and the title "
-                f"of another; {alone}"
+                "of another; give ids alone"
             )
         return (
             f"item {shown(text)} must be an item's id in the dataset, or its title, such as "
             f"{shown(self._example)}"
         )
+
+    def _may_be_id(self, title: str) -> bool:
+        return self._numbered and _is_number(title)
 
 
 def _is_number(text: str) -> bool:

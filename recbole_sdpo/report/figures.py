@@ -110,7 +110,7 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
         swept = [(*row.axis, row) for row in comparison.rows if row.axis and row.axis[1] == setting]
         # At equal distances: numbers by their size, others in the order of the file.
         ordered = [value for _, _, value, _ in swept]
-        if all(isinstance(value, int | float) for value in ordered):
+        if all(type(value) in (int, float) for value in ordered):  # true and false are none
             ordered = sorted(ordered)
         values = list(dict.fromkeys(map(str, ordered)))
         for axes, metric in zip(line, metrics):

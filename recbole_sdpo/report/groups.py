@@ -216,5 +216,5 @@ CELL = ["mean", "low", "high", "p_holm"]
 
 
 def _cell(mean: float, low: float, high: float, p: float) -> str:
-    ends = "" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]"
+    ends = "" if np.isnan(low) else f" [{low:.4f}, {high:.4f}]"
     return f"{mean:.4f}{ends}" + "*" * (p < LEVEL)

@@ -318,13 +318,17 @@ def test_times_that_may_stand_for_none_are_warned_of(tmp_path, times, row):
             {"events": events(("u", "a", "2024-01-31"), ("u", "b", "Today"))},
             "row 3 .* 'Today' has no date",
         ),
-        (
-            {
-                "events": events(
-                    ("u", "a", "2024-01-31 18:05 UTC"), ("u", "b", "2024-01-31 18:05:00 PST")
-                )
-            },
-            "row 3 .* '2024-01-31 18:05:00 PST' names a time zone; write the hours from UTC",
+        *(
+            (
+                {"events": events(("u", "a", utc), ("u", "b", zoned))},
+                "row 3 .* names a time zone; write the hours from UTC, as in",
+            )
+            for utc, zoned in (
+                ("2024-01-31 18:05 UTC", "2024-01-31 18:05:00 PST"),
+                ("2024-01-31 18:05 UTC", "2024-01-31 18:05:00PST"),
+                ("2024-01-31 06:05 PM GMT", "2024-01-31 06:05 PM CET"),
+                ("Wed Jan 31 18:05:00 GMT 2024", "Wed Jan 31 18:05:00 PST 2024"),
+            )
         ),
         (
             {
@@ -434,12 +438,38 @@ def test_a_quote_that_is_a_letter_swallows_no_rows(tmp_path, separator):
     (tmp_path / "items.csv").write_text(f"item_id{separator}title\n{text}")
     tables = events(("u", "1", 1), ("u", "2", 2)), tmp_path / "items.csv"
     if separator == ",":
-        with pytest.raises(UserError, match="a quote opens a field that ends in line 4, and ano"):
+        with pytest.raises(UserError, match="a quote in line 2 or below opens a field, and ano"):
             write_atomic(*tables, "shop", tmp_path)
         return
     write_atomic(*tables, "shop", tmp_path)
     titles = (tmp_path / "shop" / "shop.item").read_text().splitlines()[1:]
     assert titles == ["1\t'Heroes", "2\tBrazil", "3\t'Low", "4\t'Heroes' (Live)", '5\t7" Single']
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"item_id"\t"title"\n"1"\t"Toy Story"\n"2"\t"He said \\"hi\\" twice"\n',  # R's write.table
+        'item_id\ttitle\n1\tToy Story\n2\t"He said\nhi\ttwice"\n',
+        'item_id,title,text\n1,Toy Story,"a, b\nc"\n2,"He said \\"hi\\" twice",x\n',  # MySQL
+        'item_id,title,text\n1,Toy Story,"a, b\nc"\n2,"He said ""hi"" twice","'
+        + 140_000 * "x"
+        + '"\n',
+    ],
+)
+def test_a_file_that_is_quoted_is_read_as_such(tmp_path, text):
+    (tmp_path / "items.csv").write_text(text)
+    write_atomic(events(("u", "1", 1), ("u", "2", 2)), tmp_path / "items.csv", "shop", tmp_path)
+    _, first, second = (tmp_path / "shop" / "shop.item").read_text().splitlines()
+    assert first == "1\tToy Story" and second.startswith("2\tHe said ") and "twice" in second
+
+
+def test_a_quote_far_away_swallows_no_rows(tmp_path):
+    rows = [f"{n},title {n} {20 * 'x'}" for n in range(9_000)]
+    rows[10], rows[8_000] = '10,"Heroes', '8000,"Low'
+    (tmp_path / "items.csv").write_text("\n".join(["item_id,title", *rows]))
+    with pytest.raises(UserError, match="a quote in line 12 or below opens a field"):
+        write_atomic(events(("u", "1", 1), ("u", "2", 2)), tmp_path / "items.csv", "x", tmp_path)
 
 
 @pytest.mark.parametrize("separator", [",", "\t"])

@@ -121,8 +121,11 @@ def test_an_item_may_be_named_by_a_title_that_it_alone_has(tmp_path):
         ([["1", "2"], ["3", "one"]], "is the id of one item and the title of another"),
         ([["3", "2"], ["4", "one"]], "of another; give ids alone"),
         ([["one", "2"], ["3", "4"]], "'3' is the id of one item and the title of another"),
-        ([["1", "2"], ["2012", "4"]], "'2012' is a title and no item's id, and others are ids"),
-        ([["2012", "one"], ["1", "4"]], "give ids alone, or titles alone"),
+        ([["1", "2"], ["2012", "4"]], "'2012' is a title and no item's id; give ids alone"),
+        (
+            [["2012", "one"], ["1", "4"]],
+            "'1' is an item's id, and '2012' before it is none|'2012' is a title and no",
+        ),
         ([["2012", "3"], ["one", "four"]], "give ids alone"),
     ],
 )
@@ -148,6 +151,22 @@ def test_a_text_in_doubt_is_read_alike_wherever_it_stands(tmp_path, texts, at_on
     ids = all(text in "12345" for row in texts for text in row)
     expected = [[int(t) if ids or t in "12345" else title[t] for t in row] for row in texts]
     assert items.tolist() == expected
+
+
+def test_a_number_is_a_title_where_no_id_is_one(tmp_path):
+    titles = ["Heat", "2012", "Twin", "Twin", *(f"title {n}" for n in range(8))]
+    rows = [("u1", "test", ["Heat", "i2", "2012"], 2), ("u2", "test", ["i3", "2012", "i0"], 0)]
+    lists = read_lists(write(tmp_path / "a.csv", rows), *toy(titles))
+    assert lists.items.tolist() == [[1, 3, 2], [4, 2, 1]]
+
+
+def test_an_id_that_is_the_title_of_several_others_is_no_title(tmp_path):
+    titles = ["Heat", "i3", "i3", *(f"title {n}" for n in range(9))]
+    ids = [("u1", "test", ["i0", "i3", "i2"], 0)]
+    assert read_lists(write(tmp_path / "a.csv", ids), *toy(titles)).items.tolist() == [[1, 4, 3]]
+    mixed = [("u1", "test", ["Heat", "i3", "title 2"], 0)]
+    with pytest.raises(UserError, match="'i3' is the id of one item and the title of another; giv"):
+        read_lists(write(tmp_path / "b.csv", mixed), *toy(titles))
 
 
 def test_lists_of_ids_need_no_title_that_one_item_alone_has(tmp_path):

@@ -648,7 +648,7 @@ def test_a_group_is_shown_with_its_interval_and_star(grouped):
     part = frame.query("model == 'mine' and metric == 'HR@1'")
     for row, cell in zip(part.itertuples(), lines[1][1:], strict=True):
         star = "*" * (row.p_holm < 0.05)
-        assert cell == f"{row.mean:.4f} [{row.low:.3f}, {row.high:.3f}]{star}"
+        assert cell == f"{row.mean:.4f} [{row.low:.4f}, {row.high:.4f}]{star}"
     assert any(cell.endswith("*") for cell in lines[1]) and not any("*" in c for c in lines[0])
     assert lines[2][1:] == ["50"] * 4
     two = {"By popularity": part.assign(mean=0.0, high=0.0), "Again": part}
@@ -710,6 +710,7 @@ def test_a_report_leaves_no_figure_of_the_one_before_and_nobody_elses(tmp_path):
     swept = [finished(f"S, beta = {b}", 1, 0.3, ("S", "beta", b)) for b in (1, 2)]
     write_report(tmp_path, "a", [compare(swept, "uni19", ["HR@1"], [])], swept, [], "made")
     (tmp_path / "by-hand.png").write_text("mine")
+    (tmp_path / "report.html").write_bytes((tmp_path / "report.html").read_bytes() + b"\xff")
     assert (tmp_path / "by-beta.png").is_file() and (tmp_path / "by-beta.svg").is_file()
     runs = [finished("one", 1, 0.3)]
     write_report(tmp_path, "b", [compare(runs, "uni19", ["HR@1"], [])], runs, [], "made")
