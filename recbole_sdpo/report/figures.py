@@ -11,7 +11,7 @@ from cycler import cycler
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator
 
 from recbole_sdpo.evaluator.significance import interval
 from recbole_sdpo.objectives import OBJECTIVES
@@ -136,8 +136,7 @@ def against_time(comparisons: Sequence[Comparison]) -> Figure:
     for axes, comparison in zip(
         figure.subplots(1, len(comparisons), squeeze=False)[0], comparisons
     ):
-        # ten colours, and a baseline is a square
-        axes.set_prop_cycle(cycler(alpha=[1.0, 0.5]) * rcParams["axes.prop_cycle"])
+        _cycle(axes, alpha=[1.0, 0.5])
         for row in comparison.rows:
             users = row.users[metric].mean(0)
             mean = users.mean()
@@ -146,12 +145,13 @@ def against_time(comparisons: Sequence[Comparison]) -> Figure:
                 mean,
                 yerr=np.abs(np.subtract(interval(users), mean))[:, None],
                 marker="s" if row.baseline else "o",
-                linewidth=0,
+                linestyle="none",
                 elinewidth=1,
                 label="row",
             )
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(LogFormatter())  # the default writes formulas
         axes.set_title(f"candidates {comparison.candidates}", fontsize=9)
         axes.set(xlabel="minutes of training and validation", ylabel=metric)
         axes.grid(alpha=0.3)
@@ -174,7 +174,7 @@ def in_groups(panels: Mapping[str, pd.DataFrame], label: str) -> Figure:
     for axes, (heading, part) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()
     ):
-        _cycle(axes)
+        _cycle(axes, alpha=[1.0, 0.5])
         groups = in_order(part["group"])
         sizes = part.groupby("group")["targets"].max()
         for number, name in enumerate(names):
@@ -186,7 +186,7 @@ def in_groups(panels: Mapping[str, pd.DataFrame], label: str) -> Figure:
                 yerr=[(row["mean"] - row["low"]).clip(0), (row["high"] - row["mean"]).clip(0)],
                 marker="o",
                 markersize=4,
-                linewidth=0,
+                linestyle="none",
                 elinewidth=1.2,
                 label="row",
             )
@@ -270,7 +270,7 @@ def _negatives(settings: Mapping[str, Any]) -> int:
 
 
 def _curve(axes, runs: Sequence[FinishedRun], column: str, label: str) -> None:
-    _cycle(axes)
+    _cycle(axes, linestyle=["-", "--", ":"])
     for run in runs:
         steps = alignment_steps(run)
         if column not in steps:  # of an older version
@@ -284,9 +284,9 @@ def _curve(axes, runs: Sequence[FinishedRun], column: str, label: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def _cycle(axes: Axes) -> None:
-    """There are ten colours."""
-    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])
+def _cycle(axes: Axes, **others: list[Any]) -> None:
+    """There are ten colours; what they are drawn with comes after them."""
+    axes.set_prop_cycle(cycler(**others) * rcParams["axes.prop_cycle"])
 
 
 def alignment_steps(run: FinishedRun) -> pd.DataFrame:

@@ -706,6 +706,23 @@ def test_a_sweep_draws_each_line_from_left_to_right_and_the_metrics_of_each_cand
             assert line[0].get_ydata().tolist() == pytest.approx(expected)
 
 
+def test_many_rows_are_drawn_and_told_apart(tmp_path, grouped):
+    """There are ten colours, and times that differ by less than ten times."""
+    runs = [
+        dataclasses.replace(grouped[number % 2], name=f"row {number}", wall_s=300.0 + number)
+        for number in range(16)
+    ]
+    tables = [compare(runs, "uni19", METRICS, ["row 0"])]
+    assert write_report(tmp_path, "many", tables, runs, [], "made", [*GROUPED]) == []
+    figure = figures.against_time(tables)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    labels = [tick.get_text() for tick in axes.get_xticklabels(which="both")]
+    assert any(labels) and not any("$" in label for label in labels)
+    drawn = [bar.lines[0] for bar in axes.containers]
+    assert len({(line.get_color(), line.get_alpha()) for line in drawn}) == 16
+
+
 def test_a_report_leaves_no_figure_of_the_one_before_and_nobody_elses(tmp_path):
     swept = [finished(f"S, beta = {b}", 1, 0.3, ("S", "beta", b)) for b in (1, 2)]
     write_report(tmp_path, "a", [compare(swept, "uni19", ["HR@1"], [])], swept, [], "made")
