@@ -303,8 +303,8 @@ def _quoting(text: str, separator: str) -> Literal[0, 3]:
                 return csv.QUOTE_NONE
         first, reader = 0, csv.reader(lines, delimiter=separator)
         for row in reader:
-            several = reader.line_num > first + 1 and any(separator in field for field in row)
-            if several and not _is_quoted(lines[first : reader.line_num], separator):
+            long = reader.line_num > first + 1 and any(separator in field for field in row)
+            if long and not _is_quoted(lines[first : reader.line_num], separator):
                 raise ValueError(
                     f"a quote in line {first + 1} or below opens a field, and another one stands "
                     "within that; a quote that is a letter must be written twice, in a field that "

@@ -157,7 +157,7 @@ def write_report(
 def _pictures_of(page: Path) -> list[str]:
     """The names of the figures that a report shows, if there is one."""
     text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
-    return [html.unescape(name) for name in re.findall(r"<img alt='([\w-]+)' src='data:", text)]
+    return re.findall(r"<img alt='([\w-]+)' src='data:", text)
 
 
 def _page(

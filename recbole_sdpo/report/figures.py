@@ -208,11 +208,11 @@ def in_groups(panels: Mapping[str, pd.DataFrame], label: str) -> Figure:
 
 def _line(axes: Axes, rows: dict[int, Row], metric: str) -> None:
     """A point for each of ``rows``, at its place."""
-    ordered = [row for _, row in sorted(rows.items())]
-    spread = [row.std(metric) for row in ordered]
+    places = sorted(rows)
+    spread = [rows[place].std(metric) for place in places]
     axes.errorbar(
-        sorted(rows),
-        [row.mean(metric) for row in ordered],
+        places,
+        [rows[place].mean(metric) for place in places],
         yerr=None if np.isnan(spread).all() else spread,
         marker="o",
         capsize=3,
