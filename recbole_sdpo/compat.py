@@ -54,6 +54,9 @@ from recbole_sdpo.values import Loader, check_values, read_arguments, read_yaml,
 # is imported.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+"""What the shell says, before a ``Config`` of RecBole's says otherwise."""
+
 TEACHERS = ("CrossNet", "CIN")
 """Of KD_DAGFM, the classes that may teach it."""
 
@@ -304,10 +307,30 @@ def _load_cmd_line(self: Config) -> dict[str, Any]:
         return {}
     if arguments[:1] == ["run"]:  # our sub-command
         del arguments[0]
+    for option in ("--model", "--dataset", "--config_files"):
+        if option in arguments:  # argparse took the word after it, too
+            place = arguments.index(option)
+            del arguments[place : place + 2]
     settings, rest = read_arguments(arguments)
     if rest:
         getLogger().warning(f"command line args [{' '.join(rest)}] will not be used in RecBole")
     return settings
+
+
+def heed_visible_gpus() -> None:
+    """Have a run without ``gpu_id`` take the GPUs that ``CUDA_VISIBLE_DEVICES`` leaves it.
+
+    RecBole puts its default in the place of that: the first GPU of the machine, whoever works there
+    (https://github.com/RUCAIBox/RecBole/issues/1955).
+    """
+    theirs = Config._init_device
+
+    def _init_device(self: Config) -> None:
+        if VISIBLE_GPUS is not None and "gpu_id" not in self.external_config_dict:
+            self.final_config_dict["gpu_id"] = VISIBLE_GPUS
+        theirs(self)
+
+    Config._init_device = _init_device
 
 
 def never_unpickle() -> None:

@@ -145,9 +145,11 @@ def evaluation_loaders(
         mode: (with_mode(valid_data, mode), with_mode(test_data, mode))
         for mode in settings.more_candidates
     }
+    exclude = settings.candidates_exclude_history
     for mode, pair in loaders.items():
+        setting = "more_candidates" if mode in settings.more_candidates else "eval_args.mode"
         for number, loader in enumerate(pair, 2):
-            freeze(loader, parts[:number], catalogue, seed, settings.candidates_exclude_history)
+            freeze(loader, parts[:number], catalogue, seed, exclude, setting)
             if mode == "full" and any(map(is_of_lists, config["metrics"])):
                 check_lists(loader, max(config["topk"]))
     return loaders

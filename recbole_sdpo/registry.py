@@ -45,6 +45,7 @@ def register() -> None:
     compat.hand_out_counts()
     compat.take_values_as_data()
     dataset.install()
+    compat.heed_visible_gpus()
     compat.never_unpickle()
     Config._load_internal_config_dict = _load_internal_config_dict
 

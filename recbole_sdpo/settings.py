@@ -44,8 +44,8 @@ RECBOLE_KEYS = {
     "eta",
 }
 
-# Keys of RecBole's training loop that our stages do without: what they have in place of each is
-# among their own settings.
+# Keys of RecBole's training loop, and of its models, that ours does without: what it has in place
+# of some is among its own settings.
 WITHOUT_EFFECT = {
     "epochs",
     "learning_rate",
@@ -55,6 +55,13 @@ WITHOUT_EFFECT = {
     "clip_grad_norm",
     "enable_amp",
     "enable_scaler",
+    "shuffle",
+    "require_pow",
+    "embedding_size",
+    "reg_weight",
+    "mask_ratio",
+    "ft_ratio",
+    "eta",
 }
 
 # What RecBole's dictionaries may hold; it ignores anything else.

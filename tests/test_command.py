@@ -257,3 +257,42 @@ def test_the_examples_of_a_command_are_right(monkeypatch, capsys, name):
         assert not call_program(monkeypatch, name, *words)
         known = {*names(), "data_path", "resume", "epochs"}
         assert {word.removeprefix("--").partition("=")[0] for word in seen} <= known
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recbole-sdpo", "settings"],
+        ["run_recbole_sdpo.py", "--settings"],
+        ["recbole-sdpo", "audit", "lists.jsonl"],
+    ],
+)
+def test_nobody_need_read_on(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"user": user, "target": 1, "candidates": [1, 2, 3]} for user in range(5)]
+    Path("lists.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = (tmp_path / "out").open("w")
+
+    class Closed:
+        encoding = "utf-8"
+        fileno = out.fileno
+
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr("sys.stdout", Closed())
+    with pytest.raises(SystemExit) as end:
+        (program if words[0] == "recbole-sdpo" else script).main()
+    assert end.value.code == 1
+
+
+def test_a_dataset_after_a_blank_is_used_without_a_warning(monkeypatch, ring, caplog):
+    """argparse takes both forms, and RecBole reads the command line once more."""
+    words = ["recbole-sdpo", "run", "--model", "BPR", "--dataset", "toy", "--seed=7", "stray"]
+    monkeypatch.setattr("sys.argv", words)
+    assert RunConfig("BPR", "toy", config_dict=ring)["seed"] == 7
+    assert "[stray] will not be used" in caplog.text  # and nothing else

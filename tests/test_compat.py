@@ -349,7 +349,7 @@ def test_recbole_still_fills_in_place_and_ours_fills_what_is_missing(tmp_path):
 
 
 def test_recbole_still_sets_the_visible_gpus(monkeypatch):
-    """Where it does not, same_gpus has had its day."""
+    """Where it does not, same_gpus and heed_visible_gpus have had their day."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     with compat.same_gpus():
         RunConfig("BPR", "ml-100k")

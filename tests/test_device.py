@@ -1,12 +1,13 @@
 """A GPU that cannot serve is refused in one sentence, before data are read. The GPUs are made
 up: what torch says of them counts."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from recbole_sdpo import device, quick_start
+from recbole_sdpo import compat, device, quick_start
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.device import check_device, is_served
 from recbole_sdpo.errors import UserError
@@ -148,3 +149,21 @@ def test_a_run_and_an_experiment_ask_first(ring, gpus):
         quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"gpu_id": 5})
     with pytest.raises(UserError, match="run 'one': gpu_id='5' asks for"):
         plan(Experiment("title", "toy", [Entry("one")], settings=ring | {"gpu_id": 5}))
+
+
+@pytest.mark.parametrize("visible", ["3", "2,3", "GPU-8f1a", ""])
+def test_the_gpus_that_the_shell_leaves_are_taken(ring, monkeypatch, visible):
+    """RecBole's default is the first of the machine."""
+    monkeypatch.setattr(compat, "VISIBLE_GPUS", visible)
+    assert RunConfig("BPR", "toy", config_dict=ring)["gpu_id"] == visible
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+    assert RunConfig("BPR", "toy", config_dict=ring | {"gpu_id": "1"})["gpu_id"] == "1"
+
+
+def test_and_by_each_process_of_a_launch(gpus, monkeypatch):
+    gpus((9, 0), (9, 0))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(compat, "VISIBLE_GPUS", None)
+    assert quick_start._process_settings() == {"gpu_id": "0,1"}
+    monkeypatch.setattr(compat, "VISIBLE_GPUS", "2,3")
+    assert quick_start._process_settings() == {}

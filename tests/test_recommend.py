@@ -17,7 +17,7 @@ import torch
 from recbole.data import create_dataset, data_preparation
 
 from recbole_sdpo import quick_start
-from recbole_sdpo.command import program, recommend
+from recbole_sdpo.command import program
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import restore_policy
@@ -592,22 +592,3 @@ def test_any_title_is_one_row_of_the_table_and_valid_json(ring, monkeypatch, cap
         else:
             titles = [row["title"] for row in json.loads(shown, parse_constant=pytest.fail)]
             assert "NaN" in titles and "red | cube \x1b[31m \x07 東京" in titles
-
-
-def test_nobody_need_read_on(tmp_path, monkeypatch):
-    out = (tmp_path / "out").open("w")
-
-    class Closed:
-        encoding = "utf-8"
-        fileno = out.fileno
-
-        def write(self, text):
-            raise BrokenPipeError
-
-        def flush(self):
-            raise BrokenPipeError
-
-    monkeypatch.setattr(sys, "stdout", Closed())
-    with pytest.raises(SystemExit) as end:
-        recommend._print("text")
-    assert end.value.code == 1

@@ -178,7 +178,8 @@ def test_every_setting_is_explained():
         ({"more_candidates": ["uni5"]}, r"more_candidates=\['uni5'\] must differ"),
         ({"more_candidates": ["best"]}, "must be a list of full, uniN and popN"),
         ({"prompt_style": "candidates", "prompt_candidates": 3}, "it must be 1 to 2"),
-        ({"eval_args": {"mode": "uni23"}}, "mode='uni23' asks for 23 negatives"),
+        ({"eval_args": {"mode": "uni23"}}, "eval_args.mode='uni23' asks for 23 negatives"),
+        ({"more_candidates": ["uni23"]}, "more_candidates='uni23' asks for 23 negatives"),
         (
             {"peft": "lora", "lora_layers": [5]},
             "lora_layers=.5. must be numbers of the backbone's layers, from 0 to 1",

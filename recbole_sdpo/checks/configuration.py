@@ -19,6 +19,7 @@ from recbole_sdpo.checks.negatives import check_negatives
 from recbole_sdpo.checks.unknown import check_unknown
 from recbole_sdpo.data.columns import check_columns
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.lm.backbone import resolved
 from recbole_sdpo.objectives import OBJECTIVES, Constants
 from recbole_sdpo.settings import (
     FILE_MODE,
@@ -32,6 +33,9 @@ from recbole_sdpo.settings import (
     having,
     names,
 )
+
+OF_OUR_LOADERS = ("candidates_file", "more_candidates", "max_eval_targets")
+"""Who is asked, and against which candidates, as our own command has it alone."""
 
 
 def check_settings(config: Config) -> Settings:
@@ -75,6 +79,22 @@ def check_settings(config: Config) -> Settings:
     return settings
 
 
+def settings_of_run_recbole(config: Config) -> Settings:
+    """:func:`check_settings` where RecBole's own ``run_recbole`` makes the loaders.
+
+    Raises:
+        UserError: as there; or a setting is one that RecBole's loaders know nothing of.
+    """
+    settings = check_settings(config)
+    for key in OF_OUR_LOADERS:
+        if getattr(settings, key):
+            raise UserError(
+                f"{key}={getattr(settings, key)!r} has no effect in RecBole's run_recbole; use "
+                "recbole_sdpo.quick_start.run, or leave it out."
+            )
+    return settings
+
+
 def keys_of_recbole(config: Config) -> set[str]:
     """What a model of RecBole reads as its own, although one of our settings may have the name,
     such as the beta of AsymKNN; nothing for ours."""
@@ -106,7 +126,8 @@ def _check_language_model(config: Config, settings: Settings) -> None:
     backbone = settings.backbone
     # Weights, gradients, AdamW's two moments.
     bytes_needed = 16 * 12 * backbone.scratch_layers * backbone.scratch_hidden_size**2
-    if backbone.name == "scratch" and bytes_needed > machine.memory():
+    scratch = resolved(backbone, config["device"]).name == "scratch"
+    if scratch and bytes_needed > machine.memory():
         raise UserError(
             f"scratch_hidden_size={backbone.scratch_hidden_size} with "
             f"scratch_layers={backbone.scratch_layers} must be smaller: "

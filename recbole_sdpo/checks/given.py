@@ -101,11 +101,13 @@ def _check_together(values: Mapping[str, Any]) -> None:
             "as AUC."
         )
     lists, more = [*filter(is_of_lists, metrics)], values.get("more_candidates")
-    if lists and "full" not in modes and not (isinstance(more, list) and "full" in more):
+    file = values.get("candidates_file")  # in place of the mode
+    if lists and ("full" not in modes or file) and not (isinstance(more, list) and "full" in more):
+        now = f"candidates_file={file!r}" if file else ", ".join(sorted(modes))
+        ways = "" if file else "eval_args.mode=full, or "
         raise UserError(
             f"metrics={metrics}: {lists[0]} is of the lists that all users get, each from the "
-            f"whole catalogue; set eval_args.mode=full (now {', '.join(sorted(modes))}), or "
-            "more_candidates=['full']."
+            f"whole catalogue; set {ways}more_candidates=['full'] (now {now})."
         )
     if values["MODEL_TYPE"] == ModelType.SEQUENTIAL:
         if not values["repeatable"]:

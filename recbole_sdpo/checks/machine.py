@@ -53,17 +53,15 @@ def check_folders(config: Config) -> None:
             f"sft_checkpoint={start!r} must be a folder that is there: of a run, or 'sft' or "
             "'sdpo' in one."
         )
-    for key in ("checkpoint_dir", "run_dir"):
-        path = os.path.abspath(os.path.expanduser(config[key])) if config[key] else None
-        if path and os.path.exists(path) and not os.path.isdir(path):
-            raise UserError(f"{key}={config[key]!r} must be a folder, and is a file.")
-        while path and not os.path.lexists(path):
-            path = os.path.dirname(path)
-        if path and not os.path.isdir(path):
-            raise UserError(
-                f"{key}={config[key]!r} must be a folder, and {path!r} above it is a file."
-            )
-        if path and not os.access(path, os.W_OK | os.X_OK):
-            raise UserError(
-                f"{key}={config[key]!r} must be a folder that can be written, and {path!r} cannot."
-            )
+    key = next(key for key in ("resume", "run_dir", "checkpoint_dir") if config[key])
+    path = os.path.abspath(os.path.expanduser(config[key]))
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UserError(f"{key}={config[key]!r} must be a folder, and is a file.")
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise UserError(f"{key}={config[key]!r} must be a folder, and {path!r} above it is a file.")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{key}={config[key]!r} must be a folder that can be written, and {path!r} cannot."
+        )

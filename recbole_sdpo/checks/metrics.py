@@ -11,7 +11,7 @@ from recbole.evaluator.register import metrics_dict
 from recbole.utils import EvaluatorType
 
 from recbole_sdpo.errors import UserError, meant
-from recbole_sdpo.settings import MODEL, Settings
+from recbole_sdpo.settings import FILE_MODE, MODEL, Settings
 from recbole_sdpo.values import shown
 
 ALIASES = {"hr": "Hit", "hitrate": "Hit", "hitratio": "Hit"}
@@ -81,13 +81,19 @@ def check_valid_metric(config: Config) -> None:
         )
 
 
+def _modes(config: Config, settings: Settings) -> set[str]:
+    """Those of all candidates of a run. A file has the test's, and may have no validation's."""
+    given = {"test": FILE_MODE} if settings.candidates_file else {}
+    return {*(config["eval_args"]["mode"] | given).values(), *settings.more_candidates}
+
+
 def check_lists(config: Config, settings: Settings) -> None:
     """What all users get is judged where they get it from the whole catalogue alone.
 
     Raises:
         UserError: ``valid_metric`` is of lists, and there are other candidates.
     """
-    modes = {*config["eval_args"]["mode"].values(), *settings.more_candidates}
+    modes = _modes(config, settings)
     if is_of_lists(config["valid_metric"]) and modes != {"full"}:
         raise UserError(
             f"valid_metric={config['valid_metric']!r} must be of a target's rank, such as NDCG@5: "
@@ -149,7 +155,7 @@ def check_full_sort(config: Config, settings: Settings) -> None:
         UserError: a metric or a setting needs all scores.
     """
     if settings.full_sort == "topk":
-        modes = {*config["eval_args"]["mode"].values(), *settings.more_candidates}
+        modes = _modes(config, settings)
         if "full" not in modes:
             getLogger().warning(
                 f"full_sort='topk' has no effect on {', '.join(sorted(modes))}: candidates that "

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recbole_sdpo import compat
+from recbole_sdpo.command.output import show
 from recbole_sdpo.command.run import read_settings
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidate_lists import (
@@ -109,7 +110,7 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise UserError(f"{args.test} has {len(lists)} list of the test; it must have two or more.")
     reference = _reference(parts, lists.items.shape[1])
     found = audit(lists, reference, known.popularity, known.title_length)
-    print(_table(found, args.test, lists.items.shape[1]))
+    show(_table(found, args.test, lists.items.shape[1]))
     return LEAK if any(guess.gives_away for guess in found.guesses) else 0
 
 
@@ -121,7 +122,7 @@ def _reference(parts: dict[str, CandidateLists], length: int) -> Lists | None:
             if part.items.shape[1] == length:
                 alike.append(part)
             else:
-                print(f"The {phase} lists are of another length, and are left out.")
+                show(f"The {phase} lists are of another length, and are left out.")
     if not alike:
         return None
     return Lists(
@@ -181,7 +182,7 @@ def _published(
 
     parts = {phase: lists_of(rows(phase), file, Numbers(), items) for phase, file in files.items()}
     for note in published.notes():
-        print(note)
+        show(note)
     return parts, met
 
 

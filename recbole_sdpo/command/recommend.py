@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from recbole_sdpo import compat
+from recbole_sdpo.command.output import show
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import user_path
 from recbole_sdpo.recommend import Recommender
@@ -108,14 +109,14 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
             show_progress=not process,
         )
         if not process:
-            _print(f"{len(users):,} users, {args.k} titles each: {output}")
+            show(f"{len(users):,} users, {args.k} titles each: {output}")
         return
     history = args.history
     if history and len(history) == 1 and history[0] not in recommender:
         history = [title for title in history[0].split(";") if title.strip()]
     best = recommender.recommend(args.user, history, args.k, args.exclude_history)
     if args.format == "json":
-        _print(
+        show(
             json.dumps(
                 best.to_dict("records"), indent=2, ensure_ascii=not _is_utf8(), allow_nan=False
             )
@@ -125,7 +126,7 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
             [rank, _cell(item), _cell(title), score]
             for rank, (item, title, score) in enumerate(best.itertuples(index=False), 1)
         ]
-        _print(markdown_table(["", *best.columns], rows))
+        show(markdown_table(["", *best.columns], rows))
 
 
 def _check_together(args: argparse.Namespace, processes: int) -> None:
@@ -171,16 +172,3 @@ def _cell(text: str) -> str:
 
 def _is_utf8() -> bool:
     return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-
-
-def _print(text: str) -> None:
-    """Print, also where there is no character for a letter, and where nobody reads on (``|
-    head``)."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more as it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from recbole_sdpo.command import experiment, run, settings
+from recbole_sdpo.command.output import show
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.interrupt import endings
 from recbole_sdpo.settings import table
@@ -27,7 +28,7 @@ def main() -> None:
     experiment.add_further_options(parser)
     args, rest = parser.parse_known_args()
     if args.settings:
-        print(table())
+        show(table())
     elif args.experiment:
         if args.model or args.dataset or args.config_files:
             raise UserError(

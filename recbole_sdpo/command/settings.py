@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from recbole_sdpo.command.output import show
 from recbole_sdpo.settings import table
 
 HELP = "print our settings with their defaults"
@@ -21,4 +22,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the table."""
-    print(table(args.word))
+    show(table(args.word))

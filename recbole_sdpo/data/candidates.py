@@ -130,6 +130,7 @@ def freeze(
     catalogue: Catalogue,
     seed: int,
     exclude_history: bool = True,
+    setting: str = "eval_args.mode",
 ) -> None:
     """Fix the candidates of ``loader``: those that it samples, or the whole catalogue.
 
@@ -138,9 +139,10 @@ def freeze(
         parts: the split's datasets up to and including the loader's own; their items count as met.
         seed: of the candidates alone.
         exclude_history: no item that the user has met is among them.
+        setting: that asks for them.
 
     Raises:
-        ValueError: a user has too few items left for the number of negatives that RecBole's mode
+        UserError: a user has too few items left for the number of negatives that RecBole's mode
             asks for.
     """
     if isinstance(loader, FullSortEvalDataLoader):
@@ -162,7 +164,7 @@ def freeze(
         PopulationSampler(met[1], dataset.item_num, args["distribution"]),
         catalogue,
         met if exclude_history else (user, target),
-        f"eval_args.mode={loader.config['eval_args']['mode'][phase]!r}",
+        f"{setting}={loader.config['eval_args']['mode'][phase]!r}",
         dataset.field2id_token[dataset.uid_field],
     )
     with recbole_draws(seed, "candidates", phase):

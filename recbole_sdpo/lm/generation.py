@@ -46,11 +46,10 @@ def write(
     """
     model, width = lm.causal_lm, int(prompts.lengths.max())
     set_attention(model, dense_implementation(model, lm.attention))
-    text = torch.from_numpy(prompts.padded(NOTHING)[:, ::-1].copy()).to(lm.device)
     # Where each token ends an answer, any may stand in what is masked, or after an end.
     rows, closing = model.get_input_embeddings().weight.shape[0], set(ends)
     padding = next((token for token in range(rows) if token not in closing), 0)
-    tokens = torch.full_like(text, padding)
+    tokens = torch.full((len(prompts), width), padding, device=lm.device)
     seen = torch.arange(width) >= width - torch.from_numpy(prompts.lengths)[:, None]
     tokens[seen] = torch.from_numpy(prompts.values).to(lm.device)
     settings = GenerationConfig(

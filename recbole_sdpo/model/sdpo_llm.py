@@ -21,7 +21,7 @@ from recbole.utils import InputType
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from recbole_sdpo.checks.configuration import check_settings
+from recbole_sdpo.checks.configuration import settings_of_run_recbole
 from recbole_sdpo.checks.metrics import check_topk, is_of_answers
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.examples import CandidateExamples, Examples, FixedExamples, HistoryExamples
@@ -84,7 +84,7 @@ class SDPOLLM(SequentialRecommender):
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        settings: Settings = getattr(config, "settings", None) or check_settings(config)
+        settings: Settings = getattr(config, "settings", None) or settings_of_run_recbole(config)
         self.config = config
         self.seed: int = config["seed"]
         self.window: int = config["MAX_ITEM_LIST_LENGTH"] + 1
@@ -227,6 +227,8 @@ class SDPOLLM(SequentialRecommender):
             f"train_neg_sample_args{each}": self.negatives * self.draws,
             "prompt_candidates, less one for the target,": shown,
         }
+        if not any(wanted.values()):
+            return
         user, target = rows[self.USER_ID].numpy(), rows[self.ITEM_ID].numpy()
         for setting, number in wanted.items():
             if number:

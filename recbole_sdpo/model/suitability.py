@@ -51,6 +51,14 @@ def without_effect(chosen: Mapping[str, Any], backbone: BackboneSettings) -> Ite
             backbone.name == "scratch",
             "backbone='scratch', which has scratch_layers and scratch_dropout; set a backbone",
         ),
+        "scratch_": (
+            backbone.name != "scratch",
+            f"backbone={backbone.name!r}, which has its own shape; set backbone=scratch",
+        ),
+        "scratch_vocab_size": (
+            backbone.name == "scratch" and backbone.item_tokens == "whole",
+            "item_tokens='whole', where each title is a token; set item_tokens=pieces",
+        ),
         "title_rate": (
             backbone.item_tokens != "whole",
             "item_tokens='pieces', where no token is a title; set item_tokens=whole",

@@ -177,7 +177,7 @@ class SDPOTrainer(Trainer):
             nonlocal saved_at
             due = time.time() - saved_at > 60 * self.model.settings.save_minutes
             if saved and (now or self._agreed(due)):
-                in_epoch = 0.0 if now else time.time() - epoch_began
+                in_epoch = time.time() - epoch_began if stage.epoch_steps else 0.0
                 self._save_state(stage, improved, time.time() - began, train_s + in_epoch)
                 saved_at = time.time()
 

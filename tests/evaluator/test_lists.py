@@ -120,8 +120,20 @@ def test_every_model_is_judged_on_the_whole_catalogue_and_there_alone(ring, mode
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"eval_args": {"mode": "uni5"}}, r"GiniIndex .*set eval_args.mode=full \(now uni5\)"),
+        (
+            {"eval_args": {"mode": "uni5"}},
+            r"GiniIndex .*set eval_args.mode=full, or .*\(now uni5\)",
+        ),
         ({"eval_args": {"mode": "uni5"}, "more_candidates": ["pop5"]}, "set eval_args.mode=full"),
+        ({"candidates_file": "x.csv"}, r"set more_candidates=\['full'\] \(now candidates_file='x"),
+        (
+            {
+                "candidates_file": "x.csv",
+                "more_candidates": ["full"],
+                "valid_metric": "GiniIndex@5",
+            },
+            r"valid_metric='GiniIndex@5' must be of a target's rank.*\(file, full\)",
+        ),
         (
             {"valid_metric": "GiniIndex@5", "more_candidates": ["uni5"]},
             r"valid_metric='GiniIndex@5' must be of a target's rank.*\(full, uni5\)",

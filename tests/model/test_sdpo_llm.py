@@ -17,10 +17,13 @@ from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.sequences import histories
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import ranking
+from recbole_sdpo.lm.backbone import resolved
 from recbole_sdpo.lm.scratch import train_tokenizer
 from recbole_sdpo.model import SDPOLLM, encoder, sdpo_llm
+from recbole_sdpo.model.suitability import without_effect
 from recbole_sdpo.objectives import Constants, Logps, sdpo
 from recbole_sdpo.ragged import Ragged
+from recbole_sdpo.settings import Settings
 
 
 def build(settings):
@@ -406,7 +409,7 @@ def test_no_model_is_trained_for_a_top_k_beyond_the_catalogue(ring):
 
 def test_settings_without_effect_say_so(ring, caplog):
     idle = {"lora_layers": [1], "full_sort": "topk", "backbone_layers": 1, "sft_title_rate": 2}
-    idle |= {"parallel": "ddp"}
+    idle |= {"parallel": "ddp", "shuffle": False, "embedding_size": 128}
     build(ring | idle)
     for said in (
         "lora_layers has no effect with peft='none'",
@@ -414,13 +417,33 @@ def test_settings_without_effect_say_so(ring, caplog):
         "backbone_layers has no effect with backbone='scratch'",
         "sft_title_rate has no effect with item_tokens='pieces'",
         "parallel has no effect with one process",
+        "shuffle=False has no effect on SDPO-LLM",
+        "embedding_size=128 has no effect on SDPO-LLM",
     ):
         assert said in caplog.text
     caplog.clear()
     build(ring | {"item_tokens": "whole", "sft_title_rate": 2})
-    assert "has no effect" not in caplog.text
+    said = [message for message in caplog.messages if "has no effect" in message]
+    assert len(said) == 1 and said[0].startswith("scratch_vocab_size has no effect with item_toke")
     with pytest.raises(ValueError, match="worker=-1 must be a whole number from 0 to 256"):
         build(ring | {"worker": -1})
+
+
+def test_the_shape_of_scratch_has_no_effect_on_another_backbone():
+    chosen = {"scratch_layers": 3, "scratch_vocab_size": 999}
+    said = {}
+    for name in ("scratch", "smollm2-135m"):
+        backbone = Settings.from_mapping({"backbone": name}).backbone
+        said[name] = "".join(without_effect(chosen, resolved(backbone, torch.device("cpu"))))
+    assert not said["scratch"]
+    assert said["smollm2-135m"].startswith("scratch_layers, scratch_vocab_size have no effect with")
+
+
+def test_sources_of_negatives_are_idle_where_none_are_drawn(ring, caplog):
+    """A row of SFT among those of an experiment that share them."""
+    sft = {"objective": "sft", "train_neg_sample_args": None, "negative_sources": {"uniform": 1}}
+    quick_start.run("SDPO-LLM", "toy", config_dict=ring | sft)
+    assert "negative_sources={'uniform': 1.0} has no effect on objective='sft'" in caplog.text
 
 
 @pytest.mark.parametrize(

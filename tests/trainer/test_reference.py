@@ -212,3 +212,23 @@ def test_the_time_of_a_stage_holds_that_of_asking_the_reference(ring, monkeypatc
     sft, sdpo = trainer.reports["sft"], trainer.reports["sdpo"]
     assert sft.wall_s == sft.train_s == 10 * trainer.model.settings.sft.epochs
     assert (sdpo.wall_s, sdpo.train_s) == (1000 + 10, 10)  # that of the epochs does not
+
+
+def test_a_state_in_the_middle_of_an_epoch_has_the_seconds_of_its_steps(ring, monkeypatch):
+    """Those of a signal, too: what goes on from it counts its own alone."""
+    trainer, loaders = start(ring | SMALL | {"sft_epochs": 2, "sdpo_epochs": 0})
+    clock, seconds = [0.0], []
+    monkeypatch.setattr("recbole_sdpo.trainer.sdpo_trainer.time.time", lambda: clock[0])
+    monkeypatch.setattr(trainer, "_save_state", lambda *args: seconds.append(args[-1]))
+
+    def run_epoch(stage, show, after_step):
+        clock[0] += 7
+        stage.epoch_steps = 1
+        after_step(True)
+        clock[0] += 3
+        stage.epoch, stage.epoch_steps = stage.epoch + 1, 0
+        return 0.0
+
+    monkeypatch.setattr(Stage, "run_epoch", run_epoch)
+    trainer.fit_stage("sft", loaders[0], saved=True, verbose=False)
+    assert seconds == [0, 7, 10, 17, 20, 20]

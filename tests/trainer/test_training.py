@@ -601,6 +601,11 @@ def test_recboles_own_quick_start_runs_it(ring):
     assert {"hit@1", "ndcg@5", "mrr@10"} <= set(result["test_result"])
     ours = quick_start.run("SDPO-LLM", "toy", config_dict=ring | {"max_train_targets": 50})
     assert dict(result["test_result"]) == ours["test_result"]
+    for key, value in (("max_eval_targets", 5), ("more_candidates", ["pop5"])):
+        with pytest.raises(
+            UserError, match=f"{key}=.* has no effect in RecBole's run_recbole; use"
+        ):
+            run_recbole(model="SDPO-LLM", dataset="toy", config_dict=ring | {key: value})
 
 
 STAGE_KEYS = {"valid", "test", "wall_s", "targets", "tokens", "train_s", "candidates"}
