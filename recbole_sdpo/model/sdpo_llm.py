@@ -116,11 +116,13 @@ class SDPOLLM(SequentialRecommender):
 
         def tokenizer() -> PreTrainedTokenizerBase:
             # The root damps the most popular titles, so that the rarer ones get merges of their
-            # own, too.
+            # own, too. So does one that nobody met: spelled in bytes, it would have a ranking of
+            # the catalogue project dozens of places in place of one.
             seen = np.bincount(
                 training_sequences(dataset).items.values, minlength=len(self.catalogue.titles)
             )
             weight = np.ceil(np.sqrt(seen)).astype(int)
+            weight[1:] = weight[1:].clip(1)
             texts = [*np.repeat(lines, weight), *self.units.pieces * int(weight.max())]
             return train_tokenizer(texts, self.backbone.scratch_vocab_size)
 

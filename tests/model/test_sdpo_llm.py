@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Conf
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.data.sequences import histories
+from recbole_sdpo.data.sequences import histories, training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import ranking
 from recbole_sdpo.lm.backbone import resolved
@@ -461,3 +461,10 @@ def test_what_does_not_go_with_parts_is_refused_before_the_backbone_is_loaded(
     monkeypatch.setattr(PartialState(cpu=True), "num_processes", 2)
     with pytest.raises(UserError, match=f"{refused} does not go with parallel='fsdp'"):
         build(ring | settings | {"parallel": "fsdp"})
+
+
+def test_a_title_that_nobody_met_is_a_token_of_scratch_as_well(ring):
+    """Spelled out, a few of them cost a ranking of the catalogue more than all others."""
+    model, loaders = build(ring | {"held_out_items": 0.2, "scratch_vocab_size": 4096})
+    assert len(np.unique(training_sequences(loaders[0]._dataset).items.values)) < 24
+    assert (model.encoder.tokens.lengths[1 : model.units.items] == 1).all()
