@@ -318,7 +318,8 @@ def _load_cmd_line(self: Config) -> dict[str, Any]:
 
 
 def heed_visible_gpus() -> None:
-    """Have a run without ``gpu_id`` take the GPUs that ``CUDA_VISIBLE_DEVICES`` leaves it.
+    """Have a run without ``gpu_id`` take the GPUs that ``CUDA_VISIBLE_DEVICES`` leaves it, and each
+    process of a launch all that there are, where nobody says which.
 
     RecBole puts its default in the place of that: the first GPU of the machine, whoever works there
     (https://github.com/RUCAIBox/RecBole/issues/1955).
@@ -326,8 +327,11 @@ def heed_visible_gpus() -> None:
     theirs = Config._init_device
 
     def _init_device(self: Config) -> None:
-        if VISIBLE_GPUS is not None and "gpu_id" not in self.external_config_dict:
-            self.final_config_dict["gpu_id"] = VISIBLE_GPUS
+        if "gpu_id" not in self.external_config_dict:
+            several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+            every = ",".join(map(str, range(torch.cuda.device_count() if several else 0)))
+            default = every or self.final_config_dict["gpu_id"]
+            self.final_config_dict["gpu_id"] = default if VISIBLE_GPUS is None else VISIBLE_GPUS
         theirs(self)
 
     Config._init_device = _init_device

@@ -239,14 +239,9 @@ def _top_time(trainer: Trainer, loaders: Loaders, state: PartialState) -> dict[s
 
 
 def _process_settings() -> dict[str, Any]:
-    """RecBole stays single-process; the other processes of a launch are quiet, and each sees all
-    GPUs, or those that the shell leaves them."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return {}
-    quiet = {"state": "error", "show_progress": False} if os.environ.get("RANK", "0") != "0" else {}
-    if compat.VISIBLE_GPUS is not None or not torch.cuda.device_count():
-        return quiet
-    return quiet | {"gpu_id": ",".join(map(str, range(torch.cuda.device_count())))}
+    """The other processes of a launch are quiet."""
+    first = os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return {} if first else {"state": "error", "show_progress": False}
 
 
 def _run_stages(

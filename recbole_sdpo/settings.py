@@ -206,8 +206,9 @@ class StageSettings:
     stopping_step: int | None = _at_least(
         0,
         None,
-        "evaluations without a better valid_metric before the stage ends, or null for RecBole's "
-        "stopping_step; a small one may end a schedule that falls before its best part",
+        "evaluations without a better valid_metric that a stage bears, and the next one ends it; "
+        "null for RecBole's stopping_step; a small one may end a schedule that falls before its "
+        "best part",
     )
 
     def completed(self, suited: Mapping[str, Any]) -> StageSettings:

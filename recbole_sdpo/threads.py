@@ -1,4 +1,4 @@
-"""How long OpenMP's threads spin while they wait for each other."""
+"""How many threads there may be, and how long they spin while they wait for each other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import os
 WAITS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 """Of GNU's OpenMP, which PyTorch's Linux builds bring: rounds of its loop; of LLVM's and Intel's
 (macOS, conda): milliseconds."""
+
+
+def cores() -> int:
+    """Those that this process may use, which a scheduler may have made fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def spin_briefly() -> None:

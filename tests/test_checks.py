@@ -285,3 +285,23 @@ def test_mixed_precision_of_recbole_is_for_a_gpu(ring):
 def test_a_path_that_no_file_system_takes_is_refused_by_its_setting(ring, key, value):
     with pytest.raises(UserError, match=f"{key}='.*must have names of 255 bytes at most"):
         RunConfig("SDPO-LLM", "toy", config_dict=ring | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backbone": "none.gguf"}, "backbone='none.gguf' is a file that does not exist"),
+        ({"attention": "flex_attention"}, "attention='flex_attention' needs a GPU"),
+        ({"quantization": "nf4"}, "quantization='nf4' is for pretrained weights"),
+        ({"item_tokens": "whole", "dtype": "bfloat16"}, "dtype='bfloat16' loses small changes"),
+        ({"compile": True, "gradient_checkpointing": True}, "compile=True is for layers that"),
+    ],
+)
+def test_a_backbones_settings_are_checked_before_data_are_read(ring, settings, message):
+    with pytest.raises(UserError, match=message):
+        RunConfig("SDPO-LLM", "toy", config_dict=ring | settings)
+
+
+def test_a_model_of_a_knowledge_graph_needs_its_files(ring):
+    with pytest.raises(UserError, match=r"model='CFKG': there is no file .*toy\.kg, which must be"):
+        RunConfig("CFKG", "toy", config_dict=ring)

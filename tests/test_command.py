@@ -296,3 +296,9 @@ def test_a_dataset_after_a_blank_is_used_without_a_warning(monkeypatch, ring, ca
     monkeypatch.setattr("sys.argv", words)
     assert RunConfig("BPR", "toy", config_dict=ring)["seed"] == 7
     assert "[stray] will not be used" in caplog.text  # and nothing else
+
+
+def test_the_page_of_installing_names_all_commands():
+    page = (Path(__file__).parents[1] / "docs" / "install.md").read_text()
+    listed = re.search(r"Its commands are (.*);", page)[1]
+    assert set(re.findall(r"`(\w+)`", listed)) == set(program.COMMANDS)

@@ -160,10 +160,20 @@ def test_the_gpus_that_the_shell_leaves_are_taken(ring, monkeypatch, visible):
     assert RunConfig("BPR", "toy", config_dict=ring | {"gpu_id": "1"})["gpu_id"] == "1"
 
 
-def test_and_by_each_process_of_a_launch(gpus, monkeypatch):
+@pytest.mark.parametrize(
+    ("visible", "given", "taken"),
+    [(None, {}, "0,1"), ("2,3", {}, "2,3"), (None, {"gpu_id": "4,5"}, "4,5")],
+)
+def test_and_by_each_process_of_a_launch(ring, gpus, monkeypatch, visible, given, taken):
+    """What files and programs say of it counts, too."""
     gpus((9, 0), (9, 0))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(compat, "VISIBLE_GPUS", None)
-    assert quick_start._process_settings() == {"gpu_id": "0,1"}
-    monkeypatch.setattr(compat, "VISIBLE_GPUS", "2,3")
-    assert quick_start._process_settings() == {}
+    monkeypatch.setattr(compat, "VISIBLE_GPUS", visible)
+    assert RunConfig("SDPO-LLM", "toy", config_dict=ring | given)["gpu_id"] == taken
+
+
+def test_planning_leaves_the_visible_gpus_to_the_runs(ring, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    rows = [Entry("one", "Pop"), Entry("another", "BPR", {"gpu_id": ""})]
+    plan(Experiment("title", "toy", rows, settings=ring))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"

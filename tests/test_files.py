@@ -1,6 +1,7 @@
 """Files and folders are whole or not there, whoever dies; and damage is seen."""
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -127,6 +128,9 @@ def test_a_seal_names_what_is_not_as_it_was(tmp_path):
         files.check_seal(tmp_path)
     files.seal(tmp_path)
     files.check_seal(tmp_path)
+    # as sha256sum writes and reads them
+    lines = [f"{hashlib.sha256(name.encode()).hexdigest()}  {name}\n" for name in "ab"]
+    assert (tmp_path / files.SUMS).read_text() == "".join(lines)
     (tmp_path / "b").write_text("c")
     with pytest.raises(UserError, match="b is damaged"):
         files.check_seal(tmp_path)

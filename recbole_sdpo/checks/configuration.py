@@ -19,7 +19,7 @@ from recbole_sdpo.checks.negatives import check_negatives
 from recbole_sdpo.checks.unknown import check_unknown
 from recbole_sdpo.data.columns import check_columns
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.lm.backbone import resolved
+from recbole_sdpo.lm.backbone import check_backbone, resolved
 from recbole_sdpo.objectives import OBJECTIVES, Constants
 from recbole_sdpo.settings import (
     FILE_MODE,
@@ -122,12 +122,13 @@ def _check_evaluation(config: Config, settings: Settings) -> None:
 
 
 def _check_language_model(config: Config, settings: Settings) -> None:
-    """Is there memory for a scratch backbone, and something that a cached reference can keep?"""
-    backbone = settings.backbone
+    """Do the backbone's settings go together, is there memory for a scratch one, and something that
+    a cached reference can keep?"""
+    backbone = resolved(settings.backbone, config["device"])
+    check_backbone(backbone, config["device"])
     # Weights, gradients, AdamW's two moments.
     bytes_needed = 16 * 12 * backbone.scratch_layers * backbone.scratch_hidden_size**2
-    scratch = resolved(backbone, config["device"]).name == "scratch"
-    if scratch and bytes_needed > machine.memory():
+    if backbone.name == "scratch" and bytes_needed > machine.memory():
         raise UserError(
             f"scratch_hidden_size={backbone.scratch_hidden_size} with "
             f"scratch_layers={backbone.scratch_layers} must be smaller: "

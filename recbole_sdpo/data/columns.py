@@ -192,6 +192,9 @@ def _check_files(config: Config) -> None:
     key = f"benchmark_filename={split}" if split else f"dataset={config['dataset']!r}"
     needed = [(key, path) for path in paths["inter"]]
     needed += [(f"additional_feat_suffix={more}", path) for end in more for path in paths[end]]
+    if config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
+        stem = Path(config["data_path"], config["dataset"])
+        needed += [(f"model={config['model']!r}", Path(f"{stem}.{end}")) for end in ("kg", "link")]
     for key, path in needed:
         if not path.is_file():
             where = _where_else(path.parent, config["dataset"])

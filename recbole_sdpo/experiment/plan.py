@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 import recbole_sdpo
+from recbole_sdpo import compat
 from recbole_sdpo.checks.machine import check_folders
 from recbole_sdpo.checks.metrics import is_of_lists, without_aliases
 from recbole_sdpo.config import RunConfig
@@ -320,11 +321,12 @@ def plan(
     rows = experiment.entries() if entries is None else entries
     logging.disable(logging.WARNING)  # each run says again in its own log what it is warned of
     try:
-        runs = [
-            (entry, _run(experiment, entry, seed))
-            for seed in seeds or experiment.seeds
-            for entry in rows
-        ]
+        with compat.same_gpus():
+            runs = [
+                (entry, _run(experiment, entry, seed))
+                for seed in seeds or experiment.seeds
+                for entry in rows
+            ]
     finally:
         logging.disable(logging.NOTSET)
     _check_axes(runs)

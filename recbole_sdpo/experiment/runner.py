@@ -28,6 +28,7 @@ from recbole_sdpo.files import check_seal, sealed, write_text
 from recbole_sdpo.inputs import Inputs, began_with
 from recbole_sdpo.interrupt import add_note
 from recbole_sdpo.result import RESULT_FILE, read_result
+from recbole_sdpo.threads import cores
 from recbole_sdpo.trainer.state import broken_part, holds_state
 
 POLL, REMIND = 0.5, 60.0
@@ -284,11 +285,7 @@ class Runner:
 
         It has a session of its own, so that Ctrl-C comes to it once, from here.
         """
-        threads = (
-            {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
-            if self.jobs > 1
-            else {}
-        )
+        each = {"OMP_NUM_THREADS": str(max(1, cores() // self.jobs))} if self.jobs > 1 else {}
         theirs, ours = os.pipe()
         try:
             with self._starting:
@@ -299,7 +296,7 @@ class Runner:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=os.environ | threads | {LIFELINE: str(theirs)},
+                    env=each | os.environ | {LIFELINE: str(theirs)},
                     pass_fds=(theirs, lock.fileno()),
                     start_new_session=True,
                 )

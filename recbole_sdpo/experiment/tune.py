@@ -82,8 +82,8 @@ class _Search:
         points = {entry.name: grid(entry, experiment.tries) for entry in entries if entry.tune}
         if not points:
             raise UserError(
-                "--tune needs runs with a key tune, such as tune: {learning_rate: [0.001, 0.003]}; "
-                "none has one."
+                "--tune needs runs with a key tune, such as tune: {learning_rate: [0.001, 0.003]} "
+                "with tries: 2; none has one."
             )
         sft_row = _sft_rows(experiment, points)
         _check_all(experiment, points, sft_row)

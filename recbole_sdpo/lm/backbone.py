@@ -103,6 +103,52 @@ def bf16_is_fast(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
+def check_backbone(config: BackboneSettings, device: torch.device) -> None:
+    """Do the settings go together, as far as can be told before anything is loaded?
+
+    Args:
+        config: with every ``auto`` resolved.
+        device: that will compute.
+
+    Raises:
+        UserError: they do not, or a file is not there.
+    """
+    if config.attention == FLEX and device.type != "cuda":
+        raise UserError(
+            f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; it must be "
+            "auto, sdpa or eager."
+        )
+    if config.quantization != "none" and (config.name == "scratch" or config.peft != "lora"):
+        raise UserError(
+            f"quantization={config.quantization!r} is for pretrained weights under an adapter; "
+            "give a backbone and peft=lora "
+            f"(now {config.name!r} and {config.peft!r})."
+        )
+    if config.name != "scratch" and config.weights != "pretrained" and config.peft != "none":
+        raise UserError(  # an adapter's checkpoint does not hold what was drawn
+            f"backbone_weights={config.weights!r} needs peft=none (now {config.peft!r}), which "
+            "trains what was drawn."
+        )
+    if config.compile and (config.gradient_checkpointing or config.quantization != "none"):
+        raise UserError(
+            "compile=True is for layers that are computed once, in full weights, and this run "
+            "has gradient_checkpointing="
+            f"{config.gradient_checkpointing} and quantization={config.quantization!r}; leave it "
+            "out, or them."
+        )
+    if config.item_tokens == "whole" and config.dtype == "bfloat16":
+        raise UserError(
+            "dtype='bfloat16' loses small changes of the titles' tokens, which item_tokens='whole' "
+            "trains; it must be mixed, float32 or auto."
+        )
+    source = weights_source(config.name)
+    if source.endswith(".gguf") and not os.path.isfile(source):
+        raise UserError(
+            f"backbone={config.name!r} is a file that does not exist; give the path of a .gguf "
+            "file."
+        )
+
+
 def load_backbone(
     config: BackboneSettings,
     device: torch.device,
@@ -127,35 +173,8 @@ def load_backbone(
             not for it.
     """
     dtype = torch.float32 if config.dtype == "mixed" else getattr(torch, config.dtype)
-    if config.attention == FLEX and device.type != "cuda":
-        raise UserError(
-            f"attention={FLEX!r} needs a GPU, and this run is on {device.type!r}; it must be "
-            "auto, sdpa or eager."
-        )
-    if config.quantization != "none" and (config.name == "scratch" or config.peft != "lora"):
-        raise UserError(
-            f"quantization={config.quantization!r} is for pretrained weights under an adapter; "
-            "give a backbone and peft=lora "
-            f"(now {config.name!r} and {config.peft!r})."
-        )
-    if config.name != "scratch" and config.weights != "pretrained" and config.peft != "none":
-        raise UserError(  # an adapter's checkpoint does not hold what was drawn
-            f"backbone_weights={config.weights!r} needs peft=none (now {config.peft!r}), which "
-            "trains what was drawn."
-        )
-    if config.compile and (config.gradient_checkpointing or config.quantization != "none"):
-        raise UserError(
-            "compile=True is for layers that are computed once, in full weights, and this run "
-            "has gradient_checkpointing="
-            f"{config.gradient_checkpointing} and quantization={config.quantization!r}; leave it "
-            "out, or them."
-        )
+    check_backbone(config, device)
     whole = config.item_tokens == "whole"
-    if whole and config.dtype == "bfloat16":
-        raise UserError(
-            "dtype='bfloat16' loses small changes of the titles' tokens, which item_tokens='whole' "
-            "trains; it must be mixed, float32 or auto."
-        )
     if config.name == "scratch":
         tokenizer = whole_tokenizer(texts) if whole else scratch_tokenizer()
         model = build_model(
@@ -332,11 +351,6 @@ def _locate(config: BackboneSettings) -> str:
     """A folder or hub id for ``transformers``; a GGUF file is converted first."""
     name = weights_source(config.name)
     if name.endswith(".gguf"):
-        if not os.path.isfile(name):
-            raise UserError(
-                f"backbone={config.name!r} is a file that does not exist; give the path of a "
-                ".gguf file."
-            )
         return str(_convert_gguf(Path(name), user_path(config.cache_dir)))
     return name
 

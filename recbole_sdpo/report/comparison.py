@@ -21,6 +21,9 @@ from recbole_sdpo.result import read_result
 LEVEL = 0.05
 """A difference is called significant where its corrected p-value is below this."""
 
+SEQUENTIAL = "ModelType.SEQUENTIAL"
+"""The kind of a model that reads histories, as a result has it."""
+
 
 @dataclass
 class FinishedRun:
@@ -341,7 +344,10 @@ def unfair(runs: Sequence[FinishedRun], candidates: Sequence[str]) -> list[str]:
         told = [Audit.from_json(audit).warnings(mode) for audit in found if audit]
         sentences += dict.fromkeys(chain.from_iterable(told))
     targets = [f"{run.result['training_targets']:,}" for run in runs]
-    return sentences + _differ(runs, "training targets an epoch", targets)
+    sentences += _differ(runs, "training targets an epoch", targets)
+    readers = [run for run in runs if run.result["settings"].get("MODEL_TYPE") == SEQUENTIAL]
+    lengths = [str(run.result["settings"]["MAX_ITEM_LIST_LENGTH"]) for run in readers]
+    return sentences + _differ(readers, "items of history", lengths)
 
 
 def _users(run: FinishedRun, mode: str) -> str:

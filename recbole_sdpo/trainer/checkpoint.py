@@ -19,6 +19,7 @@ from accelerate import PartialState
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from recbole.config import Config
 
+from recbole_sdpo.data.candidates import candidates_seed
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import (
     SUMS,
@@ -140,6 +141,8 @@ def _made_with(model: SDPOLLM) -> dict[str, Any]:
         settings["scratch_heads"] = backbone.scratch_heads  # which no weight's shape tells
         if adapter:
             settings["seed"] = model.seed  # of the random weights under it
+    if model.settings.held_out_items:
+        settings["candidates_seed"] = candidates_seed(model.config)  # which drew them
     # of a template that may be elsewhere, or another, later
     header, *texts = model.units.pieces
     return json.loads(json.dumps(settings | {"header": header, "texts": texts}))

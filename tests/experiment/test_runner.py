@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -709,3 +710,18 @@ def test_what_a_row_varies_its_sft_does_not_hand_on(ring, tmp_path):
         if entry.name.startswith("parts")
     ]
     assert numbers == [2, 3], "although the SFT has a number of its own"
+
+
+@pytest.mark.parametrize(("set_by_user", "given"), [(None, "3"), ("2", "2")])
+def test_a_run_gets_its_share_of_the_cores_unless_the_user_says(monkeypatch, set_by_user, given):
+    """Of those that a scheduler leaves, not of the machine's."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    if set_by_user:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as lock:
+        says = "import os, sys; sys.stdout.write(os.environ['OMP_NUM_THREADS'])"
+        assert Runner(Path("saved"), 2)._work([sys.executable, "-c", says], log, lock) == 0
+        log.seek(0)
+        assert log.read().decode() == given

@@ -219,6 +219,16 @@ def test_what_is_not_alike_is_said(runs):
     )
     (users,) = unfair([*runs, finished("odd", 1, 0.2, users=50)], ["uni19"])
     assert users.startswith("not the same test users (uni19): 200 ") and "for odd" in users
+    lengths = {"weak": ("SEQUENTIAL", 50), "rival": ("GENERAL", 10)}
+    for run in runs:
+        kind, length = lengths.get(run.name, ("SEQUENTIAL", 20))
+        run.result["settings"] |= {
+            "MODEL_TYPE": f"ModelType.{kind}",
+            "MAX_ITEM_LIST_LENGTH": length,
+        }
+    assert unfair(runs, ["uni19"]) == [
+        "not the same items of history: 50 for weak; 20 for ours, same"
+    ]
 
 
 def test_rows_of_other_users_are_compared_on_those_in_common(runs):

@@ -375,6 +375,19 @@ def test_an_adapter_over_other_random_weights_is_refused(ring):
             trainer.fit_stage("sft", *loaders[:2])
 
 
+def test_an_sft_that_other_items_were_held_out_from_is_refused(ring):
+    """It has met what this run tests as never met."""
+    small = ring | {"held_out_items": 0.2, "max_train_targets": 20}
+    trainer, loaders = start(small | {"run_dir": "first"})
+    trainer.fit_stage("sft", *loaders[:2])
+    begin = small | {"sft_checkpoint": "first", "seed": 5}
+    trainer, loaders = start(begin)
+    with pytest.raises(UserError, match="candidates_seed=2020, and this run has 5"):
+        trainer.fit_stage("sft", *loaders[:2])
+    trainer, loaders = start(begin | {"candidates_seed": 2020})
+    trainer.fit_stage("sft", *loaders[:2])
+
+
 def test_without_validation_the_last_weights_count(ring):
     trainer, loaders = start(ring | {"eval_step": 0, "sft_epochs": 2})
     trainer._valid_epoch = lambda *_: pytest.fail("validated")
