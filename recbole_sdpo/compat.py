@@ -508,6 +508,13 @@ def same_gpus() -> Iterator[None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
+def environment() -> dict[str, str]:
+    """Of a process that is to find the visible GPUs as this one did, whatever a ``Config`` has made
+    of them since."""
+    rest = {key: text for key, text in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    return rest if VISIBLE_GPUS is None else rest | {"CUDA_VISIBLE_DEVICES": VISIBLE_GPUS}
+
+
 def check_launcher() -> None:
     """Refuse ``accelerate launch --cpu --num_processes 2``, which starts a single process.
 

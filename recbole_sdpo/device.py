@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from recbole.config import Config
 
+from recbole_sdpo import compat
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.settings import MODEL
 
@@ -24,9 +25,9 @@ def check_device(config: Config) -> None:
     middle of a run.
 
     Raises:
-        UserError: ``gpu_id`` names a GPU that is not there, or that this build of torch has no
-            kernels for; there are more processes than GPUs, or no NCCL to join them; or
-            ``dtype`` is one that a GPU has not.
+        UserError: ``gpu_id`` or ``CUDA_VISIBLE_DEVICES`` names a GPU that is not there, or that
+            this build of torch has no kernels for; there are more processes than GPUs, or no NCCL
+            to join them; or ``dtype`` is one that a GPU has not.
     """
     external = config.external_config_dict
     asked = [part.strip() for part in config["gpu_id"].split(",")]
@@ -36,16 +37,19 @@ def check_device(config: Config) -> None:
         raise UserError(
             "use_gpu=False has no effect in RecBole; give gpu_id='' for a run on the CPU."
         )
-    if asked and "gpu_id" in external and count < len(asked):
+    # a value that is left in the environment of a machine without GPUs asks for none
+    by_shell = compat.VISIBLE_GPUS is not None and "gpu_id" not in external
+    which = f"{'CUDA_VISIBLE_DEVICES' if by_shell else 'gpu_id'}={config['gpu_id']!r}"
+    if count < len(asked) and (count if by_shell else "gpu_id" in external):
         raise UserError(
-            f"gpu_id={config['gpu_id']!r} asks for {len(asked)} of this machine's GPUs and torch "
-            f"{torch.__version__} finds {count}: "
-            f"{_remedy()}, or set gpu_id='' for the CPU."
+            f"{which} asks for {len(asked)} of this machine's GPUs and torch {torch.__version__} "
+            f"finds {count}: {_remedy()}, or set gpu_id='' for the CPU."
         )
     if asked and not count and DRIVER.is_dir():
+        where = f" by {which}" if by_shell else ""
         getLogger().warning(
             f"This run is on the CPU, as torch {torch.__version__} cannot use the GPU that is "
-            f"here: {_remedy()}."
+            f"here{where}: {_remedy()}."
         )
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if count and processes > count:

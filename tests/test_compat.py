@@ -351,6 +351,7 @@ def test_recbole_still_fills_in_place_and_ours_fills_what_is_missing(tmp_path):
 def test_recbole_still_sets_the_visible_gpus(monkeypatch):
     """Where it does not, same_gpus and heed_visible_gpus have had their day."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(compat, "VISIBLE_GPUS", None)
     with compat.same_gpus():
         RunConfig("BPR", "ml-100k")
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"

@@ -2,6 +2,7 @@
 up: what torch says of them counts."""
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -155,6 +156,7 @@ def test_a_run_and_an_experiment_ask_first(ring, gpus):
 def test_the_gpus_that_the_shell_leaves_are_taken(ring, monkeypatch, visible):
     """RecBole's default is the first of the machine."""
     monkeypatch.setattr(compat, "VISIBLE_GPUS", visible)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # and as it was, afterwards
     assert RunConfig("BPR", "toy", config_dict=ring)["gpu_id"] == visible
     assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
     assert RunConfig("BPR", "toy", config_dict=ring | {"gpu_id": "1"})["gpu_id"] == "1"
@@ -167,6 +169,7 @@ def test_the_gpus_that_the_shell_leaves_are_taken(ring, monkeypatch, visible):
 def test_and_by_each_process_of_a_launch(ring, gpus, monkeypatch, visible, given, taken):
     """What files and programs say of it counts, too."""
     gpus((9, 0), (9, 0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(compat, "VISIBLE_GPUS", visible)
     assert RunConfig("SDPO-LLM", "toy", config_dict=ring | given)["gpu_id"] == taken
@@ -177,3 +180,23 @@ def test_planning_leaves_the_visible_gpus_to_the_runs(ring, monkeypatch):
     rows = [Entry("one", "Pop"), Entry("another", "BPR", {"gpu_id": ""})]
     plan(Experiment("title", "toy", rows, settings=ring))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+def test_of_the_gpus_that_the_shell_names_none_may_be_missing(ring, gpus, monkeypatch, caplog):
+    monkeypatch.setattr(compat, "VISIBLE_GPUS", "2,3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    gpus((9, 0))
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES='2,3' asks for 2 .* finds 1"):
+        check(ring)
+    gpus()
+    monkeypatch.setattr(device, "DRIVER", Path("/"))
+    check(ring)
+    assert "cannot use the GPU that is here by CUDA_VISIBLE_DEVICES='2,3': see in" in caplog.text
+
+
+@pytest.mark.parametrize("visible", [None, "5"])
+def test_an_earlier_run_leaves_the_gpus_of_an_experiment_alone(ring, monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(compat, "VISIBLE_GPUS", visible)
+    RunConfig("BPR", "toy", config_dict=ring | {"gpu_id": ""})
+    assert compat.environment().get("CUDA_VISIBLE_DEVICES") == visible

@@ -21,6 +21,7 @@ from typing import IO
 
 import yaml
 
+from recbole_sdpo import compat
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.plan import Run
 from recbole_sdpo.experiment.worker import LIFELINE
@@ -296,7 +297,7 @@ class Runner:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=each | os.environ | {LIFELINE: str(theirs)},
+                    env=each | compat.environment() | {LIFELINE: str(theirs)},
                     pass_fds=(theirs, lock.fileno()),
                     start_new_session=True,
                 )

@@ -262,8 +262,8 @@ def restore_policy(lm: LanguageModel, folder: Path, new_titles: bool = False) ->
     whole, saved, here = is_whole(lm.tokenizer), tokenizer.get_vocab(), lm.tokenizer.get_vocab()
     if saved != here and not (whole and is_whole(tokenizer)):
         raise UserError(
-            f"{what} has another tokenizer than this run; use the data, backbone and settings it "
-            "was made with."
+            f"{what} has another tokenizer than this run; use the data, backbone, settings and "
+            "version of this package that it was made with."
         )
     unmet = here.keys() - saved
     if unmet and not new_titles:

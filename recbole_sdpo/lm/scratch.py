@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -11,7 +12,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 START = "<s>"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, others: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Bytes, and the pieces that a byte-level BPE of at most ``vocab_size`` tokens cuts ``texts``
     into.
 
@@ -20,6 +23,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     way to longer ones, which no text is made of; they are left out, for each costs a column of the
     vocabulary projection (on ml-100k four fifths of it). Text is cut into as few pieces as there
     can be.
+
+    Where each of ``texts`` is one token, so is each of ``others``, until the vocabulary is full or
+    twice as large. Spelled in bytes, a few of them would have a ranking of all project dozens of
+    places in place of one; among ``texts`` they would take merges from what is trained on.
     """
     texts = list(texts)
     bpe = Tokenizer(models.BPE())
@@ -31,8 +38,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
         ),
     )
-    used = {piece for encoding in bpe.encode_batch(sorted(set(texts))) for piece in encoding.tokens}
-    pieces = [START, *alphabet, *sorted(used - set(alphabet))]
+    cut = [encoding.tokens for encoding in bpe.encode_batch(sorted(set(texts)))]
+    pieces = [START, *alphabet, *sorted(set(chain.from_iterable(cut)) - set(alphabet))]
+    if all(len(tokens) == 1 for tokens in cut):
+        whole = ("".join(encoding.tokens) for encoding in bpe.encode_batch(list(others)))
+        pieces = list(dict.fromkeys([*pieces, *whole]))[: min(vocab_size, 2 * len(pieces))]
     tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
     tokenizer.pre_tokenizer, tokenizer.decoder = bpe.pre_tokenizer, decoders.ByteLevel()
     tokenizer.add_special_tokens([START])

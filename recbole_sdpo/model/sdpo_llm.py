@@ -116,15 +116,14 @@ class SDPOLLM(SequentialRecommender):
 
         def tokenizer() -> PreTrainedTokenizerBase:
             # The root damps the most popular titles, so that the rarer ones get merges of their
-            # own, too. So does one that nobody met: spelled in bytes, it would have a ranking of
-            # the catalogue project dozens of places in place of one.
+            # own, too.
             seen = np.bincount(
                 training_sequences(dataset).items.values, minlength=len(self.catalogue.titles)
             )
             weight = np.ceil(np.sqrt(seen)).astype(int)
-            weight[1:] = weight[1:].clip(1)
             texts = [*np.repeat(lines, weight), *self.units.pieces * int(weight.max())]
-            return train_tokenizer(texts, self.backbone.scratch_vocab_size)
+            unmet = lines[1:][weight[1:] == 0]
+            return train_tokenizer(texts, self.backbone.scratch_vocab_size, unmet)
 
         # The backbone comes after the catalogue: scratch makes its vocabulary of the titles.
         self.lm = load_backbone(

@@ -95,6 +95,8 @@ def load_checkpoint(folder: Path, model: SDPOLLM) -> None:
     check_whole(folder)
     made = read_json(folder / POLICY_FILE) if (folder / POLICY_FILE).is_file() else {}
     for key, value in _made_with(model).items():
+        if key == "candidates_seed" and made.get(key) is None:
+            continue  # an older one does not say which items were held out
         if made.get(key, value) != value:
             raise UserError(
                 f"checkpoint {str(folder)!r} was made with {key}={made[key]!r}, and this run has "

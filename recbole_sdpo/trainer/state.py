@@ -115,7 +115,8 @@ def read_state_of(run_dir: Path, identity: dict[str, Any]) -> dict[str, Any]:
     ]
     if other:
         raise UserError(
-            f"resume={str(run_dir)!r}: that run had {', '.join(other)}; give each as it was."
+            f"resume={str(run_dir)!r}: that run had {', '.join(other)}; give each as it "
+            "was, or take the version of this package that it was made with."
         )
     return state
 

@@ -144,3 +144,17 @@ def test_scratch_weights_depend_on_their_seed_alone():
     assert all(
         torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
     )
+
+
+def test_others_are_tokens_where_all_texts_are_and_cost_these_nothing():
+    texts, others = ["red cube\n", "blue ball\n"] * 9, [f"other {n}\n" for n in range(500)]
+    without = train_tokenizer(texts, 1000)
+    for size, few in ((1000, 3), (1000, 500), (300, 500)):
+        made = train_tokenizer(texts, size, others[:few])
+        own = [len(encode_text(made, other)) for other in others[:few]]
+        assert own.count(1) == min(few, size - len(without), len(without))
+        assert len(made) == len(without) + own.count(1)
+        for text in {*texts}:
+            assert [*encode_text(made, text)] == [*encode_text(without, text)]
+    spelled = train_tokenizer(texts, 260, others)
+    assert len(encode_text(spelled, others[0])) > 1 < len(encode_text(spelled, texts[0]))

@@ -452,7 +452,7 @@ def test_sources_of_negatives_are_idle_where_none_are_drawn(ring, caplog):
         ({"full_sort": "topk", "eval_args": {"mode": "full"}}, "full_sort='topk'"),
         ({"item_tokens": "whole", "peft": "lora"}, "item_tokens='whole'"),
         ({"compile": True}, "compile=True"),
-        ({"quantization": "nf4"}, "quantization='nf4'"),
+        ({"quantization": "nf4", "peft": "lora", "backbone": "gpt2"}, "quantization='nf4'"),
     ],
 )
 def test_what_does_not_go_with_parts_is_refused_before_the_backbone_is_loaded(
