@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from logging import getLogger
@@ -59,7 +60,8 @@ ONLOOKERS = frozenset(
         "inputs.py",
         "libraries.py",
         "recommend.py",
-        "significance.py",
+        "recommend_all.py",
+        "serving.py",
         "threads.py",
         "SDPO-LLM.yaml",
     }
@@ -100,8 +102,9 @@ class Inputs:
     Attributes:
         config: of the run.
         files: by what each is to the run, wherever it lies.
-        digests: sha256 of each of them, of the package's ``sources``, and the ``versions`` of
-            packages. A model of the hub is not among them: its name stands for it.
+        digests: sha256 of each of them, of the package's ``sources``, the ``versions`` of
+            packages, and the ``objective``, if it is from outside of the package.
+            A model of the hub is not among them: its name stands for it.
     """
 
     config: RunConfig
@@ -312,8 +315,11 @@ def _objective_of_others(config: RunConfig) -> dict[str, str]:
         file = inspect.getsourcefile(kind)
     except TypeError:  # of what is not written in Python
         file = None
-    if file:
+    if file and Path(file).is_file():
         parts.append(_known(Path(file), _meaning))
+    else:  # of a notebook's cell Python may know the text
+        with suppress(OSError, TypeError):
+            parts.append(inspect.getsource(kind))
     return {"objective": _hash("\n".join(parts))}
 
 

@@ -11,12 +11,18 @@ from typing import Any
 
 import recbole.trainer
 from recbole.config import Config
-from recbole.evaluator.register import metrics_dict
+from recbole.evaluator.register import (
+    metric_information,
+    metric_types,
+    metrics_dict,
+    smaller_metrics,
+)
 
 from recbole_sdpo import compat
 from recbole_sdpo.checks.given import check_dataset, check_given
 from recbole_sdpo.data import dataset
-from recbole_sdpo.evaluator import answers, lists
+from recbole_sdpo.evaluator.answers import OF_ANSWERS
+from recbole_sdpo.evaluator.lists import OF_LISTS
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.settings import MODEL, merged_parts
 from recbole_sdpo.trainer import SDPOTrainer
@@ -39,9 +45,11 @@ def register() -> None:
     setattr(module, MODEL, SDPOLLM)
     sys.modules[name] = module
     setattr(recbole.trainer, f"{MODEL}Trainer", SDPOTrainer)
-    answers.register_metrics()
-    metrics_dict["gauc"] = compat.GAUC
-    lists.register_metrics()
+    for name, kind in (OF_ANSWERS | OF_LISTS | {"gauc": compat.GAUC}).items():
+        metrics_dict[name] = kind
+        metric_information[name], metric_types[name] = kind.metric_need, kind.metric_type
+        if kind.smaller and name not in smaller_metrics:
+            smaller_metrics.append(name)
     compat.hand_out_counts()
     compat.take_values_as_data()
     dataset.install()

@@ -1,6 +1,7 @@
 """A run says what it read, and notices what changes beneath it."""
 
 import json
+import linecache
 import math
 import os
 import time
@@ -141,6 +142,9 @@ def test_models_of_recbole_have_nothing_to_do_with_our_prompts(ring):
     assert baseline.digests["sources"] != ours.digests["sources"]
 
 
+CELL = "def mine(policy, reference, constants):\n    return constants.beta * policy\n"
+
+
 def test_what_an_objective_from_outside_declares_counts(ring, monkeypatch):
     mine = Objective("mine", dpo_multi, 1, True)
     others = {
@@ -162,6 +166,22 @@ def test_what_an_objective_from_outside_declares_counts(ring, monkeypatch):
     assert digests.pop("same") == expected
     assert len({expected, *digests.values()}) == 1 + len(digests)
     assert "objective" not in Inputs.of(config(ring)).digests
+
+
+def test_an_objective_may_be_of_a_notebook(ring, monkeypatch):
+    """There is no file of it; Python knows the text of its cell, if anything."""
+    digests = []
+    for number, cell in enumerate([CELL, CELL, CELL.replace("policy\n", "-policy\n"), None]):
+        space = {"__name__": "__main__"}
+        name = f"<ipython-input-{number}>"
+        if cell:
+            monkeypatch.setitem(
+                linecache.cache, name, (len(cell), None, cell.splitlines(True), name)
+            )
+        exec(compile(cell or CELL, name, "exec"), space)
+        monkeypatch.setitem(OBJECTIVES, "mine", Objective("mine", space["mine"], 1, True))
+        digests.append(Inputs.of(config(ring, objective="mine")).digests["objective"])
+    assert digests[0] == digests[1] and len(set(digests)) == 3
 
 
 def test_of_the_trainer_what_chooses_weights_counts_for_every_model(monkeypatch):

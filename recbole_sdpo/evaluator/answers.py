@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from recbole.evaluator import register
 from recbole.evaluator.base_metric import AbstractMetric
 from recbole.utils import EvaluatorType
 
@@ -65,12 +64,3 @@ class GenHit(_ShareOfAnswers):
 
 OF_ANSWERS = {kind.__name__.lower(): kind for kind in (ValidRatio, GenHit)}
 """The metrics that need the model to write, by RecBole's name."""
-
-
-def register_metrics() -> None:
-    """Put the metrics where RecBole looks metrics up."""
-    register.metrics_dict.update(OF_ANSWERS)
-    register.metric_information.update(
-        {name: kind.metric_need for name, kind in OF_ANSWERS.items()}
-    )
-    register.metric_types.update({name: kind.metric_type for name, kind in OF_ANSWERS.items()})

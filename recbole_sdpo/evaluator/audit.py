@@ -15,14 +15,11 @@ from scipy.special import logsumexp
 from recbole_sdpo.data.candidates import FrozenCandidates
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import repeats
-from recbole_sdpo.evaluator.significance import holm
+from recbole_sdpo.evaluator.significance import LEVEL, holm
 from recbole_sdpo.random import generator
 
 ENOUGH = 60
 """Lists below which p-values and intervals, normal approximations, are rough."""
-
-LEVEL = 0.05
-"""A guesser is called significant where its corrected p-value is below this."""
 
 NOTABLE = 0.02
 """Of HR@1: a guesser that is less above what popularity explains is not warned of, for the model of

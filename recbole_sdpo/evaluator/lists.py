@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from recbole.evaluator import register
 from recbole.evaluator.base_metric import AbstractMetric
 from recbole.evaluator.collector import DataStruct
 from recbole.utils import EvaluatorType
@@ -116,13 +115,3 @@ def popularity_groups(met: np.ndarray) -> np.ndarray:
     groups = np.zeros((len(met), POPULARITY_GROUPS))
     groups[1 + order, np.arange(len(order)) * POPULARITY_GROUPS // max(len(order), 1)] = 1
     return groups
-
-
-def register_metrics() -> None:
-    """Put the metrics where RecBole looks metrics up."""
-    register.metrics_dict.update(OF_LISTS)
-    for kind in OURS:
-        name = kind.__name__.lower()
-        register.metric_information[name] = kind.metric_need
-        register.metric_types[name] = kind.metric_type
-        register.smaller_metrics.append(name)

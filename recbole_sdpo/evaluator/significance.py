@@ -10,6 +10,9 @@ from scipy import stats
 
 from recbole_sdpo.errors import UserError
 
+LEVEL = 0.05
+"""A difference is called significant where its corrected p-value is below this."""
+
 RESAMPLES = 9999
 """Of the bootstrap, and of the sign flips that stand in for McNemar's test with several seeds."""
 
@@ -25,7 +28,7 @@ class Difference(NamedTuple):
         mean: first model less second.
         low, high: its 95 % confidence interval by the percentile bootstrap over users, or for
             :data:`MANY` of them by the normal distribution; not a number where no two users'
-            differences differ, for their spread is not known then.
+            differences differ, but for differences of 0, for their spread is not known then.
         p: two-sided, of no difference.
         test: the test that gave it.
     """

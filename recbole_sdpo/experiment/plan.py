@@ -51,6 +51,16 @@ Settings = dict[str, Any]
 LONGEST_NAME = 200
 """Letters of a name or a title."""
 
+KINDS: dict[str, tuple[Any, str]] = {
+    "str": (str, "text"),
+    "int": (int, "a whole number"),
+    "float": (int | float, "a number"),
+    "bool": (bool, "true or false"),
+    "Settings": (dict, "a mapping"),
+    "dict[str, list]": (dict, "a mapping"),
+}
+"""What a key of a file holds, by the type of its attribute, and in words; else a list."""
+
 ENDS_A_LINE = {"Cc", "Cs", "Zl", "Zp"}
 """Categories of Unicode that no line of text holds."""
 
@@ -134,7 +144,7 @@ class Experiment:
             run = run | {"published": _published(f"run {number + 1} of {file}", run)}
             entry = Entry(**run)
             refuse_overlap(overrides, entry.vary, f"run {entry.name!r} varies it")
-            entries.append(with_settings(entry, overrides))
+            entries.append(with_settings(entry, overrides, content.get("settings", {})))
         parts: dict[str, Any] = {"title": file.stem} | content | {"runs": entries}
         experiment = cls(**parts)
         try:
@@ -153,17 +163,6 @@ class Experiment:
             modes,
             lambda mode: isinstance(mode, str) and bool(re.fullmatch(f"{MODE}|{FILE_MODE}", mode)),
         )
-        for entry in self.runs:
-            file = _over(self.settings, entry.settings).get("candidates_file")
-            if [mode == FILE_MODE for mode in self.candidates] != [
-                bool(file),
-                *[False] * (len(self.candidates) - 1),
-            ]:
-                raise UserError(
-                    f"candidates={self.candidates} with candidates_file={file!r} of run "
-                    f"{entry.name!r}: the first must be {FILE_MODE!r} where all runs have that "
-                    "setting, and none else."
-                )
         _check_list(
             self.metrics,
             "metrics",
@@ -220,6 +219,8 @@ class Experiment:
                             "another setting."
                         )
         names = [entry.name for entry in self.entries()]
+        for entry in self.entries():
+            self._check_candidates(entry)
         for name in names:
             _check_name("the name of a varied run", name)
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -232,6 +233,19 @@ class Experiment:
                 raise UserError(
                     f"baselines name {name!r}, which is no run; it must be one of "
                     f"{', '.join(names)}."
+                )
+
+    def _check_candidates(self, entry: Entry) -> None:
+        own = _over(self.settings, entry.settings).get("candidates_file")
+        for file in [own, *entry.tune.get("candidates_file", [])]:
+            if [mode == FILE_MODE for mode in self.candidates] != [
+                bool(file),
+                *[False] * (len(self.candidates) - 1),
+            ]:
+                raise UserError(
+                    f"candidates={self.candidates} with candidates_file={file!r} of run "
+                    f"{entry.name!r}: the first must be {FILE_MODE!r} where all runs have that "
+                    "setting, and none else."
                 )
 
     def _check_of_lists(self, metric: str) -> None:
@@ -276,7 +290,7 @@ class Experiment:
         rows = []
         for entry in self.runs:
             for key, values in entry.vary.items():
-                rows += [_with(entry, key, value) for value in values]
+                rows += [_with(entry, key, value, self.settings) for value in values]
             rows += [] if entry.vary else [entry]
         return rows
 
@@ -406,16 +420,18 @@ def _overlapping(settings: Collection[str], others: Collection[str]) -> list[str
     ]
 
 
-def with_settings(entry: Entry, settings: Settings) -> Entry:
-    """``entry`` with other settings over its own."""
+def with_settings(entry: Entry, settings: Settings, below: Settings) -> Entry:
+    """``entry`` with other settings over its own. A key with dots sets a part alone: the others are
+    the entry's, or of the experiment's settings ``below`` it."""
     merged = entry.settings
     for key, value in settings.items():
-        merged = _over(merged, _put(merged, key, value) if "." in str(key) else {key: value})
+        whole = str(key).partition(".")[0]
+        merged = _over(merged, {whole: _put(_over(below, merged), key, value)[whole]})
     return replace(entry, settings=merged)
 
 
-def _with(entry: Entry, key: str, value: Any) -> Entry:
-    row = with_settings(entry, {key: value})
+def _with(entry: Entry, key: str, value: Any, below: Settings) -> Entry:
+    row = with_settings(entry, {key: value}, below)
     return replace(
         row,
         name=f"{entry.name}, {key.split('.')[-1]} = {value}",
@@ -580,24 +596,9 @@ def _check_keys(
     for key, value in given.items():
         if key not in known:
             raise UserError(f"{where} has an unknown key {shown(key)}; {meant(key, known)}")
-        kinds: dict[str, Any] = {
-            "str": str,
-            "int": int,
-            "float": int | float,
-            "bool": bool,
-            "Settings": dict,
-        }
-        wanted = kinds.get(known[key], dict if known[key].startswith("dict") else list)
+        wanted, words = KINDS.get(known[key], (list, "a list"))
         if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
-            words: dict[Any, str] = {
-                str: "text",
-                int: "a whole number",
-                int | float: "a number",
-                bool: "true or false",
-                dict: "a mapping",
-                list: "a list",
-            }
-            raise UserError(f"{where}: {key}={shown(value)} must be {words[wanted]}.")
+            raise UserError(f"{where}: {key}={shown(value)} must be {words}.")
     for key in sorted(needed - set(given)):
         raise UserError(f"{where} lacks the key {key!r}.")
 

@@ -379,5 +379,6 @@ def _time_left(left: list[Run], took: dict[str, float], jobs: int) -> str:
     if not took:
         return ""
     mean = sum(took.values()) / len(took)
-    minutes = sum(took.get(run.name, mean) for run in left) / 60 / jobs
-    return f", about {minutes // 60:.0f} h {minutes % 60:.0f} min left"
+    seconds = sum(took.get(run.name, mean) for run in left) / jobs
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f", about {hours} h {minutes} min left"

@@ -16,6 +16,7 @@ from recbole_sdpo.experiment.runner import Failure, Runner
 from recbole_sdpo.files import write_text
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.result import read_result
+from recbole_sdpo.values import shown
 
 FILE, DISCOUNT = "tuned.yaml", "popularity_discount"
 
@@ -126,7 +127,8 @@ class _Search:
         return max(self.tries[name], key=lambda one: one.score).settings
 
     def _with(self, entry: Entry, point: Settings) -> Entry:
-        return _handed_on(entry, self._best(self.sft_row.get(entry.name)), point)
+        of_sft = self._best(self.sft_row.get(entry.name))
+        return _handed_on(self.experiment, entry, of_sft, point)
 
     def _failed(self, name: str) -> UserError:
         mine = (name, f"SFT of {name}")
@@ -134,12 +136,13 @@ class _Search:
         return UserError(f"all tries of run {name!r} failed: {failure.why} (see {failure.log})")
 
 
-def _handed_on(entry: Entry, of_sft: Settings, point: Settings) -> Entry:
+def _handed_on(experiment: Experiment, entry: Entry, of_sft: Settings, point: Settings) -> Entry:
     """``entry`` with the settings ``of_sft`` that it begins from, but for what is its own, under
     what it varies and those of a try."""
     handed_on = {key: value for key, value in of_sft.items() if key != DISCOUNT}
     varied = {entry.axis[1]: entry.axis[2]} if entry.axis else {}
-    return with_settings(with_settings(entry, handed_on), varied | point)
+    row = with_settings(entry, handed_on, experiment.settings)
+    return with_settings(row, varied | point, experiment.settings)
 
 
 def _plan(experiment: Experiment, entries: list[Entry]) -> list[Run]:
@@ -152,13 +155,21 @@ def _check_all(
     """Find now what is wrong with any try, and with any row after any try of its SFT, and not when
     all others have trained."""
     tried = [
-        _handed_on(entry, of_sft, point)
+        (point, _handed_on(experiment, entry, of_sft, point))
         for entry in experiment.entries()
         for of_sft in points.get(sft_row.get(entry.name) or "", [{}])
         for point in points.get(entry.name, [{}])
         if of_sft or point
     ]
-    for run in _plan(experiment, tried):
+    runs = _plan(experiment, [row for _, row in tried])
+    first: dict[tuple[str, str], Settings] = {}
+    for (point, _), run in zip(tried, runs, strict=True):
+        other = first.setdefault((run.name, run.identity), point)
+        if other != point:
+            raise UserError(
+                f"tune of run {run.name!r}: {shown(point)} is the same run as {shown(other)}; tune "
+                "settings that have an effect on it."
+            )
         if int(run.settings.get("eval_step", 1)) < 1:
             raise UserError(
                 f"run {run.name!r}: --tune looks at the validation set; set eval_step to 1 or more."
@@ -166,8 +177,12 @@ def _check_all(
 
 
 def _sft_rows(experiment: Experiment, points: dict[str, list[Settings]]) -> dict[str, str | None]:
-    # A discount is a row's own: whose SFT an alignment begins from is asked without it.
-    untuned = [with_settings(entry, {DISCOUNT: 0.0}) for entry in experiment.entries()]
+    # A discount is a row's own: whose SFT an alignment begins from is asked without it, and rows
+    # that vary it alone are one here.
+    untuned = [
+        replace(with_settings(entry, {DISCOUNT: 0.0}, experiment.settings), axis=None)
+        for entry in experiment.entries()
+    ]
     runs = _plan(experiment, untuned)
     rows = {run.identity: run.name for run in reversed(runs) if run.name in points}
     return {run.name: rows.get(run.start.identity) for run in runs if run.start}

@@ -52,7 +52,7 @@ from recbole_sdpo.lm.memory import tokens_at_once
 from recbole_sdpo.lm.parts import is_parted, part
 from recbole_sdpo.lm.ranking import NODES_AT_ONCE, TitleTree, score_all, score_top
 from recbole_sdpo.lm.scratch import train_tokenizer
-from recbole_sdpo.model.encoder import TERMINATOR, Encoder, title_lines
+from recbole_sdpo.model.encoder import Encoder, title_lines
 from recbole_sdpo.model.suitability import check_parts, without_effect
 from recbole_sdpo.objectives import OBJECTIVES, Logps
 from recbole_sdpo.ragged import Ragged, segment_sums
@@ -525,7 +525,7 @@ class SDPOLLM(SequentialRecommender):
         texts = self.lm.tokenizer.batch_decode(
             [row[row != NOTHING] for row in answers], skip_special_tokens=True
         )
-        return [text.split(TERMINATOR)[0] for text in texts]
+        return [(text.splitlines() or [""])[0] for text in texts]
 
     def _title_shares(self, dataset: Dataset) -> Tensor | None:
         """Of what a stage adds to each token's row of :meth:`LanguageModel.title_tables`, the share

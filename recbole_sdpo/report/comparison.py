@@ -15,11 +15,8 @@ from recbole_sdpo.checks.metrics import is_of_lists
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.audit import Audit, floor_rows
 from recbole_sdpo.evaluator.ranks import metric_of_targets
-from recbole_sdpo.evaluator.significance import Difference, holm, paired_difference
+from recbole_sdpo.evaluator.significance import LEVEL, Difference, holm, paired_difference
 from recbole_sdpo.result import read_result
-
-LEVEL = 0.05
-"""A difference is called significant where its corrected p-value is below this."""
 
 SEQUENTIAL = "ModelType.SEQUENTIAL"
 """The kind of a model that reads histories, as a result has it."""
@@ -33,8 +30,8 @@ class FinishedRun:
         name: of its row.
         axis: of a row of a sweep: the sweep's name, the setting, the value.
         result: ``result.json``.
-        ranks: of its last stage, ``ranks.csv``: user, item, rank, candidates, and maybe answer and
-            named.
+        ranks: of its last stage, ``ranks.csv``: user, item, rank, candidates, stage, what the
+            target and the history are for groups, and maybe answer and named.
         steps: ``steps.csv``, or no rows for models without.
         wall_s: seconds of training and validation, those of the SFT that it began from included.
         cost: of :data:`COST`, not a number where a run does not say it.
@@ -88,7 +85,7 @@ written."""
 def _cost(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Of a run and those that it began from, itself the first."""
     stages = [stage for result in results for stage in result["stages"].values()]
-    train_s = sum(stage.get("train_s", float("nan")) for stage in stages)
+    train_s = sum(stage["train_s"] for stage in stages)
     targets = sum(stage["targets"] for stage in stages)
     return {
         "targets_per_s": targets / train_s if train_s else float("nan"),
@@ -103,7 +100,7 @@ class Published:
 
     Attributes:
         metric: one of the table's.
-        value: from 0 to 1.
+        value: from 0 to 1, or more of a metric of lists.
         source: where it stands, in words.
     """
 
@@ -171,7 +168,8 @@ class Comparison:
 
     Attributes:
         candidates: their evaluation mode.
-        best_baseline: for each metric of users the name of the baseline with the highest mean.
+        best_baseline: for each metric of users the name of the baseline with the highest mean;
+            where none has the metric, of the first row.
         costs: does the table show :data:`COST`?
         published: what others published, by the name of the row.
         floor: rows of guessers that see no history, below the others: their means by metric.
@@ -352,7 +350,7 @@ def unfair(runs: Sequence[FinishedRun], candidates: Sequence[str]) -> list[str]:
 
 def _users(run: FinishedRun, mode: str) -> str:
     users = run.ranks.loc[run.ranks["candidates"] == mode, "user"]
-    checksum = int(pd.util.hash_pandas_object(users.sort_values(), index=False).sum()) % 10**6
+    checksum = int(pd.util.hash_pandas_object(users, index=False).sum()) % 10**6
     return f"{len(users)} (checksum {checksum:06d})"
 
 

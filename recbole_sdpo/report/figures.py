@@ -112,18 +112,21 @@ def sweep(comparisons: Sequence[Comparison], setting: str) -> Figure:
         ordered = [value for _, _, value, _ in swept]
         if all(type(value) in (int, float) for value in ordered):  # true and false are none
             ordered = sorted(ordered)
-        values = list(dict.fromkeys(map(str, ordered)))
+        values = list(dict.fromkeys(map(_tick, ordered)))
         for axes, metric in zip(line, metrics):
             if not any(len(row.by_seed(metric)) for *_, row in swept):
                 axes.remove()
                 continue
             for name in names:
-                rows = {values.index(str(value)): row for of, _, value, row in swept if of == name}
+                rows = {
+                    values.index(_tick(value)): row for of, _, value, row in swept if of == name
+                }
                 _line(axes, rows, metric)
             axes.set_xticks(range(len(values)), map(_short, values))
             axes.set(xlabel=setting.split(".")[-1], ylabel=metric, title=comparison.candidates)
             axes.grid(alpha=0.3)
-    _legend(panels[0][0], panels[0][0], names)
+    for axes in figure.axes[:1]:  # a metric that no row has leaves no panel
+        _legend(axes, axes, names)
     return figure
 
 
@@ -206,6 +209,11 @@ def in_groups(panels: Mapping[str, pd.DataFrame], label: str) -> Figure:
     return figure
 
 
+def _tick(value: Any) -> str:
+    """1 and 1.0 are one."""
+    return f"{value:.15g}" if type(value) is float else str(value)
+
+
 def _line(axes: Axes, rows: dict[int, Row], metric: str) -> None:
     """A point for each of ``rows``, at its place."""
     places = sorted(rows)
@@ -269,12 +277,10 @@ def _negatives(settings: Mapping[str, Any]) -> int:
     return OBJECTIVES[settings["objective"]].taking(drawn)
 
 
-def _curve(axes, runs: Sequence[FinishedRun], column: str, label: str) -> None:
+def _curve(axes: Axes, runs: Sequence[FinishedRun], column: str, label: str) -> None:
     _cycle(axes, linestyle=["-", "--", ":"])
     for run in runs:
         steps = alignment_steps(run)
-        if column not in steps:  # of an older version
-            continue
         smooth = steps[column].rolling(max(1, int(SMOOTHED * len(steps))), min_periods=1).mean()
         shown = slice(None, None, max(1, len(steps) // POINTS))
         axes.plot(steps["targets"][shown], smooth[shown], label="row", linewidth=1.2)

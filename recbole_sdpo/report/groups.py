@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from recbole_sdpo.evaluator.ranks import THIRDS
-from recbole_sdpo.evaluator.significance import holm, interval, paired_difference
-from recbole_sdpo.report.comparison import LEVEL, Comparison, FinishedRun, Row
+from recbole_sdpo.evaluator.significance import LEVEL, holm, interval, paired_difference
+from recbole_sdpo.report.comparison import Comparison, FinishedRun, Row
 
 EDGES = (0, 1, 5, 20)
 """The fewest users of each band."""

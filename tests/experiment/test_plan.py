@@ -289,7 +289,7 @@ def test_every_model_gets_as_many_tries(write):
     (entry,) = Experiment.load(write([{"name": "a", "model": "GRU4Rec", "tune": tune}])).entries()
     points = grid(entry, 4)
     assert len(points) == 4 and len({tuple(point.items()) for point in points}) == 4
-    assert with_settings(entry, points[0]).settings == {"learning_rate": 1, "hidden_size": 4}
+    assert with_settings(entry, points[0], {}).settings == {"learning_rate": 1, "hidden_size": 4}
     with pytest.raises(ValueError, match="gives 6 settings to tune, and every model gets tries=7"):
         grid(entry, 7)
 
@@ -672,6 +672,11 @@ def test_weights_that_a_baseline_begins_from_count(write, tmp_path):
             {"vary": {"beta": [1.0, 2.0]}, "tune": {"beta": [1.0, 2.0]}},
             "run 'a' varies beta and tunes it",
         ),
+        (
+            {"vary": {"candidates_file": [None, "a.csv"]}},
+            r"candidates=\['uni5'\] with candidates_file='a.csv' of run 'a, cand",
+        ),
+        ({"tune": {"candidates_file": ["a.csv"]}}, r"\['uni5'\] with candidates_file='a.csv'"),
         ({"settings": {"sft_checkpoint": "/no/such"}}, "sft_checkpoint='/no/such' must be a fold"),
         ({"settings": {"prompt_templates": "nosuch.yaml"}}, "prompt_templates='nosuch.yaml'"),
     ],
@@ -679,6 +684,23 @@ def test_weights_that_a_baseline_begins_from_count(write, tmp_path):
 def test_what_would_do_nothing_or_fail_late_is_refused(write, run, message):
     with pytest.raises(UserError, match=message):
         plan(Experiment.load(write([{"name": "a", **run}])))
+
+
+def test_a_part_that_a_row_varies_leaves_the_others_as_they_are(write, ring):
+    """Wherever they are set."""
+    ring["negative_sources"] = {"uniform": 0.5, "self": 0.5}
+    own = {"negative_sources": {"uniform": 1.0, "self": 1.0}}
+    part, values = "negative_sources.self", [0.25, 2.0]
+    rows = [{"name": "a", "vary": {part: values}}, {"name": "b", "vary": {part: values}}]
+    rows[1]["settings"] = own
+    rows += [{"name": "c", "settings": {}}]
+    runs = plan(Experiment.load(write(rows)))
+    assert [run.settings["negative_sources"] for run in runs] == [
+        {"uniform": uniform, "self": itself}
+        for uniform, itself in [(0.5, 0.25), (0.5, 2.0), (1.0, 0.25), (1.0, 2.0), (0.5, 0.5)]
+    ]
+    (run,) = plan(Experiment.load(write(rows[2:]), {part: 0.75}))
+    assert run.settings["negative_sources"] == {"uniform": 0.5, "self": 0.75}
 
 
 def test_what_a_row_varies_no_argument_sets(write):

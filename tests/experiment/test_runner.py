@@ -29,7 +29,7 @@ from recbole_sdpo.experiment import runner as runner_module
 from recbole_sdpo.experiment import worker
 from recbole_sdpo.experiment.plan import Experiment, Run, plan
 from recbole_sdpo.experiment.run import run_experiment
-from recbole_sdpo.experiment.runner import Runner
+from recbole_sdpo.experiment.runner import Runner, _time_left
 from recbole_sdpo.experiment.tune import tune
 from recbole_sdpo.files import seal, sha256, write_record
 from recbole_sdpo.inputs import Inputs
@@ -622,6 +622,10 @@ def test_tuning_takes_the_best_on_the_validation_set(ring, tmp_path, of_all, of_
             {"tune": {"beta": [1.0, 3.0]}, "settings": {"eval_step": 0}},
             "run 'S-DPO': --tune looks at the validation set",
         ),
+        (  # as many tries, of which all are one
+            {"tune": {"beta": [1.0, 3.0]}, "settings": {"objective": "sft"}},
+            "tune of run 'S-DPO': {'beta': 3.0} is the same run as {'beta': 1.0}",
+        ),
         (  # with what the SFT would hand on
             {"settings": {"prompt_style": "candidates"}},
             "run 'S-DPO': train_neg_sample_args.sample_num=4: .* among the 4 candidates",
@@ -679,6 +683,7 @@ def test_what_a_row_varies_its_sft_does_not_hand_on(ring, tmp_path):
             {"name": "S-DPO", "vary": {"MAX_ITEM_LIST_LENGTH": [6, 8]}},
             {"name": "DPO", "settings": {"objective": "dpo"}},
             {"name": "parts", "vary": {"train_neg_sample_args.sample_num": [2, 3]}},
+            {"name": "less", "vary": {"popularity_discount": [0.0, 1.0]}},
         ],
     }
     (tmp_path / "try.yaml").write_text(yaml.safe_dump(content))
@@ -703,6 +708,8 @@ def test_what_a_row_varies_its_sft_does_not_hand_on(ring, tmp_path):
         "DPO": 4,
         "parts, sample_num = 2": 4,
         "parts, sample_num = 3": 4,
+        "less, popularity_discount = 0.0": 4,
+        "less, popularity_discount = 1.0": 4,
     }
     numbers = [
         entry.settings["train_neg_sample_args"]["sample_num"]
@@ -710,6 +717,14 @@ def test_what_a_row_varies_its_sft_does_not_hand_on(ring, tmp_path):
         if entry.name.startswith("parts")
     ]
     assert numbers == [2, 3], "although the SFT has a number of its own"
+
+
+def test_the_time_that_is_left_has_no_sixtieth_minute():
+    left = [SimpleNamespace(name="a"), SimpleNamespace(name="new")]
+    for minutes, told in [(59.7, "1 h 59 min"), (59.9, "2 h 0 min"), (0.9, "0 h 2 min")]:
+        assert _time_left(left, {"a": 60 * minutes}, 1) == f", about {told} left"
+    assert _time_left(left, {"a": 3600.0}, 2) == ", about 1 h 0 min left"
+    assert _time_left(left, {}, 1) == ""
 
 
 @pytest.mark.parametrize(("set_by_user", "given"), [(None, "3"), ("2", "2")])

@@ -288,6 +288,17 @@ def test_room_for_an_answer_is_needed_where_one_is_asked_for(ring, tmp_path):
             model.check_prompts(test._dataset, 0)
 
 
+def test_an_answer_is_one_line_however_a_model_ends_it(ring, monkeypatch):
+    """A lone carriage return would begin a row in ``ranks.csv``."""
+    model, (_, _, test) = build(ring)
+    assert model._line_ends  # which are of the tokenizer as it is
+    texts = ["One\r\nTwo", "One\nTwo", "", "\r\n", "One\r", "One"]
+    monkeypatch.setattr(type(model.lm.tokenizer), "batch_decode", lambda *_, **__: texts)
+    rows = test._dataset.inter_feat[: len(texts)]
+    candidates = np.arange(1, 4) + np.zeros((len(texts), 1), int)
+    assert model.answers(rows, candidates) == ["One", "One", "", "", "One", "One"]
+
+
 LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 

@@ -54,6 +54,8 @@ def finished(name, seed, strength, axis=None, users=USERS, targets=100, sha="a" 
             **step,
             "margin": np.linspace(0, 1, 40),
             "logp_positive": -3.0,
+            "accuracy": 0.5,
+            "kl": 0.1,
             "hardest_negative_weight": 0.5,
         }
     )
@@ -690,7 +692,7 @@ def test_groups_stand_in_their_order_whichever_the_first_row_has(grouped):
 
 
 def test_a_sweep_draws_each_line_from_left_to_right_and_the_metrics_of_each_candidate_set():
-    swept = {"A": (1.0, 3.0), "B": (10.0, 0.3, 1.0)}
+    swept = {"A": (1.0, 3.0), "B": (10.0, 0.3, 1)}
     runs = [
         finished(f"{name}, beta = {value}", 1, 0.2 + value / 20, (name, "beta", value))
         for name, values in swept.items()
@@ -702,12 +704,16 @@ def test_a_sweep_draws_each_line_from_left_to_right_and_the_metrics_of_each_cand
         row.lists = {"ItemCoverage@10": np.array([0.5])}
     lists.metrics.append("ItemCoverage@10")
     for tables in ([found, lists], [lists, found]):
-        panels = figures.sweep(tables, "beta").axes
+        drawing = figures.sweep(tables, "beta")
+        panels = drawing.axes
+        legends = [axes.get_legend() for axes in panels]
+        assert [text.get_text() for text in legends[0].get_texts()] == ["A", "B"]
+        assert legends[1:] == [None, None]
         shown = sorted(axes.get_ylabel() for axes in panels)
         assert shown == ["HR@1", "HR@1", "ItemCoverage@10"]
         first = next(axes for axes in panels if axes.get_ylabel() == "HR@1")
         ticks = [text.get_text() for text in first.get_xticklabels()]
-        assert ticks == ["0.3", "1.0", "3.0", "10.0"]
+        assert ticks == ["0.3", "1", "3", "10"], "1 and 1.0 are one value"
         mean = {row.name: row.mean("HR@1") for row in found.rows}
         for (name, values), line in zip(swept.items(), first.containers, strict=True):
             places = [[0.3, 1.0, 3.0, 10.0].index(value) for value in sorted(values)]
