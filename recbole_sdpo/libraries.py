@@ -9,7 +9,7 @@ from types import TracebackType
 
 OLDEST = {
     "numpy": "1.26",
-    "torch": "2.6",
+    "torch": "2.11",
     "transformers": "5.0",
     "peft": "0.21",
     "accelerate": "1.15",

@@ -43,7 +43,7 @@ from recbole_sdpo.result import RESULT_FILE, write_result
 from recbole_sdpo.settings import MODEL, Role, having
 from recbole_sdpo.trainer.best_weights import FOLDER, BestWeights, restore, snapshot
 from recbole_sdpo.trainer.folder import LOG_FILE, alone_in, run_folder, tidy
-from recbole_sdpo.trainer.one_pass import with_one_pass
+from recbole_sdpo.trainer.one_pass import OnePass
 from recbole_sdpo.trainer.state import holds_state
 from recbole_sdpo.trainer.step_file import FILE as STEPS_FILE
 
@@ -163,12 +163,12 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     if not ours:
         check_users(recommender, [loader._dataset for loader in (train_data, *rest)])
     trainer_class = (
-        get_trainer(config["MODEL_TYPE"], MODEL)
-        if ours
-        else with_one_pass(compat.trainer_class(config))
+        get_trainer(config["MODEL_TYPE"], MODEL) if ours else compat.trainer_class(config)
     )
     trainer = trainer_class(config, recommender)
-    if not ours:  # our trainer has one
+    if not ours:  # our trainer has its own of these
+        one_by_one = trainer._neg_sample_batch_eval
+        trainer._neg_sample_batch_eval = OnePass(recommender, one_by_one)
         trainer.eval_collector = RankCollector(
             config, catalogue, popularity_discount=config.settings.popularity_discount
         )

@@ -39,8 +39,8 @@ def installed(monkeypatch):
 def test_a_library_that_is_too_old(installed, version):
     installed["torch"] = version
     said = (
-        f"recbole-sdpo needs torch 2.6 or later, and {version} is installed: pip install "
-        "'torch>=2.6'"
+        f"recbole-sdpo needs torch 2.11 or later, and {version} is installed: pip install "
+        "'torch>=2.11'"
     )
     with pytest.raises(Unfit, match=f"^{re.escape(said)}$"):
         check_libraries()

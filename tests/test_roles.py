@@ -103,10 +103,13 @@ def test_a_resumed_run_may_have_another_value_of_what_is_free_and_of_nothing_els
     config = RunConfig("SDPO-LLM", "toy", config_dict=dict(ring))
     data = data_preparation(config, create_dataset(config))[0]._dataset
 
-    def now(changed):
+    def now(changed, dtype="float32"):
         settings = Settings.from_mapping(ring | changed)
         encoder = SimpleNamespace(tokens=Ragged.from_matrix(np.ones((3, 2), np.int64)))
-        model = SimpleNamespace(config=config, settings=settings, encoder=encoder)
+        backbone = SimpleNamespace(dtype=dtype)  # what auto is on this machine
+        model = SimpleNamespace(
+            config=config, settings=settings, encoder=encoder, backbone=backbone
+        )
         return resume_identity(model, data, processes=1)
 
     (tmp_path / "state").mkdir()
@@ -124,6 +127,11 @@ def test_a_resumed_run_may_have_another_value_of_what_is_free_and_of_nothing_els
         with pytest.raises(UserError, match=f"that run had {key}=.*now 'other'"):
             read_state_of(tmp_path, now({}))
         config.final_config_dict[key] = before
+    with pytest.raises(UserError, match=r"\(dtype\)='float32' \(now 'bfloat16'\)"):
+        read_state_of(tmp_path, now({}, "bfloat16"))
+    older = {key: value for key, value in now({}).items() if "(dtype)" not in key}
+    write_record(tmp_path / "state" / "state.json", {"settings": older})
+    read_state_of(tmp_path, now({}, "bfloat16"))  # of which nothing is known
 
 
 def test_a_run_is_not_resumed_with_titles_or_scores_that_are_read_otherwise(ring, tmp_path):

@@ -92,6 +92,11 @@ def settings_of_run_recbole(config: Config) -> Settings:
                 f"{key}={getattr(settings, key)!r} has no effect in RecBole's run_recbole; use "
                 "recbole_sdpo.quick_start.run, or leave it out."
             )
+    if settings.parallel == "fsdp":
+        raise UserError(
+            "parallel='fsdp' is not for RecBole's run_recbole, which copies the model; use "
+            "recbole_sdpo.quick_start.run, or leave it out."
+        )
     return settings
 
 

@@ -152,13 +152,9 @@ def freeze(
     if not samples_candidates(loader) or isinstance(loader._sampler, FrozenCandidates):
         return
     dataset, phase, args = loader._dataset, loader._sampler.phase, loader.neg_sample_args
-    rows = dataset.inter_feat
     # In one order, whatever that of the rows: it is another for each kind of model, and what is
     # drawn for a pair depends on its place.
-    pairs = np.unique(
-        np.stack([rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()]), axis=1
-    )
-    user, target = pairs
+    user, target = np.divmod(np.unique(_pairs(dataset)), dataset.item_num)
     met = met_items(*parts)
     sampler = NegativeSampler(
         PopulationSampler(met[1], dataset.item_num, args["distribution"]),

@@ -89,16 +89,16 @@ class NegativeSampler:
             bad |= _is_in(user[rows, None] * self._groups + titles, self._met)
             todo[rows] = bad
         for row in np.flatnonzero(todo.any(1)):
-            taken = [*others[row], *group[drawn[row, ~todo[row]]], group[target[row]]]
-            drawn[row, todo[row]] = self._without(user[row], taken)[: todo[row].sum()]
+            _, excluded = self.excluded(user[[row]], target[[row]])
+            taken = [*excluded, *others[row], *group[drawn[row, ~todo[row]]]]
+            drawn[row, todo[row]] = self._without(taken)[: todo[row].sum()]
         return drawn
 
-    def _without(self, user: int, taken: Sequence[int]) -> np.ndarray:
-        """Items that ``user`` has not met, of titles other than ``taken`` and each other's, in an
-        order in which the sampler would propose them: Gumbel's noise on log-probabilities."""
+    def _without(self, taken: Sequence[int]) -> np.ndarray:
+        """Items of titles other than ``taken`` and each other's, in an order in which the sampler
+        would propose them: Gumbel's noise on log-probabilities."""
         group = self.catalogue.group
-        first, stop = np.searchsorted(self._met, [user * self._groups, (user + 1) * self._groups])
-        out = np.isin(group, [*taken, *self._met[first:stop] % self._groups])
+        out = np.isin(group, taken)
         lots = np.where(out, -np.inf, self._log_p + np.random.gumbel(size=len(group)))
         order = np.argsort(-lots)[: int(np.isfinite(lots).sum())]
         return order[np.sort(np.unique(group[order], return_index=True)[1])]

@@ -365,18 +365,18 @@ def _convert_gguf(file: Path, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     _check_ours(cache.resolve())
     folder = cache / f"{file.stem}-{sha256(file)[:12]}"
-    if _is_whole(folder):
+    if _is_converted(folder):
         return folder
     with (cache / "convert.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_whole(folder):  # whoever else converted it meanwhile
+        if not _is_converted(folder):  # whoever else converted it meanwhile
             with whole_folder(folder) as part:
                 _dequantise(file, part)
                 seal(part)
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_converted(folder: Path) -> bool:
     if not folder.exists():
         return False
     _check_ours(folder, *folder.rglob("*"))
@@ -461,7 +461,7 @@ def _load_pretrained(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=torch.bfloat16 if config.dtype == "mixed" else dtype,
         )
         # quantised on the way in
         weights |= {"quantization_config": four_bits, "device_map": {"": device}}

@@ -128,23 +128,19 @@ class LanguageModel(nn.Module):
                 layer.train(mode)
         return self
 
-    def forward(self, forest: Forest, attention: Attention | None = None) -> Tensor:
+    def forward(self, forest: Forest) -> Tensor:
         """Log-probabilities of the responses under the policy, float32 ``[R]`` (float64 for a
-        float64 model).
-
-        Args:
-            attention: what :func:`attention_inputs` gave for ``forest``, if it was asked already.
-        """
-        return self._answers(forest, attention)[0]
+        float64 model)."""
+        return self._answers(forest)[0]
 
     @torch.no_grad()
-    def reference_logps(self, forest: Forest, attention: Attention | None = None) -> Tensor:
+    def reference_logps(self, forest: Forest) -> Tensor:
         """As :meth:`forward`, under the reference, in evaluation mode and without a gradient.
 
         Raises:
             RuntimeError: no reference was frozen yet.
         """
-        return self._reference_answers(forest, attention)[0]
+        return self._reference_answers(forest)[0]
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -336,7 +332,7 @@ class LanguageModel(nn.Module):
         (:func:`cut_wide`).
 
         A layer of width h has about 12 h^2 weights, and 2 h numbers for each pair of tokens.
-        Infinite on a GPU, where FlexAttention leaves out what is masked.
+        Infinite on a GPU, where FlexAttention leaves out what is masked of wide rows.
         """
         width = self.causal_lm.config.get_text_config().hidden_size
         return math.inf if self.device.type == "cuda" else 6.0 * width
@@ -430,14 +426,14 @@ class LanguageModel(nn.Module):
                 return self._attention(forest)
         return attention
 
-    def _answers(self, forest: Forest, attention: Attention | None) -> tuple[Tensor, Tensor]:
+    def _answers(self, forest: Forest, attention: Attention | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`_pass` under the policy."""
         with self.arithmetic():
             return self._pass(self.causal_lm, forest, attention)
 
     @torch.no_grad()
     def _reference_answers(
-        self, forest: Forest, attention: Attention | None
+        self, forest: Forest, attention: Attention | None = None
     ) -> tuple[Tensor, Tensor]:
         """:meth:`_pass` under the reference."""
         with self.reference() as model, self.arithmetic():

@@ -31,7 +31,7 @@ UNKNOWN = f"{CONTROL}unknown"
 
 
 class TitleHead(nn.Linear):
-    """Logits of titles in the precision of its weights, whatever ``torch.autocast`` says.
+    """Logits of titles in the dtype of its weights, whatever ``torch.autocast`` says.
 
     A logit of 10 has steps of 0.06 in bfloat16: the titles that suit a history best would tie.
     """

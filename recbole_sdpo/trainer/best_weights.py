@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recbole_sdpo.compat import load_rest
-from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import whole_file
 from recbole_sdpo.lm.language_model import FROZEN
 from recbole_sdpo.lm.parts import gathered, own, parted_as
+from recbole_sdpo.trainer.state import damaged
 
 FOLDER = "selection"
 
@@ -125,10 +125,7 @@ def _read(file: Path) -> tuple[Metrics, dict[str, Tensor]]:
     except (OSError, SafetensorError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise UserError(
-            f"{file} is missing or damaged: it is not what the run wrote, which cannot be resumed; "
-            "begin it in another folder."
-        )
+        raise damaged(file)
     return json.loads(about["valid"]), weights
 
 
@@ -143,7 +140,7 @@ def _digest(valid: str, weights: dict[str, Tensor]) -> str:
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """A copy, on the CPU, of what training changes in ``model``, or in this process's part of it:
     trained parameters and buffers."""
-    return {name: own(value).cpu().clone() for name, value in _changing(model).items()}
+    return {name: own(value).to("cpu", copy=True) for name, value in _changing(model).items()}
 
 
 @torch.no_grad()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import cast
+from contextlib import AbstractContextManager, nullcontext
 
 from accelerate import Accelerator
 from torch import nn
@@ -29,11 +27,10 @@ def joined(model: SDPOLLM, accelerator: Accelerator) -> nn.Module:
     )
 
 
-@contextmanager
-def adding_up(policy: nn.Module, last: bool) -> Iterator[None]:
+def adding_up(policy: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Around a pass through ``policy`` (:func:`joined`) and its backward pass: gradients add up in
     each process, and become the mean over all with the ``last`` batch of a step. Those of a parted
     model become so with each batch: until then a process would have all of them."""
-    apart = isinstance(policy, DistributedDataParallel) and not last
-    with cast(DistributedDataParallel, policy).no_sync() if apart else nullcontext():
-        yield
+    if isinstance(policy, DistributedDataParallel) and not last:
+        return policy.no_sync()
+    return nullcontext()

@@ -10,29 +10,12 @@ from typing import Any
 import torch
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import AbstractRecommender, SequentialRecommender
-from recbole.trainer import Trainer
 from torch import Tensor
 
 from recbole_sdpo.data.whole_catalogue import SCORES_AT_ONCE
 
 ROUNDING = 1e-4
 """How far two scores may be apart, as a share of all scores' spread, and be called equal."""
-
-
-def with_one_pass(base: type[Trainer]) -> type[Trainer]:
-    """``base``, a trainer of RecBole, whose sequential models score candidates by
-    :class:`OnePass`."""
-    parent: Any = base
-
-    class WithOnePass(parent):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.one_pass = OnePass(self.model, super()._neg_sample_batch_eval)
-
-        def _neg_sample_batch_eval(self, batched_data: tuple) -> tuple:
-            return self.one_pass(batched_data)
-
-    return WithOnePass
 
 
 class OnePass:

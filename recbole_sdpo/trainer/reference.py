@@ -127,8 +127,7 @@ class ReferenceCache:
             part = cut[first : first + WRITTEN_TOGETHER]
             targets = np.flatnonzero(np.isin(self._trees, np.concatenate(part)))
             logps = self._ask(targets, (next(coming) for _ in part))
-            if accelerator.num_processes > 1:
-                logps = accelerator.reduce(logps, "sum")
+            logps = accelerator.reduce(logps, "sum")
             self.add(targets, logps, accelerator.is_local_main_process)
             bar.update(sum(map(len, part)))
         bar.close()
@@ -138,10 +137,9 @@ class ReferenceCache:
         self, batches: StageBatches, epochs: int, accelerator: Accelerator
     ) -> np.ndarray:
         """Trees of the epochs' plans of which something is not known, int64, sorted."""
-        missing = self.missing()
-        if accelerator.num_processes > 1:  # each process reads the files at a moment of its own
-            anywhere = torch.from_numpy(missing).int().to(accelerator.device)
-            missing = accelerator.reduce(anywhere, "sum").bool().cpu().numpy()
+        # Each process reads the files at a moment of its own.
+        here = torch.from_numpy(self.missing()).int().to(accelerator.device)
+        missing = accelerator.reduce(here, "sum").bool().cpu().numpy()
         plans = (batches.plan(epoch) for epoch in range(epochs))
         planned = [trees for plan in plans for step in plan for trees in step]
         none = np.empty(0, np.int64)

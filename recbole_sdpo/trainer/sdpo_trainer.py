@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,6 @@ class SDPOTrainer(Trainer):
         # what the reference is asked before the first step counts, too
         began = saved_at = time.time()
         stage = self._open(name, train_data, verbose, show)
-        self._start_score(stage, valid_data, show_progress)
         best, improved, train_s = snapshot(self.model), False, 0.0
         if resumed.get("stage") == name:
             if resumed["improved"]:
@@ -168,6 +168,8 @@ class SDPOTrainer(Trainer):
             began -= resumed["wall_s"]
             train_s = resumed.get("train_s", 0.0)  # an older state has none
             self._log(f"{name}: resumed at step {stage.step}, epoch {stage.epoch}.", verbose)
+        else:
+            self._start_score(stage, valid_data, show_progress)
 
         if main and stage.settings.epochs and self._step_file is None:
             self._step_file = StepFile(self.run_dir, None)
@@ -279,8 +281,8 @@ class SDPOTrainer(Trainer):
         kind = OBJECTIVES[objective]
         if kind.reference:
             self.model.lm.freeze_reference()
-        draws = self.model.negatives * self.model.draws if kind.negatives else 0
-        examples = self.model.examples(train_data._dataset, train_data._sampler, draws)
+        drawn = self.model.negatives * self.model.draws if kind.negatives else 0
+        examples = self.model.examples(train_data._dataset, train_data._sampler, drawn)
         limit = settings.targets_limit(name)
         cache = None
         if (
@@ -359,10 +361,11 @@ class SDPOTrainer(Trainer):
             "reports": {name: asdict(report) for name, report in self.reports.items()},
             "wall_s": wall_s,
             "train_s": train_s,
-            "settings": self._identity(),
+            "settings": self._identity,
         }
         save_state(self.run_dir, stage, rest)
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
         return resume_identity(self.model, self._parts[0], self.accelerator.num_processes)
 
@@ -374,7 +377,7 @@ class SDPOTrainer(Trainer):
         """
         if not self.model.settings.resume or not holds_state(self.run_dir):
             return {}  # it died before there was one
-        return read_state_of(self.run_dir, self._identity())
+        return read_state_of(self.run_dir, self._identity)
 
     def validated(self, stage: str) -> bool:
         """Had the run to resume trained in ``stage``, and validated?"""
@@ -426,8 +429,7 @@ class SDPOTrainer(Trainer):
 
         Raises:
             UserError: a user has too few negatives left, a prompt is too long for the backbone, or
-                nothing can be kept in
-            ``cache_dir``.
+                nothing can be kept in ``cache_dir``.
         """
         if not self._parts:
             self.eval_collector.data_collect(train_data)

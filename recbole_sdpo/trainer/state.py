@@ -94,7 +94,7 @@ def read_state(run_dir: Path) -> dict[str, Any]:
     """
     state = read_record(run_dir / FOLDER / STATE_FILE)
     if state is None:
-        raise _damaged(run_dir / FOLDER / STATE_FILE)
+        raise damaged(run_dir / FOLDER / STATE_FILE)
     return state
 
 
@@ -137,7 +137,9 @@ def resume_identity(model: SDPOLLM, dataset: Dataset, processes: int) -> dict[st
     theirs = {key: model.config[key] for key in sorted(having(Role.FIXED))}
     ours, free = model.settings.to_flat(), having(Role.FREE)
     shared = theirs | {key: value for key, value in ours.items() if key not in free}
-    return json.loads(json.dumps(shared | data | {"processes": processes}))
+    # auto is another precision on another machine
+    rest = {"precision (dtype)": model.backbone.dtype, "processes": processes}
+    return json.loads(json.dumps(shared | data | rest))
 
 
 def _digest(arrays: list[np.ndarray]) -> str:
@@ -161,7 +163,7 @@ def load_state(run_dir: Path, stage: Stage) -> None:
         UserError: the state is damaged.
     """
     if broken := broken_part(run_dir):
-        raise _damaged(broken)
+        raise damaged(broken)
     state = read_state(run_dir)
     with safe_open(run_dir / FOLDER / state["tensors"], framework="pt") as stream:
         names = set(stream.keys())
@@ -182,7 +184,8 @@ def load_state(run_dir: Path, stage: Stage) -> None:
     stage.continue_from(state["progress"])
 
 
-def _damaged(file: Path) -> UserError:
+def damaged(file: Path) -> UserError:
+    """The error of a file of a run's state."""
     return UserError(
         f"{file} is missing or damaged: it is not what the run wrote, which cannot be resumed; "
         "begin it in another folder."

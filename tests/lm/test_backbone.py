@@ -289,6 +289,10 @@ def test_four_bits_train_as_the_weights_that_they_stand_for(tmp_path, bitsandbyt
     layers = {
         name: part for name, part in layers.items() if isinstance(part, bitsandbytes.nn.Linear4bit)
     }
+    mixed = load(backbone=str(tmp_path / "b"), quantization="nf4", dtype="mixed")
+    for lm, dtype in ((four, torch.float32), (mixed, torch.bfloat16)):
+        kinds = {getattr(part, "compute_dtype", None) for part in lm.modules()} - {None}
+        assert kinds == {dtype}, "what autocast would make of float32 is made at once"
     assert len(layers) == 14 and not any(
         isinstance(part, bitsandbytes.nn.Linear4bit) for part in plain.values()
     )

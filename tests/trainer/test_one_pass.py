@@ -37,7 +37,7 @@ def test_ranks_are_those_of_a_pass_for_each_candidate(ring, tmp_path, monkeypatc
     monkeypatch.setattr(MODELS[model], "predict", counted)
     once, ranks = ranked(model, ring, tmp_path / "once")
     assert len(asked) == 1  # of all batches of all validations and tests
-    monkeypatch.setattr("recbole_sdpo.quick_start.with_one_pass", lambda base: base)
+    monkeypatch.setattr("recbole_sdpo.quick_start.OnePass", lambda model, each: each)
     each, expected = ranked(model, ring, tmp_path / "each")
     assert len(asked) > 20
     pd.testing.assert_frame_equal(ranks, expected)
@@ -61,7 +61,7 @@ def test_a_model_whose_scores_of_all_items_are_others_is_asked_for_each(
 ):
     ring = ring | {"eval_batch_size": 60}
     with monkeypatch.context() as patched:
-        patched.setattr("recbole_sdpo.quick_start.with_one_pass", lambda base: base)
+        patched.setattr("recbole_sdpo.quick_start.OnePass", lambda model, each: each)
         expected, _ = ranked("SASRec", ring, tmp_path / "each")
     monkeypatch.setattr(sasrec.SASRec, "full_sort_predict", every)
     with caplog.at_level(logging.INFO):

@@ -619,6 +619,9 @@ def test_recboles_own_quick_start_runs_it(ring):
             UserError, match=f"{key}=.* has no effect in RecBole's run_recbole; use"
         ):
             run_recbole(model="SDPO-LLM", dataset="toy", config_dict=ring | {key: value})
+    # RecBole counts a copy's operations, and what has parts cannot be copied
+    with pytest.raises(UserError, match="parallel='fsdp' is not for RecBole's run_recbole"):
+        run_recbole(model="SDPO-LLM", dataset="toy", config_dict=ring | {"parallel": "fsdp"})
 
 
 STAGE_KEYS = {"valid", "test", "wall_s", "targets", "tokens", "train_s", "candidates"}
