@@ -52,7 +52,7 @@ def main_table() -> Figure:
 
 def negatives() -> Figure:
     """HR@1 and NDCG@5 against K, a panel for each metric and candidate set."""
-    runs, setting = read_results(HERE / "ml-100k" / "negatives" / "results.jsonl"), "sample_num"
+    runs, setting = read_results(HERE / "ml-100k" / "negatives" / "results.jsonl.gz"), "sample_num"
     comparisons = []
     for candidates in ("uni19", "pop19"):
         rows = []
