@@ -48,7 +48,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import config_file, naming, whole_file
-from recbole_sdpo.values import Loader, check_values, read_arguments, read_yaml, value
+from recbole_sdpo.values import Loader, check_values, read_arguments, read_yaml, value_of
 
 # Of kernels that bitsandbytes would like to have, and that a run here does without, it speaks as it
 # is imported.
@@ -283,9 +283,9 @@ def take_values_as_data() -> None:
 
 
 def _convert_config_dict(self: Config, config_dict: dict[str, Any]) -> dict[str, Any]:
-    values = check_values(config_dict)
+    given = check_values(config_dict).items()
     return check_values(
-        {key: value(item) if isinstance(item, str) else item for key, item in values.items()}
+        {key: value_of(key, item) if isinstance(item, str) else item for key, item in given}
     )
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -179,13 +179,16 @@ def settle(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove from ``folder`` what processes that died were writing there; what they were
-    replacing goes back to its place."""
-    for old in folder.glob(f"*{OLD}"):
-        settle(old.with_name(old.name.removesuffix(OLD)))
+def remove_parts(folder: Path, folders: Iterable[str]) -> None:
+    """Remove from ``folder`` what processes that died were writing there: files of
+    :func:`whole_file`, and those of ``folders`` in it, which are of :func:`whole_folder`. What they
+    were replacing goes back to its place; whatever else is there stays."""
+    for name in folders:
+        settle(folder / name)
+        shutil.rmtree(folder / f"{name}{PART}", ignore_errors=True)
     for part in folder.glob(f"*{PART}"):
-        _remove(part)
+        if re.fullmatch(rf".+\.\d+{re.escape(PART)}", part.name):
+            part.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

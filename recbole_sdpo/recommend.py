@@ -4,10 +4,10 @@ history."""
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from recbole_sdpo.data.dataset import user_histories
 from recbole_sdpo.data.prompts import Templates, Units, batches, history_prompts
 from recbole_sdpo.data.serving import ServedDataset
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.files import user_path
 from recbole_sdpo.lm.backbone import load_backbone, resolved, restore_policy
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.memory import tokens_at_once
@@ -31,6 +32,9 @@ from recbole_sdpo.random import derive_seed
 from recbole_sdpo.settings import MODEL
 from recbole_sdpo.trainer.checkpoint import Checkpoint
 from recbole_sdpo.values import shown
+
+ITEMS = "item_inter_num_interval"
+"""The filter that leaves items out."""
 
 
 class Recommender:
@@ -43,8 +47,8 @@ class Recommender:
         item_tokens: the items' ids in the data, by RecBole's internal id.
         users: for each user's id in the data, the items met, oldest first.
         window: how many of the last items a prompt shows.
-        left_out: for each user of whom a filter leaves no event, that filter; under "", that which
-            leaves items out.
+        left_out: for each user of whom a filter leaves no event, that filter.
+        items_left_out: the filter that leaves items out, if one does.
     """
 
     def __init__(
@@ -56,14 +60,11 @@ class Recommender:
         users: Mapping[str, np.ndarray],
         window: int,
         left_out: Mapping[str, str] | None = None,
+        items_left_out: str = "",
     ) -> None:
         self.lm, self.catalogue, self.units = lm.eval(), catalogue, units
-        self.item_tokens, self.users, self.window, self.left_out = (
-            item_tokens,
-            users,
-            window,
-            left_out or {},
-        )
+        self.item_tokens, self.users, self.window = item_tokens, users, window
+        self.left_out, self.items_left_out = left_out or {}, items_left_out
         self._encoder = Encoder(catalogue, units, lm.tokenizer)
         # Of the items of one title the first stands for all.
         _, first = np.unique(catalogue.group[1:], return_index=True)
@@ -97,7 +98,7 @@ class Recommender:
                 need candidates.
         """
         where = _device(device)
-        made = Checkpoint.read(Path(os.path.expanduser(checkpoint)))
+        made = Checkpoint.read(user_path(checkpoint))
         if made.settings.prompt_style != "history":
             raise UserError(
                 f"checkpoint {str(made.folder)!r} was trained with "
@@ -117,9 +118,6 @@ class Recommender:
             [*title_lines(catalogue)[1:], made.header],
         )
         restore_policy(lm, made.folder, new_titles=made.backbone != "scratch")
-        left_out = dataset.users_left_out | (
-            {"": "item_inter_num_interval"} if dataset.items_left_out else {}
-        )
         return cls(
             lm,
             catalogue,
@@ -127,7 +125,8 @@ class Recommender:
             dataset.field2id_token[dataset.iid_field],
             user_histories(dataset),
             dataset.config["MAX_ITEM_LIST_LENGTH"],
-            {who: f"{key}={dataset.config[key]!r}" for who, key in left_out.items()},
+            {who: f"{key}={dataset.config[key]!r}" for who, key in dataset.users_left_out.items()},
+            f"{ITEMS}={dataset.config[ITEMS]!r}" if dataset.items_left_out else "",
         )
 
     def recommend(
@@ -164,7 +163,7 @@ class Recommender:
         )
         if not len(met):
             raise UserError(f"history={history!r} must be a list of one title or more.")
-        self.check_k(k, [met] if exclude_history else [])
+        self.check_k(k, {user: met} if exclude_history else {})
         score, items = self._best([met], int(k), exclude_history)
         return self._frame(score[0], items[0])
 
@@ -179,25 +178,29 @@ class Recommender:
         """
         users = ids(users)
         met = [self.met(user) for user in users]
-        self.check_k(k, met if exclude_history else [])
+        self.check_k(k, dict(zip(users, met, strict=True)) if exclude_history else {})
         score, items = self._best(met, int(k), exclude_history)
         frame = self._frame(score.ravel(), items.ravel())
         frame.insert(0, "user", np.repeat(np.array(users, object), k))
         frame.insert(1, "rank", np.tile(np.arange(1, k + 1), len(users)))
         return frame
 
-    def check_k(self, k: object, left_out: Iterable[np.ndarray] = ()) -> None:
-        """Are there ``k`` titles to recommend, without those of the items of any of ``left_out``?
+    def check_k(self, k: object, left_out: Mapping[Any, np.ndarray]) -> None:
+        """Are there ``k`` titles to recommend, to each user of ``left_out`` without those of these
+        items?
 
         Raises:
-            UserError: there are fewer, or it is no number.
+            UserError: there are fewer, or it is no number; the message names the user.
         """
         group = self.catalogue.group
-        most = max((len(np.unique(group[items])) for items in left_out), default=0)
-        if not isinstance(k, int | np.integer) or not 1 <= k <= len(self._first) - most:
+        number = {user: len(np.unique(group[items])) for user, items in left_out.items()}
+        user = max(number, key=number.__getitem__, default=None)
+        most = len(self._first) - number.get(user, 0)
+        if not isinstance(k, int | np.integer) or not 1 <= k <= most:
+            whom = f" to user {user!r}" if user is not None else ""
             raise UserError(
-                f"k={shown(k)} must be a whole number from 1 to {len(self._first) - most}, the "
-                "titles that there are to recommend."
+                f"k={shown(k)} must be a whole number from 1 to {most}, the titles that there are "
+                f"to recommend{whom}."
             )
 
     @torch.no_grad()
@@ -253,11 +256,8 @@ class Recommender:
             raise UserError(f"title {shown(title)} of the history must be a text.")
         if title not in self:
             titles = {text: self.catalogue.titles[item] for text, item in self._item_of.items()}
-            without = (
-                f" (without the items that {self.left_out['']} leaves out)"
-                if "" in self.left_out
-                else ""
-            )
+            left_out = self.items_left_out
+            without = f" (without the items that {left_out} leaves out)" if left_out else ""
             raise UserError(
                 f"title {title!r} is not in the catalogue{without}{_nearest(folded(title), titles)}"
             )
@@ -303,7 +303,8 @@ def _load_data(made: Checkpoint, data_path: str | Path | None) -> ServedDataset:
         raise UserError(
             f"data_path={str(data_path)!r} is blank; it must be a folder, or be left out."
         )
-    moved = {} if data_path is None else {"data_path": os.path.expanduser(data_path)}
+    # text stays text, such as a folder's name that is a number
+    moved = {} if data_path is None else {"data_path": repr(str(user_path(data_path)))}
     try:
         with compat.no_arguments(), compat.same_gpus():
             config = RunConfig(MODEL, made.dataset, config_dict=made.data | moved)

@@ -96,7 +96,7 @@ def recommend_all(
     if not users:
         raise UserError("There are no users to recommend to.")
     met = [recommender.met(user) for user in users]
-    recommender.check_k(k, met if exclude_history else [])
+    recommender.check_k(k, dict(zip(users, met, strict=True)) if exclude_history else {})
     folder.mkdir(exist_ok=True)
     _check_record(folder, _identity(recommender, users, met, k, exclude_history), file)
     try:
@@ -114,6 +114,7 @@ def recommend_all(
                         WRITERS[file.suffix]([best], new)
                 bar.update(len(those))
         if process == 0:
+            check_output(file)  # which another call may have written meanwhile
             _join([part for part, _ in parts], file)
             shutil.rmtree(folder)
     except (OSError, KeyboardInterrupt) as error:
@@ -128,6 +129,11 @@ def _join(parts: Sequence[Path], file: Path) -> None:
     def tables() -> Iterator[pd.DataFrame]:
         for part in parts:
             while not part.exists():
+                if not part.parent.is_dir():
+                    raise UserError(
+                        f"{part.parent} is gone: another call has written {file}, or somebody "
+                        "removed it; give another name as output."
+                    )
                 time.sleep(WAIT_S)
             yield read(part)
 
@@ -182,8 +188,8 @@ def _identity(
     return {
         "policy": policy.hexdigest(),
         "data": data.hexdigest(),
-        "k": k,
-        "exclude_history": exclude_history,
+        "k": int(k),
+        "exclude_history": bool(exclude_history),
         "users_to_a_part": USERS,
     }
 

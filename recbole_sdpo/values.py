@@ -39,6 +39,12 @@ def value(text: str) -> Any:
     return text if _fault(literal) else literal
 
 
+def value_of(key: str, text: str) -> Any:
+    """The :func:`value` of a setting; an interval such as ``[4,7]`` is text, as RecBole reads it,
+    and no list."""
+    return text if key.endswith("_inter_num_interval") else value(text)
+
+
 def several(setting: Any) -> list[Any]:
     """The values of a setting that may be one or several, or the text of either; none of null."""
     read = value(setting) if isinstance(setting, str) else setting
@@ -128,7 +134,7 @@ def read_arguments(arguments: Iterable[str]) -> tuple[dict[str, Any], list[str]]
                 f"--{name} is given twice, as {shown(texts[name])} and as {shown(text)}; give it "
                 "once."
             )
-    return check_values({name: value(text) for name, text in texts.items()}), rest
+    return check_values({name: value_of(name, text) for name, text in texts.items()}), rest
 
 
 class Loader(yaml.SafeLoader):

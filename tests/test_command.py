@@ -100,6 +100,9 @@ def test_an_unknown_model_ends_in_one_line(monkeypatch, wrong, right):
     [
         ("configs/ml-100k/gpu/compare.yaml", "saved/ml-100k/gpu/compare"),
         ("/some/where/mine.yaml", "saved/mine"),
+        ("configs.yaml", "saved/configs"),
+        ("configs/../mine.yaml", "saved/mine"),
+        (".", "saved"),  # no file, as the experiment then says
     ],
 )
 def test_reports_of_files_of_one_name_lie_apart(monkeypatch, file, folder):

@@ -53,7 +53,7 @@ def test_whenever_a_process_dies_the_old_or_the_new_is_there(tmp_path):
             [sys.executable, "-S", "-c", _without_package(), str(moment), str(folder)], check=False
         ).returncode
         files.settle(folder / "many")
-        files.remove_parts(folder)
+        files.remove_parts(folder, ["many"])
         text, many = (
             (folder / "text").read_text(),
             {file.name: file.read_text() for file in (folder / "many").iterdir()},
@@ -143,13 +143,16 @@ def test_a_seal_names_what_is_not_as_it_was(tmp_path):
 
 
 def test_what_was_being_replaced_goes_back_to_its_place(tmp_path):
-    for name in ("sft.old", "sft.part", "sdpo.old", "sdpo"):
+    theirs = ("config", "config.old", "notes.old", "film.part")  # who reads here keeps it
+    for name in ("sft.old", "sft.part", "sdpo.old", "sdpo", *theirs):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text(name)
-    files.remove_parts(tmp_path)
+    (tmp_path / "result.json.123.part").write_text("half")
+    files.remove_parts(tmp_path, ["sft", "sdpo"])
     assert {folder.name: (folder / "weights").read_text() for folder in tmp_path.iterdir()} == {
         "sft": "sft.old",
         "sdpo": "sdpo",
+        **{name: name for name in theirs},
     }
 
 

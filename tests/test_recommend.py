@@ -22,8 +22,9 @@ from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.backbone import restore_policy
 from recbole_sdpo.model import SDPOLLM
-from recbole_sdpo.recommend import Recommender
+from recbole_sdpo.recommend import ITEMS, Recommender
 from recbole_sdpo.trainer.checkpoint import Checkpoint
+from recbole_sdpo.values import read_arguments
 from tests.conftest import TINY, write_dataset
 from tests.faults.checkpoints import ADDED, evil_texts, replaced, sealed, tampered
 
@@ -122,6 +123,22 @@ def filtered(ring):
         "run_dir": "run",
         "max_train_targets": 20,
     }
+
+
+def test_an_interval_is_text_wherever_it_stands(filtered):
+    """Closed at both ends it looks like a list."""
+    for text in ("[2,900]", "(1,900)"):
+        config = RunConfig("SDPO-LLM", "toy", config_dict=filtered | {ITEMS: text})
+        assert config[ITEMS] == text
+        assert read_arguments([f"--{ITEMS}={text}"]) == ({ITEMS: text}, [])
+    quick_start.run("SDPO-LLM", "toy", config_dict=filtered | {ITEMS: "[2,900]"})
+    assert len(Recommender.load("run").recommend("u1"))
+
+
+def test_the_folder_of_the_data_may_have_a_number_for_a_name(filtered):
+    quick_start.run("SDPO-LLM", "toy", config_dict=filtered)
+    Path(filtered["data_path"]).rename("2024")
+    assert len(Recommender.load("run", data_path="2024").recommend("u1"))
 
 
 @pytest.mark.parametrize("interval", ["[0,inf)", "[3,inf)"])
@@ -587,7 +604,7 @@ def test_any_title_is_one_row_of_the_table_and_valid_json(ring, monkeypatch, cap
         program.main()
         shown = capsys.readouterr().out
         if form == "table":
-            assert len(shown.splitlines()) == 26 and r"red \| cube \x1b[31m \x07 東京" in shown
+            assert len(shown.splitlines()) == 26 and r"red \| cube \\x1b\[31m \\x07 東京" in shown
             assert {len(re.split(r"(?<!\\)\|", line)) for line in shown.splitlines()} == {6}
         else:
             titles = [row["title"] for row in json.loads(shown, parse_constant=pytest.fail)]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -213,6 +214,36 @@ def test_what_cannot_be_written_is_an_error(recommender, monkeypatch, capsys, wo
     with pytest.raises(SystemExit) as end:
         program.main()
     assert message in str(end.value.code) and not Path("best.csv").exists()
+
+
+def test_who_waits_for_parts_that_are_gone_is_told(recommender):
+    """Two equal calls at once, of which the other was the first."""
+    with pytest.raises(UserError, match=r"best.csv.parts is gone: another call has written"):
+        recommend_all._join([Path("best.csv.parts", "0.csv")], Path("best.csv"))
+    assert not Path("best.csv").exists()
+
+
+def test_what_another_call_has_written_meanwhile_is_not_overwritten(recommender, monkeypatch):
+    ask = Recommender.recommend_to_users
+
+    def slowly(self, *args):
+        Path("best.csv").write_text("of the other")
+        return ask(self, *args)
+
+    monkeypatch.setattr(Recommender, "recommend_to_users", slowly)
+    with pytest.raises(UserError, match="output='best.csv' exists"):
+        recommend_all.recommend_all(recommender, Path("best.csv"), ["u1"], np.int64(3))
+    assert Path("best.csv").read_text() == "of the other"
+
+
+def test_one_user_who_has_met_much_is_named(recommender):
+    users = list(recommender.users)
+    met = {user: len(set(items)) for user, items in recommender.users.items()}
+    heavy, k = max(met, key=met.get), len(recommender._first)
+    with pytest.raises(
+        UserError, match=f"from 1 to {k - met[heavy]}, .* recommend to user '{heavy}'"
+    ):
+        recommend_all.recommend_all(recommender, Path("best.csv"), users, k, exclude_history=True)
 
 
 def test_a_damaged_record_is_another_call(recommender):

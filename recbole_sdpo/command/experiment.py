@@ -65,9 +65,9 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise UserError(
             f"--{min(own)} cannot be given: the file names models, dataset and settings."
         )
-    below = Path(args.experiment).with_suffix("").parts
-    place = below[below.index("configs") + 1 :] if "configs" in below else below[-1:]
-    output = user_path(args.output or Path("saved", *place))
+    *above, name = Path(os.path.normpath(args.experiment)).parts or [""]
+    place = above[above.index("configs") + 1 :] if "configs" in above else []
+    output = user_path(args.output or Path("saved", *place, Path(name).stem))
     command = shlex.join(as_given())
     with compat.no_arguments():  # these are not the settings of one run
         failures = run_experiment(

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 
+from recbole_sdpo.command.output import show
 from recbole_sdpo.data.atomic import write_atomic
 from recbole_sdpo.data.published import PHASES, write_published
 from recbole_sdpo.errors import UserError
@@ -87,7 +88,7 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
         try:
-            print(write_published(**lists, **given) if lists else write_atomic(**given))
+            show(write_published(**lists, **given) if lists else write_atomic(**given))
         except OSError as error:  # a full disk, a folder that is read-only
             raise UserError(str(error)) from error
     for warning in caught:

@@ -16,11 +16,15 @@ import transformers
 
 from recbole_sdpo import compat
 from recbole_sdpo.command.output import show
+from recbole_sdpo.command.run import refuse_blank
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import user_path
 from recbole_sdpo.recommend import Recommender
 from recbole_sdpo.recommend_all import check_output, recommend_all
-from recbole_sdpo.report.table import markdown_table
+from recbole_sdpo.report.table import markdown_table, markdown_text
+
+TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+"""Kinds of Unicode that change the direction of writing."""
 
 HELP = (
     "print the items that a trained policy recommends to a user or after a history, or write "
@@ -77,6 +81,7 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
     Raises:
         UserError: the checkpoint, the user or the history cannot be used.
     """
+    refuse_blank(args)
     compat.quiet_warnings()
     transformers.utils.logging.disable_progress_bar()
     folder, *others = args.checkpoint
@@ -166,8 +171,13 @@ def _lines(file: str) -> list[str]:
 
 def _cell(text: str) -> str:
     """``text`` in a Markdown table, and in a terminal, whatever is in it."""
-    safe = (f"\\x{ord(char):02x}" if unicodedata.category(char) == "Cc" else char for char in text)
-    return " ".join("".join(safe).split()).replace("|", "\\|")
+    safe = (ascii(char)[1:-1] if _moves(char) else char for char in text)
+    return markdown_text(" ".join("".join(safe).split()))
+
+
+def _moves(char: str) -> bool:
+    """Does it move the cursor, or turn the direction of what follows?"""
+    return unicodedata.category(char) == "Cc" or unicodedata.bidirectional(char) in TURNS
 
 
 def _is_utf8() -> bool:

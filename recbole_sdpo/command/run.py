@@ -70,8 +70,16 @@ def read_settings(args: argparse.Namespace, rest: Sequence[str]) -> dict[str, An
         raise UserError(
             f"cannot read {others[0]!r}; settings are given as --name=value, without blanks."
         )
-    for name in ("model", "dataset", "config_files", "experiment", "output"):
-        text = getattr(args, name, None)
-        if text is not None and not text.strip():
-            raise UserError(f"--{name}={text} is blank; give a name, or leave it out.")
+    refuse_blank(args)
     return settings
+
+
+def refuse_blank(args: argparse.Namespace) -> None:
+    """Such as a variable of a shell that is not set.
+
+    Raises:
+        UserError: an option is blank.
+    """
+    for name, text in vars(args).items():
+        if isinstance(text, str) and not text.strip():
+            raise UserError(f"--{name}={text} is blank; give a name, or leave it out.")

@@ -371,6 +371,9 @@ def _text(column: pd.Series, source: str) -> pd.Series:
     )
 
 
+EARLIEST, LATEST = 86_400, 4_102_444_800
+"""Seconds since 1970 of times that are likely: 2 January 1970 and 1 January 2100."""
+
 KINDS = (str, int, float, np.integer, np.floating, Decimal, date, pd.Period)
 
 
@@ -427,7 +430,7 @@ def _times(text: pd.Series, source: str) -> tuple[pd.Series, pd.Series]:
         "all rows",
     )
     second = UNITS.get(unit, 0) / UNITS["seconds"]
-    outside = ~times.between(86_400 * second, 4_102_444_800 * second) & bool(unit)
+    outside = ~times.between(EARLIEST * second, LATEST * second) & bool(unit)
     if outside.any():
         row = int(outside.to_numpy().argmax())
         warnings.warn(
@@ -548,8 +551,6 @@ def _fault(source: str, row: int, column: object, value: str, why: str) -> UserE
 
 def _moment(seconds: float) -> str:
     """A date, where the number is likely to be seconds since 1970."""
-    return (
-        str(pd.Timestamp(seconds, unit="s").date())
-        if 1e8 <= abs(seconds) < 1e10
-        else f"{seconds:g}"
-    )
+    if 1e8 <= seconds <= LATEST:
+        return str(pd.Timestamp(seconds, unit="s").date())
+    return f"{seconds:g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +25,7 @@ KINDS = (".csv", ".json", ".jsonl")
 """How the name of a file of lists ends, but for that of a packed one, such as .csv.gz."""
 
 ROWS_AT_ONCE = 20_000
-"""Rows that are text at a time."""
+"""Rows that are looked at together."""
 
 MOST_CANDIDATES = 10_000
 """Of one list."""
@@ -278,10 +279,8 @@ def _coded(
         np.array([row.phase not in PHASES for row in rows]),
         lambda row: f"phase {shown(rows[row].phase)} must be one of {', '.join(PHASES)}",
     )
-    texts = np.empty((len(rows), 2 + length), object)
-    texts[:] = [[row.user, row.target, *row.candidates] for row in rows]
-    for column in range(texts.shape[1]):
-        texts[:, column] = [_text(value) for value in texts[:, column]]
+    fields = ([row.user, row.target, *row.candidates] for row in rows)
+    texts = np.array([[*map(_text, row)] for row in fields], object)
     refuse(
         pd.isna(texts).any(1),
         lambda row: "user, target and candidates must be ids, as text or whole numbers, not blank",
@@ -355,11 +354,13 @@ def _csv_rows(stream: TextIO, file: Path, default: str) -> Iterator[ListRow]:
     reader = csv.reader(stream, strict=True)
     try:
         head = next(reader, [])
-        places = {name.strip(): place for place, name in enumerate(head)}
+        names = [name.strip() for name in head]
+        places, times = {name: place for place, name in enumerate(names)}, Counter(names)
         number = sum(re.fullmatch(r"candidate_\d+", name) is not None for name in places)
         wanted = ["user", "target", *(f"candidate_{n + 1}" for n in range(max(number, 2)))]
-        for name in [*wanted, *places] if head else ():
-            if name not in places or name not in {*wanted, "phase"} or len(places) < len(head):
+        known = {*wanted, "phase"}
+        for name in [*wanted, *names] if head else ():
+            if times[name] != 1 or name not in known:
                 raise UserError(
                     f"{file}: column {shown(name)} is "
                     f"{'missing' if name not in places else 'unknown or there twice'}; the header "

@@ -74,7 +74,7 @@ class Catalogue:
             f"{len(self.titles) - 1} items; {len(self.untitled)} without a title, called 'item "
             f"<id>'; {self.shared} titles "
             "shared by several items (case and blanks aside), which never meet in one candidate "
-            "set nor, where all items are "
+            "set that is drawn, nor, where all items are "
             "ranked, count against each other"
         )
 

@@ -532,7 +532,7 @@ def _check_parts(self: Dataset, parts: Sequence[Dataset]) -> None:
         for phase in ("train", "valid", "test")
     ]
     if not self.config["repeatable"] and set(distribution) != {"none"}:
-        user = np.unique(np.concatenate(pairs, axis=1), axis=1)[0]
+        user = distinct(np.concatenate(pairs, axis=1))[0]
         met = np.bincount(user)
         if met.max() >= self.item_num - 1:
             name = self.field2id_token[self.uid_field][met.argmax()]

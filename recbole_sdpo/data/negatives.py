@@ -123,9 +123,8 @@ class NegativeSampler:
         if len(pool) and pool.min() < number:
             raise UserError(
                 f"{self.setting} asks for {number} negatives of distinct titles, but for user "
-                f"{str(self.users[user[pool.argmin()]])!r} only {pool.min()} are left that the "
-                f"user has not met; ask for at most {pool.min()}, or leave such users out with "
-                "user_inter_num_interval."
+                f"{str(self.users[user[pool.argmin()]])!r} only {pool.min()} may be drawn; ask "
+                f"for at most {pool.min()}, or leave such users out with user_inter_num_interval."
             )
 
     def excluded(self, user: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import compress
 from logging import getLogger
 from pathlib import Path
 
@@ -203,11 +204,7 @@ def _floats(text: np.ndarray) -> np.ndarray:
         values = text.astype(np.float64)
     except ValueError:
         values = np.array([_float(field) for field in text], dtype=np.float64)
-    return (
-        np.where(["_" in field for field in text], np.nan, values)
-        if any("_" in field for field in text)
-        else values
-    )
+    return np.where(np.array(["_" in field for field in text], bool), np.nan, values)
 
 
 def _float(field: str) -> float:
@@ -339,11 +336,8 @@ def _header(path: Path, line: str, separator: str) -> dict[str, str]:
     return types
 
 
-def _without_blank(lines: list[str]) -> tuple[list[str], range | np.ndarray]:
-    """The lines after the header that hold anything, and their numbers."""
-    if lines[-1] == "":
-        lines = lines[:-1]
-    if all(lines):
-        return lines[1:], range(2, len(lines) + 1)
-    where = [number for number, line in enumerate(lines, 1) if line and number > 1]
-    return [lines[number - 1] for number in where], np.array(where)
+def _without_blank(lines: list[str]) -> tuple[list[str], np.ndarray]:
+    """The lines after the header that hold anything, and their numbers, int64."""
+    held = np.array([bool(line) for line in lines])
+    held[0] = False
+    return list(compress(lines, held)), np.flatnonzero(held) + 1

@@ -127,7 +127,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{str(folder)!r} holds a run that has ended meanwhile; give another folder."
             )
-        remove_parts(folder)
+        remove_parts(folder, STAGES)
         yield
 
 
@@ -152,4 +152,4 @@ def tidy(folder: Path) -> None:
     """Remove what only an interrupted run has a use for."""
     for part in (STATE, SELECTION):
         shutil.rmtree(folder / part, ignore_errors=True)
-    remove_parts(folder)
+    remove_parts(folder, STAGES)

@@ -168,6 +168,15 @@ def test_times_that_are_one_number_of_64_bits_keep_their_order(tmp_path, earlier
     assert (first, second) == ("a", "b") and float(time) == float(same)
 
 
+def test_a_time_that_stands_for_never_is_told_as_a_number(tmp_path):
+    """It is beyond the dates that pandas knows, or may be."""
+    given = events(("u", "a", "1577836800.5"), ("u", "b", "99999999999"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        told = str(write_atomic(given, ITEMS, "shop", tmp_path))
+    assert "2020-01-01" in told and "1e+11" in told
+
+
 def test_columns_may_have_other_names_and_titles_several_parts(tmp_path):
     given = SOME.set_axis(["who", "what", "when"], axis=1)
     items = pd.DataFrame(

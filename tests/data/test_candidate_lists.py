@@ -203,6 +203,7 @@ def broken(change, end="csv"):
         (broken(lambda text: text + "u1,i1,i1,i4,i5,test\n"), "row 3: row 1 has the same user and"),
         (broken(lambda text: text.replace("candidate_2", "item_2")), "column 'candidate_2' is mis"),
         (broken(lambda text: text.replace("phase", "place")), "column 'place' is unknown or ther"),
+        (broken(lambda text: text.replace("phase", "phase,phase", 1)), "column 'phase' is unkno"),
         (broken(lambda text: text.replace("user,", "target,")), "column 'user' is missing; the h"),
         (broken(lambda text: text.partition("\n")[0]), "is empty; it must have a row for each"),
         (broken(lambda text: ""), "is empty; it must have a row for each"),

@@ -83,7 +83,7 @@ def test_what_stands_beside_is_not_drawn_by_title():
     beside = np.array([[9, 2]])  # 9 is the title of 1
     drawn = [sampler.draw(np.array([2]), np.array([7]), 2, beside)[0] for _ in range(20)]
     assert all(sorted(row.tolist()) == [5, 6] for row in drawn)
-    with pytest.raises(UserError, match="asks for 3 negatives .* only 2 are left"):
+    with pytest.raises(UserError, match="asks for 3 negatives .* only 2 may be drawn"):
         sampler.draw(np.array([2]), np.array([7]), 3, beside)
 
 
