@@ -16,6 +16,7 @@ from recbole_sdpo.objectives import (
     Constants,
     Logps,
     Objective,
+    _highest_cluster,
     diagnostics,
     dpo,
     register_installed,
@@ -141,6 +142,38 @@ def highest_of_three(values):
             top = max(range(3), key=lambda k: np.mean(groups[k]))
             best, chosen = spread, [i for i in range(many) if labels[i] == top]
     return chosen
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(-40, 0), min_size=1, max_size=7, unique=True))
+def test_the_highest_cluster_is_that_of_the_best_of_all_ways(values):
+    def scatter(labels):
+        groups = [[value for value, one in zip(values, labels) if one == k] for k in range(3)]
+        return sum(len(group) * np.var(group) for group in groups)
+
+    chosen = _highest_cluster(torch.tensor([values]).double())[0].nonzero()[:, 0].tolist()
+    assert values.index(max(values)) in chosen
+    if len(values) <= 3:
+        assert len(chosen) == 1
+        return
+    ways = [w for w in itertools.product(range(3), repeat=len(values)) if len({*w}) == 3]
+    mine = [w for w in ways if [place for place, one in enumerate(w) if one == 0] == chosen]
+    # two ways may be as good
+    assert min(map(scatter, mine)) == pytest.approx(min(map(scatter, ways)), abs=1e-9)
+
+
+def test_a_negative_as_likely_as_the_positive_is_at_the_boundary(logps):
+    for several in (3, K):
+        even = logps._replace(
+            policy_neg=logps.policy_neg[:, :several].clone(),
+            ref_neg=logps.ref_neg[:, :several],
+            length_neg=logps.length_neg[:, :several],
+        )
+        even.policy_neg[:, 0] = logps.policy_pos
+        rows = zip(*(part.tolist() for part in even), strict=True)
+        expected = [by_hand("dynamicpo", BETA, 0.0, 0.0, 0.6, 1.3)(*row) for row in rows]
+        losses = OBJECTIVES["dynamicpo"].loss(even, PLAIN)
+        assert losses.tolist() == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("margin, swapped", [(0.0, 0.0), (0.4, 0.1)])

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -21,7 +22,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import backbone as module
 from recbole_sdpo.lm.backbone import load_backbone, resolved, restore_policy, save_backbone
 from recbole_sdpo.lm.forest import plant
-from recbole_sdpo.lm.scratch import train_tokenizer
+from recbole_sdpo.lm.scratch import build_model, train_tokenizer
 from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.settings import BackboneSettings, Settings
 
@@ -217,6 +218,26 @@ def test_what_is_trained_itself_keeps_its_precision(monkeypatch, given, fast, sl
         assert resolved(chosen, CPU).dtype == dtype
 
 
+def test_an_adapter_is_of_the_shape_that_was_asked_for(folder):
+    lm = load(backbone=str(folder), peft="lora", lora_rank=3, lora_alpha=12, lora_dropout=0.4)
+    parts = [part for part in lm.modules() if isinstance(part, LoraLayer)]
+    ranks = {weight.shape[0] for name, weight in lm.trainable().items() if ".lora_A." in name}
+    assert parts and ranks == {3}
+    assert {part.scaling["default"] for part in parts} == {4.0}
+    assert {part.lora_dropout["default"].p for part in parts} == {0.4}
+
+
+def test_scratch_drops_in_training_alone():
+    tokens, plain = torch.arange(9)[None], build_model(64, 16, 2, 2, 0.0, seed=5).eval()
+    model = build_model(64, 16, 2, 2, 0.4, seed=5).eval()
+    assert model(tokens).logits.equal(plain(tokens).logits)
+    parts = [part for part in model.train().modules() if isinstance(part, torch.nn.Dropout)]
+    assert [part.p for part in parts] == [0.4] * 5, "embeddings, and each half of two layers"
+    for part in parts:
+        part.p = 0.0
+    assert not model(tokens).logits.equal(model(tokens).logits), "what is left is the attention's"
+
+
 def test_an_adapter_is_no_backbone(folder):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds an adapter; give it as sft_checkpoint"):
@@ -236,7 +257,11 @@ def test_gradient_checkpointing_changes_no_gradient(folder):
     found = []
     for checkpointing in (False, True):
         lm = load(backbone=str(folder), peft="none", gradient_checkpointing=checkpointing).train()
+        passes = []
+        for layer in lm.layers:
+            layer.self_attn.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         lm(forest).sum().backward()
+        assert len(passes) == (1 + checkpointing) * len(lm.layers), "layers run again, or do not"
         found.append(torch.cat([p.grad.flatten() for p in lm.trainable().values()]))
     torch.testing.assert_close(*found)
 

@@ -74,7 +74,9 @@ def test_predict_does_not_depend_on_order_or_company(ring):
     interaction = next(iter(test))[0][:60]
     scores = model.eval().predict(interaction)
     order = torch.randperm(60)
-    torch.testing.assert_close(model.predict(interaction[order]), scores[order], rtol=0, atol=1e-5)
+    for rows in (order, order[:17]):
+        again = model.predict(interaction[rows])
+        torch.testing.assert_close(again, scores[rows], rtol=0, atol=1e-5)
 
 
 def test_full_sort_predict_is_predict_for_every_item(ring):

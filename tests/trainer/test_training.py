@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data.examples import FixedExamples
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.objectives import OBJECTIVES
@@ -231,12 +232,16 @@ def test_every_objective_trains_with_an_adapter(rated, objective):
             "lora_layers": [1],
             "objective": objective,
             "max_train_targets": 60,
+            "eval_step": 0,  # the last weights are kept, however good
             "RATING_FIELD": "rating",
         }
     )
     base = {n: p.clone() for n, p in trainer.model.lm.model.named_parameters() if "lora" not in n}
     assert all("layers.1" in name for name in trainer.model.lm.trainable())
-    trainer.fit(*loaders[:2])
+    trainer.fit_stage("sft", *loaders[:2])
+    adapter = {name: p.detach().clone() for name, p in trainer.model.lm.trainable().items()}
+    trainer.fit_stage("sdpo", *loaders[:2])
+    assert not any(p.equal(adapter[name]) for name, p in trainer.model.lm.trainable().items())
     assert trainer.reports["sdpo"].targets >= 60
     now = dict(trainer.model.lm.model.named_parameters())
     assert all(torch.equal(p, now[name]) for name, p in base.items())
@@ -425,7 +430,8 @@ def test_accumulated_batches_step_like_one(ring, style):
         ring | {"prompt_style": style, "prompt_candidates": 5, "max_train_targets": 50}
     )
     model = trainer.model
-    examples = model.examples(loaders[0]._dataset, loaders[0]._sampler, 0)
+    # the same draws for both, however they are cut
+    examples = FixedExamples(model.examples(loaders[0]._dataset, loaders[0]._sampler, 0), 0)
     stage = Stage(
         "sft", "sft", model.settings.sft, None, model, examples, trainer.accelerator, None
     )
@@ -433,18 +439,96 @@ def test_accumulated_batches_step_like_one(ring, style):
     grads = []
     for step in ([trees], [trees[:1], trees[1:]]):
         stage.optimizer.step = lambda: None
-        if style == "candidates":  # the same draws for both
-            examples.batch = lambda t, *_, made=examples.__class__.batch: made(
-                examples, t, 0, "same", int(t[0])
-            )
-            step = (
-                [np.array([t]) for t in trees]
-                if len(step) == 1
-                else [np.array([t]) for t in trees[::-1]]
-            )
         stage._step(list(stage.batches.loader([step], 0)), int(examples.targets[trees].sum()))
         grads.append(torch.cat([p.grad.flatten() for p in stage._parameters]))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_is_that_of_adamw_written_out(ring):
+    """With warmup, a falling rate, decay of matrices alone, and a clipped gradient."""
+    peak, decay, longest, (one, other) = 0.01, 0.3, 0.5, (0.9, 0.98)
+    trainer, loaders = start(
+        ring
+        | {
+            "sft_learning_rate": peak,
+            "sft_weight_decay": decay,
+            "sft_clip_norm": longest,
+            "sft_epochs": 1,
+            "sft_schedule": "linear",
+            "sft_warmup": 0.4,
+            "sft_tokens_per_batch": 300,
+        }
+    )
+    stage = trainer._open("sft", loaders[0], False, False)
+    stage.writer = log = Recorder()
+    plan = stage.batches.plan(0)
+    warm = int(0.4 * len(plan))
+    assert warm > 1
+    weights = [p.detach().double() for p in stage._parameters]
+    mean, square = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
+    for number, step in enumerate(plan):
+        stage._step([*stage.batches.loader([step], number)], stage.batches.targets([step]))
+        gradients = [p.grad.double() for p in stage._parameters]
+        norm = float(sum(gradient.square().sum() for gradient in gradients) ** 0.5)
+        told = log.seen["sft/gradient_norm"][number]
+        assert norm == pytest.approx(min(longest, told), rel=1e-4)
+        left = len(plan) - max(number, warm)
+        rate = peak * (number / warm if number < warm else left / (len(plan) - warm))
+        for weight, first, second, gradient in zip(weights, mean, square, gradients, strict=True):
+            weight *= 1 - rate * decay * (weight.ndim > 1)
+            first += (1 - one) * (gradient - first)
+            second += (1 - other) * (gradient.square() - second)
+            unbiased = (second / (1 - other ** (number + 1))).sqrt() + 1e-8
+            weight -= rate * first / (1 - one ** (number + 1)) / unbiased
+    assert max(log.seen["sft/gradient_norm"]) > longest
+    for weight, p in zip(weights, stage._parameters, strict=True):
+        torch.testing.assert_close(p.detach().double(), weight, rtol=1e-3, atol=1e-5)
+
+
+def test_epochs_without_a_validation_are_those_that_eval_step_says(ring):
+    few = {"objective": "sft", "sft_epochs": 5, "eval_step": 2, "stopping_step": 9}
+    trainer, loaders = start(ring | few)
+    epochs = []
+
+    def validation(*_):
+        epochs.append(len(trainer.train_loss_dict))
+        return 0.5, {"ndcg@5": 0.5}
+
+    trainer._valid_epoch = validation
+    trainer.fit_stage("sft", *loaders[:2])
+    assert epochs == [2, 4, 5], "and always the last"
+
+
+@pytest.mark.parametrize(("bigger", "best"), [(True, 0.6), (False, 0.4)])
+def test_where_smaller_is_better_the_smallest_is_the_best(ring, bigger, best):
+    trainer, loaders = start(ring | {"objective": "sft", "sft_epochs": 3, "stopping_step": 9})
+    trainer.valid_metric_bigger, scores = bigger, iter([0.5, 0.4, 0.6])
+
+    def validation(*_):
+        score = next(scores)
+        return score, {"ndcg@5": score}
+
+    trainer._valid_epoch = validation
+    assert trainer.fit_stage("sft", *loaders[:2]).valid == {"ndcg@5": best}
+
+
+def test_a_state_is_written_when_so_many_minutes_have_gone(ring, monkeypatch):
+    minutes = {"objective": "sft", "sft_epochs": 1, "save_minutes": 2, "eval_step": 0}
+    trainer, loaders = start(ring | minutes)
+    clock, seconds = [0.0], []
+    monkeypatch.setattr("recbole_sdpo.trainer.sdpo_trainer.time.time", lambda: clock[0])
+    monkeypatch.setattr(trainer, "_save_state", lambda *_: seconds.append(clock[0]))
+
+    def run_epoch(stage, show, after_step):
+        for _ in range(6):
+            clock[0] += 50
+            after_step(False)
+        stage.epoch += 1
+        return 0.0
+
+    monkeypatch.setattr(Stage, "run_epoch", run_epoch)
+    trainer.fit_stage("sft", loaders[0], saved=True, verbose=False)
+    assert seconds == [0, 150, 300, 300, 300], "the last two as the epoch and the stage end"
 
 
 def test_titles_learn_at_a_rate_of_their_own(ring):
@@ -681,14 +765,20 @@ def test_every_step_has_a_row(ring):
 
 def test_dynamic_negatives_are_the_hardest_of_their_draws(ring):
     trainer, loaders = start(
-        ring | {"train_neg_sample_args": {"sample_num": 2, "dynamic": True, "candidate_num": 4}}
+        ring
+        | {
+            "train_neg_sample_args": {"sample_num": 2, "dynamic": True, "candidate_num": 4},
+            "scratch_dropout": 0.5,
+        }
     )
     trainer.prepare(*loaders)
     stage = trainer._open("sdpo", loaders[0], False, False)
     assert stage.model.negatives == 2
     plan = [(trees, 0, 0) for trees in stage.batches.plan(0)[0]]
     wide = next(iter(stage.batches.loader([[trees] for trees, _, _ in plan], 0)))
+    stage.model.train()
     batch = stage._hardest(wide)
+    assert stage.model.training, "scores are without dropout, the training with it"
     assert batch.width == 3 and batch.forest.size < wide.forest.size
     stage.model.eval()
     with torch.no_grad():
