@@ -85,7 +85,7 @@ def test_a_python_that_is_too_old(installed, monkeypatch):
         check_libraries()
 
 
-@pytest.mark.parametrize("version", ["2.6", "2.11.0+cu130", "3.0", "2.6.0rc1"])
+@pytest.mark.parametrize("version", ["2.11", "2.11.0+cu130", "3.0", "2.11.0rc1"])
 def test_what_serves(installed, version):
     installed["torch"] = version
     check_libraries()

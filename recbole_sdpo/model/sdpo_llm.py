@@ -434,13 +434,7 @@ class SDPOLLM(SequentialRecommender):
         shown = Ragged(item[np.argsort(prompt, kind="stable")], np.bincount(prompt))
         trees = self._prompts(past.take(first), shown, item[first], user[first])
         asked = Prompts(trees.trunks, prompt, trees.trunks.lengths[prompt], item, user)
-
-        def score(some: np.ndarray) -> Tensor:
-            items = item[asked.target_index(some), None]
-            return self.lm(self.encoder.forest(asked.select(some), items))[:, None]
-
-        sizes = self.encoder.sizes(asked, item[:, None])
-        return self._in_batches(sizes, 1, score, asked.target_index).view(-1)
+        return self._score(asked, item[:, None]).view(-1)
 
     @torch.no_grad()
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
@@ -576,6 +570,19 @@ class SDPOLLM(SequentialRecommender):
         shuffled = Ragged(shown.values[order], shown.lengths)
         return candidate_prompts(
             past, shuffled, target, user, self.units, np.zeros(len(user), np.int64)
+        )
+
+    def _score(self, prompts: Prompts, items: np.ndarray) -> Tensor:
+        """Log-probabilities of ``items [T, C]``, for each tree's targets together."""
+
+        def score(trees: np.ndarray) -> Tensor:
+            logps = self.lm(
+                self.encoder.forest(prompts.select(trees), items[prompts.target_index(trees)])
+            )
+            return logps.view(-1, items.shape[1])
+
+        return self._in_batches(
+            self.encoder.sizes(prompts, items), items.shape[1], score, prompts.target_index
         )
 
     def _in_batches(
