@@ -187,7 +187,7 @@ def remove_parts(folder: Path, folders: Iterable[str]) -> None:
         settle(folder / name)
         shutil.rmtree(folder / f"{name}{PART}", ignore_errors=True)
     for part in folder.glob(f"*{PART}"):
-        if re.fullmatch(rf".+\.\d+{re.escape(PART)}", part.name):
+        if part.is_file() and re.fullmatch(rf".+\.\d+{re.escape(PART)}", part.name):
             part.unlink(missing_ok=True)
 
 

@@ -2,12 +2,14 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from recbole_sdpo.command import experiment, program, run, script
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.settings import names
 
 
@@ -51,6 +53,13 @@ def test_an_argument_that_nobody_reads_is_an_error(monkeypatch, argument):
 def test_a_value_that_is_none_is_an_error_that_names_the_key(monkeypatch, argument, message):
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         call(monkeypatch, argument)
+
+
+def test_an_option_of_several_is_blank_if_one_is():
+    for checkpoint in ([""], ["run", " "]):
+        with pytest.raises(UserError, match="^--checkpoint=.* is blank"):
+            run.refuse_blank(SimpleNamespace(checkpoint=checkpoint, k=3))
+    run.refuse_blank(SimpleNamespace(checkpoint=["run"], k=3, history=None))
 
 
 def test_one_setting_with_two_values_is_an_error(monkeypatch):

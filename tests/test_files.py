@@ -143,7 +143,7 @@ def test_a_seal_names_what_is_not_as_it_was(tmp_path):
 
 
 def test_what_was_being_replaced_goes_back_to_its_place(tmp_path):
-    theirs = ("config", "config.old", "notes.old", "film.part")  # who reads here keeps it
+    theirs = ("config", "config.old", "notes.old", "film.part", "1.2.part")  # a user's
     for name in ("sft.old", "sft.part", "sdpo.old", "sdpo", *theirs):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text(name)

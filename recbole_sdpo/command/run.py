@@ -80,6 +80,7 @@ def refuse_blank(args: argparse.Namespace) -> None:
     Raises:
         UserError: an option is blank.
     """
-    for name, text in vars(args).items():
-        if isinstance(text, str) and not text.strip():
-            raise UserError(f"--{name}={text} is blank; give a name, or leave it out.")
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.strip():
+                raise UserError(f"--{name}={text} is blank; give a name, or leave it out.")
