@@ -218,11 +218,11 @@ class Experiment:
                             f"{part} of run {entry.name!r}: {key} has no effect on {MODEL}; give "
                             "another setting."
                         )
-        names = [entry.name for entry in self.entries()]
-        for entry in self.entries():
-            self._check_candidates(entry)
-        for name in names:
-            _check_name("the name of a varied run", name)
+        rows = self.entries()
+        for row in rows:
+            self._check_candidates(row)
+            _check_name("the name of a varied run", row.name)
+        names = [row.name for row in rows]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UserError(f"runs must have different names, and {twice[0]!r} comes twice.")
