@@ -136,8 +136,11 @@ CHUNKS = 4 * 4 * 2**26
 """Of logits on a GPU: a chunk in float32, its softmax, gradient and a copy."""
 
 
-def fits(shape: Shape, way: str, gpus: int, parts: bool, tokens: int) -> float:
-    """GiB on each of ``gpus``; with ``parts``, each has a part of the model.
+def fits(
+    shape: Shape, way: str, gpus: int, parts: bool, tokens: int, offload: bool = False
+) -> float:
+    """GiB on each of ``gpus``; with ``parts``, each has a part of the model, which ``offload``
+    keeps in the host's memory.
 
     Meanwhile the embeddings and the head are whole, and two layers at a time; where they are
     trained, so are the reference's, and their gradients.
@@ -147,7 +150,7 @@ def fits(shape: Shape, way: str, gpus: int, parts: bool, tokens: int) -> float:
         together = width * (shape.rest + 2 * shape.layer)
         if way == "full":
             together += 4 * shape.rest + 4 * (shape.rest + shape.layer)
-        state = state / gpus + together
+        state = together + (0 if offload else state / gpus)
     return (state + activation_bytes(shape, way, tokens)) / GIB
 
 
@@ -214,14 +217,15 @@ def main() -> None:
             whole = fits(shape, way, 1, False, args.tokens)
             parts = {n: fits(shape, way, n, True, args.tokens) for n in range(2, LARGEST + 1)}
             fewest = 1 if whole < args.gib else min(n for n in parts if parts[n] < args.gib)
-            cells = [whole, *(parts[n] for n in args.gpus)]
+            offloaded = fits(shape, way, 2, True, args.tokens, offload=True)
+            cells = [whole, *(parts[n] for n in args.gpus), offloaded]
             if way == "QLoRA":  # parallel=fsdp does not go with it
-                cells[1:] = [None for _ in args.gpus]
+                cells[1:] = [None for _ in cells[1:]]
             texts = ["" if value is None else f"{value:,.0f}" for value in cells]
             rows.append([name, way, *texts, fewest])
     print(f"\nGiB on each GPU, {args.tokens:,} tokens, gradient_checkpointing=True:\n")
     head = [f"fsdp, {n} GPUs" for n in args.gpus]
-    print(markdown_table(["model", "trained", "ddp", *head, "fewest GPUs"], rows))
+    print(markdown_table(["model", "trained", "ddp", *head, "offload", "fewest GPUs"], rows))
     if args.json:
         args.json.write_text(json.dumps({"measured": checks, "computed": rows}, indent=2))
 

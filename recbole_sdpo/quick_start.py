@@ -98,7 +98,7 @@ def run(
             {**(config_dict or {}), **_process_settings()},
         )
         check_device(config)
-        state = PartialState(cpu=config["device"].type == "cpu")
+        state = _process_group(config)
         compat.leave_group_at_exit()
         if state.num_processes > 1 and config["model"] != MODEL:
             raise UserError(
@@ -236,6 +236,15 @@ def _top_time(trainer: Trainer, loaders: Loaders, state: PartialState) -> dict[s
     if "full" not in loaders or state.num_processes > 1:
         return None
     return top_time(trainer, loaders["full"][1])
+
+
+def _process_group(config: RunConfig) -> PartialState:
+    """Join the other processes of a launch, if there are."""
+    on_cpu, launched = config["device"].type == "cpu", "LOCAL_RANK" in os.environ
+    # what lies in the host's memory has sums there, too, such as the gradient's norm
+    both = {"backend": "cuda:nccl,cpu:gloo"}
+    offloads = config.settings.offload and launched and not on_cpu
+    return PartialState(cpu=on_cpu, **(both if offloads else {}))
 
 
 def _process_settings() -> dict[str, Any]:

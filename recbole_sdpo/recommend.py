@@ -213,7 +213,7 @@ class Recommender:
         nobody = np.zeros(len(met), int)
         prompts = self._encoder.trunks(history_prompts(recent, nobody, nobody, self.units.header))
         score, best = np.empty((len(met), k)), np.empty((len(met), k), np.int64)
-        group, (_, budget) = self.catalogue.group, tokens_at_once(self.lm.causal_lm)
+        group, (_, budget) = self.catalogue.group, tokens_at_once(self.lm.causal_lm, self.lm.device)
         # A prompt takes room for itself and for the nodes that stand below it at a time.
         for rows in batches(prompts.lengths + NODES_AT_ONCE, budget):
             left_out = np.zeros((len(rows), len(self._first)), bool)

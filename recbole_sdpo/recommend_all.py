@@ -50,8 +50,8 @@ def check_output(file: Path) -> None:
         raise UserError(f"output={str(file)!r} must end in {' or '.join(WRITERS)}.")
     if file.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
         raise UserError(
-            f"output={str(file)!r} needs the package pyarrow; pip install pyarrow, or give a name "
-            "that ends in .csv."
+            f"output={str(file)!r} needs the package pyarrow; pip install "
+            "'recbole-sdpo[parquet]', or give a name that ends in .csv."
         )
     if file.exists():
         raise UserError(f"output={str(file)!r} exists; remove it, or give another name.")

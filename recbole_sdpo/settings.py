@@ -585,6 +585,12 @@ class Settings:
         "models that one GPU has no room to train; auto: ddp",
         Role.IDLE | Role.FREE | Role.OF_THIS_RUN,
     )
+    offload: bool = _setting(
+        False,
+        "with parallel=fsdp: keep weights, gradients and AdamW's moments in the host's memory, and "
+        "step there; a GPU has the layer that it computes",
+        Role.IDLE | Role.FREE | Role.OF_THIS_RUN,
+    )
     save_minutes: float = _at_least(
         0,
         10.0,

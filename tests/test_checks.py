@@ -295,6 +295,7 @@ def test_a_path_that_no_file_system_takes_is_refused_by_its_setting(ring, key, v
         ({"quantization": "nf4"}, "quantization='nf4' is for pretrained weights"),
         ({"item_tokens": "whole", "dtype": "bfloat16"}, "dtype='bfloat16' loses small changes"),
         ({"compile": True, "gradient_checkpointing": True}, "compile=True is for layers that"),
+        ({"offload": True}, "offload=True needs parallel=fsdp"),
     ],
 )
 def test_a_backbones_settings_are_checked_before_data_are_read(ring, settings, message):

@@ -105,7 +105,7 @@ LEARNS = {
 @pytest.fixture
 def one_process_of_nccl(monkeypatch, tmp_path):
     """A group of this process alone, which takes it for one of several as a model is made."""
-    dist.init_process_group("nccl", f"file://{tmp_path}/group", rank=0, world_size=1)
+    dist.init_process_group("cuda:nccl,cpu:gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
     several = iter([SimpleNamespace(num_processes=2)])
     monkeypatch.setattr(
         "recbole_sdpo.model.sdpo_llm.PartialState", lambda: next(several, None) or PartialState()
@@ -134,7 +134,8 @@ def test_a_whole_run_on_the_gpu_learns_the_rule(ring, settings):
     assert result["peak_memory_gib"] > 0
 
 
-def test_a_model_in_parts_on_the_gpu_learns_the_rule(ring, one_process_of_nccl):
-    settings = {"peft": "none", "item_tokens": "whole", "parallel": "fsdp"}
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_model_in_parts_on_the_gpu_learns_the_rule(ring, one_process_of_nccl, offload):
+    settings = {"peft": "none", "item_tokens": "whole", "parallel": "fsdp", "offload": offload}
     result = run("SDPO-LLM", "toy", config_dict=ring | LEARNS | settings)
     assert result["test_result"]["hit@1"] > 0.8

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from logging import getLogger
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -54,6 +55,28 @@ def killed(monkeypatch, settings, where, name, calls=0, **more):
         patch.setattr(where, name, dies)
         with pytest.raises(Killed):
             run(settings, **more)
+
+
+@pytest.mark.parametrize(
+    ("device", "offload", "launched", "backend"),
+    [
+        ("cuda", True, True, {"backend": "cuda:nccl,cpu:gloo"}),
+        ("cuda", False, True, {}),
+        ("cuda", True, False, {}),
+        ("cpu", True, True, {}),  # accelerate has gloo there, and takes no other name
+    ],
+)
+def test_what_the_host_holds_of_a_gpus_model_is_summed_by_gloo(
+    monkeypatch, device, offload, launched, backend
+):
+    class Config(dict):
+        settings = SimpleNamespace(offload=offload)
+
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(quick_start, "PartialState", lambda **kwargs: kwargs)
+    joined = quick_start._process_group(Config(device=torch.device(device)))
+    assert joined == {"cpu": device == "cpu", **backend}
 
 
 def weights(folder):

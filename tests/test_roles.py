@@ -56,7 +56,7 @@ def test_what_has_no_influence_leaves_a_runs_identity_alone_and_all_else_changes
 ):
     # one setting at a time, whatever else it needs
     monkeypatch.setattr(configuration, "check_backbone", lambda *_: None)
-    ring |= {"scratch_hidden_size": 24, "fixed_negatives": True}
+    ring |= {"scratch_hidden_size": 24, "fixed_negatives": True, "parallel": "fsdp"}
     change = ring | {key: other(key, ring)}
     same = identity_of("SDPO-LLM", ring) == identity_of("SDPO-LLM", change)
     assert same == (key in having(Role.IDLE)), change[key]
@@ -89,6 +89,7 @@ def test_no_number_depends_on_what_is_idle_or_free(ring):
     small = {"fixed_negatives": True, "max_train_targets": 80, "sdpo_tokens_per_batch": 200}
     given = ring | small | {"eval_args": {"mode": "full"}}
     changed = given | others(Role.IDLE, given) | others(Role.FREE, given)
+    changed["parallel"] = "fsdp"  # which offload asks for
     assert changed.pop("resume") and changed.pop("sft_checkpoint")  # count by what is in them
     results = [run("SDPO-LLM", "toy", config_dict=each) for each in (given, changed)]
     one, other = (pd.read_csv(Path(each["run_dir"], "steps.csv")) for each in results)

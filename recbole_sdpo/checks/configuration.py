@@ -127,8 +127,8 @@ def _check_evaluation(config: Config, settings: Settings) -> None:
 
 
 def _check_language_model(config: Config, settings: Settings) -> None:
-    """Do the backbone's settings go together, is there memory for a scratch one, and something that
-    a cached reference can keep?"""
+    """Do the backbone's settings go together, is there memory for a scratch one, something that a
+    cached reference can keep, and something to offload?"""
     backbone = resolved(settings.backbone, config["device"])
     check_backbone(backbone, config["device"])
     # Weights, gradients, AdamW's two moments.
@@ -139,6 +139,11 @@ def _check_language_model(config: Config, settings: Settings) -> None:
             f"scratch_layers={backbone.scratch_layers} must be smaller: "
             f"training takes {bytes_needed / 2**30:,.0f} GiB and more, and this machine has "
             f"{machine.memory() / 2**30:,.0f}."
+        )
+    if settings.offload and settings.parallel != "fsdp":
+        raise UserError(
+            f"offload=True needs parallel=fsdp (now {settings.parallel!r}), which parts the model "
+            "over several processes; set it, or leave offload out."
         )
     if settings.reference == "cache" and not settings.fixed_negatives:
         raise UserError(

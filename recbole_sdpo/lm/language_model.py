@@ -77,6 +77,7 @@ class LanguageModel(nn.Module):
     """
 
     _caches = True  # weights in bfloat16, while it computes
+    _device: torch.device | None = None  # that computes, where the weights are elsewhere
 
     def __init__(
         self,
@@ -273,13 +274,13 @@ class LanguageModel(nn.Module):
             or bool(getattr(model.config.get_text_config(), "layerdrop", 0))
         )
 
-    def take_parts(self) -> None:
-        """Be ready for :func:`~recbole_sdpo.lm.parts.part`.
+    def take_parts(self, device: torch.device) -> None:
+        """Be ready for :func:`~recbole_sdpo.lm.parts.part`, and compute on ``device``.
 
         A bfloat16 copy of each layer, kept for a whole pass, would be the whole model. And whether
         to try FlexAttention is each process's own question, whose answer takes passes of all.
         """
-        self._caches = False
+        self._caches, self._device = False, device
         self.attention = dense_implementation(self.causal_lm, self.attention)
 
     @property
@@ -346,8 +347,8 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
+        """That computes."""
+        return self._device or self.model.device
 
     @torch.no_grad()
     def _check_scores(self, choice: str) -> None:
@@ -444,7 +445,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """One pass over the forest: the sum of each response's token log-probabilities given its
         prompt, ``[R]``, and the last hidden states of the tokens that predict, ``[S, H]``."""
-        forest = forest.to(model.device)
+        forest = forest.to(self.device)
         implementation, inputs = attention or self._attention(forest)
         set_attention(model, implementation)
         hidden = model.base_model(

@@ -18,15 +18,15 @@ LEAST, MOST = 1024, 16384
 (results/gpu)."""
 
 
-def tokens_at_once(model: PreTrainedModel) -> tuple[int, int]:
-    """Tokens at a time in training and in scoring that suit the device that ``model`` is on,
-    powers of two."""
-    if model.device.type != "cuda":
+def tokens_at_once(model: PreTrainedModel, device: torch.device) -> tuple[int, int]:
+    """Tokens of a ``model`` at a time in training and in scoring that suit ``device``, powers of
+    two."""
+    if device.type != "cuda":
         return ON_A_CPU
     config = model.config.get_text_config()
     # All of the GPU's memory, not what is free now, so that an interrupted run finds the same; half
     # of it is for weights and the rest.
-    room = torch.cuda.get_device_properties(model.device).total_memory / 2
+    room = torch.cuda.get_device_properties(device).total_memory / 2
     fit = int(room / (KEPT * config.hidden_size * config.num_hidden_layers))
     training = min(max(1 << fit.bit_length() >> 1, LEAST), MOST)
     return training, 4 * training

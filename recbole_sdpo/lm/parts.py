@@ -17,23 +17,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def part(
-    model: nn.Module, layers: Iterable[nn.Module], methods: Sequence[str], device: torch.device
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    methods: Sequence[str],
+    device: torch.device,
+    offload: bool = False,
 ) -> None:
-    """Leave each process with its part of ``model``, on ``device``.
+    """Leave each process with its part of ``model``.
 
     Args:
         layers: of the model, each of which comes together by itself; the rest is one, too.
         methods: of ``model`` that make passes, beside ``forward``.
+        device: where a layer comes together, and where the parts are.
+        offload: keep the parts and their gradients on the CPU.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    on_the_host = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    policy = on_the_host if offload else OffloadPolicy()
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        fully_shard(layer, mesh=mesh, offload_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     for method in methods:
         register_fsdp_forward_method(model, method)
 
@@ -60,7 +73,9 @@ def parted_as(like: Tensor, weight: Tensor) -> Tensor:
     weight = weight.to(like.device)
     if not isinstance(like, DTensor):
         return weight
-    return distribute_tensor(weight, like.device_mesh, like.placements, src_data_rank=None)
+    # which goes to the device that computes
+    parted = distribute_tensor(weight, like.device_mesh, like.placements, src_data_rank=None)
+    return parted.to(like.device)
 
 
 def gathered(weights: Iterable[tuple[str, Tensor]], keep: bool = True) -> dict[str, Tensor]:

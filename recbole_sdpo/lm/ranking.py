@@ -130,7 +130,7 @@ class _Prompted:
         self.arithmetic = lm.arithmetic
         self.dtype = torch.bfloat16 if lm.mixed else lm.causal_lm.dtype
         set_attention(self.model, dense_implementation(self.model, lm.attention))
-        device = self.model.device
+        device = lm.device
         tokens, self.lengths = (
             torch.from_numpy(prompts.padded(0)).to(device),
             torch.from_numpy(prompts.lengths).to(device),

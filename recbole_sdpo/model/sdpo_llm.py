@@ -138,10 +138,10 @@ class SDPOLLM(SequentialRecommender):
         if parted:
             if OBJECTIVES[settings.objective].reference:
                 self.lm.freeze_reference()  # what has parts is not copied
-            self.lm.take_parts()
-            part(self, self.lm.layers, PASSES, self.device)
+            self.lm.take_parts(self.device)
+            part(self, self.lm.layers, PASSES, self.device, settings.offload)
         self.settings: CompleteSettings = settings.suited_to_device(
-            *tokens_at_once(self.lm.causal_lm)
+            *tokens_at_once(self.lm.causal_lm, self.lm.device)
         )
         self.encoder = Encoder(
             self.catalogue, self.units, self.lm.tokenizer, self.lm.padding, self.lm.breadth
@@ -153,6 +153,10 @@ class SDPOLLM(SequentialRecommender):
         self._begin = generator(self.seed, "evaluation begin").integers(
             self.n_items, size=dataset.num(self.USER_ID)
         )
+
+    def to(self, *args, **kwargs) -> SDPOLLM:
+        """As in ``nn.Module``, but parts of a model stay where they are."""
+        return self if is_parted(self) else super().to(*args, **kwargs)
 
     def examples(
         self, dataset: Dataset, sampler: AbstractSampler | None, negatives: int

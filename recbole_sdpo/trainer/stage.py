@@ -264,7 +264,7 @@ class Stage:
         norm = all_of(clip_grad_norm_(self._parameters, settings.clip_norm or float("inf")))
         # All that the host wants to know, at once: each question waits for the GPU.
         norm, loss, tokens, stops, kl, ends, *watched = torch.cat(
-            [norm.double()[None], sums]
+            [norm.to(sums)[None], sums]
         ).tolist()
         # Before the optimizer's step: weights that it spoils would be saved for a resumed run.
         if not np.isfinite([loss, norm]).all():

@@ -30,14 +30,9 @@ def test_a_gpu_takes_what_its_memory_holds(monkeypatch, config, gib, training):
         "get_device_properties",
         lambda device: SimpleNamespace(total_memory=gib * 2**30),
     )
-    assert tokens_at_once(SimpleNamespace(device=torch.device("cuda", 0), config=config)) == (
-        training,
-        4 * training,
-    )
+    model, device = SimpleNamespace(config=config), torch.device("cuda", 0)
+    assert tokens_at_once(model, device) == (training, 4 * training)
 
 
 def test_a_cpu_takes_what_it_took():
-    assert tokens_at_once(SimpleNamespace(device=torch.device("cpu"), config=SMOLLM2)) == (
-        1024,
-        8192,
-    )
+    assert tokens_at_once(SimpleNamespace(config=SMOLLM2), torch.device("cpu")) == (1024, 8192)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from recbole_sdpo.lm.body import decoder_layers
 from recbole_sdpo.lm.forest import plant
@@ -60,8 +61,9 @@ class Both(nn.Module):
         return self.lm.compared(forest, torch.tensor([1]))
 
 
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_policy_and_reference_of_a_parted_model_are_those_of_a_whole_one(lora):
+def test_policy_and_reference_of_a_parted_model_are_those_of_a_whole_one(lora, offload):
     results = []
     forest = plant(
         Ragged.from_rows([[1, 2, 3]]),
@@ -74,8 +76,8 @@ def test_policy_and_reference_of_a_parted_model_are_those_of_a_whole_one(lora):
         lm.freeze_reference()
         both = Both(lm)
         if parted:
-            lm.take_parts()
-            part(both, lm.layers, [], torch.device("cpu"))
+            lm.take_parts(torch.device("cpu"))
+            part(both, lm.layers, [], torch.device("cpu"), offload)
         with torch.no_grad():
             for weight in lm.trainable().values():
                 own(weight).mul_(1.1)
@@ -93,6 +95,16 @@ def test_policy_and_reference_of_a_parted_model_are_those_of_a_whole_one(lora):
 
 def test_who_is_not_to_keep_what_is_gathered_has_nothing():
     assert gathered(build("Llama").state_dict().items(), keep=False) == {}
+
+
+def test_what_is_offloaded_is_kept_by_torch_on_the_cpu():
+    for offload in (False, True):
+        model = build("Llama")
+        layers = decoder_layers(model)
+        part(model, layers, [], torch.device("cpu"), offload)
+        for each in (model, *layers):
+            policy = fully_shard.state(each)._fsdp_param_group.offload_policy
+            assert isinstance(policy, CPUOffloadPolicy) is offload
 
 
 def test_a_weight_is_parted_as_another_and_its_own_part_is_the_same_memory():

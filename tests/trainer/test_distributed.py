@@ -158,6 +158,7 @@ def test_a_process_that_is_left_alone_says_how_to_go_on_and_goes_on_bit_for_bit(
     ring, tmp_path, port
 ):
     settings = ring | {"sft_epochs": 1, "sdpo_epochs": 2, "save_minutes": 0, "parallel": "fsdp"}
+    settings["offload"] = True
     # of which the policy's own must be searched for by both together, and be in the state
     settings |= {"negative_sources": {"uniform": 1, "self": 1}, "sdpo_tokens_per_batch": 200}
     settings |= {"max_train_targets": 80, "max_eval_targets": 10}

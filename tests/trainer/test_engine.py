@@ -53,7 +53,7 @@ def test_what_no_title_reaches_keeps_no_process_waiting(launch):
 def test_no_process_has_all_gradients_or_a_copy_of_all_weights_of_a_parted_model(launch):
     """Be the step of several batches, and the arithmetic bfloat16."""
     policy = Policy(LanguageModel(build("Llama"), tokenizer=None, mixed=True))
-    policy.lm.take_parts()
+    policy.lm.take_parts(torch.device("cpu"))
     part(policy, policy.lm.layers, [], torch.device("cpu"))
     engine = joined(policy, launch)
     with policy.lm.arithmetic():
