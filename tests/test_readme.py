@@ -118,7 +118,8 @@ def test_it_is_short_and_its_links_lead_somewhere():
     words = [word for word in README.split() if re.search(r"\w", word)]
     assert len(README.splitlines()) <= 200 and len(words) <= 1000
     missing = []
-    for file in (ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("results/*/README.md")):
+    pages = (ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("results/**/*.md"))
+    for file in pages:
         text = file.read_text(encoding="utf-8")
         for link in re.findall(r"\]\(([^)\s]+)\)", text):
             target, _, anchor = link.partition("#")
