@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import measure
 import torch
+from recbole.data import data_preparation
 
 from recbole_sdpo import compat
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.dataset import create_dataset
 from recbole_sdpo.loaders import evaluation_loaders
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.trainer.one_pass import OnePass

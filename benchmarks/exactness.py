@@ -15,11 +15,12 @@ import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from recbole.data import data_preparation
 from torch import Tensor, nn
 
 from recbole_sdpo.compat import no_arguments
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.dataset import create_dataset
 from recbole_sdpo.lm.backbone import cast_nothing
 from recbole_sdpo.lm.forest import Forest, plant
 from recbole_sdpo.lm.generation import write

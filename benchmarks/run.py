@@ -25,10 +25,11 @@ import measure
 import numpy as np
 import plain
 import torch
+from recbole.data import data_preparation
 from torch import Tensor
 
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.dataset import create_dataset
 from recbole_sdpo.data.examples import Examples
 from recbole_sdpo.data.prompts import Prompts, batches, history_prompts
 from recbole_sdpo.data.sequences import histories

@@ -39,6 +39,7 @@ import pandas as pd
 import recbole
 import torch
 from accelerate import Accelerator, PartialState
+from recbole.data import data_preparation
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
@@ -47,7 +48,7 @@ import recbole_sdpo
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidates import fingerprint
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.data.dataset import create_dataset, data_preparation, user_histories
+from recbole_sdpo.data.dataset import create_dataset, user_histories
 from recbole_sdpo.data.examples import Examples
 from recbole_sdpo.loaders import evaluation_loaders
 from recbole_sdpo.model import SDPOLLM

@@ -17,13 +17,14 @@ import numpy as np
 import plain
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from recbole.data import data_preparation
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
 
 from recbole_sdpo.compat import no_arguments
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.dataset import create_dataset
 from recbole_sdpo.data.prompts import Prompts, batches, history_prompts
 from recbole_sdpo.data.sequences import histories
 from recbole_sdpo.lm.ranking import score_all, score_top

@@ -11,29 +11,30 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from recbole.data import data_preparation
 from recbole.data.interaction import Interaction
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.dataset import create_dataset
 from recbole_sdpo.data.sequences import histories, popularity
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import metric_of_ranks
 from recbole_sdpo.loaders import evaluation_loaders
 from recbole_sdpo.random import generator
-from recbole_sdpo.report.groups import BANDS, band_of
+from recbole_sdpo.report.groups import bands
 
 METRICS = ("HR@1", "NDCG@5")
 
 
 def main() -> None:
     for mode, ranks in ranks_by_words(RunConfig("SASRec")).items():  # for its kind of data
-        band = band_of(ranks["met"])
+        band = bands(ranks["met"])
         rank = ranks["rank"].to_numpy()
         values = pd.DataFrame({metric: metric_of_ranks(metric, rank) for metric in METRICS})
-        table = values.groupby(band).mean().reindex(BANDS)
-        table["targets"] = pd.Series(band).value_counts().reindex(BANDS, fill_value=0)
+        table = values.groupby(band.array, observed=False).mean()
+        table["targets"] = band.value_counts()
         table.loc["all"] = [*values.mean(), len(band)]
         table = table.round(4).astype({"targets": int})
         print(f"{mode}, met by\n{table.to_string()}\n")

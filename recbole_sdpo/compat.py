@@ -172,7 +172,7 @@ def load_best(trainer: Trainer) -> None:
 
 
 def load_rest(model: AbstractRecommender, rest: dict[str, Any] | None) -> None:
-    """What RecBole keeps of ``model`` beside its weights, after those were loaded.
+    """Put back what RecBole keeps of ``model`` beside its weights, after those were loaded.
 
     Representations of all users and items that are not in it are forgotten. KGIN and MCCLK name
     none, and would rank the whole catalogue by those of the last validation, whatever weights are
@@ -239,14 +239,18 @@ def records_in(folder: Path, log: str, config: Config, early: EarlyRecords) -> I
     )
     file.setFormatter(logging.Formatter(line, "%a %d %b %Y %H:%M:%S"))
     file.addFilter(RemoveColorFilter())
-    logging.getLogger().removeHandler(early)
-    logging.basicConfig(level=level, handlers=[screen])
-    for handler in (screen, file):
-        handler.setLevel(level)
+    root = logging.getLogger()
+    root.removeHandler(early)
+    # where somebody else's handlers are, these are the screen
+    handlers: list[logging.Handler] = [file] if root.handlers else [screen, file]
+    before = root.level
     for record in early.records:
         if record.levelno >= level:
             file.handle(record)
-    logging.getLogger().addHandler(file)
+    root.setLevel(level)
+    for handler in handlers:
+        handler.setLevel(level)
+        root.addHandler(handler)
     theirs, hook = recbole.trainer.trainer.get_tensorboard, threading.excepthook
 
     def of_threads(args: threading.ExceptHookArgs) -> None:
@@ -263,7 +267,9 @@ def records_in(folder: Path, log: str, config: Config, early: EarlyRecords) -> I
         yield
     finally:
         recbole.trainer.trainer.get_tensorboard, threading.excepthook = theirs, hook
-        logging.getLogger().removeHandler(file)
+        for handler in handlers:
+            root.removeHandler(handler)
+        root.setLevel(before)
         file.close()
 
 
@@ -509,8 +515,8 @@ def same_gpus() -> Iterator[None]:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that is to find the visible GPUs as this one did, whatever a ``Config`` has made
-    of them since."""
+    """The environment for a process that is to find the visible GPUs as this one did, whatever a
+    ``Config`` has made of them since."""
     rest = {key: text for key, text in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
     return rest if VISIBLE_GPUS is None else rest | {"CUDA_VISIBLE_DEVICES": VISIBLE_GPUS}
 
@@ -531,8 +537,7 @@ def check_launcher() -> None:
     ):
         raise UserError(
             "accelerate launch --cpu starts one process whatever --num_processes says; use "
-            "torchrun --nproc_per_node=2 "
-            "run_recbole_sdpo.py …, which accelerate joins."
+            "torchrun --nproc_per_node=2 run_recbole_sdpo.py …, which accelerate joins."
         )
 
 

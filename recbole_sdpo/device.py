@@ -96,15 +96,12 @@ def is_served(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
         capability: of the GPU, such as (8, 6).
         built_for: as torch lists them, such as sm_80, sm_90a and compute_90.
     """
-    for kind, major, minor, only in re.findall(
-        r"\b(sm|compute)_(\d+)(\d)([a-z]?)", " ".join(built_for)
-    ):
-        built = int(major), int(minor)
-        if built == capability or (
-            not only and built < capability and (kind == "compute" or built[0] == capability[0])
-        ):
-            return True
-    return False
+    kernels = re.findall(r"\b(sm|compute)_(\d+)(\d)([a-z]?)", " ".join(built_for))
+    return any(
+        (built := (int(major), int(minor))) == capability
+        or (not only and built < capability and (kind == "compute" or built[0] == capability[0]))
+        for kind, major, minor, only in kernels
+    )
 
 
 def _remedy() -> str:

@@ -62,7 +62,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             _flush(part)
             os.replace(part, path)
         except BaseException:
-            _remove(part)
+            part.unlink(missing_ok=True)
             raise
         _flush(path.parent)
 
@@ -257,14 +257,6 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,17 +1,11 @@
-"""What a run reads, as digests: its files, and the sources and versions of the packages, so that
-nobody changes them unseen."""
+"""What a run reads, as digests, so that nobody changes it unseen."""
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
-import importlib.metadata
 import inspect
 import json
-import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -19,13 +13,20 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-import recbole_sdpo
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import template_file
+from recbole_sdpo.digests import (
+    OF_SDPO_LLM,
+    ONLOOKERS,
+    digest,
+    hashed,
+    known,
+    meaning,
+    package_versions,
+    sources,
+)
 from recbole_sdpo.errors import UserError, reason
-from recbole_sdpo.files import sha256, user_path, write_text
+from recbole_sdpo.files import user_path, write_text
 from recbole_sdpo.lm.backbone import resolved, weights_source
 from recbole_sdpo.objectives import BUILT_IN, OBJECTIVES
 from recbole_sdpo.settings import MODEL
@@ -36,63 +37,8 @@ from recbole_sdpo.values import shown
 FILE = "inputs.json"
 """In a run's folder: what it read as it began, with which alone it may be resumed."""
 
-VERSIONS = (
-    "recbole-sdpo",
-    "recbole",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "tokenizers",
-    "numpy",
-    "pandas",
-)
-
-# Parts of the package that only look at results, or decide what to run, or whose outcome is in the
-# settings already.
-ONLOOKERS = frozenset(
-    {
-        "configs",
-        "experiment",
-        "report",
-        "command",
-        "__main__.py",
-        "inputs.py",
-        "libraries.py",
-        "recommend.py",
-        "recommend_all.py",
-        "serving.py",
-        "threads.py",
-        "SDPO-LLM.yaml",
-    }
-)
-
-# Parts that models of RecBole have nothing to do with.
-OF_SDPO_LLM = frozenset(
-    {
-        "settings.py",
-        "lm",
-        "model",
-        "sdpo_trainer.py",
-        "stage.py",
-        "batches.py",
-        "checkpoint.py",
-        "reference.py",
-        "state.py",
-        "step_file.py",
-        "objectives.py",
-        "prompts.py",
-        "prompts",
-        "examples.py",
-        "ratings.py",
-    }
-)
-
 OF_RECBOLE = ("pre_model_path", "mf_pretrain_path", "mlp_pretrain_path", "pretrain_path", "warm_up")
 """Settings of RecBole that name a file to read."""
-
-GRANULARITY = 2.0
-"""Seconds within which a file may change twice and bear one time (those of FAT, the coarsest)."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +76,8 @@ class Inputs:
         )
 
     def changed(self, digests: Mapping[str, str | None], but_for: str = "") -> str | None:
-        """The first file, or package, that ``digests`` has otherwise; files of the kind
-        ``but_for`` may differ."""
+        """The first file or package whose digest differs from that in ``digests``, or is in one of
+        the two alone; files of the kind ``but_for`` may differ."""
         for name in [*self.digests, *digests]:
             if self.digests.get(name) != digests.get(name) and name.partition("/")[0] != but_for:
                 return self.named(name)
@@ -229,7 +175,7 @@ class Inputs:
 
 
 def _code(digests: Mapping[str, str]) -> dict[str, str]:
-    """Of them, those of the package's sources and of versions."""
+    """Those of the package's sources and of versions."""
     return {
         name: value
         for name, value in digests.items()
@@ -238,7 +184,7 @@ def _code(digests: Mapping[str, str]) -> dict[str, str]:
 
 
 def _without(digests: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
-    """Those that ``others`` has not, or otherwise."""
+    """Those that ``others`` lacks, or has with another value."""
     return {name: value for name, value in digests.items() if others.get(name) != value}
 
 
@@ -316,11 +262,11 @@ def _objective_of_others(config: RunConfig) -> dict[str, str]:
     except TypeError:  # of what is not written in Python
         file = None
     if file and Path(file).is_file():
-        parts.append(_known(Path(file), _meaning))
+        parts.append(known(Path(file), meaning))
     else:  # of a notebook's cell Python may know the text
         with suppress(OSError, TypeError):
             parts.append(inspect.getsource(kind))
-    return {"objective": _hash("\n".join(parts))}
+    return {"objective": hashed("\n".join(parts))}
 
 
 def _plain(value: Any) -> str:
@@ -364,93 +310,3 @@ def _in_place(role: str, place: Path) -> dict[str, Path]:
             if file.is_file() and not file.name.startswith(".")
         }
     return {role: place} if place.is_file() else {}
-
-
-def sources(without: frozenset[str] = frozenset()) -> str:
-    """sha256 of what this package's sources say, but for some files and folders, as they are on the
-    disk now.
-
-    Comments, docstrings and layout do not count. What does is Python's syntax tree, so another
-    Python may give another digest.
-    """
-    root = Path(recbole_sdpo.__path__[0])
-    files = sorted(file for file in root.rglob("*") if file.suffix in {".py", ".yaml"})
-    counted = [file for file in files if not without & set(file.relative_to(root).parts)]
-    return _hash(
-        "\n".join(f"{file.relative_to(root)} {_known(file, _meaning)}" for file in counted)
-    )
-
-
-def package_versions() -> dict[str, str | None]:
-    """The versions on which a result depends; None for what is not installed."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in VERSIONS}
-
-
-def digest(file: Path) -> str:
-    """sha256 of a file's bytes, which is counted once in a process while the file stays as it is.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    return _known(file, sha256)
-
-
-_digests: dict[tuple[Path, Callable], tuple[tuple[int, ...], str]] = {}
-
-
-def _known(file: Path, of: Callable[[Path], str]) -> str:
-    """``of(file)``, again only if the file is not as it was then.
-
-    A file that has just been written may be written again without bearing another time, so that of
-    such a one nothing is kept.
-    """
-    try:
-        stamp, now = _stamp(file), time.time()
-        before, value = _digests.get((file.absolute(), of), (None, ""))
-        if before == stamp:
-            return value
-        value = of(file)
-        written = max(stamp[-2:]) / 1e9
-        if written + GRANULARITY < now and _stamp(file) == stamp:
-            _digests[file.absolute(), of] = stamp, value
-        return value
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {reason(error)}.") from error
-
-
-def _stamp(file: Path) -> tuple[int, ...]:
-    stat = os.stat(file)
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
-def _meaning(file: Path) -> str:
-    """The digest of a source without what has no effect."""
-    text = file.read_text(encoding="utf-8")
-    try:
-        if file.suffix == ".yaml":
-            return _hash(repr(yaml.safe_load(text)))
-        return _hash(ast.dump(_WithoutStrings().visit(ast.parse(text))))
-    except (SyntaxError, yaml.YAMLError):  # somebody is writing it
-        return _hash(text)
-
-
-class _WithoutStrings(ast.NodeTransformer):
-    """Docstrings, and whatever else is a string that nobody reads, go."""
-
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        return (
-            None
-            if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-            else node
-        )
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -55,7 +55,7 @@ def check_libraries() -> None:
             f"recbole-sdpo needs Python 3.10 or later, and this is {sys.version.split()[0]}: "
             "start it with another one"
         )
-    versions = {name: _version(name) for name in ("recbole", *OLDEST, *IMPORTED)}
+    versions = {name: installed(name) for name in ("recbole", *OLDEST, *IMPORTED)}
     if versions["recbole"] != RECBOLE:
         # With what it asks for, RecBole cannot be installed from Python 3.12 on: see
         # docs/versions.md.
@@ -73,7 +73,8 @@ def check_libraries() -> None:
         refuse(f"recbole-sdpo needs {missing}, {_is(None)}: pip install {missing}")
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of a package; None where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -29,7 +29,7 @@ from recbole_sdpo.data.candidates import (
 from recbole_sdpo.data.catalogue import Catalogue, NoTitles
 from recbole_sdpo.data.published import PHASES
 from recbole_sdpo.data.sequences import met_items, popularity
-from recbole_sdpo.data.whole_catalogue import check_lists
+from recbole_sdpo.data.whole_catalogue import check_length_of_lists
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.audit import Audit, audit_loaders
 from recbole_sdpo.files import user_path
@@ -95,7 +95,7 @@ def _say_met(
     given: Collection[str],
     file: str,
 ) -> None:
-    """Of the ``given`` lists, how many hold what their user has met, which drawn ones never do?"""
+    """Warn of the ``given`` lists that hold items which their user has met: drawn ones never do."""
     counts = []
     for number, (phase, loader) in enumerate(loaders.items(), 2):
         if phase in given and (holding := loader._sampler.holding_met(*met_items(*parts[:number]))):
@@ -151,7 +151,7 @@ def evaluation_loaders(
         for number, loader in enumerate(pair, 2):
             freeze(loader, parts[:number], catalogue, seed, exclude, setting)
             if mode == "full" and any(map(is_of_lists, config["metrics"])):
-                check_lists(loader, max(config["topk"]))
+                check_length_of_lists(loader, max(config["topk"]))
     return loaders
 
 

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 import transformers
 from accelerate import PartialState
+from recbole.data import data_preparation
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.trainer import Trainer
 from recbole.utils import dict2str, get_trainer, init_seed, set_color
@@ -27,27 +28,27 @@ from recbole_sdpo.checks.machine import check_folders, check_memory
 from recbole_sdpo.checks.metrics import check_topk
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidates import fingerprint
-from recbole_sdpo.data.dataset import check_users, create_dataset, data_preparation
+from recbole_sdpo.data.catalogue import Catalogue
+from recbole_sdpo.data.dataset import check_users, create_dataset
 from recbole_sdpo.device import check_device
+from recbole_sdpo.digests import package_versions
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.cost import top_time
 from recbole_sdpo.evaluator.popularity import popularity_result
 from recbole_sdpo.evaluator.ranks import RankCollector
 from recbole_sdpo.files import whole_file
-from recbole_sdpo.inputs import Inputs, package_versions
+from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.interrupt import say_how_to_go_on
 from recbole_sdpo.loaders import Loaders, audits_of, catalogue_of, evaluation_loaders
 from recbole_sdpo.processes import check_alike, lost
 from recbole_sdpo.report.summary import log_head, table_of_tests
-from recbole_sdpo.result import RESULT_FILE, write_result
+from recbole_sdpo.result import RANKS_FILE, RESULT_FILE, write_result
 from recbole_sdpo.settings import MODEL, Role, having
-from recbole_sdpo.trainer.best_weights import FOLDER, BestWeights, restore, snapshot
+from recbole_sdpo.trainer.best_weights import SELECTION, BestWeights, restore, snapshot
 from recbole_sdpo.trainer.folder import LOG_FILE, alone_in, run_folder, tidy
 from recbole_sdpo.trainer.one_pass import OnePass
 from recbole_sdpo.trainer.state import holds_state
-from recbole_sdpo.trainer.step_file import FILE as STEPS_FILE
-
-RANKS_FILE = "ranks.csv"
+from recbole_sdpo.trainer.step_file import STEPS_FILE
 
 
 def run(
@@ -155,25 +156,8 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     sha256 = {mode: fingerprint(*pair) for mode, pair in loaders.items()}
     audits = audits_of(loaders, train_data, catalogue)
 
-    init_seed(config["seed"], config["reproducibility"])
-    recommender = compat.model_class(config["model"])(config, train_data._dataset).to(
-        config["device"]
-    )
-    ours = config["model"] == MODEL
-    if not ours:
-        check_users(recommender, [loader._dataset for loader in (train_data, *rest)])
-    trainer_class = (
-        get_trainer(config["MODEL_TYPE"], MODEL) if ours else compat.trainer_class(config)
-    )
-    trainer = trainer_class(config, recommender)
-    if not ours:  # our trainer has its own of these
-        one_by_one = trainer._neg_sample_batch_eval
-        trainer._neg_sample_batch_eval = OnePass(recommender, one_by_one)
-        trainer.eval_collector = RankCollector(
-            config, catalogue, popularity_discount=config.settings.popularity_discount
-        )
-        # RecBole's trainers that only pretrain do not
-        trainer.eval_collector.data_collect(train_data)
+    trainer, ours = _trainer(config, train_data, rest, catalogue), config["model"] == MODEL
+    recommender = trainer.model
     inputs.check()
     targets = (
         recommender.targets_per_epoch(train_data._dataset) if ours else len(train_data._dataset)
@@ -186,7 +170,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     best_weights = BestWeights(
         trainer,
         {mode: loaders[mode][0] for mode in modes},
-        run_dir / FOLDER if ours and saved else None,
+        run_dir / SELECTION if ours and saved else None,
     )
     train = _run_stages if ours else _fit
     stages, ranks = train(trainer, train_data, loaders, best_weights, saved)
@@ -219,7 +203,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     }
     if state.is_main_process:
         with whole_file(run_dir / RANKS_FILE) as part:
-            pd.concat(ranks).to_csv(part, index=False)
+            ranks.to_csv(part, index=False)
         result = write_result(
             run_dir,
             result,
@@ -231,8 +215,30 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
     return result
 
 
+def _trainer(
+    config: RunConfig,
+    train_data: AbstractDataLoader,
+    rest: Sequence[AbstractDataLoader],
+    catalogue: Catalogue,
+) -> Trainer:
+    """The model with weights as drawn, and the trainer around it: ours, or RecBole's, which gets
+    what ours has of its own."""
+    init_seed(config["seed"], config["reproducibility"])
+    kind = compat.model_class(config["model"])
+    model = kind(config, train_data._dataset).to(config["device"])
+    if config["model"] == MODEL:
+        return get_trainer(config["MODEL_TYPE"], MODEL)(config, model)
+    check_users(model, [loader._dataset for loader in (train_data, *rest)])
+    trainer = compat.trainer_class(config)(config, model)
+    trainer._neg_sample_batch_eval = OnePass(model, trainer._neg_sample_batch_eval)
+    discount = config.settings.popularity_discount
+    trainer.eval_collector = RankCollector(config, catalogue, popularity_discount=discount)
+    trainer.eval_collector.data_collect(train_data)  # RecBole's that only pretrain do not
+    return trainer
+
+
 def _top_time(trainer: Trainer, loaders: Loaders, state: PartialState) -> dict[str, Any] | None:
-    """Where the whole catalogue has been ranked already, by one process."""
+    """:func:`top_time` on the test set; None unless one process has ranked the whole catalogue."""
     if "full" not in loaders or state.num_processes > 1:
         return None
     return top_time(trainer, loaders["full"][1])
@@ -248,7 +254,7 @@ def _process_group(config: RunConfig) -> PartialState:
 
 
 def _process_settings() -> dict[str, Any]:
-    """The other processes of a launch are quiet."""
+    """Settings that keep all processes of a launch but the first one quiet."""
     first = os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", 1)) == 1
     return {} if first else {"state": "error", "show_progress": False}
 
@@ -259,12 +265,13 @@ def _run_stages(
     loaders: Loaders,
     best_weights: BestWeights,
     saved: bool,
-) -> tuple[dict, list]:
+) -> tuple[dict[str, dict], pd.DataFrame]:
+    """Train stage by stage; what each did and found, by its name, and all ranks."""
     show = trainer.config["show_progress"]
     trainer.prepare(train_data, *(loader for pair in loaders.values() for loader in pair))
     valid_data, _ = next(iter(loaders.values()))
     stages: dict[str, dict] = {}
-    ranks: list[pd.DataFrame] = []
+    every: list[pd.DataFrame] = []
     for name in trainer.stages:
         before = best_weights.valid
         best_weights.begin(name, trainer.validated(name))
@@ -278,13 +285,10 @@ def _run_stages(
         report = trainer.fit_stage(
             name, train_data, valid_data, saved=saved, show_progress=show, callback_fn=best_weights
         )
-        tests = _test(trainer, loaders, best_weights, name, ranks)
-        stages[name] = {
-            **vars(report),
-            **_of_main(tests, _plain(report.valid)),
-            "candidates": tests,
-        }
-    return stages, ranks
+        tests, ranks = _test(trainer, loaders, best_weights, name, report.valid)
+        stages[name] = {**vars(report), **next(iter(tests.values())), "candidates": tests}
+        every.append(ranks)
+    return stages, pd.concat(every)
 
 
 def _fit(
@@ -293,11 +297,11 @@ def _fit(
     loaders: Loaders,
     best_weights: BestWeights,
     saved: bool,
-) -> tuple[dict, list]:
+) -> tuple[dict[str, dict], pd.DataFrame]:
+    """Train a model of RecBole; as :func:`_run_stages`, of one stage."""
     valid_data, _ = next(iter(loaders.values()))
     best_weights.begin("fit", validated=False)
     began = time.time()
-    ranks: list[pd.DataFrame] = []
     # what is there afterwards this process has written
     Path(trainer.saved_model_file).unlink(missing_ok=True)
     _, valid = trainer.fit(
@@ -310,12 +314,11 @@ def _fit(
     wall = time.time() - began
     if saved:
         compat.load_best(trainer)
-    tests = _test(trainer, loaders, best_weights, "fit", ranks)
-    targets = len(train_data._dataset) * len(trainer.train_loss_dict)
+    tests, ranks = _test(trainer, loaders, best_weights, "fit", valid)
     fit = {
-        **_of_main(tests, _plain(valid)),
+        **next(iter(tests.values())),
         "wall_s": wall,
-        "targets": targets,
+        "targets": len(train_data._dataset) * len(trainer.train_loss_dict),
         "tokens": 0,
         "train_s": trainer.train_s,
         "candidates": tests,
@@ -323,41 +326,37 @@ def _fit(
     return {"fit": fit}, ranks
 
 
-def _of_main(tests: dict[str, dict], valid: Any) -> dict[str, Any]:
-    """Metrics on the candidates that ``eval_args`` names; ``valid`` are those that the trainer
-    found."""
-    main = next(iter(tests.values()))
-    main["valid"] = valid
-    return dict(main)
-
-
 def _test(
     trainer: Trainer,
     loaders: Loaders,
     best_weights: BestWeights,
     stage: str,
-    ranks: list[pd.DataFrame],
-) -> dict[str, dict]:
-    """Metrics for each candidate set, of the weights that are best on it; the ranks behind them
-    are added to ``ranks``."""
+    valid: dict[str, float] | None,
+) -> tuple[dict[str, dict], pd.DataFrame]:
+    """Metrics for each candidate set, of the weights that are best on it, and the ranks behind
+    them.
+
+    Args:
+        valid: what the trainer found on the first set, which is its own.
+    """
     if trainer.config["eval_step"] > 0 and not best_weights.valid:
         best_weights()  # nothing was trained: the weights are the best there are
     last_weights, metrics = snapshot(trainer.model) if best_weights.loaders else {}, {}
+    ranks: list[pd.DataFrame] = []
+    validated = dict.fromkeys(loaders) | best_weights.valid | {next(iter(loaders)): valid}
     for mode, (_, test_data) in loaders.items():
         if mode in best_weights.valid:
             best_weights.restore(mode)
-        tokens = test_data._dataset.field2id_token
-        collected = (tokens[test_data._dataset.uid_field], tokens[test_data._dataset.iid_field])
+        dataset = test_data._dataset
+        ids = (dataset.field2id_token[field] for field in (dataset.uid_field, dataset.iid_field))
         test = trainer.evaluate(
             test_data, load_best_model=False, show_progress=trainer.config["show_progress"]
         )
-        ranks.append(
-            trainer.eval_collector.pop_ranks(*collected).assign(stage=stage, candidates=mode)
-        )
+        ranks.append(trainer.eval_collector.pop_ranks(*ids).assign(stage=stage, candidates=mode))
         getLogger().info(set_color(f"{stage} test {mode}", "yellow") + f": {dict2str(test)}")
-        metrics[mode] = {"valid": _plain(best_weights.valid.get(mode)), "test": _plain(test)}
+        metrics[mode] = {"valid": _plain(validated[mode]), "test": _plain(test)}
     restore(trainer.model, last_weights)
-    return metrics
+    return metrics, pd.concat(ranks)
 
 
 def _machine(device: torch.device, state: PartialState) -> dict[str, Any]:

@@ -33,6 +33,17 @@ class Ragged:
         """The rows of an integer matrix."""
         return cls(matrix.astype(np.int64).ravel(), np.full(len(matrix), matrix.shape[1], np.int64))
 
+    @classmethod
+    def grouped(cls, values: np.ndarray, owner: np.ndarray, rows: int = 0) -> Ragged:
+        """A row for each owner, a number from 0, with its ``values`` in their order; ``rows`` at
+        least."""
+        return cls(values[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=rows))
+
+    @property
+    def owner(self) -> np.ndarray:
+        """int64 ``[sum of lengths]``: the row of each entry of ``values``."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
     @cached_property
     def starts(self) -> np.ndarray:
         """int64 ``[rows]``: where each row begins in ``values``."""

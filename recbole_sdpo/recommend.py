@@ -22,9 +22,10 @@ from recbole_sdpo.data.prompts import Templates, Units, batches, history_prompts
 from recbole_sdpo.data.serving import ServedDataset
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import user_path
-from recbole_sdpo.lm.backbone import load_backbone, resolved, restore_policy
+from recbole_sdpo.lm.backbone import load_backbone, resolved
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.memory import tokens_at_once
+from recbole_sdpo.lm.policy import restore_policy
 from recbole_sdpo.lm.ranking import NODES_AT_ONCE, TitleTree, score_top
 from recbole_sdpo.model.encoder import Encoder, title_lines
 from recbole_sdpo.ragged import Ragged

@@ -10,7 +10,7 @@ from typing import Any
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import read_record, sha256, write_record
 
-RESULT_FILE = "result.json"
+RESULT_FILE, RANKS_FILE = "result.json", "ranks.csv"
 
 
 def write_result(folder: Path, result: dict[str, Any], files: Iterable[str]) -> dict[str, Any]:

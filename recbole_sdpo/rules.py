@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recbole_sdpo.errors import UserError, meant
-from recbole_sdpo.values import shown
+from recbole_sdpo.values import is_a, shown
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def number(least: float = -1e9, most: float = 1e9, above: bool = False) -> Rule:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return is_a(value, (int, float)) and math.isfinite(value)
 
 
 def text(words: str = "text, and not blank", pattern: str = r"(?s).*\S.*", *examples: str) -> Rule:

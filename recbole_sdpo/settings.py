@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.objectives import Constants, objectives
-from recbole_sdpo.values import shown
+from recbole_sdpo.values import KINDS, is_a, shown
 
 MODEL = "SDPO-LLM"
 """The name under which RecBole knows the model."""
@@ -106,8 +106,8 @@ class Role(Flag):
 
 NONE = Role(0)
 
-LARGEST = 10**9
-"""No number of ours may be larger; those that take memory have lower bounds."""
+LARGEST = 2**32 - 1
+"""No number of ours may be larger, and no seed; those that take memory have lower bounds."""
 
 SOURCES = {"uniform", "popularity", "self"}
 """Of negatives."""
@@ -716,12 +716,11 @@ class Setting:
             value = [value]
         if isinstance(value, list | tuple):
             value = list(value)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if float in self.kinds and whole and abs(value) <= LARGEST:
+        if float in self.kinds and is_a(value, int) and abs(value) <= LARGEST:
             value = float(value)
         if isinstance(value, dict):  # in one order, which counts
             value = {
-                key: float(each) if _is_a(each, int) and abs(each) <= LARGEST else each
+                key: float(each) if is_a(each, int) and abs(each) <= LARGEST else each
                 for key, each in sorted(value.items(), key=lambda part: str(part[0]))
             }
         given = f"{self.key}={shown(value)}"
@@ -751,7 +750,7 @@ class Setting:
         kinds = [kind for kind in self.kinds if kind is not type(None)]
         words = self.valid_words
         if not words or {int, float} & set(kinds):
-            words = ", ".join(filter(None, [" or ".join(map(_kind_name, kinds)), words]))
+            words = ", ".join(filter(None, [" or ".join(WORDS[kind] for kind in kinds), words]))
         if len(kinds) == len(self.kinds):
             return words
         null = re.search(r"or (null for [^;]*)", self.help)
@@ -786,8 +785,8 @@ def _declared(
 SETTINGS = {setting.key: setting for setting in _declared(Settings)}
 """Every setting of ours, by its name in a configuration."""
 
-GROUPS = {
-    f.name: type(getattr(Settings(), f.name)) for f in fields(Settings) if "prefix" in f.metadata
+GROUPS: dict[str, Any] = {
+    f.name: f.default_factory for f in fields(Settings) if "prefix" in f.metadata
 }
 """The class of each attribute of :class:`Settings` that is a group of settings."""
 
@@ -814,11 +813,6 @@ RECBOLE_ROLES = {
     "wandb_project": Role.IDLE,
 }
 """RecBole's settings that have a role in what we do."""
-
-
-def names() -> list[str]:
-    """Every key of ours."""
-    return list(SETTINGS)
 
 
 def having(role: Role) -> frozenset[str]:
@@ -865,21 +859,15 @@ def _is_a(value: Any, kind: Any) -> bool:
         )
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)
-    # Python's bool is an int.
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    return is_a(value, kind)
 
 
-def _kind_name(kind: Any) -> str:
-    words = {
-        str: "text",
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        list[int]: "a list of whole numbers",
-        list[str]: "a list of texts",
-        dict[str, float]: "a dictionary of numbers",
-    }
-    return words[kind]
+WORDS: dict[Any, str] = KINDS | {
+    list[int]: "a list of whole numbers",
+    list[str]: "a list of texts",
+    dict[str, float]: "a dictionary of numbers",
+}
+"""Types of settings in words."""
 
 
 def table(word: str = "") -> str:

@@ -25,6 +25,24 @@ MOST_VALUES = 100_000
 LARGEST = 2**63 - 1
 
 
+KINDS: dict[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a dictionary",
+    type(None): "null",
+}
+"""What data are made of, in words."""
+
+
+def is_a(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """``isinstance``, but that true and false, which are numbers to Python, are none here."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
 def value(text: str) -> Any:
     """A number, a list, … as Python or YAML writes it, or else ``text`` itself."""
     word = text.strip().lower()

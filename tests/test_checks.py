@@ -143,7 +143,7 @@ def test_intervals_of_recboles_grammar_are_ones():
         ("SDPO-LLM", {"scratch_hidden_size": 8192, "scratch_layers": 128}, "training takes 1,536 GiB and more, and this machine has 64"),
         ("SDPO-LLM", {"backbone": "auto", "scratch_hidden_size": 8192, "scratch_layers": 128}, "training takes 1,536 GiB and more, and this machine has 64"),
         ("SDPO-LLM", {"beta": float("inf")}, "beta must be a finite number"),
-        ("SDPO-LLM", {"beta": 1e300}, "beta=1e[+]300 must be a finite number, 1,000,000,000 at most"),
+        ("SDPO-LLM", {"beta": 1e300}, "beta=1e[+]300 must be a finite number, 4,294,967,295 at most"),
         *(("SDPO-LLM", {key: blank}, f"{key}='{blank}' must not be blank; leave it out")
           for key in ("resume", "sft_checkpoint", "run_dir", "cache_dir", "backbone", "prompt_templates") for blank in ("", "  ")),
         ("SDPO-LLM", {"title_fields": ["title", ""]}, "must not be blank"),

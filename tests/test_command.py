@@ -10,7 +10,7 @@ import yaml
 from recbole_sdpo.command import experiment, program, run, script
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.settings import names
+from recbole_sdpo.settings import SETTINGS
 
 
 def call(monkeypatch, *arguments):
@@ -267,7 +267,7 @@ def test_the_examples_of_a_command_are_right(monkeypatch, capsys, name):
         module = program.COMMANDS[name]
         monkeypatch.setattr(module, "call", lambda args, rest, seen=seen: seen.extend(rest))
         assert not call_program(monkeypatch, name, *words)
-        known = {*names(), "data_path", "resume", "epochs"}
+        known = {*SETTINGS, "data_path", "resume", "epochs"}
         assert {word.removeprefix("--").partition("=")[0] for word in seen} <= known
 
 

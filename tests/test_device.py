@@ -12,7 +12,8 @@ from recbole_sdpo import compat, device, quick_start
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.device import check_device, is_served
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.experiment.plan import Entry, Experiment, plan
+from recbole_sdpo.experiment.file import Entry, Experiment
+from recbole_sdpo.experiment.plan import plan
 
 
 @pytest.fixture

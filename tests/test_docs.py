@@ -23,10 +23,10 @@ from recbole_sdpo import objectives
 from recbole_sdpo.checks.given import check_given
 from recbole_sdpo.checks.recbole_rules import RECBOLE, properties
 from recbole_sdpo.evaluator import ranks
-from recbole_sdpo.experiment.plan import Experiment
+from recbole_sdpo.experiment.file import Experiment
 from recbole_sdpo.lm.forest import plant
 from recbole_sdpo.ragged import Ragged
-from recbole_sdpo.settings import Settings, StageSettings, names
+from recbole_sdpo.settings import SETTINGS, Settings, StageSettings
 from recbole_sdpo.values import read_arguments
 from tests.test_rooms import ROOMS
 
@@ -148,7 +148,14 @@ def sentences(text: str) -> list[list[str]]:
     return [[word for word in words if re.search(r"\w", word)] for words in found if words]
 
 
-@pytest.mark.parametrize("page", [*PAGES, "../README.md", "../results/README.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        *PAGES,
+        "../README.md",
+        *(f"../results/{name}.md" for name in ("README", "claims", "further")),
+    ],
+)
 def test_sentences_are_short(page):
     lengths = {
         " ".join(words): len(words)
@@ -165,7 +172,7 @@ def test_options_are_known():
         for file in sources
         for option in re.findall(r'add_argument\(\s*"--(\w+)', file.read_text(encoding="utf-8"))
     }
-    known = {*names(), *RECBOLE, *properties()[0]} | declared | OF_OTHERS
+    known = {*SETTINGS, *RECBOLE, *properties()[0]} | declared | OF_OTHERS
     for page, text in PAGES.items():
         for option in re.findall(r"(?<![\w-])--([A-Za-z_]\w*)", text):
             assert option in known, f"{page}: --{option}"
@@ -201,14 +208,14 @@ def test_every_setting_is_on_its_page_once():
         for name in found.split()
     ]
     second = {f"sdpo_{f.name}" for f in fields(StageSettings)}
-    assert sorted(shown) == sorted(set(names()) - second)
+    assert sorted(shown) == sorted(set(SETTINGS) - second)
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
     made = hooks.on_page_markdown(PAGES["settings.md"])
     assert "<!--" not in made and "<checkpoint_dir>" not in made  # a browser would hide it
     told = re.findall(r"(?m)^\| ((?:`\w+`(?:, )?)+) \|", made)
-    assert {name for row in told for name in re.findall(r"\w+", row)} == set(names())
+    assert {name for row in told for name in re.findall(r"\w+", row)} == set(SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +388,7 @@ def test_it_builds_strictly(tmp_path):
     )
     assert built.returncode == 0, built.stdout + built.stderr
     page = unescape((tmp_path / "site" / "settings" / "index.html").read_text(encoding="utf-8"))
-    assert all(f"<code>{name}</code>" in page for name in names())
+    assert all(f"<code>{name}</code>" in page for name in SETTINGS)
     for html in (tmp_path / "site" / "api").rglob("*.html"):
         assert not re.search(
             ":(func|class|meth|data|mod):<code>", html.read_text(encoding="utf-8")

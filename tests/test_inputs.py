@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from recbole_sdpo import digests as module
 from recbole_sdpo import inputs, quick_start
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
@@ -73,10 +74,10 @@ def test_an_edit_counts_that_size_and_time_do_not_show(tmp_path):
     file = tmp_path / "file"
     file.write_text("one")
     stat = file.stat()
-    first = inputs.digest(file)
+    first = module.digest(file)
     file.write_text("two")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert inputs.digest(file) == sha256(file) != first
+    assert module.digest(file) == sha256(file) != first
 
 
 def test_a_file_is_read_once_if_it_has_lain_there(tmp_path, monkeypatch):
@@ -87,14 +88,14 @@ def test_a_file_is_read_once_if_it_has_lain_there(tmp_path, monkeypatch):
         reads.append(path)
         return "digest"
 
-    assert [inputs._known(file, of) for _ in range(3)] == ["digest"] * 3 and len(reads) == 3, (
+    assert [module.known(file, of) for _ in range(3)] == ["digest"] * 3 and len(reads) == 3, (
         "just written"
     )
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 3)
-    assert [inputs._known(file, of) for _ in range(3)] == ["digest"] * 3 and len(reads) == 4
+    assert [module.known(file, of) for _ in range(3)] == ["digest"] * 3 and len(reads) == 4
     file.write_text("other")
-    assert inputs._known(file, of) == "digest" and len(reads) == 5
+    assert module.known(file, of) == "digest" and len(reads) == 5
 
 
 SOURCE = "x = 1\n\ndef f(a):\n    return a + x\n"
@@ -113,16 +114,16 @@ SOURCE = "x = 1\n\ndef f(a):\n    return a + x\n"
 def test_of_sources_what_they_do_counts(tmp_path, other, same):
     file = tmp_path / "a.py"
     file.write_text(SOURCE)
-    before = inputs._meaning(file)
+    before = module.meaning(file)
     file.write_text(other)
-    assert (inputs._meaning(file) == before) == same
+    assert (module.meaning(file) == before) == same
     file = tmp_path / "a.yaml"
     file.write_text("a: [1, 2]\n")
-    before = inputs._meaning(file)
+    before = module.meaning(file)
     file.write_text("# why\na:\n- 1\n- 2\n")
-    assert inputs._meaning(file) == before
+    assert module.meaning(file) == before
     file.write_text("a: [2, 1]\n")
-    assert inputs._meaning(file) != before
+    assert module.meaning(file) != before
 
 
 def test_versions_and_sources_count(ring, monkeypatch):
@@ -186,8 +187,8 @@ def test_an_objective_may_be_of_a_notebook(ring, monkeypatch):
 
 def test_of_the_trainer_what_chooses_weights_counts_for_every_model(monkeypatch):
     counted = []
-    monkeypatch.setattr(inputs, "_known", lambda file, of: counted.append(file.name) or "")
-    inputs.sources(inputs.ONLOOKERS | inputs.OF_SDPO_LLM)
+    monkeypatch.setattr(module, "known", lambda file, of: counted.append(file.name) or "")
+    module.sources(module.ONLOOKERS | module.OF_SDPO_LLM)
     assert {"best_weights.py", "ranks.py", "candidates.py", "quick_start.py"} <= set(counted)
     assert not {"stage.py", "batches.py", "reference.py", "objectives.py"} & set(counted)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recbole_sdpo.inputs import ONLOOKERS, sources
+from recbole_sdpo.digests import ONLOOKERS, sources
 from recbole_sdpo.version import __version__
 from tests.conftest import TINY, write_dataset
 
@@ -154,7 +154,7 @@ def test_it_is_imported_from_there_with_what_readme_names(fresh, tmp_path):
 import importlib.metadata, json, sys
 import recbole_sdpo
 from recbole_sdpo.files import config_file
-from recbole_sdpo.inputs import ONLOOKERS, sources
+from recbole_sdpo.digests import ONLOOKERS, sources
 files = {name: str(config_file(name).absolute()) for name in sys.argv[1:]}
 print(json.dumps([recbole_sdpo.__file__, importlib.metadata.version("recbole-sdpo"), sources(ONLOOKERS), files]))
 """

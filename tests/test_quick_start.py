@@ -153,6 +153,19 @@ def test_warnings_from_before_there_is_a_log_are_in_it(ring, state):
     assert not [each for each in getLogger().handlers if isinstance(each, compat.EarlyRecords)]
 
 
+def test_whoever_runs_a_model_has_the_root_logger_back_as_it_was(ring):
+    root = getLogger()
+    before = list(root.handlers), root.level
+    run(ring, "Pop", run_dir="a", state="error")
+    assert (list(root.handlers), root.level) == before
+    root.handlers, handlers = [], root.handlers  # nobody listens: the run has a screen of its own
+    try:
+        run(ring, "Pop", run_dir="b", state="info")
+        assert root.handlers == []
+    finally:
+        root.handlers = handlers
+
+
 def test_early_warnings_are_printed_where_nobody_listens(capsys):
     root = getLogger()
     before, root.handlers = root.handlers, []
@@ -167,9 +180,10 @@ def test_early_warnings_are_printed_where_nobody_listens(capsys):
 
 
 def test_each_run_of_a_process_has_a_log_of_its_own(ring):
-    for name in ("a", "b"):
-        run(ring, "Pop", run_dir=name, state="info")
-    assert Path("a/run.log").read_text().count("test uni5") <= 1
+    for name, level in (("quiet", "error"), ("a", "info"), ("b", "info")):
+        run(ring, "Pop", run_dir=name, state=level)
+    counts = [Path(name, "run.log").read_text().count("test uni5") for name in ("quiet", "a", "b")]
+    assert counts == [0, 1, 1]
     assert list(Path("a/tensorboard").iterdir()) and list(Path("b/tensorboard").iterdir())
     assert not set(Path("a/tensorboard").iterdir()) & set(Path("b/tensorboard").iterdir())
 

@@ -20,7 +20,7 @@ from recbole_sdpo import quick_start
 from recbole_sdpo.command import program
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.lm.backbone import restore_policy
+from recbole_sdpo.lm.policy import restore_policy
 from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.recommend import ITEMS, Recommender
 from recbole_sdpo.trainer.checkpoint import Checkpoint
@@ -525,6 +525,11 @@ def test_a_checkpoint_sets_nothing_but_what_is_listed(stranger, tmp_path, added,
             "load_col='inter' must be a dictionary or null",
         ),
         ({"settings.json": {"header": 1}}, "settings.json: header=1 must be text"),
+        ({"settings.json": {"header": "\ud800"}}, "settings.json: .*must be"),
+        (
+            {"settings.json": {"seed": -1}},
+            "settings.json: seed=-1 must be a whole number from 0 to",
+        ),
         (
             {"settings.json": {"scratch_layers": "2"}},
             "settings.json: scratch_layers='2' must be a whole number",

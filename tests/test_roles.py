@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from recbole.data import data_preparation
 
 from recbole_sdpo.checks import configuration
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.dataset import create_dataset
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.identity import identity
 from recbole_sdpo.files import write_record

@@ -10,7 +10,8 @@ import recbole_sdpo
 ROOT = Path(recbole_sdpo.__path__[0])
 
 ROOMS = (
-    "errors version libraries threads random ragged objectives values rules files interrupt",
+    "errors version libraries threads random ragged objectives values rules files digests "
+    "interrupt",
     "settings",
     "lm",
     "compat",

@@ -13,7 +13,7 @@ from recbole_sdpo.checks.unknown import check_unknown
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.prompts import TEMPLATE_FOLDER
 from recbole_sdpo.quick_start import run
-from recbole_sdpo.settings import BackboneSettings, Settings, kind_of_negatives, names
+from recbole_sdpo.settings import SETTINGS, BackboneSettings, Settings, kind_of_negatives
 from tests.conftest import write_dataset
 
 
@@ -77,6 +77,12 @@ def test_a_wrong_value_is_one_sentence_with_setting_value_and_remedy(given, mess
     assert str(error.value).count("\n") == 0
 
 
+def test_the_largest_seed_draws_candidates():
+    assert Settings.from_mapping({"candidates_seed": 2**32 - 1}).candidates_seed == 2**32 - 1
+    with pytest.raises(ValueError, match="candidates_seed=4294967296 must be"):
+        Settings.from_mapping({"candidates_seed": 2**32})
+
+
 def test_whole_numbers_serve_as_numbers_and_null_as_null():
     read = Settings.from_mapping(
         {"beta": 2, "sft_clip_norm": None, "title_fields": "name", "lora_layers": (1, 2)}
@@ -89,19 +95,19 @@ def test_whole_numbers_serve_as_numbers_and_null_as_null():
     )
 
 
-@given(st.sampled_from(names()), st.data())
+@given(st.sampled_from([*SETTINGS]), st.data())
 def test_a_slip_of_one_letter_finds_its_setting(name, data):
     place = data.draw(st.integers(1, len(name) - 1))
     wrong = name[:place] + name[place + 1 :]
-    if wrong in names():
+    if wrong in SETTINGS:
         return
     with pytest.raises(ValueError, match="Unknown setting.*did you mean"):
-        check_unknown({wrong: 1}, set(), names())
+        check_unknown({wrong: 1}, set(), SETTINGS)
 
 
 def test_every_setting_is_explained():
     rows = module.table().splitlines()[2:]
-    assert len(rows) == len(names())
+    assert len(rows) == len(SETTINGS)
     assert all(len(row.split("|")[3].strip()) > 8 for row in rows)
 
 

@@ -33,13 +33,14 @@ import recbole
 import scipy
 import torch
 import yaml
+from recbole.data import data_preparation
 from recbole.data.dataset import Dataset
 from recbole.utils import init_seed
 
 import recbole_sdpo  # noqa: F401  registers the plugin
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.data.dataset import create_dataset, data_preparation
-from recbole_sdpo.inputs import package_versions
+from recbole_sdpo.data.dataset import create_dataset
+from recbole_sdpo.digests import package_versions
 from recbole_sdpo.quick_start import run
 
 USERS, EVENTS, ITEMS = 30, 10, 60

@@ -27,11 +27,11 @@ from recbole_sdpo.settings import (
     MODEL,
     NO_FULL_RANKING,
     RECBOLE_KEYS,
+    SETTINGS,
     WITHOUT_EFFECT,
     Role,
     Settings,
     having,
-    names,
 )
 
 OF_OUR_LOADERS = ("candidates_file", "more_candidates", "max_eval_targets")
@@ -51,7 +51,7 @@ def check_settings(config: Config) -> Settings:
     )
     ours, of_every_model = config["model"] == MODEL, having(Role.EVERY_MODEL)
     if ours:
-        check_unknown(config.external_config_dict, known, names())
+        check_unknown(config.external_config_dict, known, SETTINGS)
     else:
         check_unknown(config.external_config_dict, known, of_every_model, config.model_class)
     check_valid_metric(config)
@@ -165,7 +165,7 @@ def _check_stages(config: Config, settings: Settings) -> None:
     for key in sorted(WITHOUT_EFFECT & set(config.external_config_dict)):
         own = (
             f"its stages have sft_{key} and sdpo_{key}"
-            if f"sft_{key}" in names()
+            if f"sft_{key}" in SETTINGS
             else "see recbole-sdpo settings"
         )
         getLogger().warning(f"{key}={config[key]!r} has no effect on {MODEL}; {own}.")
@@ -259,6 +259,5 @@ def _check_more_candidates(config: Config, settings: Settings) -> None:
     ):
         raise UserError(
             f"more_candidates={settings.more_candidates} must differ from each other and from "
-            "eval_args.mode="
-            f"{config['eval_args']['mode']['test']!r}, and both must rank items."
+            f"eval_args.mode={config['eval_args']['mode']['test']!r}, and both must rank items."
         )

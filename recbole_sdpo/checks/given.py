@@ -13,7 +13,7 @@ from recbole.utils import EvaluatorType, ModelType
 from recbole_sdpo.checks.metrics import check_metrics, is_of_lists, without_aliases
 from recbole_sdpo.checks.recbole_rules import DATASET, FIELDS, RECBOLE, model_rule
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.settings import MODEL, Role, having, merged_parts, names
+from recbole_sdpo.settings import MODEL, SETTINGS, Role, having, merged_parts
 from recbole_sdpo.values import shown
 
 
@@ -24,7 +24,8 @@ def check_given(
     something else.
 
     Args:
-        given: the user's settings.
+        given: the user's settings, which are brought in place into the form that RecBole reads:
+            lists for tuples, its own names of metrics.
         defaults: what is under them, of RecBole, the model and ours; without, settings are checked
             each alone.
         model: its name.
@@ -48,7 +49,7 @@ def check_given(
         elif (
             key in defaults
             and key not in having(Role.EVERY_MODEL)
-            and not (model == MODEL and key in names())
+            and not (model == MODEL and key in SETTINGS)
         ):
             model_rule(key, defaults[key], model).check(key, value)
     for key in having(Role.PATH) & set(given):

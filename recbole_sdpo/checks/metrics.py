@@ -76,8 +76,7 @@ def check_valid_metric(config: Config) -> None:
     if config["valid_metric"].lower() not in computed:
         raise UserError(
             f"valid_metric={config['valid_metric']!r} is not computed; with these metrics and "
-            "topk, "
-            f"it must be one of {', '.join(computed)}."
+            f"topk, it must be one of {', '.join(computed)}."
         )
 
 

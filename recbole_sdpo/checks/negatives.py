@@ -34,10 +34,9 @@ def check_negatives(config: Config, settings: Settings) -> None:
     negatives = args["sample_num"]
     if not isinstance(negatives, int) or negatives < 1:
         raise UserError(
-            f"train_neg_sample_args.sample_num={negatives!r}: "
-            f"objective={settings.objective!r} with prompt_style="
-            f"{settings.prompt_style!r} needs 1 or more negatives; or set objective=sft and "
-            "prompt_style=history."
+            f"train_neg_sample_args.sample_num={negatives!r}: objective={settings.objective!r} "
+            f"with prompt_style={settings.prompt_style!r} needs 1 or more negatives; or set "
+            "objective=sft and prompt_style=history."
         )
     sources = settings.negative_sources or {args["distribution"]: 1.0}
     if args["alpha"] != 1 and "popularity" not in sources:
@@ -55,9 +54,8 @@ def check_negatives(config: Config, settings: Settings) -> None:
     if in_text and aligned and negatives >= settings.prompt_candidates:
         raise UserError(
             f"train_neg_sample_args.sample_num={negatives}: the negatives are among the "
-            f"{settings.prompt_candidates} candidates "
-            "of the prompt (prompt_candidates); it must be 1 to "
-            f"{settings.prompt_candidates - 1}."
+            f"{settings.prompt_candidates} candidates of the prompt (prompt_candidates); it must "
+            f"be 1 to {settings.prompt_candidates - 1}."
         )
 
 
@@ -105,7 +103,6 @@ def _check_dynamic(args: Mapping[str, Any], settings: Settings) -> None:
     if settings.fixed_negatives or settings.prompt_style == "candidates":
         raise UserError(
             "train_neg_sample_args.dynamic=True draws negatives anew by the model's scores; it "
-            "needs fixed_negatives=False and "
-            f"prompt_style='history' (now {settings.fixed_negatives} and "
-            f"{settings.prompt_style!r})."
+            "needs fixed_negatives=False and prompt_style='history' (now "
+            f"{settings.fixed_negatives} and {settings.prompt_style!r})."
         )

@@ -15,7 +15,7 @@ from recbole.evaluator.register import metrics_dict
 from recbole_sdpo.compat import TEACHERS
 from recbole_sdpo.rules import ANY, FLAG, Parts, Rule, dict_of, list_of, number, one_of, text, whole
 from recbole_sdpo.settings import LEAVE_ONE_OUT, MODE, MODEL
-from recbole_sdpo.values import Loader, read_yaml
+from recbole_sdpo.values import Loader, is_a, read_yaml
 
 PROPERTIES = Path(recbole.__path__[0], "properties")
 DATASET = text(
@@ -46,7 +46,7 @@ def _is_interval(value: Any) -> bool:
 
 
 _INTERVAL = Rule(
-    "an interval such as '[4,inf)', or several with ';' between",
+    "an interval as text, such as '[4,inf)', or several with ';' between",
     _is_interval,
     ("[0,inf)", "[2,inf)", "(1,5];[7,9)"),
 )
@@ -305,11 +305,7 @@ def model_rule(key: str, default: Any, model: str) -> Rule:
     """What a property of one of RecBole's models must be: of the type of its default, and within
     reason."""
     known, words = properties()
-    others = [
-        other
-        for other in known.get(key, {}).values()
-        if isinstance(other, int | float) and not isinstance(other, bool)
-    ]
+    others = [other for other in known.get(key, {}).values() if is_a(other, (int, float))]
     if isinstance(default, bool) and not others:
         return FLAG
     if isinstance(default, bool | int | float):

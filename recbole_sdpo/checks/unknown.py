@@ -9,7 +9,7 @@ from typing import Any
 from recbole.model.abstract_recommender import AbstractRecommender
 
 from recbole_sdpo.errors import UserError, meant
-from recbole_sdpo.settings import names
+from recbole_sdpo.settings import SETTINGS
 
 
 def check_unknown(
@@ -30,7 +30,7 @@ def check_unknown(
         UserError: naming the key and the nearest right one.
     """
     for key in given:
-        if key in known or key in names() or (model_class and _reads(model_class, key)):
+        if key in known or key in SETTINGS or (model_class and _reads(model_class, key)):
             continue
         hint = meant(
             key,

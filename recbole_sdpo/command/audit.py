@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from recbole.data import data_preparation
 
 from recbole_sdpo import compat
 from recbole_sdpo.command.output import show
@@ -25,7 +26,7 @@ from recbole_sdpo.data.candidate_lists import (
     read_lists,
 )
 from recbole_sdpo.data.catalogue import Catalogue, NoTitles
-from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.dataset import create_dataset
 from recbole_sdpo.data.json_rows import json_rows
 from recbole_sdpo.data.published import PHASES, Published, is_published
 from recbole_sdpo.data.sequences import popularity

@@ -6,6 +6,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from recbole_sdpo.command.output import show
 from recbole_sdpo.data.atomic import write_atomic
@@ -95,7 +96,7 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
         print(f"warning: {warning.message}", file=sys.stderr)
 
 
-def _check_together(given: Mapping[str, str], lists: Mapping[str, str]) -> None:
+def _check_together(given: Mapping[str, Any], lists: Mapping[str, str]) -> None:
     """Lists want three files and nothing of CSV; else there are two."""
     needed = [f"lists_{phase}" for phase in PHASES] if lists else ["events", "items"]
     there = {*given, *(f"lists_{phase}" for phase in lists)}

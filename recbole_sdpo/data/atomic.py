@@ -161,11 +161,10 @@ def write_atomic(
     first, last = (_moment(inter["timestamp:float"].iloc[end]) for end in (0, -1))
     return (
         f"{folder}: {len(inter):,} events of {inter['user_id:token'].nunique():,} users and "
-        f"{inter['item_id:token'].nunique():,} items "
-        f"from {first} to {last}; {len(unique):,} items in the items file, "
-        f"{(unique['title:token_seq'] == '').sum():,} without a title; "
-        f"{strangers.sum():,} events of items that are not in it; "
-        f"{len(texts) - len(unique):,} further rows of the same items left out"
+        f"{inter['item_id:token'].nunique():,} items from {first} to {last}; {len(unique):,} items "
+        f"in the items file, {(unique['title:token_seq'] == '').sum():,} without a title; "
+        f"{strangers.sum():,} events of items that are not in it; {len(texts) - len(unique):,} "
+        "further rows of the same items left out"
     )
 
 

@@ -19,7 +19,7 @@ from recbole_sdpo.data.catalogue import Catalogue, folded
 from recbole_sdpo.data.json_rows import json_rows, opened
 from recbole_sdpo.data.published import PHASES, is_published
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.values import shown
+from recbole_sdpo.values import is_a, shown
 
 KINDS = (".csv", ".json", ".jsonl")
 """How the name of a file of lists ends, but for that of a packed one, such as .csv.gz."""
@@ -309,7 +309,7 @@ def _coded(
 
 def _text(value: Any) -> str | None:
     """An id as text, or None if it is none."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if is_a(value, int):
         return str(value)
     return value if isinstance(value, str) and value.strip() else None
 

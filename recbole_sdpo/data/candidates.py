@@ -19,7 +19,7 @@ from recbole.sampler.sampler import AbstractSampler
 from recbole_sdpo.data.candidate_lists import ROWS_AT_ONCE, CandidateLists
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
-from recbole_sdpo.data.sequences import met_items
+from recbole_sdpo.data.sequences import met_items, users_and_targets
 from recbole_sdpo.data.whole_catalogue import (
     CatalogueEvalDataLoader,
     WithoutMet,
@@ -218,8 +218,7 @@ def with_lists(loader: AbstractDataLoader, lists: CandidateLists) -> AbstractDat
 
 def _pairs(dataset: Dataset) -> np.ndarray:
     """User and target of each row as one number, int64 ``[rows]``."""
-    rows = dataset.inter_feat
-    user, target = (rows[field].numpy() for field in (dataset.uid_field, dataset.iid_field))
+    user, target = users_and_targets(dataset)
     return user * dataset.item_num + target
 
 
@@ -332,8 +331,8 @@ def fingerprint(*loaders: AbstractDataLoader) -> str:
                 np.concatenate([frozen.target[:, None], frozen.negatives], axis=1),
             )
         else:
-            rows = dataset.inter_feat
-            user, items = rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()[:, None]
+            user, target = users_and_targets(dataset)
+            items = target[:, None]
         user_token, item_token = (
             dataset.field2id_token[dataset.uid_field],
             dataset.field2id_token[dataset.iid_field],

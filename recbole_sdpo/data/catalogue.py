@@ -72,10 +72,9 @@ class Catalogue:
         shared."""
         return (
             f"{len(self.titles) - 1} items; {len(self.untitled)} without a title, called 'item "
-            f"<id>'; {self.shared} titles "
-            "shared by several items (case and blanks aside), which never meet in one candidate "
-            "set that is drawn, nor, where all items are "
-            "ranked, count against each other"
+            f"<id>'; {self.shared} titles shared by several items (case and blanks aside), which "
+            "never meet in one candidate set that is drawn, nor, where all items are ranked, count "
+            "against each other"
         )
 
     @classmethod
@@ -168,7 +167,6 @@ def read_items(dataset: Dataset, fields: Sequence[str]) -> pd.DataFrame:
         row = int(differs.argmax())
         getLogger().warning(
             f"{table.at(row, fields[0])}: item {frame.index[row]!r} has another title in an "
-            "earlier line, which counts "
-            f"({differs.sum():,} such lines)."
+            f"earlier line, which counts ({differs.sum():,} such lines)."
         )
     return frame[first]

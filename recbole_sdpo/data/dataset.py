@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 from recbole.config import Config
-from recbole.data import data_preparation as recbole_preparation
 from recbole.data.dataset import Dataset, SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType, ModelType
@@ -28,6 +27,7 @@ from recbole.utils import FeatureSource, FeatureType, ModelType
 from recbole_sdpo.data.candidates import candidates_seed
 from recbole_sdpo.data.columns import FILTERS, UNFILTERED, by_time, check_columns, list_field
 from recbole_sdpo.data.ratings import RATING, rating_field, read_ratings
+from recbole_sdpo.data.sequences import users_and_targets
 from recbole_sdpo.data.split_rows import SplitRows, distinct, known_events, strangers, unknown
 from recbole_sdpo.data.tables import Table, read_table
 from recbole_sdpo.errors import UserError
@@ -63,16 +63,6 @@ def create_dataset(config: Config) -> Dataset:
         module, kinds.get(config["MODEL_TYPE"], "Dataset")
     )
     return kind(config)
-
-
-def data_preparation(config: Config, dataset: Dataset) -> tuple:
-    """RecBole's loaders for training, validation and test, split from ``dataset``; none are loaded
-    from a file.
-
-    Raises:
-        UserError: there is too little to split.
-    """
-    return recbole_preparation(config, dataset)
 
 
 def user_histories(dataset: Dataset) -> dict[str, np.ndarray]:
@@ -387,8 +377,7 @@ def _check_size(self: Dataset) -> None:
     ):
         raise UserError(
             f"dataset={self.dataset_name!r}: each of the {self.user_num - 1:,} users has one "
-            "event; there must be four to train, "
-            "validate and test on one."
+            "event; there must be four to train, validate and test on one."
         )
 
 
@@ -398,9 +387,8 @@ def _warn_of_ties(user: np.ndarray, time: np.ndarray) -> None:
     if tied.any():
         users = len(np.unique(user[order][1:][tied]))
         getLogger().warning(
-            f"{tied.sum():,} of {len(user):,} events, of {users:,} users, have the time of the "
-            "one before them; they stand as "
-            "in the file."
+            f"{tied.sum():,} of {len(user):,} events, of {users:,} users, have the time of the one "
+            "before them; they stand as in the file."
         )
 
 
@@ -435,7 +423,7 @@ def build(self: Dataset) -> list[Dataset]:
     if self.benchmark_filename_list is not None:
         ends = np.cumsum([0, *self.file_size_list])
         for part, (start, end) in zip(parts, pairwise(ends), strict=True):
-            user, item = (part.inter_feat[f].numpy() for f in (self.uid_field, self.iid_field))
+            user, item = users_and_targets(part)
             part.split_rows = SplitRows(user, Ragged.from_rows(self.histories[start:end]), item)
         if not isinstance(self, SequentialDataset):
             _learn_histories(self, parts)
@@ -517,16 +505,12 @@ def _check_parts(self: Dataset, parts: Sequence[Dataset]) -> None:
             )
             raise UserError(
                 f"dataset={self.dataset_name!r}: with eval_args.split={split} there is nothing to "
-                f"{what} on, of {self._events:,} events of "
-                f"{self.user_num - 1:,} users, who have {self._most:,} at "
-                f"most{need if 'LS' in split else '; give more events'}."
+                f"{what} on, of {self._events:,} events of {self.user_num - 1:,} users, who have "
+                f"{self._most:,} at most{need if 'LS' in split else '; give more events'}."
             )
     if isinstance(self, SequentialDataset):
         return
-    pairs = [
-        np.stack([part.inter_feat[field].numpy() for field in (self.uid_field, self.iid_field)])
-        for part in parts
-    ]
+    pairs = [np.stack(users_and_targets(part)) for part in parts]
     distribution = [
         self.config[f"{phase}_neg_sample_args"]["distribution"]
         for phase in ("train", "valid", "test")

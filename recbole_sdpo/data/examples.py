@@ -13,7 +13,12 @@ from recbole.data.dataset import Dataset
 from recbole_sdpo.data.negatives import Negatives
 from recbole_sdpo.data.prompts import Prompts, Units, candidate_prompts, history_windows
 from recbole_sdpo.data.ratings import ratings
-from recbole_sdpo.data.sequences import histories, target_rows, training_sequences
+from recbole_sdpo.data.sequences import (
+    histories,
+    target_rows,
+    training_sequences,
+    users_and_targets,
+)
 from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import generator, recbole_draws
 
@@ -126,12 +131,8 @@ class CandidateExamples:
     negatives: int
 
     def __post_init__(self) -> None:
-        rows = self.dataset.inter_feat
-        self.histories = histories(rows, self.dataset.config)
-        self.user, self.target = (
-            rows[self.dataset.uid_field].numpy(),
-            rows[self.dataset.iid_field].numpy(),
-        )
+        self.histories = histories(self.dataset.inter_feat, self.dataset.config)
+        self.user, self.target = users_and_targets(self.dataset)
         self.targets = np.ones(len(self.target), np.int64)
         self.ratings = ratings(self.dataset, np.arange(len(self.target)))
 

@@ -111,7 +111,7 @@ class Prompts:
         targets = self._targets.take(trees)
         return Prompts(
             self.trunks.take(trees),
-            np.repeat(np.arange(len(trees)), targets.lengths),
+            targets.owner,
             self.before[targets.values],
             self.target[targets.values],
             self.user[targets.values],
@@ -124,8 +124,7 @@ class Prompts:
     @cached_property
     def _targets(self) -> Ragged:
         """The targets of each tree. Once, for a training set selects as often as it has batches."""
-        counts = np.bincount(self.tree, minlength=len(self))
-        return Ragged(np.argsort(self.tree, kind="stable"), counts)
+        return Ragged.grouped(np.arange(len(self.tree)), self.tree, len(self))
 
 
 class Units:

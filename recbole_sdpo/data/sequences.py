@@ -38,6 +38,12 @@ class Sequences:
         return int(self.items.lengths.sum() - self.history.sum())
 
 
+def users_and_targets(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The user and the item of each row, int64 ``[rows]`` each."""
+    rows = dataset.inter_feat
+    return rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()
+
+
 def histories(rows: Interaction, config: Config) -> Ragged:
     """The item lists of RecBole's rows (a dataset's ``inter_feat``, or a batch), without their
     padding."""
@@ -107,9 +113,8 @@ def met_items(*datasets: Dataset) -> tuple[np.ndarray, np.ndarray]:
         if dataset.benchmark_filename_list is not None:
             pairs.append(dataset.split_rows.met)
             continue
-        rows = dataset.inter_feat
-        user = rows[dataset.uid_field].numpy()
-        pairs.append(np.stack([user, rows[dataset.iid_field].numpy()]))
+        rows, (user, target) = dataset.inter_feat, users_and_targets(dataset)
+        pairs.append(np.stack([user, target]))
         if dataset.iid_field + dataset.config["LIST_SUFFIX"] in rows:
             for first in range(0, len(rows), ROWS_AT_ONCE):
                 some = slice(first, first + ROWS_AT_ONCE)

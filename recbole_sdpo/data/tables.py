@@ -115,8 +115,7 @@ class Table:
                 self.refuse(missing, column, "is no time; every row must have one, as a number")
             getLogger().warning(
                 f"{self.at(int(missing.argmax()), column)}: {missing.sum():,} of {len(self):,} "
-                "numbers are missing; "
-                "RecBole puts the mean of the others there."
+                "numbers are missing; RecBole puts the mean of the others there."
             )
         elif needed and np.abs(values).max(initial=0) >= 2**53:
             try:
@@ -179,9 +178,8 @@ class Table:
         if 2 * quoted.sum() > len(text):
             self.refuse(quoted, column, why)
         getLogger().warning(
-            f"{self.at(int(quoted.argmax()), column)}: {quoted.sum():,} texts begin and end with "
-            "a quote; atomic files have no "
-            "quoting, so it counts as part of the text."
+            f"{self.at(int(quoted.argmax()), column)}: {quoted.sum():,} texts begin and end with a "
+            "quote; atomic files have no quoting, so it counts as part of the text."
         )
 
     def _in_quotes(self, text: np.ndarray) -> np.ndarray:
@@ -292,8 +290,7 @@ def _decoded(path: Path, encoding: str) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path}, line {line}: byte 0x{content[error.start]:02x} is not {encoding}; write the "
-            "file in UTF-8, or set encoding to "
-            "what it is in, such as latin-1."
+            "file in UTF-8, or set encoding to what it is in, such as latin-1."
         ) from error
 
 
@@ -324,9 +321,8 @@ def _header(path: Path, line: str, separator: str) -> dict[str, str]:
                 else ""
             )
             raise UserError(
-                f"{path}, line 1: column {_short(field)} must be name:type, such as "
-                "user_id:token, with one of the types "
-                f"{', '.join(TYPES)}{hint}."
+                f"{path}, line 1: column {_short(field)} must be name:type, such as user_id:token, "
+                f"with one of the types {', '.join(TYPES)}{hint}."
             )
         if name in types:
             raise UserError(

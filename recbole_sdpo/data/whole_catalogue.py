@@ -15,7 +15,7 @@ from recbole.sampler.sampler import AbstractSampler
 from recbole.utils import ModelType
 
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.data.sequences import met_items
+from recbole_sdpo.data.sequences import met_items, users_and_targets
 from recbole_sdpo.data.split_rows import distinct
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.ragged import Ragged
@@ -74,18 +74,17 @@ class WithoutMet:
         rows, _, row, target = self._collate(index)
         out = self.left_out(rows[self._user].numpy(), target.numpy())
         rows.update(Interaction({LEFT_OUT: torch.from_numpy(out.lengths)}))
-        place = torch.from_numpy(np.repeat(np.arange(len(out)), out.lengths))
-        return rows, (place, torch.from_numpy(out.values)), row, target
+        places = torch.from_numpy(out.owner), torch.from_numpy(out.values)
+        return rows, places, row, target
 
     def left_out(self, user: np.ndarray, target: np.ndarray) -> Ragged:
         """The items that are no candidates of the given targets; a target always is its own."""
         met = self._met.take(user)
-        row = np.repeat(np.arange(len(met)), met.lengths)
-        others = met.values != target[row]
-        return Ragged(met.values[others], np.bincount(row[others], minlength=len(met)))
+        others = met.values != target[met.owner]
+        return Ragged.grouped(met.values[others], met.owner[others], len(met))
 
 
-def check_lists(loader: FullSortEvalDataLoader, longest: int) -> None:
+def check_length_of_lists(loader: FullSortEvalDataLoader, longest: int) -> None:
     """Has each user of ``loader`` so many items to get as a list is long?
 
     Raises:
@@ -94,9 +93,7 @@ def check_lists(loader: FullSortEvalDataLoader, longest: int) -> None:
     if not isinstance(loader.collate_fn, WithoutMet):
         return
     dataset = loader._dataset
-    user, target = (
-        dataset.inter_feat[field].numpy() for field in (dataset.uid_field, dataset.iid_field)
-    )
+    user, target = users_and_targets(dataset)
     left = dataset.item_num - 1 - loader.collate_fn.left_out(user, target).lengths
     if len(left) and left.min() < longest:
         raise UserError(
@@ -112,5 +109,5 @@ def items_of_met_titles(parts: Sequence[Dataset], catalogue: Catalogue) -> Ragge
     split."""
     users, items = met_items(*parts)
     users, titles = distinct(np.stack([users, catalogue.group[items]]))
-    of_title = Ragged(np.argsort(catalogue.group, kind="stable"), np.bincount(catalogue.group))
+    of_title = Ragged.grouped(np.arange(len(catalogue.group)), catalogue.group)
     return of_title.take(titles).join(np.bincount(users, minlength=parts[0].user_num))

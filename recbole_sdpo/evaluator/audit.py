@@ -220,7 +220,7 @@ def audit(
         halves=halves,
         chance=(float(hit[0, 0]), float(ndcg[0, 0])),
         knows_popularity=popularity is not None,
-        guesses=_judged(lists, scores, _learned(anew, reference, anew.items, reference.items)),
+        guesses=_judged(lists, scores, _learned(reference, anew.items, reference.items)),
     )
 
 
@@ -268,31 +268,29 @@ def _scores(
             np.broadcast_to(np.arange(each.items.shape[1]), each.items.shape)
             for each in (lists, reference)
         ]
-        scores["position"] = _learned(lists, reference, *places)
-    scores[SHARE] = _learned(lists, reference, lists.items, reference.items)
+        scores["position"] = _learned(reference, *places)
+    scores[SHARE] = _learned(reference, lists.items, reference.items)
     scores["nearest lists"] = _nearest(lists, reference, rng)
     if title_length is not None:
         lengths = title_length[reference.items]
         edges = np.unique(np.quantile(lengths, np.linspace(0, 1, 11)[1:-1]))
         groups = [np.searchsorted(edges, title_length[each.items]) for each in (lists, reference)]
-        scores["title length"] = _learned(lists, reference, *groups)
+        scores["title length"] = _learned(reference, *groups)
     return scores
 
 
-def _learned(
-    lists: Lists, reference: Lists, groups: np.ndarray, of_reference: np.ndarray
-) -> np.ndarray:
+def _learned(reference: Lists, groups: np.ndarray, of_reference: np.ndarray) -> np.ndarray:
     """For each candidate the share of targets among the candidates of its group in ``reference``;
     that of a group which is rare there is near 1 / C.
 
     Args:
-        groups, of_reference: int, the group of each candidate of ``lists`` and ``reference``.
+        groups: int ``[L, C]``, the group of each candidate of the lists that are guessed.
+        of_reference: int, the same for ``reference``.
     """
     number = 1 + max(int(groups.max()), int(of_reference.max()))
     seen = np.bincount(of_reference.reshape(-1), minlength=number)
     hits = np.bincount(of_reference[reference.own], minlength=number)
-    each = lists.items.shape[1]
-    return ((hits + 1) / (seen + each))[groups]
+    return ((hits + 1) / (seen + groups.shape[1]))[groups]
 
 
 def _nearest(lists: Lists, reference: Lists, rng: np.random.Generator) -> np.ndarray:

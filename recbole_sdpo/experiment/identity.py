@@ -9,7 +9,7 @@ from recbole_sdpo.checks.configuration import keys_of_recbole
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.lm.backbone import resolved
-from recbole_sdpo.settings import MODEL, Role, having, names
+from recbole_sdpo.settings import MODEL, SETTINGS, Role, having
 
 
 def identity(config: RunConfig, inputs: Inputs, begun_from: str | None) -> str:
@@ -30,7 +30,7 @@ def identity(config: RunConfig, inputs: Inputs, begun_from: str | None) -> str:
         key: value for key, value in own.to_flat().items() if key not in theirs
     }
     # RecBole's loaders draw a baseline's negatives in their worker processes; ours come before.
-    others = {"worker"} if ours else set(names()) - having(Role.EVERY_MODEL) - theirs
+    others = {"worker"} if ours else SETTINGS.keys() - having(Role.EVERY_MODEL) - theirs
     idle = having(Role.IDLE) | others
     parts = {
         "model": config["model"],

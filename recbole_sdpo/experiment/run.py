@@ -6,10 +6,11 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from recbole_sdpo.experiment.plan import Experiment, Run, plan, refuse_overlap, written
+from recbole_sdpo.digests import package_versions
+from recbole_sdpo.experiment.file import Experiment, refuse_overlap, written
+from recbole_sdpo.experiment.plan import Run, plan
 from recbole_sdpo.experiment.runner import Failure, Runner, check_writable
 from recbole_sdpo.experiment.tune import tune
-from recbole_sdpo.inputs import package_versions
 from recbole_sdpo.report.comparison import FinishedRun, compare, unfair
 from recbole_sdpo.report.experiment import write_report
 from recbole_sdpo.report.table import comparison_markdown

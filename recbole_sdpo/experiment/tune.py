@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.experiment.plan import Entry, Experiment, Run, Settings, grid, plan, with_settings
+from recbole_sdpo.experiment.file import Entry, Experiment, Settings, with_settings
+from recbole_sdpo.experiment.plan import Run, grid, plan
 from recbole_sdpo.experiment.runner import Failure, Runner
 from recbole_sdpo.files import write_text
 from recbole_sdpo.report.table import markdown_table

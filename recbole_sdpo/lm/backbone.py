@@ -1,18 +1,12 @@
-"""Finding, loading, adapting, saving and loading again the language model behind the
-recommender."""
+"""Finding, loading and adapting the language model behind the recommender."""
 
 from __future__ import annotations
 
-import copy
-import fcntl
 import importlib.util
 import os
 import re
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from logging import INFO, WARNING, getLogger
 from pathlib import Path
 
 import torch
@@ -20,12 +14,9 @@ from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,35 +31,26 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import check_seal, read_json, seal, sha256, user_path, whole_folder
+from recbole_sdpo.files import user_path
 from recbole_sdpo.lm.attention import FLEX
 from recbole_sdpo.lm.body import add_dropout, keep_layers, redraw
+from recbole_sdpo.lm.gguf import convert_gguf
 from recbole_sdpo.lm.language_model import LanguageModel
-from recbole_sdpo.lm.parts import all_of, parted_as
+from recbole_sdpo.lm.reading import WEIGHTS_ALONE, check_complete, check_finite, reading
 from recbole_sdpo.lm.scratch import build_model
-from recbole_sdpo.lm.text import control_tokens, opening_tokens, shorten
+from recbole_sdpo.lm.text import control_tokens, opening_tokens
 from recbole_sdpo.lm.whole import (
     TitleHead,
-    is_whole,
     make_whole,
-    matched,
-    table_names,
     tables,
     whole_tokenizer,
 )
 from recbole_sdpo.settings import BackboneSettings
 
 SMOLLM2 = "smollm2-135m"
-SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ADAPTER_FILE = "adapter_config.json"
 
-WEIGHTS_ALONE = {
-    "use_safetensors": True,
-    "attn_implementation": "eager",
-    "output_loading_info": True,
-}
-"""How ``transformers`` reads a model: no pickle, no kernel that its config names, and with a
-list of what was missing."""
+
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def resolved(chosen: BackboneSettings, device: torch.device) -> BackboneSettings:
@@ -76,7 +58,7 @@ def resolved(chosen: BackboneSettings, device: torch.device) -> BackboneSettings
     suits_device, gpu = chosen.name == "auto", device.type == "cuda"
     name = (SMOLLM2 if gpu else "scratch") if suits_device else chosen.name
     item_tokens, peft, dtype = chosen.item_tokens, chosen.peft, chosen.dtype
-    # What learned most, of a backbone that is small enough: results/README.md, 11 and 12.
+    # What learned most, of a backbone that is small enough: results/claims.md, 11 and 12.
     if peft == "auto":
         frozen = chosen.quantization != "none" or dtype == "bfloat16"
         peft = "none" if name == "scratch" or (suits_device and not frozen) else "lora"
@@ -121,8 +103,7 @@ def check_backbone(config: BackboneSettings, device: torch.device) -> None:
     if config.quantization != "none" and (config.name == "scratch" or config.peft != "lora"):
         raise UserError(
             f"quantization={config.quantization!r} is for pretrained weights under an adapter; "
-            "give a backbone and peft=lora "
-            f"(now {config.name!r} and {config.peft!r})."
+            f"give a backbone and peft=lora (now {config.name!r} and {config.peft!r})."
         )
     if config.name != "scratch" and config.weights != "pretrained" and config.peft != "none":
         raise UserError(  # an adapter's checkpoint does not hold what was drawn
@@ -131,10 +112,9 @@ def check_backbone(config: BackboneSettings, device: torch.device) -> None:
         )
     if config.compile and (config.gradient_checkpointing or config.quantization != "none"):
         raise UserError(
-            "compile=True is for layers that are computed once, in full weights, and this run "
-            "has gradient_checkpointing="
-            f"{config.gradient_checkpointing} and quantization={config.quantization!r}; leave it "
-            "out, or them."
+            "compile=True is for layers that are computed once, in full weights, and this run has "
+            f"gradient_checkpointing={config.gradient_checkpointing} and "
+            f"quantization={config.quantization!r}; leave it out, or them."
         )
     if config.item_tokens == "whole" and config.dtype == "bfloat16":
         raise UserError(
@@ -215,127 +195,6 @@ def load_backbone(
     return LanguageModel(adapted, tokenizer, config.attention, mixed, config.compile)
 
 
-def save_backbone(
-    lm: LanguageModel, folder: Path, weights: dict[str, Tensor] | None = None
-) -> None:
-    """Write the policy (its adapter, or all weights) and the tokenizer, as ``peft`` and
-    ``transformers`` write them.
-
-    Args:
-        weights: the model's, where they are not in it.
-    """
-    # Left to itself, peft would ask the hub whether the embeddings were changed, too.
-    adapter = {"selected_adapters": ["default"], "save_embedding_layers": is_whole(lm.tokenizer)}
-    lm.model.save_pretrained(
-        folder, state_dict=weights, **(adapter if isinstance(lm.model, PeftModel) else {})
-    )
-    lm.tokenizer.save_pretrained(folder)
-
-
-def restore_policy(lm: LanguageModel, folder: Path, new_titles: bool = False) -> None:
-    """Load the policy's weights from a folder that :func:`save_backbone` wrote.
-
-    Nothing but weights is taken from it: which classes read them, and how they are used, this run's
-    backbone says. Where titles are tokens, each takes the weights that its text has there.
-
-    Args:
-        new_titles: titles that have no token there keep what they began with, the mean of their
-            pieces.
-
-    Raises:
-        UserError: the folder holds no such checkpoint, one of another shape or tokenizer, or a
-            damaged one.
-    """
-    adapted = isinstance(lm.model, PeftModel)
-    wanted = ADAPTER_FILE if adapted else "config.json"
-    if not (folder / wanted).is_file() or (not adapted and (folder / ADAPTER_FILE).is_file()):
-        raise UserError(
-            f"checkpoint {str(folder)!r} has no {wanted}; it must be a folder 'sft' or 'sdpo' "
-            f"of a run with peft={'lora' if adapted else 'none'}."
-        )
-    what = f"checkpoint {str(folder)!r}"
-    with _reading(what, "it must be a folder that a run wrote"):
-        tokenizer = type(lm.tokenizer).from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        written = read_json(folder / wanted)
-    whole, saved, here = is_whole(lm.tokenizer), tokenizer.get_vocab(), lm.tokenizer.get_vocab()
-    if saved != here and not (whole and is_whole(tokenizer)):
-        raise UserError(
-            f"{what} has another tokenizer than this run; use the data, backbone, settings and "
-            "version of this package that it was made with."
-        )
-    unmet = here.keys() - saved
-    if unmet and not new_titles:
-        raise UserError(
-            f"{what} has no token for {shorten(min(unmet))} ({len(unmet)} such titles), and this "
-            "backbone makes none of a title's words; train on the data as they are now."
-        )
-    if adapted and not new_titles and len(saved) != len(here):
-        raise UserError(
-            f"{what} is an adapter on random weights, which were drawn for {len(saved)} titles and "
-            f"texts, and there are {len(here)}; use the data it was made with."
-        )
-    if unmet:
-        getLogger().log(
-            WARNING if 2 * len(unmet) > len(here) else INFO,
-            f"{what} has no token for {len(unmet)} of {len(here)} titles and texts, such as "
-            f"{shorten(min(unmet))}; each begins as the mean of its pieces.",
-        )
-    if not adapted and written.get("model_type") != lm.model.config.model_type:
-        raise UserError(
-            f"{what} holds a model of type {written.get('model_type')!r} and this run's backbone "
-            f"is {lm.model.config.model_type!r}; "
-            "use the settings it was made with."
-        )
-    with _reading(what, "it must be a folder that a run wrote"):
-        weights = (
-            load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-            if adapted
-            else _full_weights(lm.model, folder, len(saved) - 1 if whole else None)
-        )
-    mine = (
-        get_peft_model_state_dict(lm.model, save_embedding_layers=whole)
-        if adapted
-        else lm.model.state_dict()
-    )
-    for name in table_names(lm.causal_lm, mine) if whole else ():
-        if name in weights and weights[name].shape == (len(saved) - 1, *mine[name].shape[1:]):
-            weights[name] = matched(weights[name], all_of(mine[name]), tokenizer, lm.tokenizer)
-    for name in sorted(mine.keys() | weights.keys()):
-        if name not in mine or name not in weights or weights[name].shape != mine[name].shape:
-            raise UserError(
-                f"{what} does not fit this backbone at {name!r}; use the settings it was made with."
-            )
-    _check_finite(weights.items(), what)
-    with torch.no_grad():
-        for name, weight in mine.items():
-            weight.copy_(parted_as(weight, weights[name]))
-
-
-def _full_weights(
-    model: PreTrainedModel, folder: Path, tokens: int | None = None
-) -> dict[str, Tensor]:
-    """The weights in ``folder``, read as those of ``model``, or of one with so many ``tokens``;
-    what is not there, or of another shape, is not in them."""
-    config = copy.deepcopy(model.config)
-    if tokens is not None:
-        config.get_text_config().vocab_size = tokens
-    read, report = type(model).from_pretrained(
-        folder,
-        config=config,
-        generation_config=GenerationConfig(),
-        dtype=model.dtype,
-        local_files_only=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,
-        **WEIGHTS_ALONE,
-    )
-    absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    weights = {name: weight for name, weight in read.state_dict().items() if name not in absent}
-    return weights | dict.fromkeys(report["unexpected_keys"], torch.empty(0))
-
-
 def weights_source(backbone: str) -> str:
     """The file, folder or hub id whose weights the setting ``backbone`` names."""
     if backbone != SMOLLM2:
@@ -351,99 +210,8 @@ def _locate(config: BackboneSettings) -> str:
     """A folder or hub id for ``transformers``; a GGUF file is converted first."""
     name = weights_source(config.name)
     if name.endswith(".gguf"):
-        return str(_convert_gguf(Path(name), user_path(config.cache_dir)))
+        return str(convert_gguf(Path(name), user_path(config.cache_dir)))
     return name
-
-
-def _convert_gguf(file: Path, cache: Path) -> Path:
-    """The folder with the dequantised weights of ``file``, converted on first use, or anew if it is
-    damaged.
-
-    Raises:
-        UserError: the file cannot be read, or others may write in ``cache``, or have.
-    """
-    cache.mkdir(parents=True, exist_ok=True)
-    _check_ours(cache.resolve())
-    folder = cache / f"{file.stem}-{sha256(file)[:12]}"
-    if _is_converted(folder):
-        return folder
-    with (cache / "convert.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_converted(folder):  # whoever else converted it meanwhile
-            with whole_folder(folder) as part:
-                _dequantise(file, part)
-                seal(part)
-    return folder
-
-
-def _is_converted(folder: Path) -> bool:
-    if not folder.exists():
-        return False
-    _check_ours(folder, *folder.rglob("*"))
-    try:
-        check_seal(folder)
-    except UserError as error:
-        getLogger().warning(f"{error} It is converted anew.")
-        return False
-    return True
-
-
-def _check_ours(*paths: Path) -> None:
-    """Could nobody but this user and root have written these, or may only those whom the umask lets
-    write all of the user's files?
-
-    Raises:
-        UserError: somebody else could.
-    """
-    umask = os.umask(0o077)
-    os.umask(umask)
-    for path in paths:
-        status = path.lstat()
-        if (
-            path.is_symlink()
-            or status.st_uid not in (0, os.getuid())
-            or status.st_mode & umask & 0o022
-        ):
-            raise UserError(
-                f"cache_dir: {str(path)!r} belongs to another user, or others may write it, so "
-                "that its weights could be anybody's; "
-                "give a cache_dir of your own, or take it from them (chown, chmod go-w)."
-            )
-
-
-def _dequantise(file: Path, folder: Path) -> None:
-    """Write the weights and the tokenizer of a GGUF file as ``transformers`` keeps them."""
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(
-            f"backbone={str(file)!r} is a GGUF file, which needs the package gguf; pip install "
-            "gguf."
-        )
-    what = f"backbone={str(file)!r}"
-    with (
-        tempfile.TemporaryDirectory() as alone,
-        _reading(what, "it must be a whole GGUF file of a causal language model"),
-    ):
-        # away from its folder, of which transformers would read other files
-        os.symlink(file.resolve(), Path(alone) / file.name)
-        source = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            alone,
-            **source,
-            dtype=torch.float32,
-            generation_config=GenerationConfig(),
-            **WEIGHTS_ALONE,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(alone, **source)
-    _check_complete(report, what)
-    # transformers refuses to save a model that came from a GGUF file; a plain model with the same
-    # weights it saves.
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _load_pretrained(
@@ -471,7 +239,7 @@ def _load_pretrained(
         "a folder or Hugging Face id of a "
         "causal language model with weights in safetensors, or a .gguf file"
     )
-    with _reading(what, remedy):
+    with reading(what, remedy):
         # transformers would load the base model that it names, from wherever
         if find_adapter_config_file(name):
             raise UserError(
@@ -489,32 +257,11 @@ def _load_pretrained(
             **trust,
             **WEIGHTS_ALONE,
         )
-    _check_complete(report, what)
-    _check_finite(model.named_parameters(), what)
+    check_complete(report, what)
+    check_finite(model.named_parameters(), what)
     _check_vocabulary(model, tokenizer, what)
     _keep_differentiable(model)
     return model, tokenizer
-
-
-@contextmanager
-def _reading(what: str, remedy: str) -> Iterator[None]:
-    """While libraries read files that may hold anything, whatever they raise is a fault of these
-    files."""
-    try:
-        yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    # SafetensorError and the tokenizers' own have no common ancestor below it
-    except Exception as error:
-        line = next(iter(str(error).splitlines()), "")
-        custom = (
-            "; trust_remote_code=True runs the code that comes with it"
-            if "trust_remote_code" in str(error)
-            else ""
-        )
-        raise UserError(
-            f"{what} cannot be loaded ({type(error).__name__}: {line}){custom}; {remedy}."
-        ) from error
 
 
 def _check_kind(shape: PreTrainedConfig, what: str) -> None:
@@ -538,21 +285,6 @@ def _check_kind(shape: PreTrainedConfig, what: str) -> None:
     shape.transformers_weights = None  # the name of a file, which may be a pickle
 
 
-def _check_complete(report: Mapping[str, Collection[str]], what: str) -> None:
-    """Did each weight come from the file, and each of the file's go into the model? The rest
-    ``transformers`` draws or leaves out."""
-    faults = {
-        "has no weights for": report["missing_keys"],
-        "has weights that the model has no place for:": report["unexpected_keys"],
-    }
-    for fault, names in faults.items():
-        if names:
-            raise UserError(
-                f"{what} {fault} {min(names)!r} ({len(names)} in all); it must be a whole causal "
-                "language model."
-            )
-
-
 def _check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str
 ) -> None:
@@ -564,17 +296,10 @@ def _check_vocabulary(
     tokens, rows = max(held, default=0) + 1, model.get_input_embeddings().weight.shape[0]
     if tokens > rows:
         raise UserError(
-            f"{what} has a tokenizer of {tokens} tokens and a model of {rows} embeddings, of "
-            "which there must be as many or more; "
-            "give the model its own tokenizer, or resize its embeddings (resize_token_embeddings) "
-            "and save it."
+            f"{what} has a tokenizer of {tokens} tokens and a model of {rows} embeddings, of which "
+            "there must be as many or more; give the model its own tokenizer, or resize its "
+            "embeddings (resize_token_embeddings) and save it."
         )
-
-
-def _check_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
-    for name, weight in weights:
-        if not weight.isfinite().all():
-            raise UserError(f"{what} has weights {name!r} that are not finite; give another one.")
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:

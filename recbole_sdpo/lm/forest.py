@@ -362,7 +362,7 @@ def _lay_out(trunks: Ragged, branches: _Branches, multiple: int, together: int) 
     end = np.tile(np.arange(1, length + 1), (rows, 1))
 
     # Before a trunk's token are the trunk's earlier ones, and the nodes of its site and earlier.
-    trunk_tree = np.repeat(np.arange(len(trunks)), trunks.lengths)
+    trunk_tree = trunks.owner
     depth = places(trunks.lengths)
     span = length + 1  # one key for each tree and site, in order
     key, node_key = trunk_tree * span + depth, node_tree * span + node_site
@@ -395,7 +395,7 @@ def _ask(
 
     Each token of a response is predicted by the token before it, on the trunk or on a branch.
     """
-    response = np.repeat(np.arange(len(responses)), responses.lengths)
+    response = responses.owner
     step = places(responses.lengths)
     column = np.empty(len(response), np.int64)
     on_trunk = step <= follows[response]

@@ -353,44 +353,29 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def _check_scores(self, choice: str) -> None:
         """Score a forest with that attention, and the same responses one sequence at a time by the
-        model's own logits."""
+        model's own logits.
+
+        Raises:
+            UserError: the model cannot, or the scores differ by more than rounding.
+        """
         model, device = self.causal_lm, self.device
-        # Branches lie far in the row from where they start, so that a model that takes columns
-        # for positions is seen. Each second response begins as the one before it.
-        draw = generator(0, "check of scores")
-        tokens = min(1000, model.get_input_embeddings().weight.shape[0])
-        length = max(4, min(40, (positions(model)[0] or 44) - 4))
-        trunk, responses = draw.integers(tokens, size=length), draw.integers(tokens, size=(64, 4))
-        responses[1::2, :2] = responses[::2, :2]
-        starts = np.repeat(length * np.arange(1, 5) // 4, 16)
-        some = np.arange(7, 64, 8)
+        trunk, starts, responses = _probe(model)
+        some = np.arange(7, len(starts), 8)
         training = self.model.training
         self.eval()
         forest = plant(
             Ragged.from_rows([trunk]), np.zeros_like(starts), starts, Ragged.from_matrix(responses)
         ).to(device)
-        expected = []
         try:
             with self.arithmetic():
                 # In bfloat16, two implementations differ in rounding by more than a tolerance.
                 attention = attention_inputs(model, forest, choice)
                 flex = attention[0] == FLEX
                 set_attention(model, dense_implementation(model, choice) if flex else attention[0])
-                for start, response in zip(starts[some], responses[some], strict=True):
-                    text = torch.from_numpy(np.concatenate([trunk[:start], response])).to(device)
-                    # what was compiled
-                    with (
-                        torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-                    ):
-                        logps = (
-                            model(input_ids=text[None], use_cache=False)
-                            .logits[0]
-                            .double()
-                            .log_softmax(-1)
-                        )
-                    expected.append(
-                        logps[torch.arange(start - 1, len(text) - 1), text[start:]].sum()
-                    )
+                # what was compiled
+                with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+                    pairs = zip(starts[some], responses[some], strict=True)
+                    truth = [_logp(model, trunk[:start], response) for start, response in pairs]
                 scores = self._pass(model, forest, attention)[0].double()[some]
         except (MemoryError, torch.OutOfMemoryError):
             raise
@@ -404,13 +389,13 @@ class LanguageModel(nn.Module):
         # of scores, SmolLM2 in bfloat16 is off by 0.02 %, and by 21 % with wrong positions.
         exact = model.dtype in (torch.float32, torch.float64) and not self.mixed
         limit = 1e-3 if exact and device.type == "cpu" else 0.03  # a GPU may have TF32
-        truth = torch.stack(expected)
-        if not (scores - truth).abs().mean() < limit * truth.std() + 1e-4:
+        expected = torch.stack(truth)
+        apart = (scores - expected).abs()
+        if not apart.mean() < limit * expected.std() + 1e-4:
             raise UserError(
                 f"backbone {model.config.model_type!r} scores a tree otherwise than one sequence "
-                "at a time, by up to "
-                f"{float((scores - truth).abs().max()):.2g}: its positions, masks or logits are of "
-                f"a kind not known here; {VALID}"
+                f"at a time, by up to {float(apart.max()):.2g}: its positions, masks or logits are "
+                f"of a kind not known here; {VALID}"
             )
 
     def _attention(self, forest: Forest) -> Attention:
@@ -455,6 +440,28 @@ class LanguageModel(nn.Module):
         states = hidden.flatten(0, 1).index_select(0, forest.states)
         logps = token_logps(model, states, forest.edge_state, forest.edge_token, forest.first_edge)
         return forest.sum_by_response(logps), states
+
+
+def _probe(model: PreTrainedModel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A trunk of random tokens, how many of them each of 64 responses has for a prompt, int64
+    ``[64]``, and these responses, int64 ``[64, 4]``.
+
+    Branches lie far in the row from where they start, so that a model that takes columns for
+    positions is seen. Each second response begins as the one before it.
+    """
+    draw = generator(0, "check of scores")
+    tokens = min(1000, model.get_input_embeddings().weight.shape[0])
+    length = max(4, min(40, (positions(model)[0] or 44) - 4))
+    trunk, responses = draw.integers(tokens, size=length), draw.integers(tokens, size=(64, 4))
+    responses[1::2, :2] = responses[::2, :2]
+    return trunk, np.repeat(length * np.arange(1, 5) // 4, 16), responses
+
+
+def _logp(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray) -> Tensor:
+    """log pi of ``response`` after ``prompt`` by the model's own logits, float64 ``[]``."""
+    text = torch.from_numpy(np.concatenate([prompt, response])).to(model.device)
+    logps = model(input_ids=text[None], use_cache=False).logits[0].double().log_softmax(-1)
+    return logps[torch.arange(len(prompt) - 1, len(text) - 1), text[len(prompt) :]].sum()
 
 
 def _state(model: nn.Module) -> Iterator[Tensor]:

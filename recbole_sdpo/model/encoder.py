@@ -109,8 +109,7 @@ def title_lines(catalogue: Catalogue) -> list[str]:
         if len(title) > LONGEST:
             raise UserError(
                 f"the title {shorten(title)} has {len(title)} characters and must have {LONGEST} "
-                "at most; mend or shorten it in the "
-                ".item file, or choose other title_fields."
+                "at most; mend or shorten it in the .item file, or choose other title_fields."
             )
     return [title + TERMINATOR for title in catalogue.titles]
 

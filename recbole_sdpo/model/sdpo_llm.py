@@ -41,6 +41,7 @@ from recbole_sdpo.data.sequences import (
     met_items,
     popularity,
     training_sequences,
+    users_and_targets,
 )
 from recbole_sdpo.data.whole_catalogue import LEFT_OUT
 from recbole_sdpo.errors import UserError
@@ -114,22 +115,11 @@ class SDPOLLM(SequentialRecommender):
         for sentence in without_effect(config.external_config_dict, self.backbone):
             self.logger.warning(sentence)
 
-        def tokenizer() -> PreTrainedTokenizerBase:
-            # The root damps the most popular titles, so that the rarer ones get merges of their
-            # own, too.
-            seen = np.bincount(
-                training_sequences(dataset).items.values, minlength=len(self.catalogue.titles)
-            )
-            weight = np.ceil(np.sqrt(seen)).astype(int)
-            texts = [*np.repeat(lines, weight), *self.units.pieces * int(weight.max())]
-            unmet = lines[1:][weight[1:] == 0]
-            return train_tokenizer(texts, self.backbone.scratch_vocab_size, unmet)
-
         # The backbone comes after the catalogue: scratch makes its vocabulary of the titles.
         self.lm = load_backbone(
             self.backbone,
             self.device,
-            tokenizer,
+            lambda: self._scratch_tokenizer(dataset, lines),
             lambda purpose: derive_seed(self.seed, purpose),
             [*lines[1:], *self.units.pieces],
             # a GPU may have no room for all of it
@@ -153,6 +143,16 @@ class SDPOLLM(SequentialRecommender):
         self._begin = generator(self.seed, "evaluation begin").integers(
             self.n_items, size=dataset.num(self.USER_ID)
         )
+
+    def _scratch_tokenizer(self, dataset: Dataset, lines: np.ndarray) -> PreTrainedTokenizerBase:
+        """Made for what a training on ``dataset`` reads, and for all titles, ``lines [items]``."""
+        # The root damps the most popular titles, so that the rarer ones get merges of their own,
+        # too.
+        seen = np.bincount(training_sequences(dataset).items.values, minlength=len(lines))
+        weight = np.ceil(np.sqrt(seen)).astype(int)
+        texts = [*np.repeat(lines, weight), *self.units.pieces * int(weight.max())]
+        unmet = lines[1:][weight[1:] == 0]
+        return train_tokenizer(texts, self.backbone.scratch_vocab_size, unmet)
 
     def to(self, *args, **kwargs) -> SDPOLLM:
         """As in ``nn.Module``, but parts of a model stay where they are."""
@@ -225,7 +225,7 @@ class SDPOLLM(SequentialRecommender):
         Raises:
             UserError: some user has met too many items.
         """
-        rows, in_text = dataset.inter_feat, self.settings.prompt_style == "candidates"
+        in_text = self.settings.prompt_style == "candidates"
         shown = (self.settings.prompt_candidates - 1) * in_text
         each = " (sample_num times candidate_num)" if self.draws > 1 else ""
         wanted = {
@@ -234,7 +234,7 @@ class SDPOLLM(SequentialRecommender):
         }
         if not any(wanted.values()):
             return
-        user, target = rows[self.USER_ID].numpy(), rows[self.ITEM_ID].numpy()
+        user, target = users_and_targets(dataset)
         for setting, number in wanted.items():
             if number:
                 self._negative_sampler(dataset, sampler, setting).check(user, target, number)
@@ -302,8 +302,7 @@ class SDPOLLM(SequentialRecommender):
         until = prompts.trunks.cut(prompts.tree, np.zeros_like(prompts.before), prompts.before)
         texts = self.encoder.tokens.take(until.values).join(until.lengths)
         row, title = excluded
-        order = np.argsort(row, kind="stable")
-        taboo = Ragged(title[order], np.bincount(row, minlength=len(until)))
+        taboo = Ragged.grouped(title, row, len(until))
         # A title's first item stands for all that carry it.
         titles, first = np.unique(self.catalogue.group[1:], return_index=True)
 
@@ -316,8 +315,7 @@ class SDPOLLM(SequentialRecommender):
                 some = rows[todo]
                 scores = self._best_scored(texts.take(some), reach)[:, first]
                 apart = taboo.take(some)
-                where = np.repeat(np.arange(len(some)), apart.lengths)
-                scores[where, np.searchsorted(titles, apart.values)] = -torch.inf
+                scores[apart.owner, np.searchsorted(titles, apart.values)] = -torch.inf
                 top = scores.topk(min(self.own, len(first)))
                 enough = (top.values[:, -1] != -torch.inf).cpu().numpy()
                 if reach >= self.n_items and (not enough.all() or self.own > len(first)):
@@ -435,7 +433,7 @@ class SDPOLLM(SequentialRecommender):
         # A row's prompt, and for each prompt the first of its rows.
         _, first, prompt = np.unique(key, axis=0, return_index=True, return_inverse=True)
         prompt = prompt.reshape(-1)
-        shown = Ragged(item[np.argsort(prompt, kind="stable")], np.bincount(prompt))
+        shown = Ragged.grouped(item, prompt)
         trees = self._prompts(past.take(first), shown, item[first], user[first])
         asked = Prompts(trees.trunks, prompt, trees.trunks.lengths[prompt], item, user)
         return self._score(asked, item[:, None]).view(-1)
@@ -488,48 +486,43 @@ class SDPOLLM(SequentialRecommender):
             candidates: item ids ``[rows, C]``, the target first; in the text of a prompt, they
                 stand in another order.
         """
-        user = interaction[self.USER_ID].cpu().numpy()
-        prompts = self.encoder.trunks(
-            self._prompts(
-                histories(interaction, self.config),
-                Ragged.from_matrix(candidates),
-                candidates[:, 0],
-                user,
-            )
-        )
+        user, past = interaction[self.USER_ID].cpu().numpy(), histories(interaction, self.config)
+        shown = Ragged.from_matrix(candidates)
+        prompts = self.encoder.trunks(self._prompts(past, shown, candidates[:, 0], user))
         titles, constrained = self.encoder.tokens, self.settings.decoding == "constrained"
         limit = self._answer_length
 
         def answer(rows: np.ndarray) -> Tensor:
             among = [titles.take(candidates[row]) for row in rows] if constrained else None
-            return torch.from_numpy(
-                write(self.lm, prompts.take(rows), limit, self._line_ends, among)
-            ).to(self.lm.device)
+            answers = write(self.lm, prompts.take(rows), limit, self._line_ends, among)
+            return torch.from_numpy(answers).to(self.lm.device)
 
-        answers = (
-            self._in_batches(prompts.lengths + limit, limit, answer, dtype=torch.int64)
-            .cpu()
-            .numpy()
-        )
+        written = self._in_batches(prompts.lengths + limit, limit, answer, dtype=torch.int64)
+        answers = written.cpu().numpy()
         if constrained:  # whatever the tokenizer makes of its tokens
-            written = (
-                titles.take(np.arange(self.n_items)).padded(NOTHING, limit)[candidates]
-                == answers[:, None]
-            ).all(2)
-            # its place would be that of the first candidate, the target
-            if not written.any(1).all():
-                raise RuntimeError(
-                    "A constrained answer is no candidate's title: the tokenizer ends lines "
-                    "within titles."
-                )
-            return [
-                self.catalogue.titles[item]
-                for item in candidates[np.arange(len(candidates)), written.argmax(1)]
-            ]
+            return [self.catalogue.titles[item] for item in self._spelled(answers, candidates)]
         texts = self.lm.tokenizer.batch_decode(
             [row[row != NOTHING] for row in answers], skip_special_tokens=True
         )
         return [(text.splitlines() or [""])[0] for text in texts]
+
+    def _spelled(self, answers: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """The candidate of each row that its answer spells, int64 ``[rows]``.
+
+        Args:
+            answers: tokens ``[rows, limit]``, as :func:`write` gives them.
+            candidates: item ids ``[rows, C]``.
+        """
+        titles = self.encoder.tokens.take(np.arange(self.n_items))
+        spelled = titles.padded(NOTHING, answers.shape[1])[candidates] == answers[:, None]
+        place = spelled.all(2)
+        # without one, its place would be that of the first candidate, the target
+        if not place.any(1).all():
+            raise RuntimeError(
+                "A constrained answer is no candidate's title: the tokenizer ends lines within "
+                "titles."
+            )
+        return candidates[np.arange(len(candidates)), place.argmax(1)]
 
     def _title_shares(self, dataset: Dataset) -> Tensor | None:
         """Of what a stage adds to each token's row of :meth:`LanguageModel.title_tables`, the share
@@ -567,10 +560,9 @@ class SDPOLLM(SequentialRecommender):
         not tell the target."""
         if self.settings.prompt_style == "history":
             return history_prompts(past, target, user, self.units.header)
-        row = np.repeat(np.arange(len(user)), shown.lengths)
-        order = np.lexsort(
-            ((self._place[shown.values] - self._begin[user][row]) % self.n_items, row)
-        )
+        row = shown.owner
+        place = (self._place[shown.values] - self._begin[user][row]) % self.n_items
+        order = np.lexsort((place, row))
         shuffled = Ragged(shown.values[order], shown.lengths)
         return candidate_prompts(
             past, shuffled, target, user, self.units, np.zeros(len(user), np.int64)

@@ -16,7 +16,8 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.audit import Audit, floor_rows
 from recbole_sdpo.evaluator.ranks import metric_of_targets
 from recbole_sdpo.evaluator.significance import LEVEL, Difference, holm, paired_difference
-from recbole_sdpo.result import read_result
+from recbole_sdpo.result import RANKS_FILE, read_result
+from recbole_sdpo.trainer.step_file import STEPS_FILE
 
 SEQUENTIAL = "ModelType.SEQUENTIAL"
 """The kind of a model that reads histories, as a result has it."""
@@ -62,8 +63,8 @@ class FinishedRun:
         """
         result, *before = (read_result(part) for part in (folder, start) if part)
         text = {"user": str, "item": str, "answer": str, "named": str}
-        ranks = pd.read_csv(folder / "ranks.csv", dtype=text, keep_default_na=False)
-        file = folder / "steps.csv"
+        ranks = pd.read_csv(folder / RANKS_FILE, dtype=text, keep_default_na=False)
+        file = folder / STEPS_FILE
         steps = pd.read_csv(file) if file.is_file() else pd.DataFrame({"stage": []})
         ranks = ranks[ranks["stage"] == list(result["stages"])[-1]]
         wall_s = sum(

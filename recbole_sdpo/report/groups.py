@@ -29,38 +29,26 @@ COLUMNS = [
 
 
 def names_of(edges: Sequence[int]) -> list[str]:
-    """Of the ranges that begin at ``edges``, the last without an end: ``0``, ``1-4``, …"""
+    """The names of the ranges that begin at ``edges``, of which the last has no end: ``0``,
+    ``1-4``, …, ``20 or more``."""
     ranges = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(edges)]
     return [*ranges, f"{edges[-1]} or more"]
 
 
-BANDS = names_of(EDGES)
-"""The bands' names."""
+def bands(met: pd.Series, edges: Sequence[int] = EDGES) -> pd.Series:
+    """The range of each target, of those that begin at ``edges``: an ordered category."""
+    return pd.cut(met, [*edges, np.inf], right=False, labels=names_of(edges))
 
 
-def band_of(met: pd.Series) -> np.ndarray:
-    """The band's name of each target, by how many users met it."""
-    return _range_of(met, EDGES)
+def _thirds(popularity: pd.Series) -> pd.Series:
+    return popularity.astype(pd.CategoricalDtype(THIRDS, ordered=True))
 
 
-def _range_of(number: pd.Series, edges: Sequence[int]) -> np.ndarray:
-    return np.array(names_of(edges))[np.searchsorted(edges, number, "right") - 1]
-
-
-def _bands(met: pd.Series) -> pd.Categorical:
-    return pd.Categorical(band_of(met), BANDS, ordered=True)
-
-
-def _thirds(popularity: pd.Series) -> pd.Categorical:
-    return pd.Categorical(popularity, THIRDS, ordered=True)
-
-
-def _lengths(history: pd.Series) -> pd.Categorical:
+def _lengths(history: pd.Series) -> pd.Series:
     """Thirds of the users; those whose histories are equally long stay together."""
     ordered, users = np.sort(history), len(history)
     first = np.ceil(np.arange(3) * users / 3).astype(int).clip(max=users - 1)
-    edges = np.unique(ordered[first]).tolist()
-    return pd.Categorical(_range_of(history, edges), names_of(edges), ordered=True)
+    return bands(history, np.unique(ordered[first]).tolist())
 
 
 @dataclass(frozen=True)
@@ -75,11 +63,11 @@ class Grouping:
 
     heading: str
     head: str
-    groups: Callable[[pd.Series], pd.Categorical]
+    groups: Callable[[pd.Series], pd.Series]
 
 
 GROUPINGS = {
-    "met": Grouping("By how many users met the target in training", "met by", _bands),
+    "met": Grouping("By how many users met the target in training", "met by", bands),
     "popularity": Grouping("By popularity of the target", "target", _thirds),
     "history": Grouping(
         "By how many items the user met in training", "items of the user", _lengths
@@ -119,7 +107,7 @@ def _groups(candidates: str, runs: Sequence[FinishedRun], grouping: str) -> pd.S
         return None
     column = pd.concat(known)
     column = column[~column.index.duplicated()]
-    return pd.Series(GROUPINGS[grouping].groups(column), column.index)
+    return GROUPINGS[grouping].groups(column)
 
 
 def _table(comparison: Comparison, grouping: str, groups: pd.Series) -> pd.DataFrame:

@@ -25,7 +25,8 @@ from recbole_sdpo.lm.language_model import FROZEN
 from recbole_sdpo.lm.parts import gathered, own, parted_as
 from recbole_sdpo.trainer.state import damaged
 
-FOLDER = "selection"
+SELECTION = "selection"
+"""The folder in that of a run."""
 
 Metrics = dict[str, float]
 
@@ -152,8 +153,8 @@ def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def _changing(model: nn.Module) -> dict[str, Tensor]:
-    """By name, each once, whatever is tied to it; a frozen reference has buffers, too, and none
-    changes."""
+    """What training changes in ``model``, its trained parameters and its buffers, by name: what is
+    tied once, and nothing of a frozen reference."""
     everything = chain(model.named_parameters(), model.named_buffers())
     return {
         name: value

@@ -31,10 +31,13 @@ from recbole_sdpo.files import (
     write_text,
 )
 from recbole_sdpo.lm.attention import FLEX
-from recbole_sdpo.lm.backbone import ADAPTER_FILE, SMOLLM2, restore_policy, save_backbone
+from recbole_sdpo.lm.backbone import SMOLLM2
 from recbole_sdpo.lm.parts import gathered, is_parted
+from recbole_sdpo.lm.policy import ADAPTER_FILE, restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.rules import whole
 from recbole_sdpo.settings import BackboneSettings, Role, Settings, having
+from recbole_sdpo.values import KINDS, check_values, is_a, shown
 
 POLICY_FILE, DATA_FILE = "settings.json", "data.json"
 """How the policy was made, and the settings under which its data were loaded."""
@@ -203,7 +206,7 @@ class Checkpoint:
                 "be in that file, not a pickle."
             )
         policy, data = folder / POLICY_FILE, folder / DATA_FILE
-        made, given = read_json(policy), read_json(data)
+        made, given = (check_values(read_json(file), f"{file}: ") for file in (policy, data))
         try:
             served = having(Role.SERVED) - having(Role.CALLER)
             settings = Settings.from_mapping({key: made[key] for key in served & set(made)})
@@ -224,7 +227,8 @@ class Checkpoint:
         backbone = _take(given, "backbone", str, data)
         if not backbone or "\0" in backbone:
             raise UserError(f"{data}: backbone={backbone!r} must be a name or a path.")
-        seed = _take({"seed": 0} | made, "seed", int, policy)
+        seed = made.get("seed", 0)
+        whole(0, 2**32 - 1).check(f"{policy}: seed", seed)
         return cls(
             folder, settings, _take(made, "header", str, policy), seed, dataset, known, backbone
         )
@@ -260,17 +264,7 @@ def _take(values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], so
     """The value under ``key``, if it is of one of the types ``kind``."""
     if key not in values:
         raise UserError(f"{source} has no {key!r}; it must be as a run wrote it.")
-    value, kinds = values[key], kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        names = " or ".join("null" if each is type(None) else WORDS[each] for each in kinds)
-        raise UserError(f"{source}: {key}={repr(value)[:200]} must be {names}.")
+    if not is_a(value := values[key], kind):
+        names = " or ".join(KINDS[each] for each in (kind if isinstance(kind, tuple) else (kind,)))
+        raise UserError(f"{source}: {key}={shown(value)} must be {names}.")
     return value
-
-
-WORDS = {
-    str: "text",
-    int: "a whole number",
-    bool: "true or false",
-    dict: "a dictionary",
-    list: "a list",
-}

@@ -28,9 +28,9 @@ def joined(model: SDPOLLM, accelerator: Accelerator) -> nn.Module:
 
 
 def adding_up(policy: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Around a pass through ``policy`` (:func:`joined`) and its backward pass: gradients add up in
-    each process, and become the mean over all with the ``last`` batch of a step. Those of a parted
-    model become so with each batch: until then a process would have all of them."""
+    """To be entered around each batch's passes through ``policy`` (:func:`joined`), forward and
+    backward: gradients add up in each process, and the ``last`` batch of a step makes of them the
+    mean over all. In a parted model each batch does, for its processes have no room for all."""
     if isinstance(policy, DistributedDataParallel) and not last:
         return policy.no_sync()
     return nullcontext()

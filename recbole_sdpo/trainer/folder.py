@@ -20,9 +20,8 @@ from recbole.utils import get_local_time
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import remove_parts, user_path
 from recbole_sdpo.result import RESULT_FILE
-from recbole_sdpo.trainer.best_weights import FOLDER as SELECTION
-from recbole_sdpo.trainer.state import FOLDER as STATE
-from recbole_sdpo.trainer.state import STATE_FILE, holds_state
+from recbole_sdpo.trainer.best_weights import SELECTION
+from recbole_sdpo.trainer.state import STATE, STATE_FILE, holds_state
 
 LOG_FILE = "run.log"
 """The first file that a run writes, by which a folder is known as a run's."""

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from recbole.config import Config
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
 from recbole.utils import calculate_valid_score, dict2str, set_color
@@ -86,8 +87,8 @@ class SDPOTrainer(Trainer):
         self.run_dir = run_folder(config)
         self.saved_model_file = str(self.run_dir)
         self.reports: dict[str, StageReport] = {}
-        self._parts: list = []
-        self._frozen: list = []
+        self._parts: list[Dataset] = []
+        self._frozen: list[AbstractDataLoader] = []
         self._step_file: StepFile | None = None
         if self.tensorboard and not self.accelerator.is_main_process:
             self.tensorboard.close()
@@ -141,15 +142,11 @@ class SDPOTrainer(Trainer):
             valid_data = None
         self.prepare(train_data, valid_data)
         self.rank_for(name)
-        resumed, checkpoint, main = (
-            self._resumed(),
-            self.run_dir / name,
-            self.accelerator.is_main_process,
-        )
+        resumed, main = self._resumed(), self.accelerator.is_main_process
         if main and resumed.get("steps") and self._step_file is None:
             self._step_file = StepFile(self.run_dir, resumed["steps"])
         if name in resumed.get("reports", {}):
-            load_checkpoint(checkpoint, self.model)
+            load_checkpoint(self.run_dir / name, self.model)
             self.reports[name] = StageReport(**resumed["reports"][name])
             self._log(f"{name}: already done in {self.run_dir}.", verbose)
             return self.reports[name]
@@ -159,15 +156,12 @@ class SDPOTrainer(Trainer):
         stage = self._open(name, train_data, verbose, show)
         best, improved, train_s = snapshot(self.model), False, 0.0
         if resumed.get("stage") == name:
-            if resumed["improved"]:
-                load_checkpoint(checkpoint, self.model)
-                best, improved = snapshot(self.model), True
-            load_state(self.run_dir, stage)
-            self.accelerator.wait_for_everyone()  # before the first writes another
-            self.best_valid_score, self.best_valid_result, self.cur_step = resumed["best"]
+            if improved := resumed["improved"]:
+                load_checkpoint(self.run_dir / name, self.model)
+                best = snapshot(self.model)
+            self._go_on(stage, resumed, verbose)
             began -= resumed["wall_s"]
             train_s = resumed.get("train_s", 0.0)  # an older state has none
-            self._log(f"{name}: resumed at step {stage.step}, epoch {stage.epoch}.", verbose)
         else:
             self._start_score(stage, valid_data, show_progress)
 
@@ -185,12 +179,7 @@ class SDPOTrainer(Trainer):
 
         if not self._agreed(holds_state(self.run_dir)):
             keep_state(now=True)  # a folder with a checkpoint is a run's, and a run can be resumed
-        patience = (
-            self.stopping_step
-            if stage.settings.stopping_step is None
-            else stage.settings.stopping_step
-        )
-        while stage.epoch < stage.settings.epochs and self.cur_step <= patience:
+        while stage.epoch < stage.settings.epochs and self._is_patient(stage):
             epoch, epoch_began = stage.epoch, time.time()
             loss = stage.run_epoch(show, keep_state)
             train_s += time.time() - epoch_began
@@ -205,18 +194,8 @@ class SDPOTrainer(Trainer):
                     best, improved = snapshot(self.model), True
                     self._save(name, saved)
             keep_state(now=True)
-        if self.cur_step > patience:
-            self._log(
-                f"{name}: no better {self.valid_metric} in {self.cur_step} evaluations; stopped.",
-                verbose,
-            )
-            rate, peak = stage.scheduler.get_last_lr()[0], stage.settings.learning_rate
-            if stage.settings.schedule != "constant" and rate > STILL_HIGH * peak:
-                self.logger.warning(
-                    f"{name} ended after {stage.epoch} of {stage.settings.epochs} epochs, at "
-                    f"{rate / peak:.0%} of its learning rate. The rate falls over all of them, and "
-                    f"the end gains most; with a larger {name}_stopping_step it may become better."
-                )
+        if not self._is_patient(stage):
+            self._say_stopped(stage, verbose)
         restore(self.model, best)
         if not improved:
             self._log(
@@ -231,6 +210,33 @@ class SDPOTrainer(Trainer):
         if self._step_file and name == self.stages[-1]:
             self._step_file.close()
         return self.reports[name]
+
+    def _go_on(self, stage: Stage, resumed: dict[str, Any], verbose: bool) -> None:
+        """Put ``stage``, and the score to beat, where the interrupted run left them."""
+        load_state(self.run_dir, stage)
+        self.accelerator.wait_for_everyone()  # before the first writes another
+        self.best_valid_score, self.best_valid_result, self.cur_step = resumed["best"]
+        self._log(f"{stage.name}: resumed at step {stage.step}, epoch {stage.epoch}.", verbose)
+
+    def _is_patient(self, stage: Stage) -> bool:
+        """May ``stage`` go on, although its last evaluations were no better?"""
+        own = stage.settings.stopping_step
+        return self.cur_step <= (self.stopping_step if own is None else own)
+
+    def _say_stopped(self, stage: Stage, verbose: bool) -> None:
+        """Log that ``stage`` was stopped early, and warn where that was long before its end."""
+        name, settings = stage.name, stage.settings
+        self._log(
+            f"{name}: no better {self.valid_metric} in {self.cur_step} evaluations; stopped.",
+            verbose,
+        )
+        rate, peak = stage.scheduler.get_last_lr()[0], settings.learning_rate
+        if settings.schedule != "constant" and rate > STILL_HIGH * peak:
+            self.logger.warning(
+                f"{name} ended after {stage.epoch} of {settings.epochs} epochs, at "
+                f"{rate / peak:.0%} of its learning rate. The rate falls over all of them, and "
+                f"the end gains most; with a larger {name}_stopping_step it may become better."
+            )
 
     def _judge(
         self,

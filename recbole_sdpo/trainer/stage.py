@@ -276,7 +276,8 @@ class Stage:
         self.optimizer.step()
         values = {"loss": loss / targets, "gradient_norm": norm}
         if objective.negatives:
-            values |= Diagnostics(*(total / targets for total in watched))._asdict()
+            named = zip(Diagnostics._fields, watched, strict=True)
+            values |= {name: total / targets for name, total in named}
         if ends:
             values[KL] = kl / ends
         self._write(values)
@@ -300,6 +301,7 @@ class Stage:
         return replace(batch, forest=forest, items=items)
 
     def _logps(self, batch: Batch, reference: bool) -> tuple[Logps, torch.Tensor]:
+        """As :meth:`SDPOLLM.forward` gives them for ``batch``, with the users' ratings."""
         known = self.cache.read(batch.targets).to(self.model.lm.device) if self.cache else None
         logps, kl = self._policy(batch.forest, batch.width, reference, known, batch.ends)
         if self.examples.ratings is not None:

@@ -29,7 +29,9 @@ from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.settings import Role, Settings, having
 from recbole_sdpo.trainer.stage import Stage
 
-FOLDER = "state"
+STATE = "state"
+"""The folder in that of a run."""
+
 STATE_FILE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -45,7 +47,7 @@ def save_state(run_dir: Path, stage: Stage, rest: dict[str, Any]) -> None:
     tensors = gathered(_tensors(stage), stage.accelerator.is_main_process)
     if not tensors:
         return
-    folder = run_dir / FOLDER
+    folder = run_dir / STATE
     folder.mkdir(parents=True, exist_ok=True)
     # Never the one that state.json now points to.
     file = folder / f"{stage.name}-{stage.step}-{time.time_ns()}.safetensors"
@@ -83,7 +85,7 @@ def _tensors(stage: Stage) -> Iterator[tuple[str, torch.Tensor]]:
 
 def holds_state(run_dir: Path) -> bool:
     """Is there a state in ``run_dir``, be it damaged?"""
-    return (run_dir / FOLDER / STATE_FILE).is_file()
+    return (run_dir / STATE / STATE_FILE).is_file()
 
 
 def read_state(run_dir: Path) -> dict[str, Any]:
@@ -92,9 +94,9 @@ def read_state(run_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged.
     """
-    state = read_record(run_dir / FOLDER / STATE_FILE)
+    state = read_record(run_dir / STATE / STATE_FILE)
     if state is None:
-        raise damaged(run_dir / FOLDER / STATE_FILE)
+        raise damaged(run_dir / STATE / STATE_FILE)
     return state
 
 
@@ -148,10 +150,10 @@ def _digest(arrays: list[np.ndarray]) -> str:
 
 def broken_part(run_dir: Path) -> Path | None:
     """The file of the state in ``run_dir`` that is missing or damaged, if there is one."""
-    state = read_record(run_dir / FOLDER / STATE_FILE)
+    state = read_record(run_dir / STATE / STATE_FILE)
     if state is None:
-        return run_dir / FOLDER / STATE_FILE
-    file = run_dir / FOLDER / state["tensors"]
+        return run_dir / STATE / STATE_FILE
+    file = run_dir / STATE / state["tensors"]
     return None if file.is_file() and sha256(file) == state["sha256_of_tensors"] else file
 
 
@@ -165,7 +167,7 @@ def load_state(run_dir: Path, stage: Stage) -> None:
     if broken := broken_part(run_dir):
         raise damaged(broken)
     state = read_state(run_dir)
-    with safe_open(run_dir / FOLDER / state["tensors"], framework="pt") as stream:
+    with safe_open(run_dir / STATE / state["tensors"], framework="pt") as stream:
         names = set(stream.keys())
         for name, weight in stage.model.lm.trainable().items():
             weight.copy_(parted_as(weight, stream.get_tensor(f"weight/{name}")))

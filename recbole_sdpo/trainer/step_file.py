@@ -12,7 +12,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import naming, whole_file
 from recbole_sdpo.objectives import Diagnostics
 
-FILE = "steps.csv"
+STEPS_FILE = "steps.csv"
 
 KL = "kl"
 """The column of the KL divergence from the reference."""
@@ -45,7 +45,7 @@ class StepFile:
     """
 
     def __init__(self, run_dir: Path, mark: Mark | None) -> None:
-        self._path = run_dir / FILE
+        self._path = run_dir / STEPS_FILE
         with whole_file(self._path) as part:
             part.write_bytes(HEAD if mark is None else self._rows_until(mark))
         content = self._path.read_bytes()

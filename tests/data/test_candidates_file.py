@@ -8,15 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from recbole.data import data_preparation
 from recbole.data.dataset import Dataset
 
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidates import FrozenCandidates, fingerprint
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.dataset import create_dataset
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.experiment.file import Experiment
 from recbole_sdpo.experiment.identity import identity
-from recbole_sdpo.experiment.plan import Experiment, plan
+from recbole_sdpo.experiment.plan import plan
 from recbole_sdpo.inputs import Inputs
 from recbole_sdpo.loaders import evaluation_loaders
 from recbole_sdpo.quick_start import run

@@ -7,10 +7,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from recbole.data import utils
+from recbole.data import data_preparation, utils
 
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.data.dataset import create_dataset, data_preparation, user_histories
+from recbole_sdpo.data.dataset import create_dataset, user_histories
 from recbole_sdpo.data.sequences import histories, met_items
 from recbole_sdpo.errors import UserError
 from tests.conftest import TINY, write_dataset

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from recbole.data import data_preparation
 
 from recbole_sdpo.config import RunConfig
-from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.dataset import create_dataset
 from recbole_sdpo.model import SDPOLLM
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import strategies as st
+from recbole.data import data_preparation
 
 from recbole_sdpo.command import program
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data import json_rows
 from recbole_sdpo.data.candidate_lists import Numbers, read_lists
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.data.dataset import create_dataset, data_preparation
+from recbole_sdpo.data.dataset import create_dataset
 from recbole_sdpo.data.prompts import history_windows
 from recbole_sdpo.data.published import write_published
 from recbole_sdpo.data.sequences import histories, training_sequences

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment import run as run_module
-from recbole_sdpo.experiment.plan import Entry, Experiment, grid, plan, with_settings, written
+from recbole_sdpo.experiment.file import Entry, Experiment, with_settings, written
+from recbole_sdpo.experiment.plan import grid, plan
 from recbole_sdpo.lm import backbone
 
 THEIRS = {"metric": "HR@1", "value": 0.5, "source": "A paper, table 3"}
@@ -329,7 +330,7 @@ def test_every_model_gets_as_many_tries(write):
             "vary of run 'a': seed=1 is the experiment's",
         ),
         ({"runs": [{"name": "a", "vary": {5: [1]}}]}, "vary of run 'a': the key 5 must be text"),
-        ({"runs": [{"name": "a", "tune": []}]}, r"tune=\[\] must be a mapping"),
+        ({"runs": [{"name": "a", "tune": []}]}, r"tune=\[\] must be a dictionary"),
         ({"runs": [{"name": "a", "settings": {5: 6}}]}, "run 'a': the key 5 must be text"),
         ({"seeds": [True]}, r"seeds=\[True\] must be a list of different whole numbers"),
         ({"seeds": [2**32]}, "must be a list of different whole numbers, 0 or more and below 2"),
@@ -341,7 +342,7 @@ def test_every_model_gets_as_many_tries(write):
         ({"baselines": ["a", "a"]}, "baselines=.* must be a list of different names of runs"),
         ({"base": 5}, "base=5 must be the name of a file"),
         ({"base": ""}, "base='' must be the name of a file"),
-        ({"settings": 5}, "settings=5 must be a mapping"),
+        ({"settings": 5}, "settings=5 must be a dictionary"),
         ({"runs": [{"name": "a", "axis": 1}]}, "unknown key 'axis'"),
         (
             {"runs": [{"name": "a", "vary": {"beta": [1.0], "sdpo_epochs": [1]}}]},

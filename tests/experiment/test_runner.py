@@ -27,7 +27,8 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import metric_of_ranks
 from recbole_sdpo.experiment import runner as runner_module
 from recbole_sdpo.experiment import worker
-from recbole_sdpo.experiment.plan import Experiment, Run, plan
+from recbole_sdpo.experiment.file import Experiment
+from recbole_sdpo.experiment.plan import Run, plan
 from recbole_sdpo.experiment.run import run_experiment
 from recbole_sdpo.experiment.runner import Runner, _time_left
 from recbole_sdpo.experiment.tune import tune

@@ -27,7 +27,8 @@ def attempt(trial: Trial) -> str:
     trial.folder.joinpath("try.yaml").write_bytes(experiments.broken(number, settings))
 
     def read() -> None:
-        from recbole_sdpo.experiment.plan import Experiment, plan
+        from recbole_sdpo.experiment.file import Experiment
+        from recbole_sdpo.experiment.plan import plan
 
         with mendable():
             plan(Experiment.load(Path("try.yaml")))

@@ -20,8 +20,9 @@ from transformers import (
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import backbone as module
-from recbole_sdpo.lm.backbone import load_backbone, resolved, restore_policy, save_backbone
+from recbole_sdpo.lm.backbone import load_backbone, resolved
 from recbole_sdpo.lm.forest import plant
+from recbole_sdpo.lm.policy import restore_policy, save_backbone
 from recbole_sdpo.lm.scratch import build_model, train_tokenizer
 from recbole_sdpo.ragged import Ragged
 from recbole_sdpo.settings import BackboneSettings, Settings
@@ -177,7 +178,7 @@ def test_smollm2_is_found_in_its_package_without_importing_it(tmp_path, monkeypa
     (package / "__init__.py").write_text("raise ImportError('needs llama-cpp')")
     (package / "any.gguf").write_bytes(b"x")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(module, "_convert_gguf", lambda file, cache: file)
+    monkeypatch.setattr(module, "convert_gguf", lambda file, cache: file)
     assert module._locate(config(backbone="smollm2-135m")) == str(package / "any.gguf")
     (package / "any.gguf").unlink()
     assert module._locate(config(backbone="smollm2-135m")) == module.SMOLLM2_HUB

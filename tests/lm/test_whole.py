@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.lm.backbone import load_backbone, resolved, restore_policy, save_backbone
+from recbole_sdpo.lm.backbone import load_backbone, resolved
 from recbole_sdpo.lm.forest import plant
 from recbole_sdpo.lm.language_model import LanguageModel
+from recbole_sdpo.lm.policy import restore_policy, save_backbone
 from recbole_sdpo.lm.scratch import build_model
 from recbole_sdpo.lm.text import encode_texts, opening_tokens
 from recbole_sdpo.lm.whole import UNKNOWN, TitleHead, make_whole, tables, whole_tokenizer
