@@ -48,6 +48,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import config_file, naming, whole_file
+from recbole_sdpo.settings import merged_parts
 from recbole_sdpo.values import Loader, check_values, read_arguments, read_yaml, value_of
 
 # Of kernels that bitsandbytes would like to have, and that a run here does without, it speaks as it
@@ -298,7 +299,13 @@ def _convert_config_dict(self: Config, config_dict: dict[str, Any]) -> dict[str,
 def _load_config_files(self: Config, files: list[str] | None) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for file in files or ():
-        settings |= read_yaml(config_file(file), f"config_files={str(file)!r}")
+        given = read_yaml(config_file(file), f"config_files={str(file)!r}")
+        if "config_files" in given:
+            raise UserError(
+                f"config_files={str(file)!r} must not name config_files; give them all on the "
+                "command line, or from Python."
+            )
+        settings |= given | merged_parts(settings, given)
         if settings.get("trust_remote_code"):
             raise UserError(
                 f"config_files={str(file)!r} must not set trust_remote_code; give it on the "
@@ -522,14 +529,27 @@ def environment() -> dict[str, str]:
 
 
 def check_launcher() -> None:
-    """Refuse ``accelerate launch --cpu --num_processes 2``, which starts a single process.
+    """Refuse ``accelerate launch --cpu --num_processes 2``, which starts a single process, and
+    variables of a launcher that are no numbers, or not all there.
 
-    It leaves a master address without a world size
+    The former leaves a master address without a world size
     (https://github.com/huggingface/accelerate/issues/2741).
 
     Raises:
-        UserError: naming the command that does start several.
+        UserError: naming the command that does start several, or the variable.
     """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        text = os.environ.get(name)
+        if text is not None and not text.isdecimal():
+            raise UserError(
+                f"{name}={text!r} in the environment must be a whole number, as torchrun sets it; "
+                "unset it, or start with torchrun."
+            )
+        if text and (name == "LOCAL_RANK" or int(text) > 1) and "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                f"{name}={text} in the environment says that this is one of several processes, and "
+                "MASTER_ADDR is not there; unset it, or start with torchrun."
+            )
     if (
         os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
         and "MASTER_ADDR" in os.environ

@@ -3,6 +3,7 @@ gave."""
 
 from __future__ import annotations
 
+import os
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from recbole_sdpo.checks.configuration import check_settings
 from recbole_sdpo.checks.recbole_rules import MODEL_NAME
 from recbole_sdpo.errors import UserError, meant
 from recbole_sdpo.registry import add_defaults, default_settings
-from recbole_sdpo.settings import MODEL, Settings
+from recbole_sdpo.settings import MODEL, Settings, merged_parts
 
 MODELS = "https://recbole.io/docs/user_guide/model_intro.html"
 
@@ -70,6 +71,20 @@ class RunConfig(Config):
                 f"model={model!r} must be {MODEL} or a model of RecBole, as listed at {MODELS}; "
                 f"{meant(model, names, 'GRU4Rec is one.')}"
             ) from error
+
+    def _merge_external_config_dict(self) -> None:
+        """As RecBole's, but that who gives one part of a dictionary keeps those given before: in a
+        file, then from Python, then on the command line."""
+        merged: dict[str, Any] = {}
+        for given in (self.file_config_dict, self.variable_config_dict, self.cmd_config_dict):
+            merged |= given | merged_parts(merged, given)
+        self.external_config_dict = merged
+
+    def _set_default_parameters(self) -> None:
+        """As RecBole's, which passes over a ``data_path`` that is given for ml-100k."""
+        super()._set_default_parameters()
+        if data_path := self.external_config_dict.get("data_path"):
+            self.final_config_dict["data_path"] = os.path.join(data_path, self.dataset)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

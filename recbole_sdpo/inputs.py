@@ -29,13 +29,11 @@ from recbole_sdpo.errors import UserError, reason
 from recbole_sdpo.files import user_path, write_text
 from recbole_sdpo.lm.backbone import resolved, weights_source
 from recbole_sdpo.objectives import BUILT_IN, OBJECTIVES
+from recbole_sdpo.result import INPUTS_FILE
 from recbole_sdpo.settings import MODEL
 from recbole_sdpo.trainer.checkpoint import sft_folder
 from recbole_sdpo.trainer.state import holds_state, read_state
 from recbole_sdpo.values import shown
-
-FILE = "inputs.json"
-"""In a run's folder: what it read as it began, with which alone it may be resumed."""
 
 OF_RECBOLE = ("pre_model_path", "mf_pretrain_path", "mlp_pretrain_path", "pretrain_path", "warm_up")
 """Settings of RecBole that name a file to read."""
@@ -128,9 +126,8 @@ class Inputs:
                     "a release wrote it that did not note them."
                 )
         if write and now not in before:
-            write_text(
-                run_dir / FILE, json.dumps({"files": files, "code": [*before, now]}, indent=2)
-            )
+            record = {"files": files, "code": [*before, now]}
+            write_text(run_dir / INPUTS_FILE, json.dumps(record, indent=2))
         others = [dict(code.items() - now.items()) for code in before if code != now]
         for name in dict.fromkeys(chain.from_iterable(others)):
             getLogger().warning(
@@ -149,7 +146,8 @@ class Inputs:
         now = {"dataset": self.config["dataset"]}
         if self.config["model"] == MODEL:
             flat = self.config.settings.to_flat()
-            now |= {key: flat[key] for key in ("backbone", "prompt_templates", "candidates_file")}
+            files = ("backbone", "prompt_templates", "candidates_file", "sft_checkpoint")
+            now |= {key: flat[key] for key in files}
         began = read_state(run_dir)["settings"]
         for key, value in now.items():
             if began.get(key, value) != value:
@@ -204,7 +202,7 @@ def _record(run_dir: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
     Raises:
         UserError: it is missing or damaged.
     """
-    file = run_dir / FILE
+    file = run_dir / INPUTS_FILE
     if not file.is_file():
         raise UserError(
             f"{file} is missing, which tells whether the data are those that the run began with; "

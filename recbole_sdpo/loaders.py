@@ -7,7 +7,9 @@ from collections.abc import Collection, Sequence
 from logging import INFO, WARNING, getLogger
 from typing import Any
 
+import numpy as np
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+from recbole.data.dataset import Dataset
 from recbole.utils import set_color
 
 from recbole_sdpo.checks.metrics import is_of_lists
@@ -28,12 +30,15 @@ from recbole_sdpo.data.candidates import (
 )
 from recbole_sdpo.data.catalogue import Catalogue, NoTitles
 from recbole_sdpo.data.published import PHASES
-from recbole_sdpo.data.sequences import met_items, popularity
+from recbole_sdpo.data.sequences import met_items, popularity, users_and_targets
 from recbole_sdpo.data.whole_catalogue import check_length_of_lists
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.audit import Audit, audit_loaders
 from recbole_sdpo.files import user_path
 from recbole_sdpo.settings import FILE_MODE, MODEL, Settings
+
+REPEATED = 0.05
+"""Share of test targets that their user has met before, above which a run warns of them."""
 
 Loaders = dict[str, tuple[AbstractDataLoader, AbstractDataLoader]]
 """For each evaluation mode the loaders for validation and test; the first is the one that
@@ -152,7 +157,24 @@ def evaluation_loaders(
             freeze(loader, parts[:number], catalogue, seed, exclude, setting)
             if mode == "full" and any(map(is_of_lists, config["metrics"])):
                 check_length_of_lists(loader, max(config["topk"]))
+    if exclude and not given:
+        _say_repeated(parts)
     return loaders
+
+
+def _say_repeated(parts: list[Dataset]) -> None:
+    """Warn where many test targets stand in their user's history, as drawn candidates never do."""
+    *before, test = parts
+    met, targets = (
+        user * test.item_num + item for user, item in (met_items(*before), users_and_targets(test))
+    )
+    share = np.isin(targets, met).mean() if len(targets) else 0.0
+    if share > REPEATED:
+        getLogger().warning(
+            f"{share:.0%} of the test targets are items that their user has met before, and drawn "
+            "candidates never are: who repeats the history wins. Give rm_dup_inter=first, or "
+            "candidates_exclude_history=False."
+        )
 
 
 def audits_of(

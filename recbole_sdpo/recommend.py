@@ -199,6 +199,8 @@ class Recommender:
         most = len(self._first) - number.get(user, 0)
         if not isinstance(k, int | np.integer) or not 1 <= k <= most:
             whom = f" to user {user!r}" if user is not None else ""
+            if most < 1:
+                raise UserError(f"No title is left to recommend{whom}, who has met them all.")
             raise UserError(
                 f"k={shown(k)} must be a whole number from 1 to {most}, the titles that there are "
                 f"to recommend{whom}."
@@ -291,7 +293,7 @@ def _device(name: str | None) -> torch.device:
         where = torch.device(device)
         torch.zeros(1, device=where).tolist()
     except (RuntimeError, AssertionError, TypeError) as error:
-        line = str(error).split("\n")[0]
+        line = str(error).split("\n")[0].split(". ")[0][:200]
         raise UserError(
             f"device={device!r} cannot be used ({line}); it must be cpu, cuda, cuda:1 or the "
             "like, and be there."
@@ -306,6 +308,11 @@ def _load_data(made: Checkpoint, data_path: str | Path | None) -> ServedDataset:
         )
     # text stays text, such as a folder's name that is a number
     moved = {} if data_path is None else {"data_path": repr(str(user_path(data_path)))}
+    remedy = (
+        f"data_path={str(data_path)!r} must be the folder above {made.dataset}/."
+        if moved
+        else "If they have moved, give data_path."
+    )
     try:
         with compat.no_arguments(), compat.same_gpus():
             config = RunConfig(MODEL, made.dataset, config_dict=made.data | moved)
@@ -313,7 +320,7 @@ def _load_data(made: Checkpoint, data_path: str | Path | None) -> ServedDataset:
     except (UserError, OSError) as error:
         raise UserError(
             f"the data of checkpoint {str(made.folder)!r} cannot be loaded: "
-            f"{str(error).rstrip('.')}. If they have moved, give data_path."
+            f"{str(error).rstrip('.')}. {remedy}"
         ) from error
 
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def recommend_all(
         raise UserError("There are no users to recommend to.")
     met = [recommender.met(user) for user in users]
     recommender.check_k(k, dict(zip(users, met, strict=True)) if exclude_history else {})
-    folder.mkdir(exist_ok=True)
+    _make_folder(folder, file)
     _check_record(folder, _identity(recommender, users, met, k, exclude_history), file)
     try:
         with tqdm(
@@ -116,8 +116,10 @@ def recommend_all(
         if process == 0:
             check_output(file)  # which another call may have written meanwhile
             _join([part for part, _ in parts], file)
-            shutil.rmtree(folder)
+            _remove([part for part, _ in parts], folder)
     except (OSError, KeyboardInterrupt) as error:
+        if isinstance(error, FileNotFoundError) and not folder.is_dir():
+            raise _gone(folder, file) from error
         add_note(error, f"the same command goes on from what is in {folder}")
         raise
 
@@ -130,10 +132,7 @@ def _join(parts: Sequence[Path], file: Path) -> None:
         for part in parts:
             while not part.exists():
                 if not part.parent.is_dir():
-                    raise UserError(
-                        f"{part.parent} is gone: another call has written {file}, or somebody "
-                        "removed it; give another name as output."
-                    )
+                    raise _gone(part.parent, file)
                 time.sleep(WAIT_S)
             yield read(part)
 
@@ -192,6 +191,39 @@ def _identity(
         "exclude_history": bool(exclude_history),
         "users_to_a_part": USERS,
     }
+
+
+def _gone(folder: Path, file: Path) -> UserError:
+    return UserError(
+        f"{folder} is gone: another call has written {file}, or somebody removed it; give another "
+        "name as output."
+    )
+
+
+def _make_folder(folder: Path, file: Path) -> None:
+    """Make ``folder``, or see that it is one of ours.
+
+    Raises:
+        UserError: it is somebody else's.
+    """
+    try:
+        folder.mkdir()
+    except FileExistsError as error:
+        inside = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+        # The record is the first file of ours, be it that another process is writing it.
+        if inside and not any(name.startswith(RECORD) for name in inside):
+            raise UserError(
+                f"{folder} holds {min(inside)}, and no {RECORD}, as parts of {file.name} do; "
+                "remove it, or give another name as output."
+            ) from error
+
+
+def _remove(parts: Iterable[Path], folder: Path) -> None:
+    """Remove the parts and their record; whatever else lies in ``folder`` stays there."""
+    for part in (*parts, folder / RECORD):
+        part.unlink(missing_ok=True)
+    with suppress(OSError):  # it is not empty
+        folder.rmdir()
 
 
 def _check_record(folder: Path, identity: dict[str, Any], file: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import read_record, sha256, write_record
 
-RESULT_FILE, RANKS_FILE = "result.json", "ranks.csv"
+RESULT_FILE, RANKS_FILE, INPUTS_FILE = "result.json", "ranks.csv", "inputs.json"
+"""In a run's folder: its result, the rank of each target, and digests of what it read."""
 
 
 def write_result(folder: Path, result: dict[str, Any], files: Iterable[str]) -> dict[str, Any]:

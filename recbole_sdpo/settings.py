@@ -33,7 +33,6 @@ RECBOLE_KEYS = {
     "model",
     "dataset",
     "config_files",
-    "config_file",
     "encoding",
     "tail_ratio",
     "wandb_project",

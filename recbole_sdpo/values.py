@@ -169,6 +169,22 @@ class Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """A number that says what it is: YAML 1.1 reads 010 in base 8, and 1:30 in base 60."""
+        text = node.value
+        if ":" in text or re.fullmatch(r"[-+]?0[0-7_]+", text):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"{text} is a number of another base; write another or quote it",
+                node.start_mark,
+            )
+        whole = node.tag.endswith("int")
+        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+
+
+for kind in ("int", "float"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_number)
 
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

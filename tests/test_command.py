@@ -235,9 +235,28 @@ def test_what_is_no_command_shows_how_to_call_it(monkeypatch, capsys, arguments,
     assert said.startswith("usage: recbole-sdpo") and message in said
 
 
-def test_an_option_is_given_once(monkeypatch):
-    given = ["recommend", "--checkpoint=a", "--user=1", "--user=2"]
-    assert call_program(monkeypatch, *given) == "error: --user is given twice; give it once."
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--user=1", "--user=2"], "--user"),
+        (["--user=1", "-k", "3", "--k", "5"], "--k"),
+        (["--user=1", "-k3", "-k5"], "-k"),
+        (["--user=1", "--format", "json", "--format=table"], "--format"),
+    ],
+)
+def test_an_option_is_given_once_whatever_its_name_and_form(monkeypatch, options, named):
+    said = call_program(monkeypatch, "recommend", "--checkpoint=a", *options)
+    assert said == f"error: {named} is given twice; give it once."
+
+
+def test_the_script_has_its_options_once_too(monkeypatch):
+    with pytest.raises(SystemExit, match="error: --model is given twice; give it once"):
+        call(monkeypatch, "--model", "Pop", "--model", "BPR")
+
+
+def test_a_word_that_no_setting_has_is_named(monkeypatch):
+    said = call_program(monkeypatch, "settings", "zzz")
+    assert said == "error: No setting has 'zzz' in its name or explanation."
 
 
 def test_settings_with_a_word(monkeypatch, capsys):

@@ -224,6 +224,21 @@ def test_such_a_launch_is_refused(monkeypatch):
     compat.check_launcher()
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("WORLD_SIZE", "", "WORLD_SIZE='' in the environment must be a whole number"),
+        ("RANK", "one", "RANK='one' in the environment must be a whole number"),
+        ("WORLD_SIZE", "2", "WORLD_SIZE=2 in the environment .*MASTER_ADDR is not there"),
+        ("LOCAL_RANK", "0", "LOCAL_RANK=0 in the environment .*MASTER_ADDR is not there"),
+    ],
+)
+def test_half_a_launch_is_refused(monkeypatch, name, text, message):
+    monkeypatch.setenv(name, text)
+    with pytest.raises(UserError, match=message):
+        compat.check_launcher()
+
+
 def test_importing_recboles_models_still_turns_anomaly_detection_on_and_ours_does_not():
     ask = "import torch, {}; print(torch.is_anomaly_enabled())"
     for module, expected in (

@@ -227,8 +227,8 @@ def test_a_result_has_what_was_read_and_a_run_is_resumed_with_that_alone(ring, t
     again = replace(read, digests=read.digests | {"versions/torch": "9.1"})
     former = [{"versions/torch": torch["versions/torch"]}, upgrade | {"sources": "other"}]
     assert again.keep(run_dir, write=True) == former
-    files = json.loads((run_dir / inputs.FILE).read_text())["files"]
-    (run_dir / inputs.FILE).write_text(json.dumps(files))  # of an older release
+    files = json.loads((run_dir / inputs.INPUTS_FILE).read_text())["files"]
+    (run_dir / inputs.INPUTS_FILE).write_text(json.dumps(files))  # of an older release
     assert read.keep(run_dir, write=True) == []
     assert f"{run_dir} does not say with which sources and versions its run began" in caplog.text
     assert again.keep(run_dir, write=True) == former[:1]
@@ -242,9 +242,9 @@ def test_a_result_has_what_was_read_and_a_run_is_resumed_with_that_alone(ring, t
     item.write_text(item.read_text().replace("red", "pink"))
     with pytest.raises(UserError, match=rf"{item} changed since the run in {run_dir} began"):
         Inputs.of(config(ring, "Pop")).keep(run_dir, write=True)
-    (run_dir / inputs.FILE).write_text("{")
+    (run_dir / inputs.INPUTS_FILE).write_text("{")
     with pytest.raises(UserError, match="inputs.json is damaged"):
         read.keep(run_dir, write=True)
-    (run_dir / inputs.FILE).unlink()
+    (run_dir / inputs.INPUTS_FILE).unlink()
     with pytest.raises(UserError, match="inputs.json is missing, which tells whether the data are"):
         read.keep(run_dir, write=True)

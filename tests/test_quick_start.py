@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from recbole_sdpo import compat, quick_start
+from recbole_sdpo.config import RunConfig
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.result import read_result
 from recbole_sdpo.trainer import checkpoint, folder, sdpo_trainer, state, step_file
@@ -444,3 +445,82 @@ def test_the_curves_can_be_read(whole):
         set(steps.stage) == {"sft", "sdpo"}
         and json.loads((whole[2] / "result.json").read_text())["files"]["steps.csv"]
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["selection", "state", "ranks.csv", "steps.csv", "inputs.json", "sft.old", "sdpo.part"]
+)
+def test_what_a_run_would_write_over_stays_a_users(ring, name):
+    Path("mine", name).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"run_dir='mine' holds {name}, which no run has put there"):
+        run(ring, run_dir="mine")
+    assert [path.name for path in Path("mine").iterdir()] == [name]
+
+
+def test_a_run_goes_on_in_its_own_folder_alone(ring, tmp_path, monkeypatch):
+    killed(monkeypatch, ring | SMALL, Stage, "_step", 1, run_dir="cut")
+    with pytest.raises(UserError, match="run_dir='other' is another folder than resume='cut'"):
+        run(ring | SMALL, resume="cut", run_dir="other")
+    with pytest.raises(UserError, match="that run had sft_checkpoint=None .now 'cut'."):
+        run(ring | SMALL, resume="cut", sft_checkpoint="cut")
+    assert run(ring | SMALL, resume="cut", run_dir=str(tmp_path / "cut"))["test_result"]
+
+
+def test_a_checkpoint_of_a_run_that_was_interrupted_is_named(ring, monkeypatch, caplog):
+    killed(monkeypatch, ring | SMALL, Stage, "run_epoch", 1, run_dir="cut")
+    said = "checkpoint 'cut/sft' is of a run that was interrupted"
+    caplog.clear()
+    run(ring | SMALL, sft_checkpoint="cut", run_dir="from")
+    assert said in caplog.text
+    caplog.clear()
+    run(ring | SMALL, sft_checkpoint="from", run_dir="again")
+    assert "interrupted" not in caplog.text
+
+
+def test_an_sft_that_had_other_targets_is_warned_of(ring, caplog):
+    """Those of this run's test may be among them."""
+    split = {"split": {"RS": [0.96, 0.02, 0.02]}, "group_by": "none"}
+    whole = {"eval_args": ring["eval_args"] | split}
+    sft = ring | SMALL | {"objective": "sft", "more_candidates": []}
+    run(sft | whole, run_dir="all")
+    run(sft, run_dir="own")
+    for start, warned in (("all", True), ("own", False)):
+        caplog.clear()
+        run(sft, sft_checkpoint=start, run_dir=f"from-{start}", sft_learning_rate=0.5)
+        assert ("was trained on other events than this run" in caplog.text) is warned
+        assert (
+            "sft_learning_rate=0.5 has no effect with sft_checkpoint, whose SFT had" in caplog.text
+        )
+
+
+def test_who_gives_one_part_of_a_dictionary_keeps_those_given_before(ring, tmp_path):
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    a.write_text("eval_args: {split: {RS: [0.6, 0.2, 0.2]}}\ntrain_neg_sample_args: {alpha: 2.0}\n")
+    b.write_text("train_neg_sample_args: {distribution: popularity}\n")
+    config = RunConfig("SDPO-LLM", "toy", [str(a), str(b)], ring | {"eval_args": {"mode": "pop3"}})
+    assert config["eval_args"]["split"] == {"RS": [0.6, 0.2, 0.2]}
+    assert config["eval_args"]["mode"] == {"valid": "pop3", "test": "pop3"}
+    args = config["train_neg_sample_args"]
+    assert (args["distribution"], args["alpha"]) == ("popularity", 2.0)
+    b.write_text("config_files: a.yaml\n")
+    with pytest.raises(UserError, match="must not name config_files"):
+        RunConfig("SDPO-LLM", "toy", [str(b)], ring)
+    with pytest.raises(UserError, match="'config_file'='a.yaml'; did you mean 'config_files'"):
+        RunConfig("SDPO-LLM", "toy", config_dict=ring | {"config_file": "a.yaml"})
+
+
+def test_a_data_path_counts_for_recboles_own_example_too(tmp_path):
+    assert "dataset_example" in RunConfig("Pop", "ml-100k")["data_path"]
+    with pytest.raises(UserError, match=f"there is no file {tmp_path}/ml-100k/ml-100k.inter"):
+        RunConfig("Pop", "ml-100k", config_dict={"data_path": str(tmp_path)})
+
+
+def test_targets_that_repeat_the_history_are_warned_of(ring, caplog):
+    said = "of the test targets are items that their user has met before"
+    run(ring, "Pop", run_dir="a")
+    assert said not in caplog.text
+    file = Path(ring["data_path"], "toy", "toy.inter")
+    head, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([head, *(row for row in rows for _ in "12")]) + "\n")
+    run(ring, "Pop", run_dir="b")
+    assert f"100% {said}" in caplog.text

@@ -296,7 +296,8 @@ def test_what_cannot_be_recommended_is_an_error(trained):
     with pytest.raises(ValueError, match="device='tpu9' cannot be used .*; it must be cpu, cuda"):
         Recommender.load("run", device="tpu9")
     with pytest.raises(
-        UserError, match="cannot be loaded: .*nowhere/toy.* If they have moved, give data_path"
+        UserError,
+        match="cannot be loaded: .*nowhere/toy.* data_path='nowhere' must be the folder above",
     ):
         Recommender.load("run", data_path="nowhere")
     with pytest.raises(UserError, match="data_path=' ' is blank"):

@@ -1,6 +1,7 @@
 """The best titles of all users in one file, against those of each user alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -252,3 +253,38 @@ def test_a_damaged_record_is_another_call(recommender):
     (folder / "what.json").write_text(json.dumps({"k": 3}))
     with pytest.raises(UserError, match="remove it"):
         recommend_all.recommend_all(recommender, Path("best.csv"), ["u1"], 3)
+
+
+def test_parts_that_are_somebody_elses_are_left_alone(recommender):
+    folder = Path("best.csv.parts")
+    folder.mkdir()
+    (folder / "00000.csv").write_text("user,rank,item,title,score\nu0,1,i1,junk,0\n")
+    with pytest.raises(UserError, match="best.csv.parts holds 00000.csv, and no what.json"):
+        recommend_all.recommend_all(recommender, "best.csv", list(recommender.users), 3)
+    (folder / "00000.csv").unlink()
+    recommend_all.recommend_all(recommender, "best.csv", list(recommender.users), 3)
+    assert not folder.exists()
+
+
+def test_what_a_user_put_among_the_parts_stays(recommender, monkeypatch):
+    write = recommender.recommend_to_users
+
+    def beside(*args):
+        Path("best.csv.parts", "notes.txt").write_text("mine")
+        return write(*args)
+
+    monkeypatch.setattr(recommender, "recommend_to_users", beside)
+    recommend_all.recommend_all(recommender, "best.csv", list(recommender.users), 3)
+    assert [path.name for path in Path("best.csv.parts").iterdir()] == ["notes.txt"]
+
+
+def test_a_call_whose_parts_another_has_joined_says_so(recommender, monkeypatch):
+    write = recommender.recommend_to_users
+
+    def gone(*args):
+        shutil.rmtree("best.csv.parts")
+        return write(*args)
+
+    monkeypatch.setattr(recommender, "recommend_to_users", gone)
+    with pytest.raises(UserError, match="best.csv.parts is gone: another call has written"):
+        recommend_all.recommend_all(recommender, "best.csv", list(recommender.users), 3)

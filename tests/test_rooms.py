@@ -11,7 +11,7 @@ ROOT = Path(recbole_sdpo.__path__[0])
 
 ROOMS = (
     "errors version libraries threads random ragged objectives values rules files digests "
-    "interrupt",
+    "interrupt output",
     "settings",
     "lm",
     "compat",

@@ -188,3 +188,14 @@ def test_recboles_own_files_are_read_as_recbole_reads_them():
     for file in files:
         content = file.read_text(encoding="utf-8")
         assert yaml.load(content, Loader) == yaml.load(content, Theirs), file
+
+
+@pytest.mark.parametrize("text", ["010", "-017", "1:30", "1:30.5", "+0_7"])
+def test_numbers_of_other_bases_are_refused_in_files(tmp_path, text):
+    """YAML 1.1 has 8 for 010, and 90 for 1:30."""
+    file = tmp_path / "x.yaml"
+    file.write_text(f"seed: {text}\n")
+    with pytest.raises(UserError, match=re.escape(f"line 1: {text} is a number of another base")):
+        read_yaml(file)
+    file.write_text(f"seed: '{text}'\nother: 10\nzero: 0\nhalf: 0.5\n")
+    assert read_yaml(file) == {"seed": text, "other": 10, "zero": 0, "half": 0.5}

@@ -48,7 +48,7 @@ def check_settings(config: Config) -> Settings:
         set(config.internal_config_dict)
         | {key for keys in config.parameters.values() for key in keys}
         | RECBOLE_KEYS
-    )
+    ) - {"config_file"}  # which RecBole lists, and nobody reads
     ours, of_every_model = config["model"] == MODEL, having(Role.EVERY_MODEL)
     if ours:
         check_unknown(config.external_config_dict, known, SETTINGS)

@@ -12,7 +12,6 @@ import numpy as np
 from recbole.data import data_preparation
 
 from recbole_sdpo import compat
-from recbole_sdpo.command.output import show
 from recbole_sdpo.command.run import read_settings
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidate_lists import (
@@ -33,6 +32,7 @@ from recbole_sdpo.data.sequences import popularity
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.audit import ENOUGH, TOP, Audit, Lists, audit, in_words
 from recbole_sdpo.files import user_path
+from recbole_sdpo.output import show
 from recbole_sdpo.report.table import markdown_table
 
 HELP = "guess the targets of candidate lists without a history and a model"

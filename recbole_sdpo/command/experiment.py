@@ -53,6 +53,7 @@ def add_further_options(parser: argparse.ArgumentParser) -> None:
 def call(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """Do the runs, with the settings in ``rest`` beside their own. 1 if a run failed."""
     settings = read_settings(args, rest)
+    compat.check_launcher()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(
             "an experiment starts its runs itself; call it with plain python, and --jobs for "

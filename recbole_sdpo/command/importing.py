@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recbole_sdpo.command.output import show
 from recbole_sdpo.data.atomic import write_atomic
 from recbole_sdpo.data.published import PHASES, write_published
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.output import show
 
 HELP = "make a dataset of RecBole from CSV files of events and items, or from published lists"
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from recbole_sdpo.command import audit, experiment, importing, recommend, run, settings
-from recbole_sdpo.errors import UserError
+from recbole_sdpo.command.options import once
 from recbole_sdpo.interrupt import endings
 from recbole_sdpo.version import __version__
 
@@ -22,8 +22,6 @@ COMMANDS = {
 rest of the command line are settings."""
 
 WITH_SETTINGS = {"run", "experiment", "audit"}
-
-MAY_REPEAT = {"--history", "--title"}
 
 
 @endings()
@@ -47,24 +45,11 @@ def main() -> int | None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        module.add_options(command)
+        module.add_options(once(command))
         command.usage = command.format_usage().removeprefix("usage: ").rstrip() + more
     if sys.argv[1:2] and sys.argv[1].startswith(("--model", "--dataset", "--config_files")):
         parser.error(f"a command comes first, as in: recbole-sdpo run {sys.argv[1]}")
     args, rest = parser.parse_known_args()
-    _check_once(sys.argv[2:])
     if rest and args.command not in WITH_SETTINGS:
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
     return COMMANDS[args.command].call(args, rest)
-
-
-def _check_once(words: list[str]) -> None:
-    """Of an option that is given twice, argparse takes the last without a word.
-
-    Raises:
-        UserError: one is.
-    """
-    options = [word.partition("=")[0] for word in words if word.startswith("-")]
-    for option in options:
-        if options.count(option) > 1 and option not in MAY_REPEAT:
-            raise UserError(f"{option} is given twice; give it once.")

@@ -15,10 +15,10 @@ import torch
 import transformers
 
 from recbole_sdpo import compat
-from recbole_sdpo.command.output import show
 from recbole_sdpo.command.run import refuse_blank
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import user_path
+from recbole_sdpo.output import show
 from recbole_sdpo.recommend import Recommender
 from recbole_sdpo.recommend_all import check_output, recommend_all
 from recbole_sdpo.report.table import markdown_table, markdown_text
@@ -90,6 +90,7 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
             f"--checkpoint names {len(args.checkpoint)} folders, {' and '.join(args.checkpoint)}; "
             "give one."
         )
+    compat.check_launcher()
     process, processes, place = (
         int(os.environ.get(key, default))
         for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

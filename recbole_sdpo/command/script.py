@@ -7,9 +7,10 @@ import argparse
 import sys
 
 from recbole_sdpo.command import experiment, run, settings
-from recbole_sdpo.command.output import show
+from recbole_sdpo.command.options import once
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.interrupt import endings
+from recbole_sdpo.output import show
 from recbole_sdpo.settings import table
 
 
@@ -22,7 +23,7 @@ def main() -> None:
         "recbole-sdpo does the same by sub-commands, and recommends.",
         allow_abbrev=False,
     )
-    run.add_options(parser)
+    run.add_options(once(parser))
     parser.add_argument("--settings", action="store_true", help=f"{settings.HELP}, and stop")
     parser.add_argument("--experiment", metavar="FILE", help=experiment.HELP)
     experiment.add_further_options(parser)

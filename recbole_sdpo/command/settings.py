@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from recbole_sdpo.command.output import show
+from recbole_sdpo.errors import UserError
+from recbole_sdpo.output import show
 from recbole_sdpo.settings import table
 
 HELP = "print our settings with their defaults"
@@ -21,5 +22,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Print the table."""
-    show(table(args.word))
+    """Print the table.
+
+    Raises:
+        UserError: no setting has the word.
+    """
+    text = table(args.word)
+    if text.count("\n") < 2:
+        raise UserError(f"No setting has {args.word!r} in its name or explanation.")
+    show(text)

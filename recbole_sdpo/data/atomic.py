@@ -22,6 +22,7 @@ import pandas as pd
 from pandas.io.common import get_handle
 from pandas.tseries.api import guess_datetime_format
 
+from recbole_sdpo.data.catalogue import LONGEST_TITLE
 from recbole_sdpo.data.tables import DIGITS
 from recbole_sdpo.errors import UserError, meant, reason
 from recbole_sdpo.files import new_folder, user_path, whole_file
@@ -98,7 +99,7 @@ def write_atomic(
         encoding: of the files, or UTF-8; a byte order mark tells UTF-16 by itself.
 
     Warns:
-        UserWarning: some times are before 1970-01-02 or after 2100.
+        UserWarning: some times are before 1970-01-02 or after 2100, or events are there twice.
 
     Raises:
         UserError: a name, file, column or value that cannot be used.
@@ -130,6 +131,13 @@ def write_atomic(
     )
     inter["timestamp:float"], order = _times(rows[time], source)
     inter = inter.loc[order.sort_values(kind="stable").index]
+    if twice := int(inter.duplicated().sum()):
+        warnings.warn(
+            f"{twice:,} of {len(inter):,} events are there twice, with one user, item and time: a "
+            "test target may then be the last item of its history. Remove them, or run with "
+            "rm_dup_inter=first.",
+            stacklevel=2,
+        )
 
     wanted = {"item_key": [item_key], "title": titles}
     rows, source = _read(items, "items", wanted, separator, encoding)
@@ -137,6 +145,13 @@ def write_atomic(
     for field, column in zip(fields, titles, strict=True):
         texts[f"{field}:token_seq"] = rows[column].map(without_quote)
     unique = texts.drop_duplicates("item_id:token")
+    long = unique["title:token_seq"].str.len() > LONGEST_TITLE
+    if long.any():
+        key, text = unique.loc[long, ["item_id:token", "title:token_seq"]].iloc[0]
+        raise UserError(
+            f"item {key!r} of {source} has a title of {len(text):,} characters, {text[:50]!r}…; it "
+            f"must have {LONGEST_TITLE:,} at most."
+        )
     strangers = ~inter["item_id:token"].isin(unique["item_id:token"])
     if strangers.all():
         some = (inter["item_id:token"].iloc[0], unique["item_id:token"].iloc[0])

@@ -399,6 +399,9 @@ def _named(objects: Iterator[Any], file: Path, phase: str) -> Iterator[ListRow]:
         for key in ("user", "target", "candidates"):
             if key not in item:
                 raise UserError(f"{where} has no key {key!r}.")
+        for key in item.keys() - {"phase"}:  # else its list would count as one of the test
+            if key.strip().lower() == "phase":
+                raise UserError(f"{where}: the key {key!r} must be 'phase'.")
         if not isinstance(item["candidates"], list):
             raise UserError(f"{where}: candidates={shown(item['candidates'])} must be a list.")
         named = item.get("phase")

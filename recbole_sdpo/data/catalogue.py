@@ -24,6 +24,10 @@ ARTICLE = re.compile(
     r"(?P<article>The|A|An|Les|Le|La|L'|Il|Lo|I|Gli|El|Los|Las|Der|Die|Das|Det|Den|De)(?= \(|$)"
 )
 
+LONGEST_TITLE = 2000
+"""Characters of a title at most: what is longer is a fault in the data, and costs memory for each
+other title, too."""
+
 
 class NoTitles(UserError):
     """There is no file of titles, or not the column: what only a model that reads titles cannot

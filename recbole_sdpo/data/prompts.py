@@ -52,6 +52,8 @@ class Templates:
         domains = sorted(file.stem for file in TEMPLATE_FOLDER.glob("*.yaml"))
         if not path.is_file():
             known = ", ".join(domains)
+            if Path(name).suffix in (".yaml", ".yml"):
+                raise UserError(f"prompt_templates={name!r}: there is no file {path}.")
             raise UserError(f"prompt_templates={name!r} must be one of {known}, or a .yaml file.")
         content = read_yaml(path, f"prompt_templates={name!r}")
         header, templates = content.get("header"), content.get("candidates")

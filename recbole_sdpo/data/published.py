@@ -331,12 +331,12 @@ def write_published(
     with new_folder(folder) as place:
         ids, counts, longest = _write(place, name, published)
         settings = {
-            "data_path": str(folder.parent),
+            "data_path": str(folder.parent.resolve()),
             "benchmark_filename": list(PHASES),
             "load_col": {"inter": ["user_id", "item_id_list", "item_id"], "item": ["item_id"]},
             "MAX_ITEM_LIST_LENGTH": longest,
             "title_article_first": False,
-            "candidates_file": str(folder / CANDIDATES),
+            "candidates_file": str(folder.resolve() / CANDIDATES),
         }
         text = yaml.safe_dump(settings, sort_keys=False)
         (place / f"{name}.yaml").write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,17 @@ def users_and_targets(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """The user and the item of each row, int64 ``[rows]`` each."""
     rows = dataset.inter_feat
     return rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()
+
+
+def digest_of_targets(dataset: Dataset) -> str:
+    """sha256 of who has met what in the rows of ``dataset``, in the data's own ids."""
+    digest = hashlib.sha256()
+    for field, ids in zip(
+        (dataset.uid_field, dataset.iid_field), users_and_targets(dataset), strict=True
+    ):
+        digest.update("\n".join(map(str, dataset.field2id_token[field])).encode())
+        digest.update(ids.tobytes())
+    return digest.hexdigest()
 
 
 def histories(rows: Interaction, config: Config) -> Ragged:

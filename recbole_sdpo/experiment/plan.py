@@ -75,6 +75,7 @@ def plan(
     finally:
         logging.disable(logging.NOTSET)
     _check_axes(runs)
+    _say_alike([run for _, run in runs])
     return [run for _, run in runs]
 
 
@@ -90,6 +91,20 @@ def _check_axes(runs: list[tuple[Entry, Run]]) -> None:
                     f"vary of run {name!r}: {key}={shown(value)} is the same run as "
                     f"{key}={shown(other)}; vary a setting that has an effect on it."
                 )
+
+
+def _say_alike(runs: list[Run]) -> None:
+    """Warn of rows that are one run."""
+    rows: dict[str, list[str]] = {}
+    for run in runs:
+        names = rows.setdefault(run.identity, [])
+        if run.name not in names:
+            names.append(run.name)
+    for alike in dict.fromkeys(tuple(names) for names in rows.values() if len(names) > 1):
+        logging.getLogger().warning(
+            f"The rows {' and '.join(map(repr, alike))} are one run: they differ in no setting "
+            "that counts."
+        )
 
 
 def grid(entry: Entry, tries: int) -> list[Settings]:

@@ -11,6 +11,7 @@ from recbole_sdpo.experiment.file import Experiment, refuse_overlap, written
 from recbole_sdpo.experiment.plan import Run, plan
 from recbole_sdpo.experiment.runner import Failure, Runner, check_writable
 from recbole_sdpo.experiment.tune import tune
+from recbole_sdpo.output import say
 from recbole_sdpo.report.comparison import FinishedRun, compare, unfair
 from recbole_sdpo.report.experiment import write_report
 from recbole_sdpo.report.table import comparison_markdown
@@ -64,7 +65,7 @@ def run_experiment(
         origin = _origin(text, command, finished)
         warnings = _report(experiment, finished, output, warnings, origin)
     for warning in warnings:
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
     return failures
 
 
@@ -111,7 +112,7 @@ def _report(
         output, experiment.title, comparisons, finished, warnings, origin, experiment.groups
     )
     tables = [comparison_markdown(comparison) + "\n" for comparison in comparisons]
-    print("", *tables, f"report: {output / 'report.html'}", sep="\n")
+    say("\n".join(["", *tables, f"report: {output / 'report.html'}"]))
     return warnings
 
 

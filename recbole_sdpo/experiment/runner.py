@@ -28,6 +28,7 @@ from recbole_sdpo.experiment.worker import LIFELINE
 from recbole_sdpo.files import check_seal, sealed, write_text
 from recbole_sdpo.inputs import Inputs, began_with
 from recbole_sdpo.interrupt import add_note
+from recbole_sdpo.output import say
 from recbole_sdpo.result import RESULT_FILE, read_result
 from recbole_sdpo.threads import cores
 from recbole_sdpo.trainer.state import broken_part, holds_state
@@ -313,7 +314,7 @@ class Runner:
         return self.store / f"{run.identity}.log"
 
     def _say(self, message: str) -> None:
-        print(time.strftime("%H:%M:%S ") + message, flush=True)
+        say(time.strftime("%H:%M:%S ") + message)  # the runs go on, whoever reads
 
 
 def _of_start(run: Run) -> str:
@@ -334,8 +335,8 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"{folder} must be a folder that can be written: {error.strerror}; call from another "
-            "place."
+            f"{folder} must be a folder that can be written: {error.strerror}; give another "
+            "output, or call from another place."
         ) from error
 
 

@@ -15,6 +15,7 @@ from recbole_sdpo.experiment.file import Entry, Experiment, Settings, with_setti
 from recbole_sdpo.experiment.plan import Run, grid, plan
 from recbole_sdpo.experiment.runner import Failure, Runner
 from recbole_sdpo.files import write_text
+from recbole_sdpo.output import say
 from recbole_sdpo.report.table import markdown_table
 from recbole_sdpo.result import read_result
 from recbole_sdpo.values import shown
@@ -47,7 +48,7 @@ def tune(experiment: Experiment, runner: Runner, folder: Path) -> tuple[Experime
         for name, tries in search.tries.items()
         for score, point in tries
     ]
-    print(markdown_table(["tried", "validation", "settings"], rows))
+    say(markdown_table(["tried", "validation", "settings"], rows))
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / FILE, yaml.safe_dump(search.record(), sort_keys=False))
     return replace(experiment, runs=search.chosen()), search.failures

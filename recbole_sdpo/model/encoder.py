@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from recbole_sdpo.data.catalogue import Catalogue, folded
+from recbole_sdpo.data.catalogue import LONGEST_TITLE, Catalogue, folded
 from recbole_sdpo.data.prompts import Prompts, Units
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm.forest import Forest, cut_wide, plant
@@ -26,10 +26,6 @@ from recbole_sdpo.ragged import Ragged, exclusive_cumsum, segment_sums
 TERMINATOR = "\n"
 """Ends a title, in a prompt and in a response, so that none is the beginning of another: titles
 hold no white space but single blanks."""
-
-LONGEST = 2000
-"""Characters of a title at most: what is longer is a fault in the data, and costs memory for
-each other title, too."""
 
 
 class Encoder:
@@ -103,13 +99,14 @@ def title_lines(catalogue: Catalogue) -> list[str]:
     """Each title with its terminator.
 
     Raises:
-        UserError: a title is longer than :data:`LONGEST`.
+        UserError: a title is longer than :data:`LONGEST_TITLE`.
     """
     for title in catalogue.titles:
-        if len(title) > LONGEST:
+        if len(title) > LONGEST_TITLE:
             raise UserError(
-                f"the title {shorten(title)} has {len(title)} characters and must have {LONGEST} "
-                "at most; mend or shorten it in the .item file, or choose other title_fields."
+                f"the title {shorten(title)} has {len(title)} characters and must have "
+                f"{LONGEST_TITLE} at most; mend or shorten it in the .item file, or choose other "
+                "title_fields."
             )
     return [title + TERMINATOR for title in catalogue.titles]
 

@@ -17,7 +17,6 @@ from typing import Any
 import recbole
 from accelerate import PartialState
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from recbole.config import Config
 
 from recbole_sdpo.data.candidates import candidates_seed
 from recbole_sdpo.errors import UserError
@@ -35,8 +34,10 @@ from recbole_sdpo.lm.backbone import SMOLLM2
 from recbole_sdpo.lm.parts import gathered, is_parted
 from recbole_sdpo.lm.policy import ADAPTER_FILE, restore_policy, save_backbone
 from recbole_sdpo.model import SDPOLLM
+from recbole_sdpo.result import RESULT_FILE, read_result
 from recbole_sdpo.rules import whole
 from recbole_sdpo.settings import BackboneSettings, Role, Settings, having
+from recbole_sdpo.trainer.state import holds_state, read_state
 from recbole_sdpo.values import KINDS, check_values, is_a, shown
 
 POLICY_FILE, DATA_FILE = "settings.json", "data.json"
@@ -85,7 +86,7 @@ def save_checkpoint(folder: Path, model: SDPOLLM) -> None:
     with whole_folder(folder) as part:
         save_backbone(model.lm, part, weights)
         write_text(part / POLICY_FILE, json.dumps(settings, indent=2))
-        write_text(part / DATA_FILE, json.dumps(_data(model.config, model.backbone), indent=2))
+        write_text(part / DATA_FILE, json.dumps(_data(model), indent=2))
         seal(part)
 
 
@@ -106,6 +107,51 @@ def load_checkpoint(folder: Path, model: SDPOLLM) -> None:
                 f"{value!r}; use the settings it was made with."
             )
     restore_policy(model.lm, folder, new_titles=model.backbone.name != "scratch")
+
+
+def load_sft(place: Path, model: SDPOLLM) -> None:
+    """:func:`load_checkpoint` of what ``sft_checkpoint`` names; warns of targets that this run does
+    not train on, and of settings of SFT that come too late.
+
+    Raises:
+        UserError: as there.
+    """
+    folder = sft_folder(place)
+    load_checkpoint(folder, model)
+    warn_of_unfinished(folder)
+    data, policy = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in (DATA_FILE, POLICY_FILE)
+    )
+    if data.get("trained_on", model.trained_on) != model.trained_on:
+        getLogger().warning(
+            f"sft_checkpoint={str(place)!r} was trained on other events than this run trains on: "
+            "if targets of its validation or test are among them, all numbers are too good."
+        )
+    given, own = model.config.external_config_dict, model.settings.to_flat()
+    late = {
+        key: policy[key]
+        for key in sorted(own.keys() & given.keys() & policy.keys())
+        if key.startswith("sft_") and key != "sft_checkpoint" and own[key] != policy[key]
+    }
+    if late:
+        getLogger().warning(
+            f"{', '.join(f'{key}={own[key]!r}' for key in late)} has no effect with "
+            f"sft_checkpoint, whose SFT had {', '.join(map(repr, late.values()))}."
+        )
+
+
+def warn_of_unfinished(folder: Path) -> None:
+    """Say where a checkpoint is of a stage that was interrupted, so that its weights are no more
+    than the best so far."""
+    run_dir = folder.parent
+    if holds_state(run_dir) and not (run_dir / RESULT_FILE).is_file():
+        done = read_state(run_dir).get("reports", {})
+        if folder.name not in done:
+            getLogger().warning(
+                f"checkpoint {str(folder)!r} is of a run that was interrupted: these are its best "
+                f"weights so far. To train on, give resume={str(run_dir)!r}."
+            )
 
 
 def sft_folder(place: Path) -> Path:
@@ -153,8 +199,10 @@ def _made_with(model: SDPOLLM) -> dict[str, Any]:
     return json.loads(json.dumps(settings | {"header": header, "texts": texts}))
 
 
-def _data(config: Config, backbone: BackboneSettings) -> dict[str, Any]:
-    """What it takes to load the data and the backbone again, wherever that is done."""
+def _data(model: SDPOLLM) -> dict[str, Any]:
+    """What it takes to load the data and the backbone again, wherever that is done, and which
+    targets were trained on."""
+    config, backbone = model.config, model.backbone
     without = having(Role.OF_THIS_RUN)
     given = {key: item for key, item in config.external_config_dict.items() if key not in without}
     data, place = Path(config["data_path"]).resolve(), user_path(backbone.name)
@@ -165,6 +213,7 @@ def _data(config: Config, backbone: BackboneSettings) -> dict[str, Any]:
         "dataset": config["dataset"],
         "backbone": str(place.resolve()) if place.exists() and not known else backbone.name,
         "settings": json.loads(json.dumps(given, default=str)),
+        "trained_on": model.trained_on,
     }
 
 
@@ -199,6 +248,7 @@ class Checkpoint:
         """
         folder = _policy_folder(folder)
         check_whole(folder)
+        warn_of_unfinished(folder)
         adapted = (folder / ADAPTER_FILE).is_file()
         if adapted and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise UserError(
@@ -252,6 +302,12 @@ def _policy_folder(folder: Path) -> Path:
         for place in (folder / "sdpo", folder / "sft", folder)
         if (place / DATA_FILE).is_file()
     ]
+    if not places and (folder / RESULT_FILE).is_file():
+        model = read_result(folder)["model"]
+        raise UserError(
+            f"checkpoint={str(folder)!r} is a run of {model}; of RecBole's models none can be "
+            "served, only SDPO-LLM."
+        )
     if not places:
         raise UserError(
             f"checkpoint={str(folder)!r} holds no {DATA_FILE}; it must be the folder of a run, or "

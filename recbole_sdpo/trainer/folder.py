@@ -19,9 +19,10 @@ from recbole.utils import get_local_time
 
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import remove_parts, user_path
-from recbole_sdpo.result import RESULT_FILE
+from recbole_sdpo.result import INPUTS_FILE, RANKS_FILE, RESULT_FILE
 from recbole_sdpo.trainer.best_weights import SELECTION
 from recbole_sdpo.trainer.state import STATE, STATE_FILE, holds_state
+from recbole_sdpo.trainer.step_file import STEPS_FILE
 
 LOG_FILE = "run.log"
 """The first file that a run writes, by which a folder is known as a run's."""
@@ -47,6 +48,12 @@ def run_folder(config: Config) -> Path:
     """
     if config["resume"]:
         folder = user_path(config["resume"])
+        other = config["run_dir"] and user_path(config["run_dir"])
+        if other and other.resolve() != folder.resolve():
+            raise UserError(
+                f"run_dir={str(other)!r} is another folder than resume={str(folder)!r}, where the "
+                "run goes on; leave run_dir out."
+            )
         _check_resumable(folder)
         return folder
     wanted = user_path(config["run_dir"]) if config["run_dir"] else None
@@ -57,6 +64,8 @@ def run_folder(config: Config) -> Path:
             f"run_dir={str(wanted)!r} holds a run already; give another folder, or "
             f"resume={str(wanted)!r}."
         )
+    if wanted and wanted.is_dir() and not (wanted / LOG_FILE).is_file():
+        _check_free(wanted)
     state, chosen = PartialState(), [""]
     if state.is_main_process:
         name = f"{config['model']}-{config['dataset']}-{get_local_time()}"
@@ -81,6 +90,17 @@ def run_folder(config: Config) -> Path:
                         "another run_dir."
                     ) from error
     return Path(broadcast_object_list(chosen)[0] if state.num_processes > 1 else chosen[0])
+
+
+def _check_free(folder: Path) -> None:
+    """Is nothing in ``folder``, which is no run's, that a run would write over or remove?"""
+    parts = [f"{stage}.{end}" for stage in STAGES for end in ("part", "old")]
+    for name in (STATE, SELECTION, RANKS_FILE, STEPS_FILE, INPUTS_FILE, *parts):
+        if (folder / name).exists():
+            raise UserError(
+                f"run_dir={str(folder)!r} holds {name}, which no run has put there, and a run "
+                "would write over it; give another folder."
+            )
 
 
 def _check_resumable(folder: Path) -> None:

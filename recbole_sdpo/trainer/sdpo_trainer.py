@@ -31,7 +31,7 @@ from recbole_sdpo.model.sdpo_llm import TARGET_ROW
 from recbole_sdpo.objectives import OBJECTIVES
 from recbole_sdpo.settings import kind_of_negatives
 from recbole_sdpo.trainer.best_weights import restore, snapshot
-from recbole_sdpo.trainer.checkpoint import load_checkpoint, save_checkpoint, sft_folder
+from recbole_sdpo.trainer.checkpoint import load_checkpoint, load_sft, save_checkpoint
 from recbole_sdpo.trainer.folder import STAGES, run_folder
 from recbole_sdpo.trainer.reference import ReferenceCache, reference_folder
 from recbole_sdpo.trainer.stage import Stage
@@ -279,7 +279,7 @@ class SDPOTrainer(Trainer):
         settings, stage_settings = self.model.settings, getattr(self.model.settings, name)
         if name == "sft" and settings.sft_checkpoint:
             try:
-                load_checkpoint(sft_folder(user_path(settings.sft_checkpoint)), self.model)
+                load_sft(user_path(settings.sft_checkpoint), self.model)
             except UserError as error:
                 raise UserError(f"sft_checkpoint={settings.sft_checkpoint!r}: {error}") from error
             stage_settings = replace(stage_settings, epochs=0)

@@ -767,3 +767,17 @@ def _cell(value):
         else str(value)
     )
     return " ".join(text.replace("\0", " ").replace("\ufeff", " ").split())
+
+
+def test_events_that_are_there_twice_are_warned_of(tmp_path):
+    rows = events(("u", "a", "1"), ("u", "b", "2"), ("u", "a", "1"))
+    items = pd.DataFrame({"item_id": ["a", "b"], "title": ["A", "B"]})
+    with pytest.warns(UserWarning, match="1 of 3 events are there twice, with one user, item and"):
+        write_atomic(rows, items, "shop", tmp_path)
+
+
+def test_a_title_that_no_model_reads_is_refused_as_it_comes_in(tmp_path):
+    items = pd.DataFrame({"item_id": ["a", "b"], "title": ["A", "y" * 2001]})
+    with pytest.raises(UserError, match="item 'b' of items has a title of 2,001 characters, 'yyy"):
+        write_atomic(events(("u", "a", "1"), ("u", "b", "2")), items, "shop", tmp_path)
+    assert list(tmp_path.iterdir()) == []

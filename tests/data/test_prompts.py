@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from recbole_sdpo.data.prompts import Templates, Units, candidate_prompts
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.ragged import Ragged
 
 
@@ -57,3 +58,8 @@ def test_broken_templates_are_refused(tmp_path, content, message):
 def test_an_unknown_domain_names_the_known():
     with pytest.raises(ValueError, match="prompt_templates='flims' must be one of .*movies"):
         Templates.load("flims")
+
+
+def test_a_file_of_templates_that_is_not_there_is_said_so():
+    with pytest.raises(UserError, match="prompt_templates='mine.yaml': there is no file mine.yaml"):
+        Templates.load("mine.yaml")

@@ -219,7 +219,7 @@ def test_of_long_lists_some_candidates_are_looked_for_and_tell_the_target_no_les
 def test_a_rare_groups_share_of_targets_is_near_chance():
     rng = np.random.default_rng(8)
     lists, reference = clean(rng, 20), clean(rng, 20)
-    got = module._learned(lists, reference, lists.items, reference.items)
+    got = module._learned(reference, lists.items, reference.items)
     for item in range(ITEMS):
         hits, seen = (reference.target == item).sum(), (reference.items == item).sum()
         assert (got[lists.items == item] == (hits + 1) / (seen + EACH)).all()

@@ -726,3 +726,11 @@ def test_a_setting_of_recboles_with_the_name_of_one_of_ours_counts(write, model,
     row = {"name": "a", "model": model, "settings": settings, "vary": {"beta": [0.2, 0.8]}}
     one, other = plan(Experiment.load(write([row])))
     assert one.identity != other.identity
+
+
+def test_rows_that_are_one_run_are_warned_of(write, caplog):
+    plan(Experiment.load(write([{"name": "a", "settings": {"beta": 1}}, {"name": "b"}])))
+    assert "The rows 'a' and 'b' are one run" in caplog.text
+    caplog.clear()
+    plan(Experiment.load(write([{"name": "a", "settings": {"beta": 2}}, {"name": "b"}])))
+    assert "are one run" not in caplog.text
