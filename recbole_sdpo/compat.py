@@ -540,6 +540,8 @@ def check_launcher() -> None:
     """
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         text = os.environ.get(name)
+        if text == "-1":  # none of several
+            continue
         if text is not None and not text.isdecimal():
             raise UserError(
                 f"{name}={text!r} in the environment must be a whole number, as torchrun sets it; "

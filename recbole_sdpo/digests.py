@@ -40,6 +40,7 @@ ONLOOKERS = frozenset(
         "digests.py",
         "inputs.py",
         "libraries.py",
+        "output.py",
         "recommend.py",
         "recommend_all.py",
         "serving.py",

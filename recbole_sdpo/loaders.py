@@ -157,7 +157,7 @@ def evaluation_loaders(
             freeze(loader, parts[:number], catalogue, seed, exclude, setting)
             if mode == "full" and any(map(is_of_lists, config["metrics"])):
                 check_length_of_lists(loader, max(config["topk"]))
-    if exclude and not given:
+    if exclude and not given and "labeled" not in loaders:
         _say_repeated(parts)
     return loaders
 

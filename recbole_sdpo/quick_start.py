@@ -246,7 +246,7 @@ def _top_time(trainer: Trainer, loaders: Loaders, state: PartialState) -> dict[s
 
 def _process_group(config: RunConfig) -> PartialState:
     """Join the other processes of a launch, if there are."""
-    on_cpu, launched = config["device"].type == "cpu", "LOCAL_RANK" in os.environ
+    on_cpu, launched = config["device"].type == "cpu", os.environ.get("LOCAL_RANK", "-1") != "-1"
     # what lies in the host's memory has sums there, too, such as the gradient's norm
     both = {"backend": "cuda:nccl,cpu:gloo"}
     offloads = config.settings.offload and launched and not on_cpu

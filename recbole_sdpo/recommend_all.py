@@ -26,7 +26,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from recbole_sdpo.errors import UserError
-from recbole_sdpo.files import read_record, whole_file, write_record
+from recbole_sdpo.files import read_record, remove_parts, whole_file, write_record
 from recbole_sdpo.interrupt import add_note
 from recbole_sdpo.recommend import Recommender, ids
 
@@ -97,9 +97,10 @@ def recommend_all(
         raise UserError("There are no users to recommend to.")
     met = [recommender.met(user) for user in users]
     recommender.check_k(k, dict(zip(users, met, strict=True)) if exclude_history else {})
-    _make_folder(folder, file)
-    _check_record(folder, _identity(recommender, users, met, k, exclude_history), file)
+    identity = _identity(recommender, users, met, k, exclude_history)
     try:
+        _make_folder(folder, file)
+        _check_record(folder, identity, file)
         with tqdm(
             total=sum(len(those) for _, those in mine),
             ncols=110,
@@ -222,6 +223,7 @@ def _remove(parts: Iterable[Path], folder: Path) -> None:
     """Remove the parts and their record; whatever else lies in ``folder`` stays there."""
     for part in (*parts, folder / RECORD):
         part.unlink(missing_ok=True)
+    remove_parts(folder, ())  # what a call that was killed was writing
     with suppress(OSError):  # it is not empty
         folder.rmdir()
 

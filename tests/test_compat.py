@@ -234,6 +234,8 @@ def test_such_a_launch_is_refused(monkeypatch):
     ],
 )
 def test_half_a_launch_is_refused(monkeypatch, name, text, message):
+    monkeypatch.setenv("LOCAL_RANK", "-1")
+    compat.check_launcher()
     monkeypatch.setenv(name, text)
     with pytest.raises(UserError, match=message):
         compat.check_launcher()

@@ -475,6 +475,10 @@ def test_a_checkpoint_of_a_run_that_was_interrupted_is_named(ring, monkeypatch, 
     caplog.clear()
     run(ring | SMALL, sft_checkpoint="from", run_dir="again")
     assert "interrupted" not in caplog.text
+    Path("cut/state/state.json").write_text("{")  # it says nothing; the weights are whole
+    caplog.clear()
+    run(ring | SMALL, sft_checkpoint="cut", run_dir="once-more")
+    assert said in caplog.text
 
 
 def test_an_sft_that_had_other_targets_is_warned_of(ring, caplog):

@@ -266,6 +266,17 @@ def test_parts_that_are_somebody_elses_are_left_alone(recommender):
     assert not folder.exists()
 
 
+def test_what_a_killed_call_was_writing_goes(recommender):
+    folder, users = Path("best.csv.parts"), list(recommender.users)
+    folder.mkdir()
+    (folder / "00001.csv.4242.part").write_text("half of it")
+    with pytest.raises(UserError, match="and no what.json"):
+        recommend_all.recommend_all(recommender, "best.csv", users, 3)
+    (folder / "00001.csv.4242.part").rename(folder / "what.json.4242.part")
+    recommend_all.recommend_all(recommender, "best.csv", users, 3)
+    assert not folder.exists()
+
+
 def test_what_a_user_put_among_the_parts_stays(recommender, monkeypatch):
     write = recommender.recommend_to_users
 

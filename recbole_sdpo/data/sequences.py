@@ -46,13 +46,15 @@ def users_and_targets(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def digest_of_targets(dataset: Dataset) -> str:
-    """sha256 of who has met what in the rows of ``dataset``, in the data's own ids."""
+    """sha256 of who has met what in the rows of ``dataset``, in the data's own ids. Users and items
+    without a row do not count."""
     digest = hashlib.sha256()
     for field, ids in zip(
         (dataset.uid_field, dataset.iid_field), users_and_targets(dataset), strict=True
     ):
-        digest.update("\n".join(map(str, dataset.field2id_token[field])).encode())
-        digest.update(ids.tobytes())
+        there, place = np.unique(ids, return_inverse=True)
+        digest.update("\n".join(map(str, dataset.field2id_token[field][there])).encode())
+        digest.update(place.astype(np.int64).tobytes())
     return digest.hexdigest()
 
 

@@ -75,7 +75,6 @@ def plan(
     finally:
         logging.disable(logging.NOTSET)
     _check_axes(runs)
-    _say_alike([run for _, run in runs])
     return [run for _, run in runs]
 
 
@@ -93,18 +92,16 @@ def _check_axes(runs: list[tuple[Entry, Run]]) -> None:
                 )
 
 
-def _say_alike(runs: list[Run]) -> None:
-    """Warn of rows that are one run."""
-    rows: dict[str, list[str]] = {}
+def alike(runs: list[Run]) -> list[str]:
+    """A sentence for rows that are one run."""
+    rows: dict[str, dict[str, None]] = {}
     for run in runs:
-        names = rows.setdefault(run.identity, [])
-        if run.name not in names:
-            names.append(run.name)
-    for alike in dict.fromkeys(tuple(names) for names in rows.values() if len(names) > 1):
-        logging.getLogger().warning(
-            f"The rows {' and '.join(map(repr, alike))} are one run: they differ in no setting "
-            "that counts."
-        )
+        rows.setdefault(run.identity, {})[run.name] = None
+    return [
+        f"the rows {' and '.join(map(repr, names))} are one run: they differ in no setting that "
+        "counts"
+        for names in dict.fromkeys(tuple(names) for names in rows.values() if len(names) > 1)
+    ]
 
 
 def grid(entry: Entry, tries: int) -> list[Settings]:

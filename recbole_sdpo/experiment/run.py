@@ -8,7 +8,7 @@ from typing import Any
 
 from recbole_sdpo.digests import package_versions
 from recbole_sdpo.experiment.file import Experiment, refuse_overlap, written
-from recbole_sdpo.experiment.plan import Run, plan
+from recbole_sdpo.experiment.plan import Run, alike, plan
 from recbole_sdpo.experiment.runner import Failure, Runner, check_writable
 from recbole_sdpo.experiment.tune import tune
 from recbole_sdpo.output import say
@@ -56,6 +56,7 @@ def run_experiment(
     failures += runner.run_all(runs)
     finished = _finished(experiment, runner, runs)
     warnings = [f"{each.run.name}, seed {each.run.seed} failed: {each.why}" for each in failures]
+    warnings += alike(runs)
     given = sorted({run.name for run in runs if run.settings.get("sft_checkpoint")})
     if given:
         warnings.append(

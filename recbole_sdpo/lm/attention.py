@@ -54,14 +54,15 @@ def attention_inputs(
             :func:`check_attention` before.
     """
     dense = dense_implementation(model, choice)
-    if choice == "auto" and forest.tokens.shape[1] <= EAGER_UP_TO and _in_bf16_on_a_cpu(model):
+    short = forest.tokens.shape[1] <= EAGER_UP_TO
+    if choice == "auto" and short and _in_bf16_on_a_cpu(model, forest):
         dense = "eager"
     if forest.chains:
         limit, hard = positions(model)
         if hard and limit and forest.tokens.shape[1] > limit:
             return dense, {"position_ids": forest.positions}  # else padding would run past them
         return dense, {}
-    long = model.device.type == "cuda" and forest.tokens.shape[1] >= FLEX_FROM
+    long = forest.tokens.device.type == "cuda" and forest.tokens.shape[1] >= FLEX_FROM
     flex = choice == FLEX or (choice == "auto" and long and not _why_no_flex(model))
     make = _block_mask if flex else _dense_mask
     masks = for_each_kind(model, lambda window: make(model, forest, window))
@@ -152,17 +153,17 @@ def _why_no_flex(model: PreTrainedModel) -> str | None:
 
 def _dense_mask(model: PreTrainedModel, forest: Forest, window: int | None) -> Tensor:
     """``[B, 1, L, L]`` in the dtype that the model computes in."""
-    return additive(forest.attention(window)[:, None], _dtype(model))
+    return additive(forest.attention(window)[:, None], _dtype(model, forest))
 
 
-def _dtype(model: PreTrainedModel) -> torch.dtype:
-    """That the model computes in here."""
-    kind = model.device.type
+def _dtype(model: PreTrainedModel, forest: Forest) -> torch.dtype:
+    """That the model computes in here, where the forest is; its weights may be elsewhere."""
+    kind = forest.tokens.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 
-def _in_bf16_on_a_cpu(model: PreTrainedModel) -> bool:
-    return model.device.type == "cpu" and _dtype(model) == torch.bfloat16
+def _in_bf16_on_a_cpu(model: PreTrainedModel, forest: Forest) -> bool:
+    return forest.tokens.device.type == "cpu" and _dtype(model, forest) == torch.bfloat16
 
 
 def _block_mask(model: PreTrainedModel, forest: Forest, window: int | None) -> BlockMask:

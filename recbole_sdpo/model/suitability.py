@@ -43,6 +43,10 @@ def without_effect(chosen: Mapping[str, Any], backbone: BackboneSettings) -> Ite
             PartialState().num_processes == 1,
             "one process; start several, as in torchrun --nproc_per_node=2",
         ),
+        "offload": (
+            PartialState().num_processes == 1,
+            "one process, whose model is in no parts; start several",
+        ),
         "lora_": (
             backbone.peft != "lora",
             "peft='none', which trains all weights; set peft=lora",

@@ -24,6 +24,7 @@ from recbole_sdpo.files import (
     SUMS,
     check_seal,
     read_json,
+    read_record,
     seal,
     user_path,
     whole_folder,
@@ -37,7 +38,7 @@ from recbole_sdpo.model import SDPOLLM
 from recbole_sdpo.result import RESULT_FILE, read_result
 from recbole_sdpo.rules import whole
 from recbole_sdpo.settings import BackboneSettings, Role, Settings, having
-from recbole_sdpo.trainer.state import holds_state, read_state
+from recbole_sdpo.trainer.state import STATE, STATE_FILE, holds_state
 from recbole_sdpo.values import KINDS, check_values, is_a, shown
 
 POLICY_FILE, DATA_FILE = "settings.json", "data.json"
@@ -145,13 +146,14 @@ def warn_of_unfinished(folder: Path) -> None:
     """Say where a checkpoint is of a stage that was interrupted, so that its weights are no more
     than the best so far."""
     run_dir = folder.parent
-    if holds_state(run_dir) and not (run_dir / RESULT_FILE).is_file():
-        done = read_state(run_dir).get("reports", {})
-        if folder.name not in done:
-            getLogger().warning(
-                f"checkpoint {str(folder)!r} is of a run that was interrupted: these are its best "
-                f"weights so far. To train on, give resume={str(run_dir)!r}."
-            )
+    if not holds_state(run_dir) or (run_dir / RESULT_FILE).is_file():
+        return
+    state = read_record(run_dir / STATE / STATE_FILE)  # damaged, it says nothing
+    if state is None or folder.name not in state.get("reports", {}):
+        getLogger().warning(
+            f"checkpoint {str(folder)!r} is of a run that was interrupted: these are its best "
+            f"weights so far. To train on, give resume={str(run_dir)!r}."
+        )
 
 
 def sft_folder(place: Path) -> Path:
@@ -209,6 +211,8 @@ def _data(model: SDPOLLM) -> dict[str, Any]:
     known = backbone.name in ("scratch", SMOLLM2)  # whatever folder has such a name
     if Path(recbole.__path__[0]).resolve() not in data.parents:
         given["data_path"] = str(data.parent)
+    else:  # of which every copy of RecBole has one
+        given.pop("data_path", None)
     return {
         "dataset": config["dataset"],
         "backbone": str(place.resolve()) if place.exists() and not known else backbone.name,

@@ -720,6 +720,7 @@ NAMES = st.one_of(
 )
 def test_any_frame_is_written_as_it_is_read_or_refused_in_one_sentence(events, items, as_csv):
     events = [*events, ("two", "x", 1), ("two", "y", 2)]  # there must be two items
+    warnings.filterwarnings("ignore", ".* events are there twice")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         tables = (

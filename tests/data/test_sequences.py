@@ -1,5 +1,7 @@
 """Sequences and windows against the rows that RecBole makes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from recbole_sdpo.data import sequences
 from recbole_sdpo.data.prompts import batches, history_windows
 from recbole_sdpo.data.sequences import (
     Sequences,
+    digest_of_targets,
     histories,
     last_targets,
     met_items,
@@ -187,3 +190,17 @@ def test_the_last_target_of_each_user(tmp_path, split):
     }
     assert len(last) == len(latest) and len(dataset) > len(last)
     assert training_sequences(last_targets(dataset)).targets == len(last)
+
+
+def test_targets_have_a_digest_of_their_own_whatever_else_is_in_the_data(ring):
+    def digest():
+        config = RunConfig("SDPO-LLM", "toy", config_dict=dict(ring))
+        return digest_of_targets(data_preparation(config, create_dataset(config))[0]._dataset)
+
+    before, folder = digest(), Path(ring["data_path"], "toy")
+    with (folder / "toy.item").open("a") as items:
+        items.write("i99\ta title that nobody met\n")
+    assert digest() == before
+    file = folder / "toy.inter"
+    file.write_text(file.read_text().replace("u5\ti", "u99\ti"))
+    assert digest() != before

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment import run as run_module
 from recbole_sdpo.experiment.file import Entry, Experiment, with_settings, written
-from recbole_sdpo.experiment.plan import grid, plan
+from recbole_sdpo.experiment.plan import alike, grid, plan
 from recbole_sdpo.lm import backbone
 
 THEIRS = {"metric": "HR@1", "value": 0.5, "source": "A paper, table 3"}
@@ -728,9 +728,11 @@ def test_a_setting_of_recboles_with_the_name_of_one_of_ours_counts(write, model,
     assert one.identity != other.identity
 
 
-def test_rows_that_are_one_run_are_warned_of(write, caplog):
-    plan(Experiment.load(write([{"name": "a", "settings": {"beta": 1}}, {"name": "b"}])))
-    assert "The rows 'a' and 'b' are one run" in caplog.text
-    caplog.clear()
-    plan(Experiment.load(write([{"name": "a", "settings": {"beta": 2}}, {"name": "b"}])))
-    assert "are one run" not in caplog.text
+def test_rows_that_are_one_run_are_told(write):
+    same, other = (
+        plan(Experiment.load(write([{"name": "a", "settings": {"beta": beta}}, {"name": "b"}])))
+        for beta in (1, 2)
+    )
+    (sentence,) = alike(same)
+    assert sentence.startswith("the rows 'a' and 'b' are one run")
+    assert alike(other) == []
