@@ -140,14 +140,15 @@ class RankCollector(TitleCollector):
         interaction: Interaction,
         positive_u: Tensor,
         positive_i: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         scores = scores_tensor
         if self.popularity_discount:
             scores = scores - (self.popularity_discount * self._log_popularity).to(scores)
         # RecBole's collector takes its top items here, so that a discount must come first.
-        scores, column = super().eval_batch_collect(scores, interaction, positive_u, positive_i)
-        if positive_u is None:  # RecBole's value metrics rank nothing
-            return scores, column
+        ranking = super().eval_batch_collect(scores, interaction, positive_u, positive_i)
+        if ranking is None:
+            return None
+        scores, column, best = ranking
         if scores.isnan().any():  # of which torch.topk makes the highest scores
             raise UserError(
                 f"{self.config['model']} gives {int(scores.isnan().sum())} of {scores.numel()} "
@@ -157,7 +158,7 @@ class RankCollector(TitleCollector):
         each = len(interaction) // len(scores)
         first, place = interaction[np.arange(0, len(interaction), each)], positive_u.cpu().numpy()
         row, target = positive_u.to(scores.device), column.to(scores.device)
-        rank, tied = target_ranks(scores, row, target, max(self.topk))
+        rank, tied = target_ranks(scores, row, target, best)
         user = first[self.config["USER_ID_FIELD"]].cpu().numpy()
         item = positive_i.cpu().numpy()
         histories, met = self._counts
@@ -181,7 +182,7 @@ class RankCollector(TitleCollector):
             candidates = interaction[self.config["ITEM_ID_FIELD"]].view(-1, each).cpu().numpy()
             batch["answer"], batch["named"] = self._ask(self.writer, first, candidates)
         self._batches.append(batch)
-        return scores, column
+        return ranking
 
     def _ask(
         self, writer: Writer, rows: Interaction, candidates: np.ndarray
@@ -231,16 +232,18 @@ class RankCollector(TitleCollector):
         return ranks.assign(user=user_token[ranks["user"]], item=item_token[ranks["item"]])
 
 
-def target_ranks(scores: Tensor, row: Tensor, target: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def target_ranks(
+    scores: Tensor, row: Tensor, target: Tensor, best: Tensor
+) -> tuple[Tensor, Tensor]:
     """The rank of each target in its row of ``scores [rows, items]``, from 1, int64, and whether
     it may be within the ``top`` highest and another item has its score, so that chance counts.
 
-    Within the ``top`` highest it is the place that ``torch.topk`` gives, by which RecBole counts
-    and which decides ties; beyond, the middle of the places that its equals share, ``top + 1`` at
+    Within ``best [rows, top]``, the highest in their order, it is the target's place there, by
+    which RecBole counts; beyond, the middle of the places that its equals share, ``top + 1`` at
     least.
     """
-    order = scores.topk(top, dim=-1).indices[row]
-    hits = order == target[:, None]
+    top = best.shape[1]
+    hits = best[row] == target[:, None]
     place = hits.int().argmax(-1) + 1
     own, all_scores = scores[row, target][:, None], scores[row]
     higher, equal = (all_scores > own).sum(-1), (all_scores == own).sum(-1)

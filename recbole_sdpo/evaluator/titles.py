@@ -29,9 +29,9 @@ class TitleCollector(Collector):
     A model that reads titles gives those of one title one score, and which comes first would be
     chance; a user who gets one has got the other. Sampled candidates hold none of them.
 
-    Of other items with equal scores ``torch.topk`` prefers some by their places, which in RecBole
-    are items' numbers. These follow the file, and so often time, in which targets are late. One
-    lot, the same for all models, shuffles the places::
+    Of other items with equal scores the first is the best. In RecBole their places are items'
+    numbers, which follow the file, and so often time, in which targets are late. One lot, the same
+    for all models, shuffles the places::
 
         items     0 1 2 3 4      lot    3 0 4 2 1     the item at each place
                                  place  1 4 3 0 2     the place of each item
@@ -81,19 +81,34 @@ class TitleCollector(Collector):
         interaction: Interaction,
         positive_u: Tensor,
         positive_i: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """As RecBole's, but that there is no list of items where a user's are a sample; returns the
-        scores by which it has ranked, ``[rows, items]``, and ``positive_i``, both by place."""
-        if positive_u is not None:  # RecBole's value metrics rank nothing
-            if self._group is not None:
-                scores_tensor = without_twins(scores_tensor, positive_u, positive_i, self._group)
-            scores_tensor = scores_tensor[:, self._lot.to(scores_tensor.device)]
-            positive_i = self._place.to(positive_i.device)[positive_i]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As RecBole's, but that there is no list of items where a user's are a sample; returns by
+        place the scores by which it has ranked, ``[rows, items]``, ``positive_i``, and the best,
+        ``[rows, max(topk)]``; nothing for RecBole's value metrics, which rank nothing."""
+        if positive_u is None:
+            super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
+            return None
+        if self._group is not None:
+            scores_tensor = without_twins(scores_tensor, positive_u, positive_i, self._group)
+        scores_tensor = scores_tensor[:, self._lot.to(scores_tensor.device)]
+        positive_i = self._place.to(positive_i.device)[positive_i]
         super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
+        best = highest(scores_tensor, max(self.topk))
+        self._rank_equals(scores_tensor, positive_u, positive_i, best)
         # A ranking of the catalogue has one row for a user, and candidates have one each.
         if "rec.items" in self.data_struct and len(interaction) > len(scores_tensor):
             del self.data_struct["rec.items"]
-        return scores_tensor, positive_i
+        return scores_tensor, positive_i, best
+
+    def _rank_equals(self, scores: Tensor, row: Tensor, target: Tensor, best: Tensor) -> None:
+        """Puts ``best`` in the place of what RecBole has just kept, which is ``torch.topk``'s."""
+        if "rec.items" in self.data_struct:
+            self.data_struct.get("rec.items")[-len(best) :] = best
+        if "rec.topk" in self.data_struct:
+            hit = torch.zeros_like(scores, dtype=torch.int)
+            hit[row, target] = 1
+            # The last column has the number of targets.
+            self.data_struct.get("rec.topk")[-len(best) :, :-1] = hit.gather(1, best)
 
     def get_data_struct(self) -> DataStruct:
         """As RecBole's, in which lists and scores are of items and not of places."""
@@ -103,6 +118,19 @@ class TitleCollector(Collector):
         if "rec.score" in struct and struct.get("rec.score").ndim > 1:
             struct.set("rec.score", struct.get("rec.score")[:, self._place])
         return struct
+
+
+def highest(scores: Tensor, k: int) -> Tensor:
+    """The places of the ``k`` highest of each row of ``scores [rows, items]``, best first and of
+    equals the first, int64 ``[rows, k]``.
+
+    ``torch.topk`` takes any of the equals, and others for another ``k``.
+    """
+    value, place = scores.topk(min(k + 1, scores.shape[1]))
+    tied = (value[:, 1:] == value[:, :-1]).any(-1)
+    in_order = scores[tied].argsort(dim=-1, descending=True, stable=True)
+    place[tied] = in_order[:, : place.shape[1]]
+    return place[:, :k]
 
 
 def without_twins(scores: Tensor, row: Tensor, target: Tensor, group: Tensor) -> Tensor:

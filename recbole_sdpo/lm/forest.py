@@ -170,7 +170,9 @@ def cut_wide(
 
     if not np.isfinite(breadth):
         return trunks, tree
-    best = np.ceil(wide / np.sqrt(length * (length + breadth))).clip(1, prompts.clip(1))
+    least = wide / np.sqrt(length * (length + breadth))
+    few, many = (count(least).clip(1, prompts.clip(1)) for count in (np.floor, np.ceil))
+    best = np.where(cost(few) < cost(many), few, many)
     parts = np.where(cost(best) * 1.5 < cost(np.ones_like(best)), best, 1).astype(np.int64)
     place = np.empty_like(tree)
     place[np.argsort(tree, kind="stable")] = places(prompts)

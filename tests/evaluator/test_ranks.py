@@ -11,6 +11,7 @@ from recbole.model.sequential_recommender.gru4rec import GRU4Rec
 from recbole_sdpo import quick_start
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.ranks import RankCollector, metric_of_ranks, target_ranks, third_of
+from recbole_sdpo.evaluator.titles import highest
 
 
 @pytest.mark.parametrize("model", ["SDPO-LLM", "Pop", "GRU4Rec", "BPR"])
@@ -65,6 +66,10 @@ def test_thirds_are_of_interactions(met):
         assert group == (third if met[item] else "cold")
 
 
+def ranks_of(scores, row, target, top):
+    return target_ranks(scores, torch.tensor(row), torch.tensor(target), highest(scores, top))
+
+
 @given(st.data())
 def test_a_rank_is_a_place_in_the_sorted_row(data):
     rows, items = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 9))
@@ -77,9 +82,7 @@ def test_a_rank_is_a_place_in_the_sorted_row(data):
     target = np.array(
         data.draw(st.lists(st.integers(0, items - 1), min_size=len(row), max_size=len(row)))
     )
-    found, _ = target_ranks(
-        torch.from_numpy(scores), torch.from_numpy(row), torch.from_numpy(target), top
-    )
+    found, _ = ranks_of(torch.from_numpy(scores), row, target, top)
     expected = [
         1 + sorted(scores[r], reverse=True).index(scores[r, t]) for r, t in zip(row, target)
     ]
@@ -89,10 +92,9 @@ def test_a_rank_is_a_place_in_the_sorted_row(data):
 @given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9))
 def test_beyond_the_top_equals_share_the_middle_of_their_places(equal, above, below):
     scores = torch.tensor([[2.0] * above + [1.0] * equal + [0.0] * below])
-    top = scores.topk(1).indices.item()
     places = np.arange(above + 1, above + equal + 1)
-    for item in set(range(above, above + equal)) - {top}:
-        rank, tied = target_ranks(scores, torch.tensor([0]), torch.tensor([item]), 1)
+    for item in set(range(above, above + equal)) - {0}:
+        rank, tied = ranks_of(scores, [0], [item], 1)
         assert bool(tied) == (equal > 1 and not above)
         assert rank == max(2, int(places.mean()))
 
@@ -136,15 +138,9 @@ def test_scores_that_are_no_numbers_are_no_hits(ring, monkeypatch, mode):
         quick_start.run("GRU4Rec", "toy", config_dict=settings)
 
 
-def test_ties_count_as_recbole_counts_them():
+def test_of_equals_the_first_are_the_best():
     scores = torch.zeros(1, 6)
-    first = scores.topk(3).indices[0]
-    ranks = [
-        int(target_ranks(scores, torch.tensor([0]), torch.tensor([item]), 3)[0])
-        for item in range(6)
-    ]
-    assert [ranks[item] for item in first] == [1, 2, 3]
-    assert sorted(ranks) == [1, 2, 3, 4, 4, 4]
+    assert [int(ranks_of(scores, [0], [item], 3)[0]) for item in range(6)] == [1, 2, 3, 4, 4, 4]
 
 
 @pytest.mark.parametrize("metric", ["precision@1", "hit", "hit@0", "hit@x", ""])

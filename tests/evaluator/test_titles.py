@@ -13,7 +13,7 @@ from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.dataset import create_dataset
 from recbole_sdpo.evaluator.ranks import RankCollector, metric_of_ranks
-from recbole_sdpo.evaluator.titles import TitleCollector, without_twins
+from recbole_sdpo.evaluator.titles import TitleCollector, highest, without_twins
 from tests.conftest import write_dataset
 
 
@@ -133,6 +133,38 @@ def test_of_equal_scores_none_is_preferred(ring, best):
         seen[items] += 1
     expected = seeds * best / (dataset.item_num - 1)
     assert (abs(seen[1:] - expected) < 5 * expected**0.5).all()
+
+
+@given(st.data())
+def test_of_equals_the_first_is_the_highest(data):
+    """By Python's sort, which is stable: so the best two are the best of the best five."""
+    items = data.draw(st.integers(1, 40))
+    row = st.lists(st.sampled_from([-np.inf, 0.0, 0.5, 1.0]), min_size=items, max_size=items)
+    rows = data.draw(st.lists(row, min_size=1, max_size=4))
+    k = data.draw(st.integers(1, items))
+    expected = [sorted(range(items), key=lambda item: -row[item])[:k] for row in rows]
+    assert highest(torch.tensor(rows), k).tolist() == expected
+
+
+def test_the_lot_of_equals_is_the_same_for_every_topk(ring):
+    """Popularity has few distinct scores."""
+    results = {}
+    for topk in (1, 2, 5):
+        result = quick_start.run(
+            "Pop",
+            "toy",
+            config_dict=ring
+            | {"topk": [topk], "valid_metric": f"NDCG@{topk}", "eval_args": {"mode": "full"}}
+            | {"metrics": ["Hit", "NDCG", "ItemCoverage"], "run_dir": f"top-{topk}"},
+        )
+        ranks = pd.read_csv(f"top-{topk}/ranks.csv")["rank"]
+        results[topk] = ranks.where(ranks <= topk, 0)
+        assert result["test_result"][f"hit@{topk}"] == pytest.approx(
+            (ranks <= topk).mean(), abs=1e-4
+        )
+    assert results[5].gt(0).any()
+    for topk in (1, 2):
+        assert results[topk].equals(results[5].where(results[5] <= topk, 0))
 
 
 def test_the_best_alone_are_enough_for_shared_titles(tmp_path, ring):
