@@ -7,9 +7,7 @@ from collections.abc import Collection, Sequence
 from logging import INFO, WARNING, getLogger
 from typing import Any
 
-import numpy as np
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
-from recbole.data.dataset import Dataset
 from recbole.utils import set_color
 
 from recbole_sdpo.checks.metrics import is_of_lists
@@ -25,12 +23,13 @@ from recbole_sdpo.data.candidates import (
     evaluation_loader,
     freeze,
     listed,
+    share_met_before,
     with_lists,
     with_mode,
 )
 from recbole_sdpo.data.catalogue import Catalogue, NoTitles
 from recbole_sdpo.data.published import PHASES
-from recbole_sdpo.data.sequences import met_items, popularity, users_and_targets
+from recbole_sdpo.data.sequences import met_items, popularity
 from recbole_sdpo.data.whole_catalogue import check_length_of_lists
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.audit import Audit, audit_loaders
@@ -150,31 +149,22 @@ def evaluation_loaders(
         mode: (with_mode(valid_data, mode), with_mode(test_data, mode))
         for mode in settings.more_candidates
     }
-    exclude = settings.candidates_exclude_history
+    exclude, without_history = settings.candidates_exclude_history, False
     for mode, pair in loaders.items():
         setting = "more_candidates" if mode in settings.more_candidates else "eval_args.mode"
         for number, loader in enumerate(pair, 2):
-            freeze(loader, parts[:number], catalogue, seed, exclude, setting)
+            without_history |= freeze(loader, parts[:number], catalogue, seed, exclude, setting)
             if mode == "full" and any(map(is_of_lists, config["metrics"])):
                 check_length_of_lists(loader, max(config["topk"]))
-    if exclude and not given and "labeled" not in loaders:
-        _say_repeated(parts)
-    return loaders
-
-
-def _say_repeated(parts: list[Dataset]) -> None:
-    """Warn where many test targets stand in their user's history, as drawn candidates never do."""
-    *before, test = parts
-    met, targets = (
-        user * test.item_num + item for user, item in (met_items(*before), users_and_targets(test))
-    )
-    share = np.isin(targets, met).mean() if len(targets) else 0.0
-    if share > REPEATED:
+    if without_history and (share := share_met_before(parts)) > REPEATED:
+        files = parts[-1].benchmark_filename_list is not None
+        remedy = "Take them out of the files" if files else "Give rm_dup_inter=first"
         getLogger().warning(
             f"{share:.0%} of the test targets are items that their user has met before, and drawn "
-            "candidates never are: who repeats the history wins. Give rm_dup_inter=first, or "
+            f"candidates never are: who repeats the history wins. {remedy}, or give "
             "candidates_exclude_history=False."
         )
+    return loaders
 
 
 def audits_of(

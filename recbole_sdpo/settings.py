@@ -870,10 +870,17 @@ WORDS: dict[Any, str] = KINDS | {
 
 
 def table(word: str = "") -> str:
-    """The settings with ``word`` in their row, as a Markdown table."""
-    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    """The settings with ``word`` in their row, as a Markdown table.
+
+    Raises:
+        UserError: there is none.
+    """
+    rows = []
     for key, setting in SETTINGS.items():
         default = "null" if setting.default is None else setting.default
         valid = f" ({setting.valid_words})" if setting.valid else ""
         rows.append(f"| `{key}` | `{default}` | {setting.help}{valid} |")
-    return "\n".join([*rows[:2], *(row for row in rows[2:] if word.lower() in row.lower())])
+    rows = [row for row in rows if word.lower() in row.lower()]
+    if not rows:
+        raise UserError(f"No setting has {word!r} in its name or explanation.")
+    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])

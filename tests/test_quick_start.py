@@ -528,3 +528,7 @@ def test_targets_that_repeat_the_history_are_warned_of(ring, caplog):
     file.write_text("\n".join([head, *(row for row in rows for _ in "12")]) + "\n")
     run(ring, "Pop", run_dir="b")
     assert f"100% {said}" in caplog.text
+    for exclude in (True, False):
+        caplog.clear()
+        run(ring, "Pop", run_dir=f"c-{exclude}", candidates_exclude_history=exclude)
+        assert (said in caplog.text) is exclude

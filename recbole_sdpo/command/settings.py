@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from recbole_sdpo.errors import UserError
 from recbole_sdpo.output import show
 from recbole_sdpo.settings import table
 
@@ -27,7 +26,4 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> None:
     Raises:
         UserError: no setting has the word.
     """
-    text = table(args.word)
-    if text.count("\n") < 2:
-        raise UserError(f"No setting has {args.word!r} in its name or explanation.")
-    show(text)
+    show(table(args.word))

@@ -131,7 +131,7 @@ def freeze(
     seed: int,
     exclude_history: bool = True,
     setting: str = "eval_args.mode",
-) -> None:
+) -> bool:
     """Fix the candidates of ``loader``: those that it samples, or the whole catalogue.
 
     Args:
@@ -141,6 +141,9 @@ def freeze(
         exclude_history: no item that the user has met is among them.
         setting: that asks for them.
 
+    Returns:
+        whether what each user has met was left out; not where the candidates were there before.
+
     Raises:
         UserError: a user has too few items left for the number of negatives that RecBole's mode
             asks for.
@@ -148,9 +151,9 @@ def freeze(
     if isinstance(loader, FullSortEvalDataLoader):
         if exclude_history and not isinstance(loader.collate_fn, WithoutMet):
             loader.collate_fn = WithoutMet(loader, items_of_met_titles(parts, catalogue))
-        return
+        return exclude_history
     if not samples_candidates(loader) or isinstance(loader._sampler, FrozenCandidates):
-        return
+        return False
     dataset, phase, args = loader._dataset, loader._sampler.phase, loader.neg_sample_args
     # In one order, whatever that of the rows: it is another for each kind of model, and what is
     # drawn for a pair depends on its place.
@@ -167,6 +170,15 @@ def freeze(
         loader._sampler = FrozenCandidates(
             phase, user, target, sampler.draw(user, target, args["sample_num"])
         )
+    return exclude_history
+
+
+def share_met_before(parts: Sequence[Dataset]) -> float:
+    """The share of the last part's targets that their user has met in the parts before it."""
+    *before, own = parts
+    users, items = met_items(*before)
+    again = np.isin(_pairs(own), users * own.item_num + items)
+    return float(again.mean()) if len(again) else 0.0
 
 
 def listed(loader: AbstractDataLoader, lists: CandidateLists, file: str) -> AbstractDataLoader:
