@@ -15,7 +15,7 @@ run: $(READY)
 	@echo "$(PRETRAINED)"
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 faults: $(READY)
 	$(RUN) -m tests.faults $(ARGS)

@@ -63,6 +63,14 @@ def write_dataset(
     return folder
 
 
+LONGEST = ["test_distributed", "test_runner", "test_faults", "test_versions", "test_benchmarks"]
+"""Files that take minutes, which go first, so that no process waits for another's at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch, tmp_path):
     """RecBole reads sys.argv and writes logs into the working directory."""

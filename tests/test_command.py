@@ -110,6 +110,9 @@ def test_an_unknown_model_ends_in_one_line(monkeypatch, wrong, right):
         ("configs/ml-100k/gpu/compare.yaml", "saved/ml-100k/gpu/compare"),
         ("/some/where/mine.yaml", "saved/mine"),
         ("configs.yaml", "saved/configs"),
+        ("mine/a.yaml", "saved/mine/a"),
+        (str(Path.cwd() / "mine/a.yaml"), "saved/mine/a"),
+        ("../mine/a.yaml", "saved/a"),
         ("configs/../mine.yaml", "saved/mine"),
         (".", "saved"),  # no file, as the experiment then says
     ],

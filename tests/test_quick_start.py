@@ -488,7 +488,10 @@ def test_an_sft_that_had_other_targets_is_warned_of(ring, caplog):
     sft = ring | SMALL | {"objective": "sft", "more_candidates": []}
     run(sft | whole, run_dir="all")
     run(sft, run_dir="own")
-    for start, warned in (("all", True), ("own", False)):
+    run(sft, sft_checkpoint="all", run_dir="heir")
+    run(sft, sft_checkpoint="heir/sft", run_dir="heirs-heir")
+    starts = [("all", True), ("own", False), ("heir", True), ("heirs-heir", True)]
+    for start, warned in starts:
         caplog.clear()
         run(sft, sft_checkpoint=start, run_dir=f"from-{start}", sft_learning_rate=0.5)
         assert ("was trained on other events than this run" in caplog.text) is warned

@@ -36,8 +36,8 @@ def add_further_options(parser: argparse.ArgumentParser) -> None:
     """Those beside the file."""
     parser.add_argument(
         "--output",
-        help="folder of the report (default: saved/ and the file's place below configs/, or its "
-        "name)",
+        help="folder of the report (default: saved/ and the file's place below configs/, or else "
+        "below here)",
     )
     parser.add_argument(
         "--jobs",
@@ -66,12 +66,23 @@ def call(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise UserError(
             f"--{min(own)} cannot be given: the file names models, dataset and settings."
         )
-    *above, name = Path(os.path.normpath(args.experiment)).parts or [""]
-    place = above[above.index("configs") + 1 :] if "configs" in above else []
-    output = user_path(args.output or Path("saved", *place, Path(name).stem))
+    output = user_path(args.output) if args.output else _report_folder(args.experiment)
     command = shlex.join(as_given())
     with compat.no_arguments():  # these are not the settings of one run
         failures = run_experiment(
             config_file(args.experiment), output, settings, args.tune, args.jobs, command
         )
     return int(bool(failures))
+
+
+def _report_folder(file: str) -> Path:
+    """Another for each file below ``configs/`` or below here, as two may have one name."""
+    path = Path(os.path.normpath(file))
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    above = path.parts[:-1]
+    if "configs" in above:
+        place = above[above.index("configs") + 1 :]
+    else:
+        place = () if path.is_absolute() or ".." in above else above
+    return Path("saved", *place, path.stem)

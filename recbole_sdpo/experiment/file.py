@@ -189,7 +189,7 @@ class Experiment:
             if name not in names:
                 raise UserError(
                     f"baselines name {name!r}, which is no run; it must be one of "
-                    f"{', '.join(names)}."
+                    f"{', '.join(map(repr, names))}."
                 )
 
     def _check_candidates(self, entry: Entry) -> None:

@@ -138,8 +138,8 @@ class SDPOLLM(SequentialRecommender):
             self.catalogue, self.units, self.lm.tokenizer, self.lm.padding, self.lm.breadth
         )
         self.title_shares = self._title_shares(dataset)
-        # which tells whether a checkpoint that this run begins from had other targets
-        self.trained_on = digest_of_targets(dataset)
+        # A checkpoint that this run begins from adds those that it has.
+        self.trained_on = {digest_of_targets(dataset)}
         # Candidates in an evaluation prompt stand in one order of all items, begun for each user at
         # another place.
         self._place = generator(self.seed, "evaluation order").permutation(self.n_items)

@@ -108,6 +108,15 @@ def load_checkpoint(folder: Path, model: SDPOLLM) -> None:
                 f"{value!r}; use the settings it was made with."
             )
     restore_policy(model.lm, folder, new_titles=model.backbone.name != "scratch")
+    model.trained_on |= _trained_on(folder)
+
+
+def _trained_on(folder: Path) -> set[str]:
+    """Digests of the targets that a checkpoint's weights have met; none if it is older than they
+    are."""
+    data = read_json(folder / DATA_FILE) if (folder / DATA_FILE).is_file() else {}
+    digests = data.get("trained_on", [])
+    return {digests} if isinstance(digests, str) else set(digests)
 
 
 def load_sft(place: Path, model: SDPOLLM) -> None:
@@ -117,14 +126,11 @@ def load_sft(place: Path, model: SDPOLLM) -> None:
     Raises:
         UserError: as there.
     """
-    folder = sft_folder(place)
+    folder, own_targets = sft_folder(place), set(model.trained_on)
     load_checkpoint(folder, model)
     warn_of_unfinished(folder)
-    data, policy = (
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in (DATA_FILE, POLICY_FILE)
-    )
-    if data.get("trained_on", model.trained_on) != model.trained_on:
+    policy = read_json(folder / POLICY_FILE) if (folder / POLICY_FILE).is_file() else {}
+    if model.trained_on - own_targets:
         getLogger().warning(
             f"sft_checkpoint={str(place)!r} was trained on other events than this run trains on: "
             "if targets of its validation or test are among them, all numbers are too good."
@@ -217,7 +223,7 @@ def _data(model: SDPOLLM) -> dict[str, Any]:
         "dataset": config["dataset"],
         "backbone": str(place.resolve()) if place.exists() and not known else backbone.name,
         "settings": json.loads(json.dumps(given, default=str)),
-        "trained_on": model.trained_on,
+        "trained_on": sorted(model.trained_on),
     }
 
 

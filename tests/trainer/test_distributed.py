@@ -161,7 +161,7 @@ def test_a_process_that_is_left_alone_says_how_to_go_on_and_goes_on_bit_for_bit(
     settings["offload"] = True
     # of which the policy's own must be searched for by both together, and be in the state
     settings |= {"negative_sources": {"uniform": 1, "self": 1}, "sdpo_tokens_per_batch": 200}
-    settings |= {"max_train_targets": 80, "max_eval_targets": 10}
+    settings |= {"max_train_targets": 48, "max_eval_targets": 10}
     settings["train_neg_sample_args"] = {"sample_num": 2}
     whole = [start(str(n), settings, tmp_path / "whole", port) for n in range(2)]
     assert [(said(process), process.wait()) for process in whole] == [([], 0)] * 2
