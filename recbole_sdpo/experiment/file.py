@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -81,6 +82,8 @@ class Experiment:
         metrics: columns of the table; the first is the one that improvement is given in.
         baselines: names of the rows to compare with; by default those of other models than
             SDPO-LLM, or else the first row.
+        pairs: of rows that are tested, the first against the second, beside the comparison with
+            the best baseline.
         groups: ways to group targets, in each of which the first metric is shown.
         cost: does the table show what a run costs?
         settings: of all runs.
@@ -94,6 +97,7 @@ class Experiment:
     candidates: list[str] = field(default_factory=lambda: ["uni19"])
     metrics: list[str] = field(default_factory=lambda: ["HR@1", "NDCG@5", "MRR@10"])
     baselines: list[str] = field(default_factory=list)
+    pairs: list[tuple[str, str]] = field(default_factory=list)
     groups: list[str] = field(default_factory=lambda: ["met"])
     cost: bool = False
     settings: Settings = field(default_factory=dict)
@@ -185,12 +189,15 @@ class Experiment:
             raise UserError(f"runs must have different names, and {twice[0]!r} comes twice.")
         if self.baselines:
             _check_list(self.baselines, "baselines", "names of runs")
-        for name in self.baselines:
-            if name not in names:
-                raise UserError(
-                    f"baselines name {name!r}, which is no run; it must be one of "
-                    f"{', '.join(map(repr, names))}."
-                )
+        if self.pairs:
+            _check_list(self.pairs, "pairs", "pairs of two different names of runs", _is_pair)
+        for key, named in (("baselines", self.baselines), ("pairs", chain(*self.pairs))):
+            for name in named:
+                if name not in names:
+                    raise UserError(
+                        f"{key} name {name!r}, which is no run; it must be one of "
+                        f"{', '.join(map(repr, names))}."
+                    )
 
     def _check_candidates(self, entry: Entry) -> None:
         own = over(self.settings, entry.settings).get("candidates_file")
@@ -443,6 +450,10 @@ def _check_trust(where: str, part: Mapping[str, Any]) -> None:
     for key in ("settings", "vary", "tune"):
         if part.get(key, {}).get("trust_remote_code"):
             raise UserError(f"{where} must not set trust_remote_code; give it on the command line.")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and value[0] != value[1]
 
 
 def _check_list(

@@ -110,7 +110,14 @@ def _report(
         entry.name: entry.published for entry in experiment.entries() if entry.published
     }
     warnings = write_report(
-        output, experiment.title, comparisons, finished, warnings, origin, experiment.groups
+        output,
+        experiment.title,
+        comparisons,
+        finished,
+        warnings,
+        origin,
+        experiment.groups,
+        experiment.pairs,
     )
     tables = [comparison_markdown(comparison) + "\n" for comparison in comparisons]
     say("\n".join(["", *tables, f"report: {output / 'report.html'}"]))

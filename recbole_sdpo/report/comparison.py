@@ -141,6 +141,10 @@ class Row:
     differences: dict[str, Difference] = field(default_factory=dict)
     p: dict[str, float] = field(default_factory=dict)
 
+    def of(self, metric: str, users: pd.Index) -> np.ndarray:
+        """The metric of some of the users, float64 ``[seeds, users]``."""
+        return self.users[metric][:, self.user.get_indexer(users)]
+
     def by_seed(self, metric: str) -> np.ndarray:
         """Of each seed the mean over users, or what all of them get, float64; empty for a metric
         that the row has not."""
@@ -319,15 +323,24 @@ def _improvement(row: Row, best: Row, metric: str) -> float:
 
 
 def _differences(row: Row, best: dict[str, Row]) -> dict[str, Difference]:
-    differences = {}
-    for metric, other in best.items():
-        common = row.user.intersection(other.user)
-        if row is not other and metric in row.users and len(common) > 1:
-            mine, theirs = (
-                side.users[metric][:, side.user.get_indexer(common)] for side in (row, other)
-            )
-            differences[metric] = paired_difference(mine, theirs)
-    return differences
+    return {
+        metric: tested
+        for metric, other in best.items()
+        if row is not other and (tested := difference(row, other, metric))
+    }
+
+
+def difference(
+    row: Row, other: Row, metric: str, users: pd.Index | None = None
+) -> Difference | None:
+    """``row`` less ``other``, over those of ``users`` (None for all) whom both rows have; None for
+    fewer than two of them, or where a row has no such metric of users."""
+    common = row.user.intersection(other.user)
+    if users is not None:
+        common = common.intersection(users)
+    if len(common) < 2 or not (metric in row.users and metric in other.users):
+        return None
+    return paired_difference(row.of(metric, common), other.of(metric, common))
 
 
 def unfair(runs: Sequence[FinishedRun], candidates: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from recbole_sdpo.files import whole_file
 from recbole_sdpo.report import figures
 from recbole_sdpo.report.comparison import Comparison, FinishedRun
 from recbole_sdpo.report.groups import GROUPINGS, group_frame, group_part, group_table
+from recbole_sdpo.report.pairs import pair_frame, pair_table
 from recbole_sdpo.report.table import (
     COST_NOTE,
     FLOOR_NOTE,
@@ -79,8 +80,13 @@ GROUPS_NOTE = (
     "of a candidate set and grouping)."
 )
 
-Section = tuple[str, list[list[list[str]]]]
-"""A heading, and tables with a head and lines of text."""
+PAIRS_NOTE = (
+    "In brackets stands the 95 % interval of the difference, behind it p of a paired test over "
+    "users. * is p < 0.05 after Holm's correction over all pairs and metrics of a candidate set."
+)
+
+Section = tuple[str, list[list[list[str]]], str]
+"""A heading, tables with a head and lines of text, and a note below them."""
 
 Picture = dict[str, bytes]
 """A figure by the kinds of its files: those of :data:`ENDS`, and ``page``."""
@@ -94,9 +100,10 @@ def write_report(
     warnings: Sequence[str],
     origin: str,
     groupings: Sequence[str] = ("met",),
+    pairs: Sequence[tuple[str, str]] = (),
 ) -> list[str]:
-    """Write ``table.md``, ``.csv`` and ``.tex``, ``groups.csv``, ``results.jsonl``, figures and
-    ``report.html``.
+    """Write ``table.md``, ``.csv`` and ``.tex``, ``groups.csv``, ``pairs.csv``, ``results.jsonl``,
+    figures and ``report.html``.
 
     All are written beside their places first, and then take them together, so that they are of one
     report. Title, names, warnings and ``origin`` are text of users, in every format.
@@ -107,13 +114,14 @@ def write_report(
         warnings: sentences about what is not alike, and about what failed.
         origin: how the results came about: the command, versions, machine.
         groupings: names of :data:`GROUPINGS`, by which the first metric is shown.
+        pairs: of rows that are tested against each other, too.
 
     Returns:
         ``warnings``, and a sentence for each figure that could not be drawn as it should be.
     """
     warnings = list(warnings)
     modes, first = [table.candidates for table in comparisons], comparisons[0].metrics[0]
-    by_group = group_frame(comparisons, runs, groupings)
+    by_group, by_pair = group_frame(comparisons, runs, groupings), pair_frame(comparisons, pairs)
     drawings = _figures(comparisons, runs) | _group_figures(by_group, modes, groupings, first)
     pictures = {name: _draw(name, draw, warnings) for name, draw in drawings.items()}
     pictures = {name: picture for name, picture in pictures.items() if picture}
@@ -127,15 +135,22 @@ def write_report(
     if any(comparison.floor for comparison in comparisons):
         note += f" {FLOOR_NOTE}"
     frame = pd.concat([comparison_frame(comparison) for comparison in comparisons])
-    sections = [
-        (GROUPINGS[name].heading, tables)
+    sections = [("Further pairs", [pair_table(by_pair, mode) for mode in modes], PAIRS_NOTE)]
+    sections += [
+        (
+            GROUPINGS[name].heading,
+            [group_table(by_group, mode, name, first) for mode in modes],
+            GROUPS_NOTE,
+        )
         for name in groupings
-        if (tables := [*filter(None, (group_table(by_group, m, name, first) for m in modes))])
     ]
+    sections = [(name, [*filter(None, tables)], note) for name, tables, note in sections]
+    sections = [section for section in sections if section[1]]
     texts = {
         "report.html": _page(title, comparisons, sections, note, warnings, pictures, origin),
         "table.md": _markdown(title, comparisons, sections, note, warnings, origin),
         "groups.csv": by_group.to_csv(index=False, float_format="%.6g").removesuffix("\n"),
+        "pairs.csv": by_pair.to_csv(index=False, float_format="%.6g").removesuffix("\n"),
         "table.tex": "\n\n".join(comparison_latex(comparison) for comparison in comparisons),
         "results.jsonl": "\n".join(json.dumps(_line(run)) for run in runs),
         "table.csv": frame.to_csv(index=False, float_format="%.6g").removesuffix("\n"),
@@ -172,11 +187,10 @@ def _page(
     body = [comparison_html(comparison) for comparison in comparisons]
     body.append(f"<p class='note'>{html.escape(note)}</p>")
     body += [f"<p class='warning'>Warning: {html.escape(text)}</p>" for text in warnings]
-    for heading, tables in sections:
+    for heading, tables, below in sections:
         body.append(f"<h2>{html.escape(heading)}</h2>")
         body += [html_table([[*map(html.escape, line)] for line in table]) for table in tables]
-    if sections:
-        body.append(f"<p class='note'>{html.escape(GROUPS_NOTE)}</p>")
+        body.append(f"<p class='note'>{html.escape(below)}</p>")
     for name, picture in pictures.items():
         source = "data:image/png;base64," + base64.b64encode(picture["page"]).decode()
         heading, name = html.escape(name.replace("-", " ")), html.escape(name)
@@ -195,15 +209,15 @@ def _markdown(
 ) -> str:
     tables = [comparison_markdown(comparison) for comparison in comparisons]
     lines = [markdown_text(f"Warning: {text}") for text in warnings]
-    in_groups = []
-    for name, parts in sections:
-        in_groups.append(f"## {name}")
+    further = []
+    for name, parts, below in sections:
+        further.append(f"## {name}")
         for table in parts:
             head, *rows = ([*map(markdown_text, line)] for line in table)
-            in_groups.append(markdown_table(head, rows))
-    in_groups += [markdown_text(GROUPS_NOTE)] if sections else []
+            further.append(markdown_table(head, rows))
+        further.append(markdown_text(below))
     heading = f"# {markdown_text(title)}"
-    return "\n\n".join([heading, *tables, note, *lines, *in_groups, _fenced(origin)])
+    return "\n\n".join([heading, *tables, note, *lines, *further, _fenced(origin)])
 
 
 def _sizes(comparison: Comparison) -> str:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from recbole_sdpo.evaluator.ranks import THIRDS
-from recbole_sdpo.evaluator.significance import LEVEL, holm, interval, paired_difference
-from recbole_sdpo.report.comparison import Comparison, FinishedRun, Row
+from recbole_sdpo.evaluator.significance import LEVEL, holm, interval
+from recbole_sdpo.report.comparison import Comparison, FinishedRun, Row, difference
 
 EDGES = (0, 1, 5, 20)
 """The fewest users of each band."""
@@ -136,7 +136,7 @@ def _table(comparison: Comparison, grouping: str, groups: pd.Series) -> pd.DataF
 
 def _line(row: Row, best: Row, metric: str, users: pd.Index) -> dict[str, object]:
     """One row's metric on ``users``, and its difference to the ``best`` baseline."""
-    mine = _values(row, metric, row.user.intersection(users)).mean(0)
+    mine = row.of(metric, row.user.intersection(users)).mean(0)
     low, high = interval(mine)
     line: dict[str, object] = {
         "targets": len(mine),
@@ -145,22 +145,16 @@ def _line(row: Row, best: Row, metric: str, users: pd.Index) -> dict[str, object
         "high": high,
         "best_baseline": best.name,
     }
-    common = row.user.intersection(best.user).intersection(users)
-    if row is best or len(common) < 2:
+    tested = None if row is best else difference(row, best, metric, users)
+    if tested is None:
         return line
-    found = paired_difference(_values(row, metric, common), _values(best, metric, common))
     return line | {
-        "difference": found.mean,
-        "difference_low": found.low,
-        "difference_high": found.high,
-        "test": found.test,
-        "p": found.p,
+        "difference": tested.mean,
+        "difference_low": tested.low,
+        "difference_high": tested.high,
+        "test": tested.test,
+        "p": tested.p,
     }
-
-
-def _values(row: Row, metric: str, users: pd.Index) -> np.ndarray:
-    """float64 ``[seeds, users]``."""
-    return row.users[metric][:, row.user.get_indexer(users)]
 
 
 def group_table(

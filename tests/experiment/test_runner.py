@@ -117,7 +117,8 @@ def test_the_report_has_what_the_runs_found(experiment):
         )
         for end in ("png", "svg")
     }
-    texts = {"table.md", "table.csv", "table.tex", "groups.csv", "results.jsonl", "report.html"}
+    texts = {"table.md", "table.csv", "table.tex", "groups.csv", "pairs.csv"}
+    texts |= {"results.jsonl", "report.html"}
     assert names == texts | pictures
     lines = [json.loads(line) for line in (report / "results.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["Pop", "S-DPO, beta = 0.5", "S-DPO, beta = 2.0"]
