@@ -128,9 +128,8 @@ def evaluation_loaders(
     seed, file = candidates_seed(config), str(settings.candidates_file)
     given = _given_lists(settings, parts[0], catalogue)
     phases = dict(zip(("valid", "test"), rest, strict=True))
-    for phase in given.keys() & phases.keys():
-        phases[phase] = listed(phases[phase], given[phase], file)
     for phase, loader in phases.items():
+        loader = listed(loader, given[phase], file) if phase in given else loader
         phases[phase] = evaluation_loader(loader, phase, settings.max_eval_targets, seed)
     valid_data, test_data = phases.values()
     main = [
@@ -149,14 +148,15 @@ def evaluation_loaders(
         mode: (with_mode(valid_data, mode), with_mode(test_data, mode))
         for mode in settings.more_candidates
     }
-    exclude, without_history = settings.candidates_exclude_history, False
+    exclude, without_history = settings.candidates_exclude_history, []
     for mode, pair in loaders.items():
         setting = "more_candidates" if mode in settings.more_candidates else "eval_args.mode"
         for number, loader in enumerate(pair, 2):
-            without_history |= freeze(loader, parts[:number], catalogue, seed, exclude, setting)
+            left_out = freeze(loader, parts[:number], catalogue, seed, exclude, setting)
             if mode == "full" and any(map(is_of_lists, config["metrics"])):
                 check_length_of_lists(loader, max(config["topk"]))
-    if without_history and (share := share_met_before(parts)) > REPEATED:
+        without_history.append(left_out)  # from the candidates of the test, which come last
+    if any(without_history) and (share := share_met_before(parts)) > REPEATED:
         files = parts[-1].benchmark_filename_list is not None
         remedy = "Take them out of the files" if files else "Give rm_dup_inter=first"
         getLogger().warning(

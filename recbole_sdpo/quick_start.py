@@ -47,6 +47,7 @@ from recbole_sdpo.settings import MODEL, Role, having
 from recbole_sdpo.trainer.best_weights import SELECTION, BestWeights, restore, snapshot
 from recbole_sdpo.trainer.folder import LOG_FILE, alone_in, run_folder, tidy
 from recbole_sdpo.trainer.one_pass import OnePass
+from recbole_sdpo.trainer.sdpo_trainer import StageReport
 from recbole_sdpo.trainer.state import holds_state
 from recbole_sdpo.trainer.step_file import STEPS_FILE
 
@@ -171,6 +172,7 @@ def _run(config: RunConfig, state: PartialState, run_dir: Path, saved: bool) -> 
         trainer,
         {mode: loaders[mode][0] for mode in modes},
         run_dir / SELECTION if ours and saved else None,
+        later_of_equals=not ours,
     )
     train = _run_stages if ours else _fit
     stages, ranks = train(trainer, train_data, loaders, best_weights, saved)
@@ -286,7 +288,7 @@ def _run_stages(
             name, train_data, valid_data, saved=saved, show_progress=show, callback_fn=best_weights
         )
         tests, ranks = _test(trainer, loaders, best_weights, name, report.valid)
-        stages[name] = {**vars(report), **next(iter(tests.values())), "candidates": tests}
+        stages[name] = _stage(report, tests)
         every.append(ranks)
     return stages, pd.concat(every)
 
@@ -302,8 +304,10 @@ def _fit(
     valid_data, _ = next(iter(loaders.values()))
     best_weights.begin("fit", validated=False)
     began = time.time()
-    # what is there afterwards this process has written
-    Path(trainer.saved_model_file).unlink(missing_ok=True)
+    # RecBole's name has the time: what a run that was killed left here has another.
+    weights = Path(trainer.saved_model_file)
+    for before in weights.parent.glob(f"{trainer.config['model']}-*.pth"):
+        before.unlink()
     _, valid = trainer.fit(
         train_data,
         valid_data,
@@ -315,15 +319,15 @@ def _fit(
     if saved:
         compat.load_best(trainer)
     tests, ranks = _test(trainer, loaders, best_weights, "fit", valid)
-    fit = {
-        **next(iter(tests.values())),
-        "wall_s": wall,
-        "targets": len(train_data._dataset) * len(trainer.train_loss_dict),
-        "tokens": 0,
-        "train_s": trainer.train_s,
-        "candidates": tests,
-    }
-    return {"fit": fit}, ranks
+    targets = len(train_data._dataset) * len(trainer.train_loss_dict)
+    report = StageReport(valid, wall, targets, tokens=0, train_s=trainer.train_s)
+    return {"fit": _stage(report, tests)}, ranks
+
+
+def _stage(report: StageReport, tests: dict[str, dict]) -> dict[str, Any]:
+    """What ``result.json`` says of a stage: its own validation and test are those of the first
+    candidates."""
+    return {**vars(report), **next(iter(tests.values())), "candidates": tests}
 
 
 def _test(

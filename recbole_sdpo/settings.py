@@ -63,11 +63,8 @@ WITHOUT_EFFECT = {
     "eta",
 }
 
-# What RecBole's dictionaries may hold; it ignores anything else.
-PARTS = {
-    "eval_args": {"split", "order", "group_by", "mode"},
-    "train_neg_sample_args": {"distribution", "sample_num", "alpha", "dynamic", "candidate_num"},
-}
+# Of which a user may give one part alone.
+PARTS = ("eval_args", "train_neg_sample_args")
 
 
 class Role(Flag):

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from recbole_sdpo.checks.metrics import metric_key
 from recbole_sdpo.report import figures
 from recbole_sdpo.report.comparison import Comparison, Row
 
@@ -25,7 +26,6 @@ SHOWN = (
     "SFT, longer",
     "DPO",
     "S-DPO",
-    "S-DPO, beta = 0.3",
     "S-DPO, popularity^2",
 )
 """Rows of the main table that its figure has."""
@@ -39,7 +39,7 @@ def main() -> None:
 
 def main_table() -> Figure:
     """HR@1 of the main table, a panel for each candidate set."""
-    runs = read_results(HERE / "ml-100k" / "compare" / "results.jsonl.gz")
+    runs = read_results(HERE / "ml-100k" / "main" / "results.jsonl.gz")
     panels = [f"HR@1, {candidates}" for candidates in ("uni19", "pop19")]
     baselines = {run["name"] for run in runs if run["model"] != "SDPO-LLM"}
     rows = [row(runs, name, {panel: (panel[6:], "HR@1") for panel in panels}) for name in SHOWN]
@@ -82,12 +82,20 @@ def row(runs: list[dict[str, Any]], name: str, columns: dict[str, tuple[str, str
     mine = [run for run in runs if run["name"] == name]
     last = [list(run["stages"].values())[-1]["candidates"] for run in mine]
     users = {
-        shown: np.array(
-            [[stage[candidates]["test"][metric.lower().replace("hr", "hit")]] for stage in last]
-        )
+        shown: np.array([[stage[candidates]["test"][metric_key(metric)]] for stage in last])
         for shown, (candidates, metric) in columns.items()
     }
-    return Row(name, False, None, [run["seed"] for run in mine], users, pd.Index([0]), 0.0)
+    return Row(
+        name,
+        baseline=False,
+        axis=None,
+        seeds=[run["seed"] for run in mine],
+        users=users,
+        lists={},
+        user=pd.Index([0]),
+        wall_s=0.0,
+        cost={},
+    )
 
 
 if __name__ == "__main__":

@@ -447,8 +447,28 @@ def test_the_curves_can_be_read(whole):
     )
 
 
+def test_a_baseline_that_begins_again_leaves_one_file_of_weights(ring):
+    """RecBole names it by the time, so that one that was killed had another name."""
+    Path("again").mkdir()
+    Path("again/run.log").touch()
+    Path("again/BPR-Jan-01-2026_00-00-00.pth").touch()
+    run(ring, "BPR", run_dir="again", epochs=1)
+    (weights,) = Path("again").glob("*.pth")
+    assert weights.stat().st_size > 0
+
+
 @pytest.mark.parametrize(
-    "name", ["selection", "state", "ranks.csv", "steps.csv", "inputs.json", "sft.old", "sdpo.part"]
+    "name",
+    [
+        "selection",
+        "state",
+        "ranks.csv",
+        "steps.csv",
+        "inputs.json",
+        "sft.old",
+        "sdpo.part",
+        "a.pth",
+    ],
 )
 def test_what_a_run_would_write_over_stays_a_users(ring, name):
     Path("mine", name).mkdir(parents=True)

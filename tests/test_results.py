@@ -1,6 +1,7 @@
 """The pages under results/: their numbers are those of the tables, and what is kept is small."""
 
 import gzip
+import importlib.util
 import json
 import re
 import subprocess
@@ -108,6 +109,20 @@ def test_the_numbers_of_the_gpu_page_are_those_of_its_files():
         share = f"{row['share of matrix rate']:.1%}".replace("%", " %")
         cells = [*(f"{number:,.0f}" for number in measured), share, f"{row['MiB'] / 1024:.1f}"]
         assert f"| {' | '.join(cells)} |" in page, row["row"]
+
+
+def test_the_figures_are_drawn_from_the_tables():
+    spec = importlib.util.spec_from_file_location("draw", RESULTS / "draw.py")
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    means = pd.read_csv(RESULTS / "ml-100k/main/table.csv").set_index(
+        ["candidates", "model", "metric"]
+    )["mean"]
+    for axes, candidates in zip(draw.main_table().axes, ("uni19", "pop19"), strict=True):
+        shown = {round(patch.get_width(), 3) for patch in axes.patches}
+        assert shown == {round(means[candidates, name, "HR@1"], 3) for name in draw.SHOWN}
+    for axes in draw.negatives().axes:
+        assert all(len(line[0].get_xdata()) == 5 for line in axes.containers)
 
 
 def test_every_line_of_results_is_a_run():

@@ -57,6 +57,8 @@ def check_settings(config: Config) -> Settings:
     check_valid_metric(config)
     check_columns(config)
     _check_model(config)
+    _check_negatives_of_baselines(config)
+    _check_transform(config)
     theirs = keys_of_recbole(config)
     settings = Settings.from_mapping(
         {key: value for key, value in config.final_config_dict.items() if key not in theirs}
@@ -195,7 +197,7 @@ def _warn_of_constants(settings: Settings) -> None:
 
 
 def _check_model(config: Config) -> None:
-    """What RecBole's models and transforms find out when they are built, or never."""
+    """What RecBole's models find out when they are built, or never."""
     width, heads = config["hidden_size"], config["n_heads"]
     if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or width % heads):
         raise UserError(f"hidden_size={width} must be a multiple of n_heads={heads}.")
@@ -204,8 +206,18 @@ def _check_model(config: Config) -> None:
             f"weight_decay={config['weight_decay']} must be 0 for {config['model']}, whose "
             "reg_weight is a list."
         )
+    if config["enable_amp"] and config["model"] != MODEL and config["device"].type == "cpu":
+        raise UserError(
+            "enable_amp=True must be false on a CPU, where RecBole's mixed precision fails for "
+            "some models."
+        )
+
+
+def _check_negatives_of_baselines(config: Config) -> None:
     args = config["train_neg_sample_args"]
-    if config["model"] != MODEL and args["distribution"] != "none":
+    if config["model"] == MODEL:
+        return
+    if args["distribution"] != "none":
         if args["sample_num"] < 1:
             raise UserError(
                 f"train_neg_sample_args.sample_num={args['sample_num']} must be 1 or more for "
@@ -216,16 +228,14 @@ def _check_model(config: Config) -> None:
                 "train_neg_sample_args.candidate_num=0 must be 1 or more with dynamic=True."
             )
     pairs = config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE and config["loss_type"] != "CE"
-    if config["model"] != MODEL and args["distribution"] == "none" and pairs:
+    if args["distribution"] == "none" and pairs:
         raise UserError(
             "train_neg_sample_args must ask for negatives, such as {'sample_num': 1}: "
             f"{config['model']} learns from pairs."
         )
-    if config["enable_amp"] and config["model"] != MODEL and config["device"].type == "cpu":
-        raise UserError(
-            "enable_amp=True must be false on a CPU, where RecBole's mixed precision fails for "
-            "some models."
-        )
+
+
+def _check_transform(config: Config) -> None:
     transform, sequential = config["transform"], config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     if transform == config.internal_config_dict["transform"]:
         return

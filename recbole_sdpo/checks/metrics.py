@@ -31,6 +31,11 @@ def without_aliases(key: str, value: Any) -> Any:
     return ALIASES.get(name.lower(), name) + at + k
 
 
+def metric_key(metric: str) -> str:
+    """A metric with its cut-off, such as ``HR@1``, as RecBole's results have it: ``hit@1``."""
+    return str(without_aliases("valid_metric", metric)).lower()
+
+
 def check_metrics(metrics: Any) -> None:
     """There must be such metrics.
 

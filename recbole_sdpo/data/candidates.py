@@ -18,7 +18,7 @@ from recbole.sampler.sampler import AbstractSampler
 
 from recbole_sdpo.data.candidate_lists import ROWS_AT_ONCE, CandidateLists
 from recbole_sdpo.data.catalogue import Catalogue
-from recbole_sdpo.data.negatives import NegativeSampler
+from recbole_sdpo.data.negatives import NegativeSampler, is_in
 from recbole_sdpo.data.sequences import met_items, users_and_targets
 from recbole_sdpo.data.whole_catalogue import (
     CatalogueEvalDataLoader,
@@ -96,14 +96,14 @@ class FrozenCandidates:
         """How many lists hold a negative that their user has met.
 
         Args:
-            users, items: int64 ``[pairs]``, who has met what.
+            users, items: int64 ``[pairs]``, who has met what, in the order of :func:`met_items`.
         """
         each, holding = 1 + int(max(items.max(initial=0), self.negatives.max(initial=0))), 0
         met = users * each + items
         for first in range(0, len(self.user), ROWS_AT_ONCE):
             some = slice(first, first + ROWS_AT_ONCE)
             pairs = self.user[some, None] * each + self.negatives[some]
-            holding += int(np.isin(pairs, met).any(1).sum())
+            holding += int(is_in(pairs, met).any(1).sum())
         return holding
 
     def sample_by_user_ids(
@@ -142,7 +142,8 @@ def freeze(
         setting: that asks for them.
 
     Returns:
-        whether what each user has met was left out; not where the candidates were there before.
+        whether what each user has met is left out; not where candidates that are drawn or given
+        were there before.
 
     Raises:
         UserError: a user has too few items left for the number of negatives that RecBole's mode

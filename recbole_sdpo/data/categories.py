@@ -20,7 +20,7 @@ def categories(dataset: Dataset, field: str) -> np.ndarray:
     counts.
 
     Raises:
-        UserError: there is no such file or column, or it is empty.
+        UserError: there is no such file or column, or it is empty, or no column names the items.
     """
     config = dataset.config
     path = Path(dataset.dataset_path, f"{dataset.dataset_name}.item")
@@ -28,6 +28,8 @@ def categories(dataset: Dataset, field: str) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{given} needs the file {path}, which does not exist; or give popularity.")
     table = read_table(path, config["field_separator"], config["encoding"])
+    if dataset.iid_field not in table.types:
+        raise UserError(f"{given}: {path} has no column {dataset.iid_field!r}; it must name items.")
     known = [name for name, kind in table.types.items() if kind.startswith("token")]
     if field not in known:
         raise UserError(

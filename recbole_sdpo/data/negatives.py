@@ -86,7 +86,7 @@ class NegativeSampler:
             # RecBole's alias table can give -1 where rounding leaves an item without a partner.
             bad = (drawn[rows] < 1) | (titles == group[target[rows], None])
             bad |= repeats(np.hstack([others[rows], titles]))[:, others.shape[1] :]
-            bad |= _is_in(user[rows, None] * self._groups + titles, self._met)
+            bad |= is_in(user[rows, None] * self._groups + titles, self._met)
             todo[rows] = bad
         for row in np.flatnonzero(todo.any(1)):
             _, excluded = self.excluded(user[[row]], target[[row]])
@@ -116,7 +116,7 @@ class NegativeSampler:
         """
         title = self.catalogue.group[target]
         pool = self._left[user] - (
-            self._drawable[title] & ~_is_in(user * self._groups + title, self._met)
+            self._drawable[title] & ~is_in(user * self._groups + title, self._met)
         )
         if beside is not None:
             pool = pool - self._drawable[beside].sum(1)
@@ -213,7 +213,7 @@ def shares(weights: Mapping[str, float], number: int) -> dict[str, int]:
     return dict(zip(weights, whole.tolist(), strict=True))
 
 
-def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+def is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     """Which ``values`` occur in the sorted array ``ordered``?"""
     if len(ordered) == 0:
         return np.zeros(values.shape, bool)

@@ -33,11 +33,6 @@ class Sequences:
     user: np.ndarray
     history: np.ndarray
 
-    @property
-    def targets(self) -> int:
-        """How many targets there are: as many as RecBole's rows."""
-        return int(self.items.lengths.sum() - self.history.sum())
-
 
 def users_and_targets(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """The user and the item of each row, int64 ``[rows]`` each."""

@@ -33,14 +33,15 @@ class Table:
     Attributes:
         path: of the file.
         types: RecBole's type of each column, by the column's name, in the order of the file.
-        lines: a number from 1 in the file for each row; lines without any text are none.
+        lines: int64 ``[rows]``, a number from 1 in the file for each row; lines without any text
+            are none.
         fields: all of them, row by row.
         quotes: is there a quote among them?
     """
 
     path: Path
     types: dict[str, str]
-    lines: range | np.ndarray
+    lines: np.ndarray
     fields: list[str]
     quotes: bool
 
@@ -50,8 +51,7 @@ class Table:
     def text(self, column: str) -> np.ndarray:
         """The fields of a column, object ``[rows]``."""
         place = list(self.types).index(column)
-        # None: else numpy looks for more dimensions
-        return np.array([*self.fields[place :: len(self.types)], None], dtype=object)[:-1]
+        return np.array(self.fields[place :: len(self.types)], dtype=object)
 
     def at(self, row: int, column: str) -> str:
         """How a message names a field."""

@@ -1,4 +1,4 @@
-"""Popularity: the floor under every table, and what ``popularity_discount`` takes off."""
+"""Popularity: the floor under every table."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ def popularity_result(
     dataset, config = train_data._dataset, copy.copy(config)
     # It writes no answers.
     metrics = [metric for metric in config["metrics"] if metric.lower() not in OF_ANSWERS]
-    config.final_config_dict = config.final_config_dict | {"metrics": metrics}
+    # What a run logs to Weights & Biases is of its own model.
+    own = {"metrics": metrics, "log_wandb": False}
+    config.final_config_dict = config.final_config_dict | own
     pop = Pop(config, dataset)
     pop.item_cnt = torch.from_numpy(popularity(dataset))[:, None].to(pop.device)
     pop.max_cnt = pop.item_cnt.max(dim=0)[0]
     trainer = Trainer(config, pop.to(config["device"]))
+    trainer.tensorboard.close()
     trainer.eval_collector = TitleCollector(config, catalogue)
     trainer.eval_collector.data_collect(train_data)
     return dict(trainer.evaluate(eval_data, load_best_model=False))

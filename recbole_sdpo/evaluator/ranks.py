@@ -14,6 +14,7 @@ from recbole.data.interaction import Interaction
 from recbole.evaluator.collector import DataStruct
 from torch import Tensor
 
+from recbole_sdpo.checks.metrics import metric_key
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.answers import HIT, OF_ANSWERS, VALID, named
@@ -62,7 +63,7 @@ def metric_of_ranks(metric: str, rank: np.ndarray) -> np.ndarray:
     Raises:
         UserError: the metric is none of one target's rank.
     """
-    name, _, k = metric.lower().replace("hr@", "hit@").partition("@")
+    name, _, k = metric_key(metric).partition("@")
     if name not in METRICS or not k.isdecimal() or int(k) < 1:
         others = ", ".join(kind.__name__ for kind in OF_ANSWERS.values())
         raise UserError(

@@ -15,7 +15,7 @@ from typing import Any, get_origin, get_type_hints
 import pandas as pd
 
 import recbole_sdpo
-from recbole_sdpo.checks.metrics import is_of_lists, without_aliases
+from recbole_sdpo.checks.metrics import is_of_lists, metric_key
 from recbole_sdpo.errors import UserError, meant
 from recbole_sdpo.evaluator.answers import OF_ANSWERS
 from recbole_sdpo.evaluator.ranks import metric_of_targets
@@ -160,7 +160,7 @@ class Experiment:
             "names of metrics such as NDCG@5",
             lambda metric: isinstance(metric, str),
         )
-        names = [without_aliases("valid_metric", metric).lower() for metric in self.metrics]
+        names = [*map(metric_key, self.metrics)]
         for place, name in enumerate(names):
             if name in names[:place]:
                 first = self.metrics[names.index(name)]

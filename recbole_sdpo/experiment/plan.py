@@ -141,15 +141,15 @@ def grid(entry: Entry, tries: int) -> list[Settings]:
 def _run(experiment: Experiment, entry: Entry, seed: int) -> Run:
     settings = over(experiment.settings, entry.settings)
     # A run knows the others' values by its ranks.
-    asked = [
+    asked = dict.fromkeys(
         metric.partition("@")[0]
         for metric in experiment.metrics
         if is_of_lists(metric) or (metric.lower() in OF_ANSWERS and entry.model == MODEL)
-    ]
+    )
     if asked:
         others = several(settings.get("metrics", default_settings(experiment.dataset)["metrics"]))
         if others:  # else the run refuses the setting
-            settings["metrics"] = list(dict.fromkeys([*others, *asked]))
+            settings["metrics"] = [*others, *(name for name in asked if name not in others)]
     if experiment.candidates[0] != FILE_MODE:
         mode = {"mode": experiment.candidates[0]}
         settings["eval_args"] = (settings.get("eval_args") or {}) | mode

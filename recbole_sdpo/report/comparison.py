@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recbole_sdpo.checks.metrics import is_of_lists
+from recbole_sdpo.checks.metrics import is_of_lists, metric_key
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.evaluator.audit import Audit, floor_rows
 from recbole_sdpo.evaluator.ranks import metric_of_targets
@@ -235,7 +235,7 @@ def _floor(found: dict[str, Any] | None, metrics: Sequence[str]) -> dict[str, di
     """Of each guesser those of ``metrics`` that it has."""
     floor = {}
     for name, means in floor_rows(found).items() if found else ():
-        keys = {metric: metric.lower().replace("hr@", "hit@") for metric in metrics}
+        keys = {metric: metric_key(metric) for metric in metrics}
         floor[name] = {metric: means[key] for metric, key in keys.items() if key in means}
     return floor
 

@@ -40,15 +40,22 @@ class BestWeights:
         loaders: for each evaluation mode its validation loader.
         folder: where the best weights lie meanwhile, so that a resumed run has them; None keeps
             them in memory.
+        later_of_equals: of epochs that validate alike keep the last, as RecBole's early stopping
+            does, and not the first, as our trainer does.
 
     Attributes:
         valid: for each mode the metrics of its best weights.
     """
 
     def __init__(
-        self, trainer: Trainer, loaders: dict[str, AbstractDataLoader], folder: Path | None
+        self,
+        trainer: Trainer,
+        loaders: dict[str, AbstractDataLoader],
+        folder: Path | None,
+        later_of_equals: bool = False,
     ) -> None:
         self.trainer, self.loaders, self.folder = trainer, loaders, folder
+        self.later_of_equals = later_of_equals
         self.valid: dict[str, Metrics] = {}
         self._weights: dict[str, dict[str, Tensor]] = {}
         self._rest: dict[str, dict[str, Any]] = {}
@@ -92,7 +99,9 @@ class BestWeights:
             return True
         metric = self.trainer.valid_metric
         now, before = calculate_valid_score(new, metric), calculate_valid_score(old, metric)
-        return now > before if self.trainer.valid_metric_bigger else now < before
+        if now == before:
+            return self.later_of_equals
+        return (now > before) == bool(self.trainer.valid_metric_bigger)
 
     def _keep(self, mode: str, metrics: Metrics) -> None:
         model = self.trainer.model
@@ -108,7 +117,7 @@ class BestWeights:
         return folder / f"{self._stage}-{mode}.safetensors"
 
     def _write(self, folder: Path, mode: str, weights: dict[str, Tensor]) -> None:
-        """An epoch that is run again has the same score and writes nothing new."""
+        """Write the best weights of ``mode`` and their metrics, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         valid = json.dumps(self.valid[mode])
         about = {"valid": valid, "sha256": _digest(valid, weights)}

@@ -98,7 +98,7 @@ def load_checkpoint(folder: Path, model: SDPOLLM) -> None:
         UserError: it was made otherwise, is damaged, or is none.
     """
     check_whole(folder)
-    made = read_json(folder / POLICY_FILE) if (folder / POLICY_FILE).is_file() else {}
+    made = _said(folder, POLICY_FILE)
     for key, value in _made_with(model).items():
         if key == "candidates_seed" and made.get(key) is None:
             continue  # an older one does not say which items were held out
@@ -111,11 +111,15 @@ def load_checkpoint(folder: Path, model: SDPOLLM) -> None:
     model.trained_on |= _trained_on(folder)
 
 
+def _said(folder: Path, name: str) -> dict[str, Any]:
+    """What a file of a checkpoint says; nothing where a stranger's has none."""
+    return read_json(folder / name) if (folder / name).is_file() else {}
+
+
 def _trained_on(folder: Path) -> set[str]:
     """Digests of the targets that a checkpoint's weights have met; none if it is older than they
     are."""
-    data = read_json(folder / DATA_FILE) if (folder / DATA_FILE).is_file() else {}
-    digests = data.get("trained_on", [])
+    digests = _said(folder, DATA_FILE).get("trained_on", [])
     return {digests} if isinstance(digests, str) else set(digests)
 
 
@@ -129,7 +133,7 @@ def load_sft(place: Path, model: SDPOLLM) -> None:
     folder, own_targets = sft_folder(place), set(model.trained_on)
     load_checkpoint(folder, model)
     warn_of_unfinished(folder)
-    policy = read_json(folder / POLICY_FILE) if (folder / POLICY_FILE).is_file() else {}
+    policy = _said(folder, POLICY_FILE)
     if model.trained_on - own_targets:
         getLogger().warning(
             f"sft_checkpoint={str(place)!r} was trained on other events than this run trains on: "

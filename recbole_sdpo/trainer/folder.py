@@ -95,7 +95,8 @@ def run_folder(config: Config) -> Path:
 def _check_free(folder: Path) -> None:
     """Is nothing in ``folder``, which is no run's, that a run would write over or remove?"""
     parts = [f"{stage}.{end}" for stage in STAGES for end in ("part", "old")]
-    for name in (STATE, SELECTION, RANKS_FILE, STEPS_FILE, INPUTS_FILE, *parts):
+    weights = [path.name for path in folder.glob("*.pth")]  # as a baseline leaves them
+    for name in (STATE, SELECTION, RANKS_FILE, STEPS_FILE, INPUTS_FILE, *parts, *weights):
         if (folder / name).exists():
             raise UserError(
                 f"run_dir={str(folder)!r} holds {name}, which no run has put there, and a run "

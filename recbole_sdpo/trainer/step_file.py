@@ -46,9 +46,9 @@ class StepFile:
 
     def __init__(self, run_dir: Path, mark: Mark | None) -> None:
         self._path = run_dir / STEPS_FILE
+        content = HEAD if mark is None else self._rows_until(mark)
         with whole_file(self._path) as part:
-            part.write_bytes(HEAD if mark is None else self._rows_until(mark))
-        content = self._path.read_bytes()
+            part.write_bytes(content)
         self._digest, self._size = hashlib.sha256(content), len(content)
         # of a run that an older version began, there are fewer
         self._columns = content.split(b"\n", 1)[0].decode().split(",")

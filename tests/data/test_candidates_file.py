@@ -116,6 +116,20 @@ def test_without_lists_of_its_own_validation_draws_as_before(given, tmp_path):
     assert {pair: set(items) for pair, items in shown(test).items()} == of(rows, "test")
 
 
+def test_given_test_lists_may_hold_what_was_met(given, tmp_path, caplog):
+    """Where validation is drawn, the warning of drawn candidates is not of the test."""
+    settings, rows = given
+    inter = Path(settings["data_path"], "toy", "toy.inter")
+    head, *events = inter.read_text().splitlines()
+    inter.write_text("\n".join([head, *(row for row in events for _ in "12")]) + "\n")
+    tests = [row for row in rows if row[-1] == "test"]
+    settings["candidates_file"] = str(write(tmp_path / "tests.csv", tests))
+    loaded("Pop", settings)
+    assert "of the test targets are items that their user has met" not in caplog.text
+    loaded("Pop", settings | {"more_candidates": ["uni5"]})
+    assert "100% of the test targets are items that their user has met" in caplog.text
+
+
 def test_further_candidates_and_fewer_targets_go_with_a_file(given):
     settings, rows = given
     settings |= {"more_candidates": ["uni5", "full"], "max_eval_targets": 20}

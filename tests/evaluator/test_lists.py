@@ -169,6 +169,14 @@ def test_groups_may_be_a_column_of_the_items(rated, monkeypatch):
 
 def test_a_column_that_is_not_there_is_named_before_training(rated):
     settings = {"eval_args": {"mode": "full"}, "metrics": ["NDCG", "MGU"], "epochs": 10**6}
+    file = Path(rated["data_path"], "toy", "toy.item")
+    text = file.read_text()
+    file.write_text(text.replace("item_id:", "product:", 1))
+    with pytest.raises(
+        UserError, match=r"fairness_groups='class': .*toy.item has no column 'item_id'"
+    ):
+        quick_start.run("BPR", "toy", config_dict=rated | settings | {"fairness_groups": "class"})
+    file.write_text(text)
     with pytest.raises(UserError, match="fairness_groups='genre' must be popularity.*: .*class"):
         quick_start.run("BPR", "toy", config_dict=rated | settings | {"fairness_groups": "genre"})
 

@@ -1,6 +1,7 @@
 """Popularity taken off a model's scores, against counts of the sequences that the test itself
 has written."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -127,3 +128,21 @@ def test_so_much_of_it_that_the_rarest_is_first(skewed, model):
     first, last = np.array(list(places(rarity, [row[:-1] for row in sequences]).values())).T
     (stage,) = result["stages"].values()  # the weights are chosen by the same scores
     assert (1 / last).mean() - 1e-4 <= stage["valid"][f"mrr@{ITEMS}"] <= (1 / first).mean() + 1e-4
+
+
+def test_the_floor_is_not_logged_as_the_model_to_weights_and_biases(skewed, tmp_path, monkeypatch):
+    package = tmp_path / "packages" / "wandb"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "from types import SimpleNamespace\n"
+        "run = SimpleNamespace(summary={})\n"
+        "def log(*args, **kwargs): pass\n"
+        "define_metric = init = log\n"
+    )
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    settings, _ = skewed
+    result = quick_start.run("BPR", "toy", config_dict=settings | {"log_wandb": True, "epochs": 1})
+    summary = sys.modules.pop("wandb").run.summary
+    assert summary == {f"eval/{name}": value for name, value in result["test_result"].items()}
+    assert result["popularity"] != result["test_result"]

@@ -143,6 +143,11 @@ def test_of_equals_the_first_are_the_best():
     assert [int(ranks_of(scores, [0], [item], 3)[0]) for item in range(6)] == [1, 2, 3, 4, 4, 4]
 
 
+@pytest.mark.parametrize("name", ["HR", "hit", "HitRate", "HITRATIO"])
+def test_hit_has_more_names_than_one(name):
+    assert metric_of_ranks(f"{name}@2", np.array([1, 2, 3])).tolist() == [1, 1, 0]
+
+
 @pytest.mark.parametrize("metric", ["precision@1", "hit", "hit@0", "hit@x", ""])
 def test_what_is_no_metric_of_a_rank_is_refused(metric):
     with pytest.raises(ValueError, match=r"must be one of HR@k, NDCG@k, MRR@k"):

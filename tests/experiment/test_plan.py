@@ -401,6 +401,14 @@ def test_every_model_gets_as_many_tries(write):
         ),
         (
             {
+                "settings": {"metrics": [["Hit", "NDCG"]]},
+                "metrics": ["HR@1", "GiniIndex@5"],
+                "candidates": ["full"],
+            },
+            "run 'a': metrics=.* must be",
+        ),
+        (
+            {
                 "settings": {"metrics": None},
                 "metrics": ["HR@1", "GiniIndex@5"],
                 "candidates": ["full"],

@@ -1,10 +1,13 @@
 """Each candidate set is tested with the weights that validate best on it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from recbole.model.general_recommender.bpr import BPR
+from recbole.utils import early_stopping
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.trainer.best_weights import BestWeights, restore, snapshot
@@ -42,6 +45,24 @@ def test_a_further_candidate_set_is_what_a_run_of_its_own_would_have(ring, model
         assert stage["candidates"][mode] == {"valid": found["valid"], "test": found["test"]}
         mine = ranks[ranks.candidates == mode].reset_index(drop=True)
         pd.testing.assert_frame_equal(mine, pd.read_csv(f"alone-{mode}/ranks.csv"))
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("bigger", [False, True])
+def test_of_equal_epochs_the_one_is_kept_that_the_trainer_keeps(bigger, later):
+    """RecBole's early stopping takes an equal score for a better one."""
+    scores = [{"ndcg@5": value} for value in (0.4, 0.5, 0.5, 0.3)]
+    trainer = SimpleNamespace(valid_metric="ndcg@5", valid_metric_bigger=bigger)
+    best, weights = None, BestWeights(trainer, {}, None, later)
+    for epoch, score in enumerate(scores):
+        if weights._better(score, best and scores[best]):
+            best = epoch
+    if bigger:
+        assert best == 1 + later
+    else:
+        assert best == 3
+    *_, stop, keep = early_stopping(0.5, 0.5, 0, 10, bigger=bigger)
+    assert keep and not stop
 
 
 def test_a_baseline_that_keeps_no_file_is_tested_with_its_best_weights_too(ring, tmp_path):
