@@ -187,7 +187,7 @@ def _chosen(args: argparse.Namespace) -> list[tuple[str, int]]:
         for kind in args.kinds
     }
     spread = [
-        ((number + 0.5) / count, kind, number)
+        (number / count, kind, number)  # some kind has one, which takes as long as many
         for kind, count in counts.items()
         for number in range(count)
     ]

@@ -7,7 +7,7 @@ from tests.faults.judge import ended_well
 from tests.faults.trial import Trial, recommend
 from tests.faults.warm import Program
 
-LONG, SHORT = 200, 8
+LONG, SHORT = 200, 5
 
 
 def attempt(trial: Trial) -> str:

@@ -12,7 +12,7 @@ from tests.faults import datasets, oracle, toy
 from tests.faults.judge import Wrong, ended_well
 from tests.faults.trial import Trial
 
-LONG, SHORT = 200, 8
+LONG, SHORT = 200, 5
 
 NAMES = [".inter", ".item", "title", "timestamp", "users", "items"]
 NAMES += ["eval_args", "train_neg_sample_args", "topk", "max_item_list_length"]

@@ -10,7 +10,7 @@ from tests.faults.judge import Wrong, ended_well
 from tests.faults.trial import Trial, mendable
 from tests.faults.warm import Program
 
-LONG, SHORT = 200, 8
+LONG, SHORT = 200, 5
 
 RAN = Path("/tmp/ran")
 """What is there if text of such a file was run."""

@@ -18,7 +18,7 @@ from tests.faults import oracle, toy
 from tests.faults.judge import Wrong, ended_well
 from tests.faults.trial import WAYS, Trial
 
-LONG, SHORT = 1000, 12
+LONG, SHORT = 1000, 8
 
 MODELS = ["SDPO-LLM"] * 6 + ["Pop", "BPR", "SASRec", "GRU4Rec", "FM", "LightGCN", "ItemKNN", "FPMC"]
 

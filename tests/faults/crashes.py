@@ -14,7 +14,7 @@ from tests.faults import kills
 from tests.faults.judge import ended_well
 from tests.faults.trial import Trial, command
 
-LONG, SHORT = 300, 6
+LONG, SHORT = 300, 4
 
 CRASH = 9
 """The exit code of a program that ended so."""

@@ -14,7 +14,7 @@ from tests.faults.judge import ended_well
 from tests.faults.trial import Trial, command, recommend
 from tests.faults.warm import Program
 
-LONG, SHORT = 150, 8
+LONG, SHORT = 150, 5
 
 
 class Evil:

@@ -13,7 +13,7 @@ from tests.faults.judge import Wrong, ended_well, last_line
 from tests.faults.trial import Trial
 from tests.faults.warm import SECONDS, Program
 
-LONG, SHORT = 300, 6
+LONG, SHORT = 300, 4
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "scratch": ("SDPO-LLM", {}),

@@ -12,7 +12,7 @@ from tests.faults import oracle, toy
 from tests.faults.judge import Wrong, ended_well
 from tests.faults.trial import Trial
 
-LONG, SHORT = 100, 6
+LONG, SHORT = 100, 4
 
 MODELS = ["SDPO-LLM", "SDPO-LLM", "SDPO-LLM", "BPR", "SASRec", "Pop"]
 

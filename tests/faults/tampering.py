@@ -13,7 +13,7 @@ from tests.faults.judge import Wrong, ended_well, last_line
 from tests.faults.trial import Trial, mendable, recommend
 from tests.faults.warm import Program
 
-LONG, SHORT = 200, 8
+LONG, SHORT = 200, 5
 
 
 def _cut(data: bytes, draw: random.Random) -> bytes:

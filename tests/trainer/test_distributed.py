@@ -7,10 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from recbole_sdpo import quick_start
+from recbole_sdpo.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,22 +26,21 @@ pytestmark = pytest.mark.flaky(reruns=2, only_rerun=[r"(?<![\de])-(6|11)\b", "SI
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
-def launch(processes, settings, folder, model="SDPO-LLM"):
+def alone(settings, folder):
+    """A run of this process, which has imported what takes time."""
+    quick_start.run("SDPO-LLM", "toy", config_dict=settings | {"run_dir": str(folder / "run")})
+    return outcome(folder)
+
+
+def launch(processes, settings, folder):
     folder.mkdir()
     (folder / "settings.yaml").write_text(
         yaml.safe_dump(settings | {"run_dir": str(folder / "run")})
     )
-    script = [
-        str(ROOT / "run_recbole_sdpo.py"),
-        f"--model={model}",
-        "--dataset=toy",
-        "--config_files=settings.yaml",
-    ]
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    script = [str(ROOT / "run_recbole_sdpo.py"), "--dataset=toy", "--config_files=settings.yaml"]
     done = subprocess.run(
-        [*start, *script],
+        [sys.executable, *launcher, *script],
         cwd=folder,
         env=os.environ | ENVIRONMENT,
         capture_output=True,
@@ -45,6 +48,11 @@ def launch(processes, settings, folder, model="SDPO-LLM"):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return outcome(folder)
+
+
+def outcome(folder):
+    """The result, and every curve."""
     losses = {}
     for events in (folder / "run" / "tensorboard").rglob("events*"):
         reader = EventAccumulator(str(events)).Reload()
@@ -70,7 +78,7 @@ def test_two_processes_are_one(ring, tmp_path, peft, parallel):
     if parallel == "fsdp":
         settings |= {"item_tokens": "whole", "more_candidates": ["pop4", "full"]}
         settings["train_neg_sample_args"] = {"sample_num": 2, "dynamic": True, "candidate_num": 2}
-    one, losses_of_one = launch(1, settings, tmp_path / "one")
+    one, losses_of_one = alone(settings, tmp_path / "one")
     two, losses_of_two = launch(2, settings | {"parallel": parallel}, tmp_path / "two")
     assert two["machine"]["processes"] == 2
     assert two["candidates_sha256"] == one["candidates_sha256"]
@@ -94,9 +102,11 @@ def test_two_processes_are_one(ring, tmp_path, peft, parallel):
         assert losses_of_two["sdpo/kl"] == pytest.approx(losses_of_one["sdpo/kl"], rel=1e-2)
 
 
-def test_baselines_ask_for_one_process(ring, tmp_path):
-    with pytest.raises(AssertionError, match="serves SDPO-LLM only; start Pop with plain python"):
-        launch(2, ring, tmp_path / "pop", model="Pop")
+def test_baselines_ask_for_one_process(ring, monkeypatch):
+    two = SimpleNamespace(num_processes=2, is_main_process=True)
+    monkeypatch.setattr(quick_start, "_process_group", lambda config: two)
+    with pytest.raises(UserError, match="serves SDPO-LLM only; start Pop with plain python"):
+        quick_start.run("Pop", "toy", config_dict=ring)
 
 
 RUN = """
