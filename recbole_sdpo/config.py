@@ -3,6 +3,7 @@ gave."""
 
 from __future__ import annotations
 
+import copy
 import os
 from logging import getLogger
 from pathlib import Path
@@ -74,11 +75,14 @@ class RunConfig(Config):
 
     def _merge_external_config_dict(self) -> None:
         """As RecBole's, but that who gives one part of a dictionary keeps those given before: in a
-        file, then from Python, then on the command line."""
+        file, then from Python, then on the command line.
+
+        RecBole completes dictionaries in place; those of the caller stay as they are.
+        """
         merged: dict[str, Any] = {}
         for given in (self.file_config_dict, self.variable_config_dict, self.cmd_config_dict):
             merged |= given | merged_parts(merged, given)
-        self.external_config_dict = merged
+        self.external_config_dict = copy.deepcopy(merged)
 
     def _set_default_parameters(self) -> None:
         """As RecBole's, which passes over a ``data_path`` that is given for ml-100k."""

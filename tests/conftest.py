@@ -94,7 +94,7 @@ def ring(tmp_path) -> dict:
     words = ["red", "green", "blue", "black", "white", "grey"]
     shapes = ["cube", "ball", "cone", "ring"]
     titles = {i + 1: f"{words[i % 6]} {shapes[i // 6]}" for i in range(items)}
-    return deepcopy(TINY) | {  # RecBole fills in dictionaries that it is given
+    return deepcopy(TINY) | {  # RecBole itself fills in dictionaries that it is given
         "data_path": str(write_dataset(tmp_path / "data", sequences, titles)),
         "checkpoint_dir": str(tmp_path / "saved"),
     }

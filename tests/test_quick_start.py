@@ -1,5 +1,6 @@
 """A run's folder: what is in it, whose it is, and what can be done with one that was left."""
 
+import copy
 import errno
 import fcntl
 import json
@@ -534,6 +535,16 @@ def test_who_gives_one_part_of_a_dictionary_keeps_those_given_before(ring, tmp_p
         RunConfig("SDPO-LLM", "toy", [str(b)], ring)
     with pytest.raises(UserError, match="'config_file'='a.yaml'; did you mean 'config_files'"):
         RunConfig("SDPO-LLM", "toy", config_dict=ring | {"config_file": "a.yaml"})
+
+
+@pytest.mark.parametrize("model", ["SDPO-LLM", "BPR", "FM"])
+def test_the_callers_dictionary_stays_as_it_is(ring, model):
+    """RecBole completes it in place, and the next run would take that for given."""
+    own = {"train_neg_sample_args": {"sample_num": 1}, "eval_args": {"mode": "uni5"}}
+    settings = ring | own
+    before = copy.deepcopy(settings)
+    RunConfig(model, "toy", config_dict=settings)
+    assert settings == before
 
 
 def test_a_data_path_counts_for_recboles_own_example_too(tmp_path):
