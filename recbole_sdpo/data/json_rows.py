@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from pandas.io.common import get_handle
 
-from recbole_sdpo.data.atomic import UNREADABLE
+from recbole_sdpo.data.csv_columns import UNREADABLE
 from recbole_sdpo.errors import UserError, reason
 
 BLOCK = 2**20

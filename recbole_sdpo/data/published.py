@@ -32,7 +32,8 @@ from typing import Any
 
 import yaml
 
-from recbole_sdpo.data.atomic import HALF, check_name, without_quote
+from recbole_sdpo.data.atomic import check_name, without_quote
+from recbole_sdpo.data.csv_columns import HALF
 from recbole_sdpo.data.json_rows import json_rows
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import new_folder, user_path

@@ -238,8 +238,9 @@ def test_times_that_may_stand_for_none_are_warned_of(tmp_path, times, row):
         with pytest.warns(
             UserWarning,
             match=f"^events, row {row}, .* 0 further times are not between 1970-01-02 and 2100",
-        ):
+        ) as warned:
             write_atomic(given, ITEMS, "shop", tmp_path)
+        assert warned[0].filename == __file__  # the line that called
 
 
 @pytest.mark.parametrize(
@@ -773,8 +774,11 @@ def _cell(value):
 def test_events_that_are_there_twice_are_warned_of(tmp_path):
     rows = events(("u", "a", "1"), ("u", "b", "2"), ("u", "a", "1"))
     items = pd.DataFrame({"item_id": ["a", "b"], "title": ["A", "B"]})
-    with pytest.warns(UserWarning, match="1 of 3 events are there twice, with one user, item and"):
+    with pytest.warns(
+        UserWarning, match="1 of 3 events are there twice, with one user, item and"
+    ) as warned:
         write_atomic(rows, items, "shop", tmp_path)
+    assert warned[0].filename == __file__  # the line that called
 
 
 def test_a_title_that_no_model_reads_is_refused_as_it_comes_in(tmp_path):
