@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,27 @@ class StageReport:
     targets: int
     tokens: int
     train_s: float = 0.0
+
+
+@dataclass
+class Course:
+    """How a stage goes, over all the processes that were interrupted in it.
+
+    Attributes:
+        began: when it began, as if there had been no interruption.
+        epoch_began: when the epoch that runs began, or was resumed.
+        saved_at: when the state was written last.
+        train_s: seconds of its whole epochs, without validation.
+        best: the best weights.
+        improved: are they better than the start, so that there is a checkpoint?
+    """
+
+    began: float
+    epoch_began: float
+    saved_at: float
+    train_s: float = 0.0
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+    improved: bool = False
 
 
 class SDPOTrainer(Trainer):
@@ -150,69 +171,77 @@ class SDPOTrainer(Trainer):
             self.reports[name] = StageReport(**resumed["reports"][name])
             self._log(f"{name}: already done in {self.run_dir}.", verbose)
             return self.reports[name]
-        show = show_progress and main
-        # what the reference is asked before the first step counts, too
-        began = saved_at = time.time()
-        stage = self._open(name, train_data, verbose, show)
-        best, improved, train_s = snapshot(self.model), False, 0.0
+        show_progress = show_progress and main
+        now = time.time()  # what the reference is asked before the first step counts, too
+        course = Course(began=now, epoch_began=now, saved_at=now)
+        stage = self._open(name, train_data, verbose, show_progress)
+        course.best = snapshot(self.model)
         if resumed.get("stage") == name:
-            if improved := resumed["improved"]:
-                load_checkpoint(self.run_dir / name, self.model)
-                best = snapshot(self.model)
-            self._go_on(stage, resumed, verbose)
-            began -= resumed["wall_s"]
-            train_s = resumed.get("train_s", 0.0)  # an older state has none
+            self._go_on(stage, course, resumed, verbose)
         else:
             self._start_score(stage, valid_data, show_progress)
 
         if main and stage.settings.epochs and self._step_file is None:
             self._step_file = StepFile(self.run_dir, None)
         stage.step_file = self._step_file
-
-        def keep_state(now: bool = False) -> None:
-            nonlocal saved_at
-            due = time.time() - saved_at > 60 * self.model.settings.save_minutes
-            if saved and (now or self._agreed(due)):
-                in_epoch = time.time() - epoch_began if stage.epoch_steps else 0.0
-                self._save_state(stage, improved, time.time() - began, train_s + in_epoch)
-                saved_at = time.time()
-
-        if not self._agreed(holds_state(self.run_dir)):
-            keep_state(now=True)  # a folder with a checkpoint is a run's, and a run can be resumed
+        if saved and not self._agreed(holds_state(self.run_dir)):
+            self._save_state(stage, course)  # a folder with a checkpoint can be resumed
         while stage.epoch < stage.settings.epochs and self._is_patient(stage):
-            epoch, epoch_began = stage.epoch, time.time()
-            loss = stage.run_epoch(show, keep_state)
-            train_s += time.time() - epoch_began
-            self.train_loss_dict[len(self.train_loss_dict)] = loss
-            self._log(
-                f"{name} "
-                + self._generate_train_loss_output(epoch, epoch_began, time.time(), loss),
-                verbose,
-            )
+            self._train_epoch(stage, course, verbose, saved, show_progress)
             with stage.titles_near_words():
-                if self._judge(stage, valid_data, verbose, show, callback_fn):
-                    best, improved = snapshot(self.model), True
+                if self._judge(stage, valid_data, verbose, show_progress, callback_fn):
+                    course.best, course.improved = snapshot(self.model), True
                     self._save(name, saved)
-            keep_state(now=True)
+            if saved:
+                self._save_state(stage, course)
         if not self._is_patient(stage):
             self._say_stopped(stage, verbose)
-        restore(self.model, best)
-        if not improved:
+        restore(self.model, course.best)
+        if not course.improved:
             self._log(
                 f"{name}: its start is kept, as no epoch was better.",
                 verbose and stage.settings.epochs > 0,
             )
             self._save(name, saved)
         self.reports[name] = StageReport(
-            self.best_valid_result, time.time() - began, stage.targets, stage.tokens, train_s
+            self.best_valid_result,
+            time.time() - course.began,
+            stage.targets,
+            stage.tokens,
+            course.train_s,
         )
-        keep_state(now=True)
+        if saved:
+            self._save_state(stage, course)
         if self._step_file and name == self.stages[-1]:
             self._step_file.close()
         return self.reports[name]
 
-    def _go_on(self, stage: Stage, resumed: dict[str, Any], verbose: bool) -> None:
-        """Put ``stage``, and the score to beat, where the interrupted run left them."""
+    def _train_epoch(
+        self, stage: Stage, course: Course, verbose: bool, saved: bool, show_progress: bool
+    ) -> None:
+        """Train for what is left of an epoch; keep the state meanwhile, wherever it is due."""
+
+        def after_step(last: bool) -> None:
+            due = time.time() - course.saved_at > 60 * self.model.settings.save_minutes
+            if saved and (last or self._agreed(due)):
+                self._save_state(stage, course)
+
+        epoch, course.epoch_began = stage.epoch, time.time()
+        loss = stage.run_epoch(show_progress, after_step)
+        now = time.time()
+        course.train_s += now - course.epoch_began
+        self.train_loss_dict[len(self.train_loss_dict)] = loss
+        output = self._generate_train_loss_output(epoch, course.epoch_began, now, loss)
+        self._log(f"{stage.name} {output}", verbose)
+
+    def _go_on(self, stage: Stage, course: Course, resumed: dict[str, Any], verbose: bool) -> None:
+        """Put ``stage``, its course and the score to beat where the interrupted run left them."""
+        course.began -= resumed["wall_s"]
+        course.train_s = resumed.get("train_s", 0.0)  # an older state has none
+        course.improved = resumed["improved"]
+        if course.improved:
+            load_checkpoint(self.run_dir / stage.name, self.model)
+            course.best = snapshot(self.model)
         load_state(self.run_dir, stage)
         self.accelerator.wait_for_everyone()  # before the first writes another
         self.best_valid_score, self.best_valid_result, self.cur_step = resumed["best"]
@@ -360,16 +389,18 @@ class SDPOTrainer(Trainer):
             self.best_valid_score, result = self._valid_epoch(valid_data, show_progress)
             self.best_valid_result = dict(result)
 
-    def _save_state(self, stage: Stage, improved: bool, wall_s: float, train_s: float) -> None:
+    def _save_state(self, stage: Stage, course: Course) -> None:
+        in_epoch = time.time() - course.epoch_began if stage.epoch_steps else 0.0
         rest = {
-            "improved": improved,  # on its start, so that its checkpoint is there
+            "improved": course.improved,
             "best": [self.best_valid_score, self.best_valid_result, self.cur_step],
             "reports": {name: asdict(report) for name, report in self.reports.items()},
-            "wall_s": wall_s,
-            "train_s": train_s,
+            "wall_s": time.time() - course.began,
+            "train_s": course.train_s + in_epoch,
             "settings": self._identity,
         }
         save_state(self.run_dir, stage, rest)
+        course.saved_at = time.time()
 
     @cached_property
     def _identity(self) -> dict[str, Any]:

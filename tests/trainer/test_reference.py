@@ -219,7 +219,10 @@ def test_a_state_in_the_middle_of_an_epoch_has_the_seconds_of_its_steps(ring, mo
     trainer, loaders = start(ring | SMALL | {"sft_epochs": 2, "sdpo_epochs": 0})
     clock, seconds = [0.0], []
     monkeypatch.setattr("recbole_sdpo.trainer.sdpo_trainer.time.time", lambda: clock[0])
-    monkeypatch.setattr(trainer, "_save_state", lambda *args: seconds.append(args[-1]))
+    monkeypatch.setattr(
+        "recbole_sdpo.trainer.sdpo_trainer.save_state",
+        lambda run_dir, stage, rest: seconds.append(rest["train_s"]),
+    )
 
     def run_epoch(stage, show, after_step):
         clock[0] += 7

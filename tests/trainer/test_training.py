@@ -517,7 +517,9 @@ def test_a_state_is_written_when_so_many_minutes_have_gone(ring, monkeypatch):
     trainer, loaders = start(ring | minutes)
     clock, seconds = [0.0], []
     monkeypatch.setattr("recbole_sdpo.trainer.sdpo_trainer.time.time", lambda: clock[0])
-    monkeypatch.setattr(trainer, "_save_state", lambda *_: seconds.append(clock[0]))
+    monkeypatch.setattr(
+        "recbole_sdpo.trainer.sdpo_trainer.save_state", lambda *_: seconds.append(clock[0])
+    )
 
     def run_epoch(stage, show, after_step):
         for _ in range(6):
