@@ -82,7 +82,8 @@ GROUPS_NOTE = (
 
 PAIRS_NOTE = (
     "In brackets stands the 95 % interval of the difference, behind it p of a paired test over "
-    "users. * is p < 0.05 after Holm's correction over all pairs and metrics of a candidate set."
+    "users. * is p < 0.05 after Holm's correction over all pairs and metrics of a candidate set. "
+    "Then comes how many seeds have a difference of that sign: the test does not know of seeds."
 )
 
 Section = tuple[str, list[list[list[str]]], str]

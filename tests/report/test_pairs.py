@@ -31,6 +31,12 @@ def test_each_pair_is_tested_over_users(runs):
         )
         assert row.difference == pytest.approx((mine - other).mean())
         assert row.low < row.difference < row.high
+        seeds = [
+            per_user(runs, row.model, row.metric)[seed].mean()
+            - per_user(runs, row.against, row.metric)[seed].mean()
+            for seed in (0, 1)
+        ]
+        assert [float(one) for one in row.by_seed.split()] == pytest.approx(seeds, abs=5.1e-5)
         if row.metric == "NDCG@5":
             assert row.p == pytest.approx(stats.ttest_rel(mine, other).pvalue)
     assert frame["p_holm"].tolist() == pytest.approx(holm(frame["p"].tolist()))
@@ -47,7 +53,7 @@ def test_a_report_shows_them(runs, tmp_path):
     assert "## Further pairs" in text and "| ours less weak " in text
     row = frame.iloc[0]
     ends = f"{row['difference']:+.4f} \\[{row['low']:+.4f}, {row['high']:+.4f}] p"
-    assert f"{ends} \\< .001\\*" in text
+    assert f"{ends} \\< .001\\*, 2 of 2 seeds" in text
     assert "<td>ours less weak</td>" in (tmp_path / "report.html").read_text()
     write_report(tmp_path, "none", tables, runs, [], "made")
     assert "Further pairs" not in (tmp_path / "table.md").read_text()
@@ -68,3 +74,14 @@ def test_equal_rows_have_no_difference_and_chance(runs):
     (_, line) = pair_table(frame, "uni19")
     assert line == ["ours less twin", *["+0.0000 [+0.0000, +0.0000] p = 1.000"] * len(METRICS)]
     assert np.isfinite(frame[["low", "high"]]).all(axis=None)
+
+
+def test_it_says_how_many_seeds_agree():
+    """A mean over seeds may be that of one of them, and the users' test does not tell."""
+    runs = [finished("ours", seed, 0.6 if seed == 1 else 0.2) for seed in (1, 2)]
+    runs += [finished("rival", seed, 0.3) for seed in (1, 2)]
+    frame = pair_frame([compare(runs, "uni19", ["NDCG@5"], [])], [("ours", "rival")])
+    first, second = map(float, frame["by_seed"][0].split())
+    assert first > 0 > second and frame["difference"][0] > 0
+    (_, (_, cell)) = pair_table(frame, "uni19")
+    assert cell.endswith(", 1 of 2 seeds")
