@@ -73,9 +73,10 @@ def write_atomic(
     wanted = {"user": [user], "item": [item], "time": [time]}
     rows, source = read_columns(events, "events", wanted, separator, encoding)
     inter = _inter(rows, user, item, time, source)
-    wanted = {"item_key": [item_key or item], "title": titles}
+    item_key = item_key or item
+    wanted = {"item_key": [item_key], "title": titles}
     rows, source = read_columns(items, "items", wanted, separator, encoding)
-    texts = _items(rows, item_key or item, dict(zip(fields, titles, strict=True)), source)
+    texts = _items(rows, item_key, dict(zip(fields, titles, strict=True)), source)
     unique = texts.drop_duplicates("item_id:token")
     _check_lengths(unique, source)
     strangers = ~inter["item_id:token"].isin(unique["item_id:token"])

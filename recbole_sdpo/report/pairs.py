@@ -34,7 +34,10 @@ def pair_frame(comparisons: Sequence[Comparison], pairs: Sequence[tuple[str, str
 def _table(comparison: Comparison, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
     rows = {row.name: row for row in comparison.rows}
     lines = [
-        (comparison.candidates, name, other, metric, *tested, _by_seed(rows, name, other, metric))
+        (
+            *(comparison.candidates, name, other, metric, *tested),
+            _by_seed(rows[name], rows[other], metric),
+        )
         for name, other in pairs
         if {name, other} <= rows.keys()
         for metric in comparison.metrics
@@ -65,16 +68,11 @@ def pair_table(frame: pd.DataFrame, candidates: str) -> list[list[str]]:
     return [[candidates, *metrics], *([name, *line] for name, *line in lines.itertuples())]
 
 
-def _by_seed(rows: dict[str, Row], name: str, other: str, metric: str) -> str:
+def _by_seed(row: Row, other: Row, metric: str) -> str:
     """A difference for each seed, over the users whom both rows have, separated by blanks."""
-    mine, others = rows[name], rows[other]
-    users = mine.user.intersection(others.user)
-    means = [
-        dict(zip(row.seeds, row.of(metric, users).mean(1), strict=True)) for row in (mine, others)
-    ]
-    return " ".join(
-        f"{means[0][seed] - means[1][seed]:+.4f}" for seed in mine.seeds if seed in means[1]
-    )
+    users = row.user.intersection(other.user)
+    first, second = (pd.Series(one.of(metric, users).mean(1), one.seeds) for one in (row, other))
+    return " ".join(f"{difference:+.4f}" for difference in (first - second).dropna())
 
 
 def _agreement(difference: float, by_seed: str) -> str:

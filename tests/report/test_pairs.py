@@ -85,3 +85,12 @@ def test_it_says_how_many_seeds_agree():
     assert first > 0 > second and frame["difference"][0] > 0
     (_, (_, cell)) = pair_table(frame, "uni19")
     assert cell.endswith(", 1 of 2 seeds")
+
+
+def test_a_seed_that_one_row_lacks_is_left_out():
+    runs = [finished("ours", seed, 0.6) for seed in (1, 2)] + [finished("rival", 2, 0.3)]
+    frame = pair_frame([compare(runs, "uni19", ["NDCG@5"], [])], [("ours", "rival")])
+    second = per_user(runs, "ours", "NDCG@5")[1] - per_user(runs, "rival", "NDCG@5")[0]
+    assert [float(one) for one in frame["by_seed"][0].split()] == [round(second.mean(), 4)]
+    (_, (_, cell)) = pair_table(frame, "uni19")
+    assert "seeds" not in cell
