@@ -306,6 +306,58 @@ def test_a_run_that_dies_goes_on_as_if_it_had_not(ring, dies_in, sources, monkey
         other.fit(*loaders[:2])
 
 
+def test_a_resumed_stage_that_gets_no_better_keeps_the_best_of_before(ring, monkeypatch):
+    settings = ring | {"objective": "sft", "sft_epochs": 3, "stopping_step": 9}
+    run_epoch = Stage.run_epoch
+
+    def begin(scores, **more):
+        trainer, loaders = start(settings | more)
+        trainer._valid_epoch = lambda *_: (score := scores.pop(0), {"ndcg@5": score})
+        return trainer, loaders[:2]
+
+    whole, loaders = begin([0.9, 0.5, 0.4], run_dir="whole")
+    whole.fit(*loaders, verbose=False)
+
+    def die_later(stage, *rest):
+        if stage.epoch == 2:
+            raise KeyboardInterrupt
+        return run_epoch(stage, *rest)
+
+    monkeypatch.setattr(Stage, "run_epoch", die_later)
+    broken, loaders = begin([0.9, 0.5], run_dir="broken")
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit(*loaders, verbose=False)
+    monkeypatch.setattr(Stage, "run_epoch", run_epoch)
+    resumed, loaders = begin([0.4], resume="broken")
+    assert resumed.fit(*loaders, verbose=False) == (0.9, {"ndcg@5": 0.9})
+    mine, theirs = whole.model.lm.trainable(), resumed.model.lm.trainable()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_the_seconds_of_a_resumed_stage_are_those_of_both_runs(ring, monkeypatch):
+    """Each step takes ten seconds on this clock, and nothing else takes time."""
+    settings = ring | {"objective": "sft", "sft_epochs": 2, "save_minutes": 0.0}
+    clock, step, left = [0.0], Stage._step, [4]
+    monkeypatch.setattr("recbole_sdpo.trainer.sdpo_trainer.time.time", lambda: clock[0])
+
+    def timed_step(self, *batches):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        clock[0] += 10
+        return step(self, *batches)
+
+    monkeypatch.setattr(Stage, "_step", timed_step)
+    broken, loaders = start(settings | {"run_dir": "broken", "sft_tokens_per_batch": 300})
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit(*loaders[:2], verbose=False)
+    clock[0], left[0] = clock[0] + 1000, 1000  # the time between them is nobody's
+    resumed, loaders = start(settings | {"resume": "broken", "sft_tokens_per_batch": 300})
+    resumed.fit(*loaders[:2], verbose=False)
+    report, steps = resumed.reports["sft"], len(pd.read_csv("broken/steps.csv"))
+    assert steps > 4 and report.wall_s == report.train_s == 10 * steps
+
+
 def test_there_must_be_something_to_resume(ring):
     with pytest.raises(ValueError, match="resume='nowhere' holds no state/state.json"):
         start(ring | {"resume": "nowhere"})
