@@ -121,6 +121,7 @@ class Row:
         user: who they are, ``[users]``, sorted: those whom every seed has.
         differences: for each metric the difference to the best baseline; none for that baseline
             itself.
+        differences_by_seed: for each metric of ``differences`` that of each seed which both have.
         p: their p-values, Holm-corrected over the table.
         wall_s: mean seconds of training.
         cost: of :data:`COST`, means over seeds.
@@ -139,6 +140,7 @@ class Row:
     cost: dict[str, float]
     improvement: float = float("nan")
     differences: dict[str, Difference] = field(default_factory=dict)
+    differences_by_seed: dict[str, list[float]] = field(default_factory=dict)
     p: dict[str, float] = field(default_factory=dict)
 
     def of(self, metric: str, users: pd.Index) -> np.ndarray:
@@ -221,6 +223,9 @@ def compare(
     for row in rows:
         row.improvement = _improvement(row, best[first], first)
         row.differences = _differences(row, best)
+        row.differences_by_seed = {
+            metric: difference_by_seed(row, best[metric], metric) for metric in row.differences
+        }
     tested = [(row, metric) for row in rows for metric in row.differences]
     corrected = holm([row.differences[metric].p for row, metric in tested])
     for (row, metric), p in zip(tested, corrected, strict=True):
@@ -341,6 +346,18 @@ def difference(
     if len(common) < 2 or not (metric in row.users and metric in other.users):
         return None
     return paired_difference(row.of(metric, common), other.of(metric, common))
+
+
+def difference_by_seed(row: Row, other: Row, metric: str) -> list[float]:
+    """``row`` less ``other`` in each seed that both have, over the users whom both have."""
+    users = row.user.intersection(other.user)
+    first, second = (pd.Series(one.of(metric, users).mean(1), one.seeds) for one in (row, other))
+    return (first - second).dropna().tolist()
+
+
+def agreeing(difference: float, by_seed: Sequence[float]) -> int:
+    """How many of the seeds have a difference of the sign of their mean's."""
+    return sum(one * difference > 0 for one in by_seed)
 
 
 def unfair(runs: Sequence[FinishedRun], candidates: Sequence[str]) -> list[str]:

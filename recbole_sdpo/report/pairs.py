@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from recbole_sdpo.evaluator.significance import LEVEL, holm
-from recbole_sdpo.report.comparison import Comparison, Row, difference
+from recbole_sdpo.report.comparison import Comparison, agreeing, difference, difference_by_seed
+from recbole_sdpo.report.table import signed
 
 COLUMNS = [
     *("candidates", "model", "against", "metric"),
@@ -36,7 +37,7 @@ def _table(comparison: Comparison, pairs: Sequence[tuple[str, str]]) -> pd.DataF
     lines = [
         (
             *(comparison.candidates, name, other, metric, *tested),
-            _by_seed(rows[name], rows[other], metric),
+            signed(difference_by_seed(rows[name], rows[other], metric)),
         )
         for name, other in pairs
         if {name, other} <= rows.keys()
@@ -68,18 +69,11 @@ def pair_table(frame: pd.DataFrame, candidates: str) -> list[list[str]]:
     return [[candidates, *metrics], *([name, *line] for name, *line in lines.itertuples())]
 
 
-def _by_seed(row: Row, other: Row, metric: str) -> str:
-    """A difference for each seed, over the users whom both rows have, separated by blanks."""
-    users = row.user.intersection(other.user)
-    first, second = (pd.Series(one.of(metric, users).mean(1), one.seeds) for one in (row, other))
-    return " ".join(f"{difference:+.4f}" for difference in (first - second).dropna())
-
-
 def _agreement(difference: float, by_seed: str) -> str:
     seeds = [float(one) for one in by_seed.split()]
     if len(seeds) < 2 or difference == 0:
         return ""
-    return f", {sum(one * difference > 0 for one in seeds)} of {len(seeds)} seeds"
+    return f", {agreeing(difference, seeds)} of {len(seeds)} seeds"
 
 
 def _p(p: float) -> str:

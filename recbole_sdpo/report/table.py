@@ -12,13 +12,14 @@ import pandas as pd
 
 from recbole_sdpo.checks.metrics import is_of_lists
 from recbole_sdpo.evaluator.lists import OF_LISTS
-from recbole_sdpo.report.comparison import COST, Comparison, Row
+from recbole_sdpo.report.comparison import COST, Comparison, Row, agreeing
 
 NOTE = (
     "Best in bold, second best underlined; * differs from the best baseline (p < 0.05 after Holm's "
     "correction over the table; for metrics that are 0 or 1 McNemar's test, by sign flips with "
     "several seeds, else a paired t-test; "
-    "over users, of these seeds' means, so that what other seeds would give is not in it)"
+    "over users, of these seeds' means, so that what other seeds would give is not in it; in "
+    "brackets behind it, how many seeds have a difference of its sign, if not all have)"
 )
 
 LISTS_NOTE = (
@@ -173,6 +174,7 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
                     "test": difference and difference.test,
                     "p": difference and difference.p,
                     "p_holm": row.p.get(metric),
+                    "by_seed": signed(row.differences_by_seed.get(metric, [])),
                     "wall_s": row.wall_s,
                     **row.cost,
                 }
@@ -192,6 +194,11 @@ def comparison_frame(comparison: Comparison) -> pd.DataFrame:
         pairs = zip(frame["model"], frame["metric"], strict=True)
         frame[["published", "source"]] = [theirs.get(pair, (None, None)) for pair in pairs]
     return frame
+
+
+def signed(differences: Sequence[float]) -> str:
+    """Each with its sign and four decimals, separated by blanks."""
+    return " ".join(f"{difference:+.4f}" for difference in differences)
 
 
 def _sources(comparison: Comparison, marks: Marks) -> list[tuple[int, str]]:
@@ -266,7 +273,7 @@ def _cell(comparison: Comparison, row: Row, metric: str, marks: Marks) -> str:
     text = (
         f"{row.mean(metric):.4f}"
         + ("" if math.isnan(std) else f" {marks.between} {std:.4f}")
-        + marks.star * row.significant(metric)
+        + (marks.star + _agreement(row, metric) if row.significant(metric) else "")
     )
     if metric in row.lists:
         return text
@@ -274,3 +281,10 @@ def _cell(comparison: Comparison, row: Row, metric: str, marks: Marks) -> str:
     return (
         marks.best.format(text) if place == 0 else marks.second.format(text) if place == 1 else text
     )
+
+
+def _agreement(row: Row, metric: str) -> str:
+    """Of how many seeds the difference has the sign of their mean's, if not of all."""
+    seeds = row.differences_by_seed[metric]
+    count = agreeing(row.differences[metric].mean, seeds)
+    return "" if count == len(seeds) else f" ({count}/{len(seeds)})"

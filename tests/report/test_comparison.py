@@ -595,6 +595,26 @@ GROUPED = {
 GAIN = {"HR@1": lambda r: r == 1, "NDCG@5": lambda r: (r <= 5) / math.log2(r + 1)}
 
 
+def test_a_star_of_which_not_all_seeds_agree_says_so():
+    """The test is over users, and one seed of three can make it."""
+    strengths = {1: 0.9, 2: 0.29, 3: 0.29}
+    runs = [finished("ours", seed, strength) for seed, strength in strengths.items()]
+    runs += [finished("far", seed, 0.9) for seed in strengths]
+    runs += [finished("rival", seed, 0.3) for seed in strengths]
+    table = compare(runs, "uni19", METRICS, ["rival"])
+    frame = comparison_frame(table).set_index(["model", "metric"])
+    for name in ("ours", "far"):
+        seeds = per_user(runs, name, "NDCG@5").mean(1) - per_user(runs, "rival", "NDCG@5").mean(1)
+        shown = [float(one) for one in frame.loc[(name, "NDCG@5"), "by_seed"].split()]
+        assert shown == pytest.approx(seeds, abs=5.1e-5)
+        agree = (seeds > 0).sum()
+        assert frame.loc[(name, "NDCG@5"), "p_holm"] < 0.05 and (agree < 3) == (name == "ours")
+        for text in (comparison_markdown(table), comparison_html(table), comparison_latex(table)):
+            (line,) = (line for line in re.split(r"\n|<tr>", text) if name in line)
+            assert (f" ({agree}/3)" in line) == (name == "ours")
+    assert frame.loc[("rival", "NDCG@5"), "by_seed"] == ""
+
+
 @pytest.fixture
 def grouped():
     """Runs of users whose targets and histories differ."""
