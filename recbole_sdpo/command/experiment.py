@@ -18,8 +18,8 @@ from recbole_sdpo.interrupt import as_given
 HELP = "do the runs that a YAML file names, and write a report of tables and figures"
 
 EXAMPLES = """\
-  recbole-sdpo experiment configs/ml-100k/compare.yaml             all that is not done yet
-  recbole-sdpo experiment configs/ml-100k/compare.yaml --jobs=2    two runs at once
+  recbole-sdpo experiment configs/ml-100k/main.yaml                all that is not done yet
+  recbole-sdpo experiment configs/ml-100k/main.yaml --jobs=2    two runs at once
   recbole-sdpo experiment my.yaml --tune                           first search, on validation
   recbole-sdpo experiment my.yaml --sft_epochs=1                   a setting for every run
 
@@ -28,7 +28,7 @@ Any setting of RecBole or of ours follows as --name=value, and holds for every r
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the file does not say."""
-    parser.add_argument("experiment", metavar="FILE", help="such as configs/ml-100k/compare.yaml")
+    parser.add_argument("experiment", metavar="FILE", help="such as configs/ml-100k/main.yaml")
     add_further_options(parser)
 
 
