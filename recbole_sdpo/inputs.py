@@ -81,6 +81,10 @@ class Inputs:
                 return self.named(name)
         return None
 
+    def changed_now(self) -> str | None:
+        """The first that is not what it was any more."""
+        return self.changed(Inputs.of(self.config).digests)
+
     def named(self, name: str) -> str:
         """What a user calls the file, package or setting that is ``name`` here."""
         if name == "sources":
@@ -98,8 +102,7 @@ class Inputs:
         Raises:
             UserError: naming the file that is not.
         """
-        name = self.changed(Inputs.of(self.config).digests)
-        if name:
+        if name := self.changed_now():
             raise UserError(f"{name} changed while this run was reading it; start it again.")
 
     def keep(self, run_dir: Path, write: bool) -> list[dict[str, str]]:

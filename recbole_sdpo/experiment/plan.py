@@ -43,6 +43,7 @@ class Run:
         identity: equal for runs of which one result will do.
         settings: all that is not a default.
         start: the run whose SFT checkpoint it begins from, or None.
+        inputs: what it read as the experiment was planned.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Run:
     settings: Settings
     identity: str
     start: Run | None
-    inputs: Inputs | None = None
+    inputs: Inputs
 
 
 def plan(

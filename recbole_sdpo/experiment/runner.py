@@ -26,7 +26,7 @@ from recbole_sdpo.errors import UserError
 from recbole_sdpo.experiment.plan import Run
 from recbole_sdpo.experiment.worker import LIFELINE
 from recbole_sdpo.files import check_seal, sealed, write_text
-from recbole_sdpo.inputs import Inputs, began_with
+from recbole_sdpo.inputs import began_with
 from recbole_sdpo.interrupt import add_note
 from recbole_sdpo.output import say
 from recbole_sdpo.result import RESULT_FILE, read_result
@@ -87,8 +87,7 @@ class Runner:
                 check_seal(folder / "sft")
         except UserError as error:
             return str(error)
-        changed = run.inputs and run.inputs.changed(read, but_for=_of_start(run))
-        if changed:
+        if changed := run.inputs.changed(read, but_for=_of_start(run)):
             return (
                 f"{changed} changed while the experiment ran, so that its result does not count; "
                 "begin it again."
@@ -101,7 +100,7 @@ class Runner:
             return f"{broken} is missing or damaged."
         try:
             read = began_with(folder)
-            changed = run.inputs and run.inputs.changed_since(folder, but_for=_of_start(run))
+            changed = run.inputs.changed_since(folder, but_for=_of_start(run))
         except UserError as error:
             return str(error)
         if changed:
@@ -214,8 +213,7 @@ class Runner:
         return failure
 
     def _run(self, run: Run) -> Failure | None:
-        changed = run.inputs and run.inputs.changed(Inputs.of(run.inputs.config).digests)
-        if changed:
+        if changed := run.inputs.changed_now():
             return Failure(
                 run,
                 f"{changed} changed since the experiment began; begin it again: what is done is "

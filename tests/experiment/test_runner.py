@@ -174,7 +174,19 @@ def test_alignments_begin_from_the_shared_sft(experiment):
         )
 
 
-def a_run(name, identity, start=None, inputs=None):
+class Unchanged(Inputs):
+    """Of runs that are pretended, and read nothing."""
+
+    def changed(self, *_, **__):
+        return None
+
+    changed_now = changed
+
+
+UNCHANGED = Unchanged(None, {}, {})
+
+
+def a_run(name, identity, start=None, inputs=UNCHANGED):
     return Run(name, "SDPO-LLM", "toy", 1, {"seed": 1}, identity, start, inputs)
 
 
