@@ -37,6 +37,14 @@ dist: $(READY)
 # setuptools warns whoever installs a checkout of folders that have the package's name.
 $(READY): export PYTHONWARNINGS = ignore:Editable installation
 
+# A Python that somebody asks for is the one of the environment, or nothing is done.
+ifneq ($(filter command environment,$(firstword $(origin PYTHON))),)
+.PHONY: same-python
+same-python:
+	@test ! -x $(RUN) || test "$$($(RUN) -V)" = "$$($(PYTHON) -V)" || { echo "$(VENV) has $$($(RUN) -V), and PYTHON=$(PYTHON) is $$($(PYTHON) -V): remove $(VENV) with make clean, or name another folder by VENV." >&2; exit 1; }
+$(READY): | same-python
+endif
+
 # RecBole alone comes first: from Python 3.12 on what it asks for cannot be installed (docs/versions.md).
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 14) or sys.exit("recbole-sdpo is tested on Python 3.10 to 3.13, and this is %d.%d; give another, as in make PYTHON=python3.12." % v)'

@@ -145,3 +145,15 @@ def test_make_says_what_the_pretrained_alternative_gives():
     table = pd.read_csv(ROOT / "results" / "ml-100k" / Path(config).stem / "table.csv")
     row = table.query("model == 'S-DPO' and metric == 'HR@1'").iloc[0]
     assert f"HR@1 {row['mean']:.4f} on ml-100k after {row['train_s'] / 60:.0f} minutes" in line
+
+
+def test_another_python_is_not_taken_for_the_one_that_is_asked_for(tmp_path):
+    """README: PYTHON chooses it. A .venv that is there has one already."""
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\necho Python 3.9.0\n")
+    other.chmod(0o755)
+    for asked in (sys.executable, other):
+        command = ["make", "same-python", f"VENV={sys.prefix}", f"PYTHON={asked}"]
+        told = subprocess.run(command, **IN_THE_CHECKOUT)
+        assert (told.returncode == 0) == (asked != other), told.stderr
+    assert f"PYTHON={other} is Python 3.9.0: remove {sys.prefix}" in told.stderr
