@@ -12,7 +12,7 @@ from recbole_sdpo.experiment.plan import Run, alike, plan
 from recbole_sdpo.experiment.runner import Failure, Runner, check_writable
 from recbole_sdpo.experiment.tune import tune
 from recbole_sdpo.output import say
-from recbole_sdpo.report.comparison import FinishedRun, compare, unfair
+from recbole_sdpo.report.comparison import FinishedRun, compare, kept_starts, unfair
 from recbole_sdpo.report.experiment import write_report
 from recbole_sdpo.report.table import comparison_markdown
 
@@ -92,7 +92,8 @@ def _report(
     origin: str,
 ) -> list[str]:
     """Write and print the tables; returns all warnings."""
-    warnings = unfair(finished, experiment.candidates) + warnings
+    modes = experiment.candidates
+    warnings = unfair(finished, modes) + kept_starts(finished, modes) + warnings
     audited = any((experiment.settings | run.settings).get("audit") for run in experiment.runs)
     comparisons = [
         compare(
@@ -103,7 +104,7 @@ def _report(
             costs=experiment.cost,
             audited=audited,
         )
-        for mode in experiment.candidates
+        for mode in modes
     ]
     # of the protocol of the first candidates, as what others published is
     comparisons[0].published = {

@@ -379,6 +379,29 @@ def unfair(runs: Sequence[FinishedRun], candidates: Sequence[str]) -> list[str]:
     return sentences + _differ(readers, "items of history", lengths)
 
 
+def kept_starts(runs: Sequence[FinishedRun], candidates: Sequence[str]) -> list[str]:
+    """A sentence for each candidate set on which alignments have the numbers of their start, for no
+    epoch of them was better in validation."""
+    sentences = []
+    for mode in candidates:
+        kept: dict[str, list[bool]] = {}
+        for run in runs:
+            stages = [stage["candidates"][mode] for stage in run.result["stages"].values()]
+            if len(stages) > 1:
+                kept.setdefault(run.name, []).append(stages[-1] == stages[-2])
+        names = [
+            f"{name} ({sum(seeds)} of {len(seeds)} seeds)"
+            for name, seeds in kept.items()
+            if any(seeds)
+        ]
+        if names:
+            sentences.append(
+                f"{mode}: no epoch was better than its start, whose numbers these are, of "
+                + ", ".join(names)
+            )
+    return sentences
+
+
 def _users(run: FinishedRun, mode: str) -> str:
     users = run.ranks.loc[run.ranks["candidates"] == mode, "user"]
     checksum = int(pd.util.hash_pandas_object(users, index=False).sum()) % 10**6

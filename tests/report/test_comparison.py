@@ -17,7 +17,7 @@ from scipy import stats
 
 from recbole_sdpo.evaluator.significance import holm, interval, paired_difference
 from recbole_sdpo.report import figures
-from recbole_sdpo.report.comparison import FinishedRun, Published, compare, unfair
+from recbole_sdpo.report.comparison import FinishedRun, Published, compare, kept_starts, unfair
 from recbole_sdpo.report.experiment import write_report
 from recbole_sdpo.report.groups import group_frame, group_table
 from recbole_sdpo.report.table import (
@@ -231,6 +231,30 @@ def test_what_is_not_alike_is_said(runs):
     assert unfair(runs, ["uni19"]) == [
         "not the same items of history: 50 for weak; 20 for ours, same"
     ]
+
+
+def test_an_alignment_that_kept_its_start_is_named(runs):
+    def stage(uni19, pop19):
+        numbers = {"uni19": uni19, "pop19": pop19}
+        return {
+            "candidates": {
+                mode: {"valid": {"hit@1": number}, "test": {"hit@1": 0.5}}
+                for mode, number in numbers.items()
+            }
+        }
+
+    for run in runs:
+        run.result["stages"] = {"test": stage(0.1, 0.1)}  # a baseline has one
+        if run.name == "ours":
+            run.result["stages"] = {"sft": stage(0.2, 0.2), "sdpo": stage(0.3, 0.2)}
+        if run.name == "same":
+            after = stage(0.2, 0.2 if run.seed == 1 else 0.3)
+            run.result["stages"] = {"sft": stage(0.2, 0.2), "sdpo": after}
+    uniform, popular = kept_starts(runs, ["uni19", "pop19"])
+    assert uniform.startswith("uni19: no epoch was better") and "ours" not in uniform
+    assert uniform.endswith(" same (2 of 2 seeds)")
+    assert popular.endswith(" ours (2 of 2 seeds), same (1 of 2 seeds)")
+    assert kept_starts([run for run in runs if run.name == "ours"], ["uni19"]) == []
 
 
 def test_rows_of_other_users_are_compared_on_those_in_common(runs):
