@@ -41,7 +41,8 @@ $(READY): export PYTHONWARNINGS = ignore:Editable installation
 ifneq ($(filter command environment,$(firstword $(origin PYTHON))),)
 .PHONY: same-python
 same-python:
-	@test ! -x $(RUN) || test "$$($(RUN) -V)" = "$$($(PYTHON) -V)" || { echo "$(VENV) has $$($(RUN) -V), and PYTHON=$(PYTHON) is $$($(PYTHON) -V): remove $(VENV) with make clean, or name another folder by VENV." >&2; exit 1; }
+	@test ! -x $(RUN) || { there=$$($(RUN) -V) && asked=$$($(PYTHON) -V) || exit 1; \
+	test "$$there" = "$$asked" || { echo "$(VENV) has $$there, and PYTHON=$(PYTHON) is $$asked: remove $(VENV), or name another folder by VENV." >&2; exit 1; }; }
 $(READY): | same-python
 endif
 

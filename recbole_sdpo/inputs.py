@@ -82,7 +82,11 @@ class Inputs:
         return None
 
     def changed_now(self) -> str | None:
-        """The first that is not what it was any more."""
+        """What :meth:`changed` names, against the files as they are now.
+
+        Raises:
+            UserError: a file is gone, or cannot be read.
+        """
         return self.changed(Inputs.of(self.config).digests)
 
     def named(self, name: str) -> str:

@@ -152,8 +152,12 @@ def test_another_python_is_not_taken_for_the_one_that_is_asked_for(tmp_path):
     other = tmp_path / "python"
     other.write_text("#!/bin/sh\necho Python 3.9.0\n")
     other.chmod(0o755)
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    (venv / ".ready").touch()
     for asked in (sys.executable, other):
-        command = ["make", "same-python", f"VENV={sys.prefix}", f"PYTHON={asked}"]
+        command = ["make", f"{venv}/.ready", f"VENV={venv}", f"PYTHON={asked}"]
         told = subprocess.run(command, **IN_THE_CHECKOUT)
         assert (told.returncode == 0) == (asked != other), told.stderr
-    assert f"PYTHON={other} is Python 3.9.0: remove {sys.prefix}" in told.stderr
+    assert f"PYTHON={other} is Python 3.9.0: remove {venv}" in told.stderr

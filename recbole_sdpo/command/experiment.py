@@ -19,7 +19,7 @@ HELP = "do the runs that a YAML file names, and write a report of tables and fig
 
 EXAMPLES = """\
   recbole-sdpo experiment configs/ml-100k/main.yaml                all that is not done yet
-  recbole-sdpo experiment configs/ml-100k/main.yaml --jobs=2    two runs at once
+  recbole-sdpo experiment configs/ml-100k/main.yaml --jobs=2       two runs at once
   recbole-sdpo experiment my.yaml --tune                           first search, on validation
   recbole-sdpo experiment my.yaml --sft_epochs=1                   a setting for every run
 

@@ -43,7 +43,7 @@ class Run:
         identity: equal for runs of which one result will do.
         settings: all that is not a default.
         start: the run whose SFT checkpoint it begins from, or None.
-        inputs: what it read as the experiment was planned.
+        inputs: what it reads, as that was when the experiment was planned.
     """
 
     name: str

@@ -121,7 +121,8 @@ class Row:
         user: who they are, ``[users]``, sorted: those whom every seed has.
         differences: for each metric the difference to the best baseline; none for that baseline
             itself.
-        differences_by_seed: for each metric of ``differences`` that of each seed which both have.
+        differences_by_seed: for each metric of ``differences`` those of
+            :func:`difference_by_seed`.
         p: their p-values, Holm-corrected over the table.
         wall_s: mean seconds of training.
         cost: of :data:`COST`, means over seeds.
@@ -349,14 +350,15 @@ def difference(
 
 
 def difference_by_seed(row: Row, other: Row, metric: str) -> list[float]:
-    """``row`` less ``other`` in each seed that both have, over the users whom both have."""
+    """``row`` less ``other`` in each seed that both have, in the order of ``row``, over the users
+    whom both have, to four decimals."""
     users = row.user.intersection(other.user)
     first, second = (pd.Series(one.of(metric, users).mean(1), one.seeds) for one in (row, other))
-    return (first - second).dropna().tolist()
+    return (first - second).dropna().round(4).tolist()
 
 
 def agreeing(difference: float, by_seed: Sequence[float]) -> int:
-    """How many of the seeds have a difference of the sign of their mean's."""
+    """How many of ``by_seed`` have the sign of ``difference``."""
     return sum(one * difference > 0 for one in by_seed)
 
 
@@ -380,24 +382,26 @@ def unfair(runs: Sequence[FinishedRun], candidates: Sequence[str]) -> list[str]:
 
 
 def kept_starts(runs: Sequence[FinishedRun], candidates: Sequence[str]) -> list[str]:
-    """A sentence for each candidate set on which alignments have the numbers of their start, for no
-    epoch of them was better in validation."""
+    """A sentence for each candidate set on which alignments kept their start, for no epoch was
+    better in validation. It does not see those with ``popularity_discount``, which is of the
+    scores after alignment alone."""
     sentences = []
     for mode in candidates:
-        kept: dict[str, list[bool]] = {}
+        by_row: dict[str, list[bool]] = {}
         for run in runs:
-            stages = [stage["candidates"][mode] for stage in run.result["stages"].values()]
-            if len(stages) > 1:
-                kept.setdefault(run.name, []).append(stages[-1] == stages[-2])
+            *before, last = run.result["stages"].values()
+            valid = last["candidates"][mode]["valid"]
+            if before and last["targets"] and valid:
+                same = valid == before[-1]["candidates"][mode]["valid"]
+                by_row.setdefault(run.name, []).append(same)
         names = [
-            f"{name} ({sum(seeds)} of {len(seeds)} seeds)"
-            for name, seeds in kept.items()
+            name if all(seeds) else f"{name} ({sum(seeds)} of {len(seeds)} seeds)"
+            for name, seeds in by_row.items()
             if any(seeds)
         ]
         if names:
             sentences.append(
-                f"{mode}: no epoch was better than its start, whose numbers these are, of "
-                + ", ".join(names)
+                f"{mode}: no epoch was better than the start, which was kept: {'; '.join(names)}"
             )
     return sentences
 

@@ -77,7 +77,7 @@ pre {{ overflow: auto; background: #f5f5f5; padding: 1em }}
 GROUPS_NOTE = (
     "In brackets stands the 95 % interval of the mean over targets. * differs from the best "
     "baseline of all targets (p < 0.05 after Holm's correction over all metrics, rows and groups "
-    "of a candidate set and grouping)."
+    "of a candidate set and grouping; of the seeds' means, and no seed is counted)."
 )
 
 PAIRS_NOTE = (

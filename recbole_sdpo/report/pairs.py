@@ -59,7 +59,7 @@ def pair_table(frame: pd.DataFrame, candidates: str) -> list[list[str]]:
     cells = [
         f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}] {_p(row.p)}"
         + "*" * (row.p_holm < LEVEL)
-        + _agreement(row.difference, row.by_seed)
+        + _seeds_that_agree(row.difference, row.by_seed)
         for row in part.itertuples()
     ]
     pair = part["model"] + " less " + part["against"]
@@ -69,7 +69,7 @@ def pair_table(frame: pd.DataFrame, candidates: str) -> list[list[str]]:
     return [[candidates, *metrics], *([name, *line] for name, *line in lines.itertuples())]
 
 
-def _agreement(difference: float, by_seed: str) -> str:
+def _seeds_that_agree(difference: float, by_seed: str) -> str:
     seeds = [float(one) for one in by_seed.split()]
     if len(seeds) < 2 or difference == 0:
         return ""

@@ -273,18 +273,18 @@ def _cell(comparison: Comparison, row: Row, metric: str, marks: Marks) -> str:
     text = (
         f"{row.mean(metric):.4f}"
         + ("" if math.isnan(std) else f" {marks.between} {std:.4f}")
-        + (marks.star + _agreement(row, metric) if row.significant(metric) else "")
+        + marks.star * row.significant(metric)
     )
     if metric in row.lists:
         return text
     place = comparison.place(row, metric)
-    return (
-        marks.best.format(text) if place == 0 else marks.second.format(text) if place == 1 else text
-    )
+    form = marks.best if place == 0 else marks.second if place == 1 else "{}"
+    # In Markdown a star before anything but the end of what is bold would end it.
+    return form.format(text) + (_disagreement(row, metric) if row.significant(metric) else "")
 
 
-def _agreement(row: Row, metric: str) -> str:
-    """Of how many seeds the difference has the sign of their mean's, if not of all."""
+def _disagreement(row: Row, metric: str) -> str:
+    """How many seeds have a difference of the sign of the tested one, unless all have."""
     seeds = row.differences_by_seed[metric]
     count = agreeing(row.differences[metric].mean, seeds)
-    return "" if count == len(seeds) else f" ({count}/{len(seeds)})"
+    return "" if seeds and count == len(seeds) else f" ({count}/{len(seeds)})"

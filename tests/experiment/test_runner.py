@@ -69,7 +69,11 @@ def experiment(tmp_path_factory):
                 "model": "Pop",
                 "published": {"metric": "HR@1", "value": 0.25, "source": "A paper"},
             },
-            {"name": "S-DPO", "settings": {"sft_epochs": 2}, "vary": {"beta": [0.5, 2.0]}},
+            {  # with this learning rate no epoch is better than the start
+                "name": "S-DPO",
+                "settings": {"sft_epochs": 2, "sdpo_learning_rate": 0.0},
+                "vary": {"beta": [0.5, 2.0]},
+            },
             {
                 "name": "too many",
                 "settings": {"sft_epochs": 2, "train_neg_sample_args": {"sample_num": 23}},
@@ -93,6 +97,9 @@ def test_finished_runs_are_skipped_and_failed_ones_reported(experiment):
         "warning: too many, seed 1 failed: error: train_neg_sample_args asks for 23 negatives"
         in first.stdout
     )
+    for mode in ("uni5", "pop3"):
+        kept = "no epoch was better than the start, which was kept"
+        assert f"warning: {mode}: {kept}: S-DPO, beta = 0.5; S-DPO, beta = 2.0" in first.stdout
     assert (
         "5 runs, of which 4 are done already" in again.stdout
         and "run 1 of 1: too many" in again.stdout

@@ -233,28 +233,58 @@ def test_what_is_not_alike_is_said(runs):
     ]
 
 
+def test_a_star_of_which_not_all_seeds_agree_says_so():
+    """The test is over users, and one seed of three can make it."""
+    strengths = {1: 0.9, 2: 0.29, 3: 0.29}
+    runs = [finished("ours", seed, strength) for seed, strength in strengths.items()]
+    for name, strength in {"far": 0.9, "below": 0.1, "rival": 0.3}.items():
+        runs += [finished(name, seed, strength) for seed in strengths]
+    runs += [finished("elsewhere", 4, 0.9)]
+    table = compare(runs, "uni19", METRICS, ["rival"])
+    frame = comparison_frame(table).set_index(["model", "metric"])
+    rival, agree = per_user(runs, "rival", "NDCG@5").mean(1), {}
+    for name in ("ours", "far", "below"):
+        seeds = per_user(runs, name, "NDCG@5").mean(1) - rival
+        shown = [float(one) for one in frame.loc[(name, "NDCG@5"), "by_seed"].split()]
+        assert shown == pytest.approx(seeds, abs=5.1e-5)
+        assert frame.loc[(name, "NDCG@5"), "p_holm"] < 0.05
+        agree[name] = (np.sign(seeds) == np.sign(seeds.mean())).sum()
+    assert agree["ours"] < 3 and agree["far"] == agree["below"] == 3
+    assert frame.loc[("rival", "NDCG@5"), "by_seed"] == ""
+    marked = {"ours": f" ({agree['ours']}/3)", "far": "", "below": "", "elsewhere": " (0/0)"}
+    shown = markdown_it.MarkdownIt().enable("table").render(comparison_markdown(table))
+    for text in (shown, comparison_html(table), comparison_latex(table)):
+        for name, mark in marked.items():
+            (line,) = (line for line in re.split(r"\n(?!<td>)|<tr>", text) if name in line)
+            assert re.findall(r" \(\d/\d\)", line) == [mark] * 2 * bool(mark)
+    assert shown.count("<strong>") == len(METRICS)
+
+
 def test_an_alignment_that_kept_its_start_is_named(runs):
-    def stage(uni19, pop19):
-        numbers = {"uni19": uni19, "pop19": pop19}
+    def stage(uni19, pop19, targets=9):
+        valid = {"uni19": uni19, "pop19": pop19}
         return {
-            "candidates": {
-                mode: {"valid": {"hit@1": number}, "test": {"hit@1": 0.5}}
-                for mode, number in numbers.items()
-            }
+            "targets": targets,
+            "candidates": {mode: {"valid": hit and {"hit@1": hit}} for mode, hit in valid.items()},
         }
 
+    start = stage(0.2, 0.2)
     for run in runs:
-        run.result["stages"] = {"test": stage(0.1, 0.1)}  # a baseline has one
-        if run.name == "ours":
-            run.result["stages"] = {"sft": stage(0.2, 0.2), "sdpo": stage(0.3, 0.2)}
-        if run.name == "same":
-            after = stage(0.2, 0.2 if run.seed == 1 else 0.3)
-            run.result["stages"] = {"sft": stage(0.2, 0.2), "sdpo": after}
-    uniform, popular = kept_starts(runs, ["uni19", "pop19"])
-    assert uniform.startswith("uni19: no epoch was better") and "ours" not in uniform
-    assert uniform.endswith(" same (2 of 2 seeds)")
-    assert popular.endswith(" ours (2 of 2 seeds), same (1 of 2 seeds)")
+        run.result["stages"] = {
+            "weak": {"test": start},  # a baseline has one
+            "rival": {"sft": start, "sdpo": stage(0.2, 0.2, targets=0)},  # nothing was trained
+            "ours": {"sft": start, "sdpo": stage(0.3, 0.2)},
+            "same": {"sft": start, "sdpo": stage(0.2, 0.2 if run.seed == 1 else 0.3)},
+        }[run.name]
+    start = "no epoch was better than the start, which was kept:"
+    assert kept_starts(runs, ["uni19", "pop19"]) == [
+        f"uni19: {start} same",
+        f"pop19: {start} ours; same (1 of 2 seeds)",
+    ]
     assert kept_starts([run for run in runs if run.name == "ours"], ["uni19"]) == []
+    for run in runs:
+        run.result["stages"] = {"sft": stage(None, None), "sdpo": stage(None, None)}
+    assert kept_starts(runs, ["uni19"]) == [], "nothing was validated"
 
 
 def test_rows_of_other_users_are_compared_on_those_in_common(runs):
@@ -265,9 +295,9 @@ def test_rows_of_other_users_are_compared_on_those_in_common(runs):
         run.ranks.set_index("user").loc[common, "rank"] == 1 for run in runs if run.name == "rival"
     ]
     mine = [run.ranks.set_index("user").loc[common, "rank"] == 1 for run in some]
-    assert row.differences["HR@1"] == paired_difference(
-        np.array(mine, float), np.array(theirs, float)
-    )
+    mine, theirs = np.array(mine, float), np.array(theirs, float)
+    assert row.differences["HR@1"] == paired_difference(mine, theirs)
+    assert row.differences_by_seed["HR@1"] == pytest.approx((mine - theirs).mean(1), abs=5.1e-5)
     none = finished("none", 1, 0.6)
     none.ranks["user"] = "other " + none.ranks["user"]
     assert compare([*runs, none], "uni19", METRICS, ["rival"]).rows[-1].differences == {}
@@ -617,26 +647,6 @@ GROUPED = {
     ),
 }
 GAIN = {"HR@1": lambda r: r == 1, "NDCG@5": lambda r: (r <= 5) / math.log2(r + 1)}
-
-
-def test_a_star_of_which_not_all_seeds_agree_says_so():
-    """The test is over users, and one seed of three can make it."""
-    strengths = {1: 0.9, 2: 0.29, 3: 0.29}
-    runs = [finished("ours", seed, strength) for seed, strength in strengths.items()]
-    runs += [finished("far", seed, 0.9) for seed in strengths]
-    runs += [finished("rival", seed, 0.3) for seed in strengths]
-    table = compare(runs, "uni19", METRICS, ["rival"])
-    frame = comparison_frame(table).set_index(["model", "metric"])
-    for name in ("ours", "far"):
-        seeds = per_user(runs, name, "NDCG@5").mean(1) - per_user(runs, "rival", "NDCG@5").mean(1)
-        shown = [float(one) for one in frame.loc[(name, "NDCG@5"), "by_seed"].split()]
-        assert shown == pytest.approx(seeds, abs=5.1e-5)
-        agree = (seeds > 0).sum()
-        assert frame.loc[(name, "NDCG@5"), "p_holm"] < 0.05 and (agree < 3) == (name == "ours")
-        for text in (comparison_markdown(table), comparison_html(table), comparison_latex(table)):
-            (line,) = (line for line in re.split(r"\n|<tr>", text) if name in line)
-            assert (f" ({agree}/3)" in line) == (name == "ours")
-    assert frame.loc[("rival", "NDCG@5"), "by_seed"] == ""
 
 
 @pytest.fixture
