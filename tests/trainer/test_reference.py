@@ -42,8 +42,7 @@ def train(settings):
     return recorder.seen, weights
 
 
-@pytest.mark.parametrize("style", ["history", "candidates"])
-@pytest.mark.parametrize("peft", ["none", "lora"])
+@pytest.mark.parametrize(("peft", "style"), [("none", "history"), ("lora", "candidates")])
 def test_the_reference_is_asked_once_and_nothing_else_changes(ring, tmp_path, asked, peft, style):
     settings = (
         ring
