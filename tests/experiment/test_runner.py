@@ -69,10 +69,10 @@ def experiment(tmp_path_factory):
                 "model": "Pop",
                 "published": {"metric": "HR@1", "value": 0.25, "source": "A paper"},
             },
-            {  # with this learning rate no epoch is better than the start
+            {  # at a rate of 0 no epoch is better than the start
                 "name": "S-DPO",
-                "settings": {"sft_epochs": 2, "sdpo_learning_rate": 0.0},
-                "vary": {"beta": [0.5, 2.0]},
+                "settings": {"sft_epochs": 2},
+                "vary": {"sdpo_learning_rate": [0.0, 0.01]},
             },
             {
                 "name": "too many",
@@ -91,7 +91,7 @@ def test_finished_runs_are_skipped_and_failed_ones_reported(experiment):
     assert first.returncode == again.returncode == 1, first.stderr
     # the four of the table, and the SFT that three begin from
     assert "5 runs, of which 0 are done already" in first.stdout
-    assert "run 1 of 5: SFT of S-DPO, beta = 0.5, seed 1" in first.stdout
+    assert "run 1 of 5: SFT of S-DPO, sdpo_learning_rate = 0.0, seed 1" in first.stdout
     assert re.search(r"run 2 of 5: Pop, seed 1 .*min left", first.stdout)
     assert (
         "warning: too many, seed 1 failed: error: train_neg_sample_args asks for 23 negatives"
@@ -99,7 +99,7 @@ def test_finished_runs_are_skipped_and_failed_ones_reported(experiment):
     )
     for mode in ("uni5", "pop3"):
         kept = "no epoch was better than the start, which was kept"
-        assert f"warning: {mode}: {kept}: S-DPO, beta = 0.5; S-DPO, beta = 2.0" in first.stdout
+        assert f"warning: {mode}: {kept}: S-DPO, sdpo_learning_rate = 0.0" in first.stdout
     assert (
         "5 runs, of which 4 are done already" in again.stdout
         and "run 1 of 1: too many" in again.stdout
@@ -117,7 +117,7 @@ def test_the_report_has_what_the_runs_found(experiment):
             "bars-pop3",
             "groups-uni5",
             "groups-pop3",
-            "by-beta",
+            "by-sdpo_learning_rate",
             "curves",
             "hardest-negative",
             "time",
@@ -128,14 +128,16 @@ def test_the_report_has_what_the_runs_found(experiment):
     texts |= {"results.jsonl", "report.html"}
     assert names == texts | pictures
     lines = [json.loads(line) for line in (report / "results.jsonl").read_text().splitlines()]
-    assert [line["name"] for line in lines] == ["Pop", "S-DPO, beta = 0.5", "S-DPO, beta = 2.0"]
+    rows = ["Pop", *(f"S-DPO, sdpo_learning_rate = {rate}" for rate in (0.0, 0.01))]
+    assert [line["name"] for line in lines] == rows
     table = pd.read_csv(report / "table.csv").set_index(["candidates", "model", "metric"])
     for run in (folder / "saved" / "runs").glob("*/result.json"):
         result = json.loads(run.read_text())
         settings = result["settings"]
         if result["model"] == "SDPO-LLM" and settings["objective"] != "sdpo":
             continue
-        name = "Pop" if result["model"] == "Pop" else f"S-DPO, beta = {settings['beta']}"
+        rate = settings.get("sdpo_learning_rate")
+        name = "Pop" if result["model"] == "Pop" else f"S-DPO, sdpo_learning_rate = {rate}"
         ranks = pd.read_csv(run.parent / "ranks.csv")
         for mode in ("uni5", "pop3"):
             found = ranks[(ranks.candidates == mode) & (ranks.stage == list(result["stages"])[-1])]

@@ -42,7 +42,8 @@ def train(settings):
     return recorder.seen, weights
 
 
-@pytest.mark.parametrize(("peft", "style"), [("none", "history"), ("lora", "candidates")])
+@pytest.mark.parametrize("style", ["history", "candidates"])
+@pytest.mark.parametrize("peft", ["none", "lora"])
 def test_the_reference_is_asked_once_and_nothing_else_changes(ring, tmp_path, asked, peft, style):
     settings = (
         ring
