@@ -49,12 +49,12 @@ def whole(word: str) -> str:
 
 
 def settings_table(names: list[str]) -> str:
-    """Those rows of ``recbole-sdpo settings``.
+    """Those rows of ``recbole-sdpo settings``; what suits a backbone has a table of its own.
 
     Raises:
         KeyError: there is no such setting.
     """
-    head, line, *rows = table().replace("<", "&lt;").splitlines()
+    head, line, *rows = re.sub("; suited: .*(?= )", "", table()).replace("<", "&lt;").splitlines()
     by_name = {row.split("`")[1]: row for row in rows}
     shown = []
     for name in names:

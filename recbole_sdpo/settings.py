@@ -866,6 +866,14 @@ WORDS: dict[Any, str] = KINDS | {
 """Types of settings in words."""
 
 
+def _suited(key: str) -> str:
+    """What of :data:`SUITED` takes the place of null, in words; empty for most settings."""
+    stage, _, name = key.partition("_")
+    stages = {kind: suited.get(stage, {}) for kind, suited in SUITED.items()}
+    values = [f"{kind} {of[name]}" for kind, of in stages.items() if name in of]
+    return f"; suited: {', '.join(values)}" if values else ""
+
+
 def table(word: str = "") -> str:
     """The settings with ``word`` in their row, as a Markdown table.
 
@@ -876,7 +884,7 @@ def table(word: str = "") -> str:
     for key, setting in SETTINGS.items():
         default = "null" if setting.default is None else setting.default
         valid = f" ({setting.valid_words})" if setting.valid else ""
-        rows.append(f"| `{key}` | `{default}` | {setting.help}{valid} |")
+        rows.append(f"| `{key}` | `{default}` | {setting.help}{valid}{_suited(key)} |")
     rows = [row for row in rows if word.lower() in row.lower()]
     if not rows:
         raise UserError(f"No setting has {word!r} in its name or explanation.")

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -402,6 +403,20 @@ def test_what_is_not_given_suits_the_backbone():
         vars(scratch.suited_to_device(4096, 8192).sft) == vars(scratch.sft)
         and scratch.sft.tokens_per_batch == 1024
     )
+
+
+def test_the_table_says_what_suits_each_backbone_in_place_of_null():
+    rows = {row.split("`")[1]: row.split("|")[3] for row in module.table().splitlines()[2:]}
+    kinds = {
+        "scratch": SCRATCH,
+        "pretrained": SMOLLM2,
+        "whole titles": replace(SMOLLM2, item_tokens="whole"),
+    }
+    given = Settings.from_mapping({})
+    suited = {kind: given.suited_to(backbone).to_flat() for kind, backbone in kinds.items()}
+    for key, value in given.to_flat().items():
+        values = [f"{kind} {suited[kind][key]}" for kind in kinds if suited[kind][key] != value]
+        assert rows[key].partition("; suited: ")[2].strip() == ", ".join(values)
 
 
 @pytest.mark.parametrize(
