@@ -19,7 +19,12 @@ from recbole.sampler.sampler import AbstractSampler
 from recbole_sdpo.data.candidate_lists import ROWS_AT_ONCE, CandidateLists
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler, is_in
-from recbole_sdpo.data.sequences import met_items, users_and_targets
+from recbole_sdpo.data.sequences import (
+    FEWEST_EVENTS,
+    met_items,
+    tested_alike,
+    users_and_targets,
+)
 from recbole_sdpo.data.whole_catalogue import (
     CatalogueEvalDataLoader,
     WithoutMet,
@@ -159,9 +164,12 @@ def freeze(
     # In one order, whatever that of the rows: it is another for each kind of model, and what is
     # drawn for a pair depends on its place.
     user, target = np.divmod(np.unique(_pairs(dataset)), dataset.item_num)
-    met = met_items(*parts)
+    met = users, items = met_items(*parts)
+    alike = tested_alike(dataset)[users]  # of the others each kind of model has other events here
     sampler = NegativeSampler(
-        PopulationSampler(met[1], dataset.item_num, args["distribution"]),
+        PopulationSampler(
+            items[alike] if alike.any() else items, dataset.item_num, args["distribution"]
+        ),
         catalogue,
         met if exclude_history else (user, target),
         f"{setting}={loader.config['eval_args']['mode'][phase]!r}",
@@ -268,19 +276,34 @@ def evaluation_loader(
     loader: AbstractDataLoader, phase: str, limit: int | None, seed: int
 ) -> AbstractDataLoader:
     """RecBole's loader, which must not be frozen yet, with each target ranked on its own, and with
-    ``limit`` of the targets.
+    ``limit`` of the targets; without those of users with too few events to have the same targets
+    under every kind of model.
 
     Args:
         phase: ``valid`` or ``test``.
         seed: by which the targets are drawn, the same ones for every model that has the same
             targets.
+
+    Raises:
+        UserError: no user has events enough.
     """
     dataset, rows = loader._dataset, loader._dataset.inter_feat
-    if limit is not None and limit < len(rows):
+    asked = np.flatnonzero(tested_alike(dataset)[rows[dataset.uid_field].numpy()])
+    if len(asked) < len(rows):
+        few = (
+            f"of users with fewer than {FEWEST_EVENTS} events; a model that knows no sequence "
+            "would have other targets of them than one that does"
+        )
+        if not len(asked):
+            raise UserError(f"dataset={dataset.dataset_name!r}: all {phase} targets are {few}.")
+        getLogger().warning(
+            f"{len(rows) - len(asked):,} of {len(rows):,} {phase} targets are left out, {few}."
+        )
+    if limit is not None and limit < len(asked):
         # By who is asked for what, in the data's own ids: the order of the rows is another for each
         # kind of model, and one may lack a user.
         user, item = (
-            dataset.field2id_token[field][rows[field].numpy()]
+            dataset.field2id_token[field][rows[field].numpy()[asked]]
             for field in (dataset.uid_field, dataset.iid_field)
         )
         salt = derive_seed(seed, "evaluation targets", phase)
@@ -288,8 +311,10 @@ def evaluation_loader(
             hashlib.sha256(f"{salt}\t{u}\t{i}".encode()).digest()
             for u, i in zip(user, item, strict=True)
         ]
-        drawn = sorted(range(len(rows)), key=lots.__getitem__)[:limit]
-        dataset = dataset.copy(rows[np.sort(drawn)])
+        drawn = sorted(range(len(asked)), key=lots.__getitem__)[:limit]
+        asked = asked[np.sort(drawn)]
+    if len(asked) < len(rows):
+        dataset = dataset.copy(rows[asked])
     kind = type(loader)
     if isinstance(loader, FullSortEvalDataLoader):
         kind = CatalogueEvalDataLoader

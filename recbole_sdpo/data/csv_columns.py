@@ -117,12 +117,13 @@ def _read_csv(
         fits = lambda each: (set(columns) <= set(headers[each]), len(headers[each]))  # noqa: E731
         chosen = max(headers, key=fits)
         names = headers[chosen]
+        text, quoting = _quoting(text, chosen)
         frame = pd.read_csv(
             io.StringIO(text),
             dtype=str,
             keep_default_na=False,
             sep=chosen,
-            quoting=_quoting(text, chosen),
+            quoting=quoting,
         )
         if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what has no name for an index
             raise ValueError("its rows have more values than its header has names")
@@ -140,52 +141,53 @@ def _read_csv(
     return frame.set_axis(names, axis=1) if len(names) == len(frame.columns) else frame
 
 
-def _quoting(text: str, separator: str) -> Literal[0, 3]:
-    """Does a quote open a field, or is it a letter? Tables with tabs are written either way. There
-    it is a letter if quoting makes no sense of it, unless the header is quoted. A title that begins
-    with one would swallow the rows up to the next:
+def _quoting(text: str, separator: str) -> tuple[str, Literal[0, 3]]:
+    """The text as CSV, and whether a quote opens a field or is a letter.
+
+    Tables with tabs are written either way. There it is a letter if quoting makes no sense of it,
+    unless the header is quoted. A title that begins with one would swallow the rows up to the next:
     ::
 
         5  "Heroes        5  Heroes 6 Brazil 7 Low
         6  Brazil    ->
         7  "Low
 
+    MySQL and R write a quote within a field as ``\\"``, and CSV writes it twice.
+
     Raises:
-        ValueError: a field swallows rows so.
+        ValueError: a quote neither opens nor ends a field, and pandas would drop it.
     """
     if '"' not in text:
-        return csv.QUOTE_MINIMAL
-    lines = io.StringIO(text, newline="").readlines()
+        return text, csv.QUOTE_MINIMAL
+    line = _misquoted(text, separator)
+    if line and separator == "\t":
+        header, *rows = [row for row in text.splitlines() if row.strip()]
+        tabs = header.count(separator)
+        if '"' not in header and all(row.count(separator) == tabs for row in rows):
+            return text, csv.QUOTE_NONE
+    doubled = text.replace('\\"', '""')
+    if line and _misquoted(doubled, separator):
+        raise ValueError(
+            f"a quote in line {line} or below opens a field, and another one stands within that, "
+            "or none ends it; a quote that is a letter must be written twice, in a field that is "
+            "quoted"
+        )
+    return doubled if line else text, csv.QUOTE_MINIMAL
+
+
+def _misquoted(text: str, separator: str) -> int:
+    """The number of the line where the first row begins in which a quote neither opens a field nor
+    ends it, nor is one of two; 0 if there is none."""
+    reader, line = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), 1
     before = csv.field_size_limit(len(text))
     try:
-        if separator == "\t" and not _is_quoted(lines, separator):
-            header, *rows = [line for line in lines if line.strip()]
-            tabs = header.count(separator)
-            if '"' not in header and all(row.count(separator) == tabs for row in rows):
-                return csv.QUOTE_NONE
-        first, reader = 0, csv.reader(lines, delimiter=separator)
-        for row in reader:
-            long = reader.line_num > first + 1 and any(separator in field for field in row)
-            if long and not _is_quoted(lines[first : reader.line_num], separator):
-                raise ValueError(
-                    f"a quote in line {first + 1} or below opens a field, and another one stands "
-                    "within that; a quote that is a letter must be written twice, in a field that "
-                    "is quoted"
-                )
-            first = reader.line_num
+        for _ in reader:
+            line = reader.line_num + 1
+    except csv.Error:
+        return line
     finally:
         csv.field_size_limit(before)
-    return csv.QUOTE_MINIMAL
-
-
-def _is_quoted(lines: Sequence[str], separator: str) -> bool:
-    """Does each quote open a field or end it, or is one of two?"""
-    try:
-        for _ in csv.reader(lines, delimiter=separator, strict=True):
-            pass
-    except csv.Error:
-        return False
-    return True
+    return 0
 
 
 def decoded(path: str | Path, encoding: str | None) -> str:

@@ -359,12 +359,9 @@ def _change_feat_format(self: Dataset) -> None:
 
 
 def _check_size(self: Dataset) -> None:
-    """Remember how much there is, for :func:`_check_parts`, and refuse what RecBole stumbles
-    over before it has split."""
-    self._events, self._most = (
-        len(self.inter_feat),
-        int(np.bincount(self.inter_feat[self.uid_field]).max()),
-    )
+    """Remember how many events each user has, and refuse what RecBole stumbles over before it has
+    split."""
+    self.events_of_user = np.bincount(self.inter_feat[self.uid_field], minlength=self.user_num)
     if self.item_num < 3:
         raise UserError(
             f"dataset={self.dataset_name!r} has one item; it must have two or more, to rank one "
@@ -373,7 +370,7 @@ def _check_size(self: Dataset) -> None:
     if (
         self.benchmark_filename_list is None
         and isinstance(self, SequentialDataset)
-        and self._most < 2
+        and self.events_of_user.max() < 2
     ):
         raise UserError(
             f"dataset={self.dataset_name!r}: each of the {self.user_num - 1:,} users has one "
@@ -503,10 +500,11 @@ def _check_parts(self: Dataset, parts: Sequence[Dataset]) -> None:
                 "; of each user, it takes four events (three for models that know no sequence) to "
                 "have one for each part"
             )
+            events = self.events_of_user
             raise UserError(
                 f"dataset={self.dataset_name!r}: with eval_args.split={split} there is nothing to "
-                f"{what} on, of {self._events:,} events of {self.user_num - 1:,} users, who have "
-                f"{self._most:,} at most{need if 'LS' in split else '; give more events'}."
+                f"{what} on, of {events.sum():,} events of {self.user_num - 1:,} users, who have "
+                f"{events.max():,} at most{need if 'LS' in split else '; give more events'}."
             )
     if isinstance(self, SequentialDataset):
         return

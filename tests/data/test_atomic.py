@@ -457,21 +457,38 @@ def test_a_quote_that_is_a_letter_swallows_no_rows(tmp_path, separator):
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "said"),
     [
-        '"item_id"\t"title"\n"1"\t"Toy Story"\n"2"\t"He said \\"hi\\" twice"\n',  # R's write.table
-        'item_id\ttitle\n1\tToy Story\n2\t"He said\nhi\ttwice"\n',
-        'item_id,title,text\n1,Toy Story,"a, b\nc"\n2,"He said \\"hi\\" twice",x\n',  # MySQL
-        'item_id,title,text\n1,Toy Story,"a, b\nc"\n2,"He said ""hi"" twice","'
-        + 140_000 * "x"
-        + '"\n',
+        (
+            '"item_id"\t"title"\n"1"\t"Toy Story"\n"2"\t"He said \\"hi\\" twice"\n',
+            True,
+        ),  # R's write.table
+        ('item_id\ttitle\n1\tToy Story\n2\t"He said\nhi\ttwice"\n', False),
+        (
+            'item_id,title,text\n1,Toy Story,"a, b\nc"\n2,"He said \\"hi\\" twice",x\n',
+            True,
+        ),  # MySQL
+        (
+            'item_id,title,text\n1,Toy Story,"a, b\nc"\n2,"He said ""hi"" twice","'
+            + 140_000 * "x"
+            + '"\n',
+            True,
+        ),
     ],
 )
-def test_a_file_that_is_quoted_is_read_as_such(tmp_path, text):
+def test_a_file_that_is_quoted_is_read_as_such(tmp_path, text, said):
     (tmp_path / "items.csv").write_text(text)
     write_atomic(events(("u", "1", 1), ("u", "2", 2)), tmp_path / "items.csv", "shop", tmp_path)
     _, first, second = (tmp_path / "shop" / "shop.item").read_text().splitlines()
-    assert first == "1\tToy Story" and second.startswith("2\tHe said ") and "twice" in second
+    assert first == "1\tToy Story"
+    assert second.replace('"', "") == "2\tHe said hi twice" and second.count('"') == 2 * said
+
+
+@pytest.mark.parametrize("title", ['"The "Best" Movie"', '"12" Vinyl"', '"Heroes'])
+def test_a_quote_that_would_be_lost_is_refused(tmp_path, title):
+    (tmp_path / "items.csv").write_text(f"item_id,title\n1,Brazil\n2,{title}\n")
+    with pytest.raises(UserError, match="a quote in line 3 or below opens a field"):
+        write_atomic(events(("u", "1", 1), ("u", "2", 2)), tmp_path / "items.csv", "x", tmp_path)
 
 
 def test_a_quote_far_away_swallows_no_rows(tmp_path):

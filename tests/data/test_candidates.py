@@ -17,6 +17,7 @@ from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler
 from recbole_sdpo.data.sequences import met_items
 from recbole_sdpo.data.whole_catalogue import LEFT_OUT
+from recbole_sdpo.errors import UserError
 from recbole_sdpo.loaders import evaluation_loaders
 from recbole_sdpo.random import generator, recbole_draws
 from tests.conftest import TINY, write_dataset
@@ -167,6 +168,41 @@ def test_all_kinds_of_models_meet_the_same_candidates_whatever_else_is_drawn(pat
         ),
     ]
     assert len(set(hashes)) == 1
+
+
+@pytest.mark.parametrize("mode", ["uni5", "pop5", "full"])
+@pytest.mark.parametrize("few", [(1,), (2,), (3,), (1, 2, 3, 3)])
+def test_users_of_few_events_change_nothing_between_kinds_of_models(tmp_path, few, mode, caplog):
+    """RecBole gives them other targets under BPR than under GRU4Rec. What is drawn for the others
+    depends on who is asked, and on what users met."""
+    rng, lengths = np.random.default_rng(1), [7, 4, *few, 9, 4, 12]
+    sequences = [(1 + rng.permutation(30)[:length]).tolist() for length in lengths]
+    path = write_dataset(tmp_path / "d", sequences, {i: f"title {i}" for i in range(1, 31)})
+    settings = TINY | {"data_path": str(path), "eval_args": {"mode": mode}}
+    hashes = set()
+    for model in ("BPR", "GRU4Rec", "SDPO-LLM"):
+        config = RunConfig(model, "toy", config_dict=settings)
+        dataset = create_dataset(config)
+        train, *rest = data_preparation(config, dataset)
+        catalogue = Catalogue.from_dataset(dataset, ["title"])
+        loaders = evaluation_loaders(config, train, rest, catalogue)[mode]
+        hashes.add(fingerprint(*loaders))
+        for loader in loaders:
+            asked = loader._dataset.inter_feat["user_id"].numpy()
+            assert set(loader._dataset.field2id_token["user_id"][asked]) == {
+                f"u{user}" for user, length in enumerate(lengths) if length >= 4
+            }
+    assert len(hashes) == 1
+    if few == (3,):
+        assert "1 of 6 test targets are left out, of users with fewer than 4 events" in caplog.text
+
+
+def test_where_all_users_have_few_events_a_sentence_says_so(tmp_path):
+    path = write_dataset(tmp_path / "d", [[1, 2, 3], [2, 3, 4]], {i: f"t{i}" for i in range(1, 5)})
+    config = RunConfig("BPR", "toy", config_dict=TINY | {"data_path": str(path)})
+    loader = data_preparation(config, create_dataset(config))[2]
+    with pytest.raises(UserError, match="'toy': all test targets are of users with fewer than 4"):
+        evaluation_loader(loader, "test", None, 5)
 
 
 def test_another_split_or_mode_has_another_fingerprint(path):
