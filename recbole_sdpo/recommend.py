@@ -22,6 +22,7 @@ from recbole_sdpo.data.prompts import Templates, Units, batches, history_prompts
 from recbole_sdpo.data.serving import ServedDataset
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.files import user_path
+from recbole_sdpo.lm.attention import positions
 from recbole_sdpo.lm.backbone import load_backbone, resolved
 from recbole_sdpo.lm.language_model import LanguageModel
 from recbole_sdpo.lm.memory import tokens_at_once
@@ -47,7 +48,8 @@ class Recommender:
         units: of prompts of the ``history`` style.
         item_tokens: the items' ids in the data, by RecBole's internal id.
         users: for each user's id in the data, the items met, oldest first.
-        window: how many of the last items a prompt shows.
+        window: how many of the last items a prompt shows; fewer where the backbone has too few
+            positions for their titles.
         left_out: for each user of whom a filter leaves no event, that filter.
         items_left_out: the filter that leaves items out, if one does.
     """
@@ -71,7 +73,15 @@ class Recommender:
         _, first = np.unique(catalogue.group[1:], return_index=True)
         self._first = np.sort(first) + 1
         self._item_of = {folded(catalogue.titles[item]): int(item) for item in self._first}
-        self._tree = TitleTree(self._encoder.tokens.take(self._first))
+        titles = self._encoder.tokens.take(self._first)
+        self._tree = TitleTree(titles)
+        limit, hard = positions(lm.causal_lm)
+        # What is left for a history. Without it, a service would end at one with long titles.
+        self._room = (
+            limit - self._encoder.tokens.lengths[units.header] - titles.lengths.max()
+            if limit and hard
+            else None
+        )
 
     @classmethod
     def load(
@@ -212,7 +222,7 @@ class Recommender:
     ) -> tuple[np.ndarray, np.ndarray]:
         """After each history ``met`` the log-probabilities of the ``k`` best titles, float64
         ``[histories, k]``, and their items."""
-        recent = Ragged.from_rows([items[-self.window :] for items in met])
+        recent = Ragged.from_rows([self._recent(items) for items in met])
         nobody = np.zeros(len(met), int)
         prompts = self._encoder.trunks(history_prompts(recent, nobody, nobody, self.units.header))
         score, best = np.empty((len(met), k)), np.empty((len(met), k), np.int64)
@@ -230,6 +240,14 @@ class Recommender:
             score[rows] = top.values.double().cpu().numpy()
             best[rows] = self._first[top.indices.cpu().numpy()]
         return score, best
+
+    def _recent(self, items: np.ndarray) -> np.ndarray:
+        """The last items of a history, as many as a prompt shows and the backbone can read."""
+        items = items[-self.window :]
+        if self._room is None:
+            return items
+        tokens = np.cumsum(self._encoder.tokens.lengths[items][::-1])
+        return items[len(items) - np.searchsorted(tokens, self._room, "right") :]
 
     def _frame(self, score: np.ndarray, items: np.ndarray) -> pd.DataFrame:
         titles = [self.catalogue.titles[item] for item in items]

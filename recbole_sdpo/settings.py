@@ -36,11 +36,6 @@ RECBOLE_KEYS = {
     "encoding",
     "tail_ratio",
     "wandb_project",
-    "embedding_size",
-    "reg_weight",
-    "mask_ratio",
-    "ft_ratio",
-    "eta",
 }
 
 # Keys of RecBole's training loop, and of its models, that ours does without: what it has in place

@@ -306,3 +306,18 @@ def test_a_backbones_settings_are_checked_before_data_are_read(ring, settings, m
 def test_a_model_of_a_knowledge_graph_needs_its_files(ring):
     with pytest.raises(UserError, match=r"model='CFKG': there is no file .*toy\.kg, which must be"):
         RunConfig("CFKG", "toy", config_dict=ring)
+
+
+@pytest.mark.parametrize("model", ["SDPO-LLM", "GRU4Rec"])
+@pytest.mark.parametrize(
+    ("mode", "topk", "said"),
+    [("uni5", [1, 5], 0), ("uni5", [1, 5, 6], 1), ("pop4", [5, 6], 2), ("full", [1, 30], 0)],
+)
+def test_a_hit_among_all_candidates_is_warned_of(ring, caplog, model, mode, topk, said):
+    given = {"eval_args": {"mode": mode}, "topk": topk, "valid_metric": f"NDCG@{topk[0]}"}
+    RunConfig(model, "toy", config_dict=ring | given | {"metrics": ["Hit", "NDCG"]})
+    assert caplog.text.count("is 1 for every model") == said
+    assert said == 0 or f"Hit@6 of {mode} is 1" in caplog.text
+    caplog.clear()
+    RunConfig(model, "toy", config_dict=ring | given | {"metrics": ["NDCG"]})
+    assert "is 1 for every model" not in caplog.text

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from recbole.data import create_dataset, data_preparation
+from transformers import GPT2Config
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.command import program
@@ -27,6 +28,7 @@ from recbole_sdpo.trainer.checkpoint import Checkpoint
 from recbole_sdpo.values import read_arguments
 from tests.conftest import TINY, write_dataset
 from tests.faults.checkpoints import ADDED, evil_texts, replaced, sealed, tampered
+from tests.model.test_sdpo_llm import build, saved
 
 RECOMMEND = ["recbole-sdpo", "recommend", "--checkpoint", "run"]
 
@@ -615,3 +617,28 @@ def test_any_title_is_one_row_of_the_table_and_valid_json(ring, monkeypatch, cap
         else:
             titles = [row["title"] for row in json.loads(shown, parse_constant=pytest.fail)]
             assert "NaN" in titles and "red | cube \x1b[31m \x07 東京" in titles
+
+
+def test_a_history_beyond_learned_positions_loses_its_oldest_titles(ring, tmp_path):
+    """The data may have longer titles and histories than as the policy was trained."""
+    titles = {item: f"title {item:02d} {'x ' * (item % 5)}" for item in range(1, 13)}
+    path = write_dataset(tmp_path / "d", [[*range(1, 13)], [2, 4, 6, 8]], titles)
+    gpt2 = saved(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=150), tmp_path / "gpt2")
+    model, _ = build(ring | gpt2 | {"data_path": str(path), "MAX_ITEM_LIST_LENGTH": 2})
+    header, *lines = [
+        len(model.lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in (model.units.pieces[0], *(f"{title}\n" for title in model.catalogue.titles))
+    ]
+    history = [*range(1, len(model.catalogue.titles))]
+    fits = [n for n in history if header + sum(lines[-n:]) + max(lines[1:]) <= 150]
+    assert 2 < len(fits) < len(history)
+    names = np.array([f"i{item}" for item in range(len(model.catalogue.titles))])
+    long, short = (
+        Recommender(model.lm, model.catalogue, model.units, names, {}, window)
+        for window in (50, len(fits))
+    )
+    titles = [model.catalogue.titles[item] for item in history]
+    for k in (1, 5):
+        pd.testing.assert_frame_equal(
+            long.recommend(history=titles, k=k), short.recommend(history=titles, k=k)
+        )

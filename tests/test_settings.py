@@ -284,6 +284,18 @@ def test_a_baseline_refuses_settings_that_nobody_reads(ring):
         ValueError, match="Unknown setting 'dropout'=1; recbole-sdpo settings lists ours"
     ):
         RunConfig("SASRec", "toy", config_dict=ring | {"dropout": 1})
+    # Others have it: SASRec's vectors are as long as hidden_size says.
+    for model, key in (
+        ("SASRec", "embedding_size"),
+        ("GRU4Rec", "reg_weight"),
+        ("BPR", "mask_ratio"),
+        ("GRU4Rec", "eta"),
+    ):
+        with pytest.raises(ValueError, match=f"Unknown setting '{key}'=1; "):
+            RunConfig(model, "toy", config_dict=ring | {key: 1})
+    for model in ("BPR", "GRU4Rec", "FM"):
+        RunConfig(model, "toy", config_dict=ring | {"embedding_size": 32})
+    RunConfig("GRU4Rec", "toy", config_dict=ring | {"transform": "crop_itemseq", "eta": 0.5})
     # Which its code reads, or that of the model that it builds on, and its defaults lack.
     RunConfig("FEARec", "toy", config_dict=ring | {"use_filter": True})
     RunConfig("LDiffRec", "toy", config_dict=ring | {"norm": True})

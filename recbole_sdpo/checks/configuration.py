@@ -14,6 +14,7 @@ from recbole_sdpo.checks.metrics import (
     check_lists,
     check_valid_metric,
     is_of_answers,
+    warn_of_hits_of_all,
 )
 from recbole_sdpo.checks.negatives import check_negatives
 from recbole_sdpo.checks.unknown import check_unknown
@@ -34,6 +35,9 @@ from recbole_sdpo.settings import (
     having,
 )
 
+OF_TRANSFORM = {"mask_itemseq": "mask_ratio", "crop_itemseq": "eta", "reorder_itemseq": "beta"}
+"""What each of RecBole's ``transform`` reads."""
+
 OF_OUR_LOADERS = ("candidates_file", "more_candidates", "max_eval_targets")
 """Who is asked, and against which candidates, as our own command has it alone."""
 
@@ -44,12 +48,13 @@ def check_settings(config: Config) -> Settings:
     Raises:
         UserError: a key that nobody reads, or a value that is wrong or does not go with another.
     """
+    ours, of_every_model = config["model"] == MODEL, having(Role.EVERY_MODEL)
     known = (
         set(config.internal_config_dict)
         | {key for keys in config.parameters.values() for key in keys}
         | RECBOLE_KEYS
+        | (WITHOUT_EFFECT if ours else {OF_TRANSFORM.get(config["transform"])} - {None})
     ) - {"config_file"}  # which RecBole lists, and nobody reads
-    ours, of_every_model = config["model"] == MODEL, having(Role.EVERY_MODEL)
     if ours:
         check_unknown(config.external_config_dict, known, SETTINGS)
     else:
@@ -66,6 +71,7 @@ def check_settings(config: Config) -> Settings:
     _check_more_candidates(config, settings)
     check_lists(config, settings)
     check_answers(config, settings)
+    warn_of_hits_of_all(config, settings)
     _check_evaluation(config, settings)
     if ours:
         _check_language_model(config, settings)
@@ -239,9 +245,7 @@ def _check_transform(config: Config) -> None:
     transform, sequential = config["transform"], config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     if transform == config.internal_config_dict["transform"]:
         return
-    needs = {"mask_itemseq": "mask_ratio", "crop_itemseq": "eta", "reorder_itemseq": "beta"}.get(
-        transform
-    )
+    needs = OF_TRANSFORM.get(transform)
     if transform and (not sequential or config["model"] == MODEL):
         raise UserError(
             f"transform={transform!r} must be null for {config['model']}: it is for RecBole's "

@@ -41,15 +41,13 @@ def check_unknown(
 
 
 def _reads(model_class: type, key: str) -> bool:
-    """Does the module of a model name the key, or one of those of RecBole that it builds on?"""
-    modules = {
-        inspect.getmodule(cls)
-        for cls in model_class.__mro__
-        if issubclass(cls, AbstractRecommender)
-    }
+    """Does the module of a model name the key, or one of those of RecBole that it builds on? Of the
+    module that holds what all models build on, the classes of this one count alone."""
+    classes = [cls for cls in model_class.__mro__ if issubclass(cls, AbstractRecommender)]
+    modules = {cls: inspect.getmodule(cls) for cls in classes}
     texts = [
-        inspect.getsource(module)
-        for module in modules
+        inspect.getsource(cls if cls.__module__ == AbstractRecommender.__module__ else module)
+        for cls, module in modules.items()
         if module and getattr(module, "__file__", None)
     ]
     return any(f'"{key}"' in text or f"'{key}'" in text for text in texts)

@@ -37,7 +37,6 @@ BASELINE: dict[str, Any] = {
     "topk": [1, 5],
     "epochs": 2,
     "train_batch_size": 64,
-    "embedding_size": 8,
 }
 """Of a model of RecBole's."""
 
