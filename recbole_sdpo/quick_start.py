@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,9 @@ def run(
     transformers.utils.logging.disable_progress_bar()
     compat.check_launcher()
     with ExitStack() as stack:
+        # A backbone on a GPU lowers it, and the caller's next model is another's.
+        products = torch.get_float32_matmul_precision()
+        stack.callback(torch.set_float32_matmul_precision, products)
         early = stack.enter_context(compat.early_records())
         # RecBole sets the visible GPUs by gpu_id, which must come before anything looks at them.
         config = RunConfig(
@@ -252,7 +256,10 @@ def _process_group(config: RunConfig) -> PartialState:
     # what lies in the host's memory has sums there, too, such as the gradient's norm
     both = {"backend": "cuda:nccl,cpu:gloo"}
     offloads = config.settings.offload and launched and not on_cpu
-    return PartialState(cpu=on_cpu, **(both if offloads else {}))
+    # The others wait while the first writes a state, which takes minutes of a large model. One that
+    # dies is told of by the launcher.
+    patience = {"timeout": timedelta(hours=1)} if launched else {}
+    return PartialState(cpu=on_cpu, **patience, **(both if offloads else {}))
 
 
 def _process_settings() -> dict[str, Any]:

@@ -182,7 +182,7 @@ class StageSettings:
     tokens_per_batch: int | None = _at_least(
         1,
         None,
-        "tokens in a batch over all processes, padding included, or null for what suits the device",
+        "tokens in a batch over all processes, padding included, or null for what suits them",
     )
     gradient_accumulation: int = _at_least(1, 1, "batches to an optimizer step")
     targets_per_step: int | None = _at_least(

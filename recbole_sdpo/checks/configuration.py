@@ -53,7 +53,7 @@ def check_settings(config: Config) -> Settings:
         set(config.internal_config_dict)
         | {key for keys in config.parameters.values() for key in keys}
         | RECBOLE_KEYS
-        | (WITHOUT_EFFECT if ours else {OF_TRANSFORM.get(config["transform"])} - {None})
+        | (WITHOUT_EFFECT if ours else {OF_TRANSFORM.get(config["transform"], "transform")})
     ) - {"config_file"}  # which RecBole lists, and nobody reads
     if ours:
         check_unknown(config.external_config_dict, known, SETTINGS)

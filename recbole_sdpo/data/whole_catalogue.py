@@ -27,6 +27,10 @@ SCORES_AT_ONCE = 2**22
 """Scores of a model that knows no sequence in a batch, at least. RecBole takes ``eval_batch_size``
 of them, which by default are those of one or two users."""
 
+SCORES_AT_MOST = 2**26
+"""Scores of a sequential model in a batch, at most. RecBole takes ``eval_batch_size`` users,
+whatever the number of items, and needs several times the memory of their scores."""
+
 
 class CatalogueEvalDataLoader(FullSortEvalDataLoader):
     """RecBole's loader of the whole catalogue, but that each target is ranked on its own for every
@@ -42,9 +46,12 @@ class CatalogueEvalDataLoader(FullSortEvalDataLoader):
     def _init_batch_size_and_step(self) -> None:
         self.is_sequential = self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
         super()._init_batch_size_and_step()
-        if not self.is_sequential:
-            items = self._dataset.item_num
-            self.step: int = max(self.step, SCORES_AT_ONCE // items)
+        items = self._dataset.item_num
+        if self.is_sequential:
+            self.step: int = min(self.step, max(1, SCORES_AT_MOST // items))
+            self.set_batch_size(self.step)
+        else:
+            self.step = max(self.step, SCORES_AT_ONCE // items)
             self.set_batch_size(self.step * items)
 
     def collate_fn(self, index: Sequence[int]) -> tuple:

@@ -131,8 +131,10 @@ class SDPOLLM(SequentialRecommender):
                 self.lm.freeze_reference()  # what has parts is not copied
             self.lm.take_parts(self.device)
             part(self, self.lm.layers, PASSES, self.device, settings.offload)
+        training, scoring = tokens_at_once(self.lm.causal_lm, self.lm.device)
+        # A batch of training is shared out, one of scoring is of one process.
         self.settings: CompleteSettings = settings.suited_to_device(
-            *tokens_at_once(self.lm.causal_lm, self.lm.device)
+            training * PartialState().num_processes, scoring
         )
         self.encoder = Encoder(
             self.catalogue, self.units, self.lm.tokenizer, self.lm.padding, self.lm.breadth

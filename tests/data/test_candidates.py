@@ -6,6 +6,7 @@ from scipy import stats
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data import whole_catalogue as whole
 from recbole_sdpo.data.candidates import (
     FrozenCandidates,
     PopulationSampler,
@@ -143,6 +144,15 @@ def test_lists_are_no_longer_than_what_a_user_has_not_met(path, model):
         ValueError, match=r"lists of 30 items, but for user 'u\d+' only 2\d are left"
     ):
         whole_catalogue(path, model, **asked, topk=[5, 30])
+
+
+@pytest.mark.parametrize("model", ["GRU4Rec", "SDPO-LLM"])
+@pytest.mark.parametrize(("most", "batches"), [(41 * 9, 6), (41, 50), (3, 50), (2**26, 1)])
+def test_a_batch_of_scores_has_a_bounded_size(path, model, most, batches, monkeypatch):
+    """RecBole takes as many users, however many items there are."""
+    monkeypatch.setattr(whole, "SCORES_AT_MOST", most)
+    (_, test), _ = whole_catalogue(path, model)
+    assert len(test) == batches and len(ranked(test)) == 50
 
 
 @pytest.mark.parametrize(("model", "batches"), [("BPR", 1), ("GRU4Rec", 50)])

@@ -17,7 +17,7 @@ from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.sequences import histories, training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import ranking
-from recbole_sdpo.lm.backbone import resolved
+from recbole_sdpo.lm.backbone import load_backbone, resolved
 from recbole_sdpo.lm.scratch import train_tokenizer
 from recbole_sdpo.model import SDPOLLM, encoder, sdpo_llm
 from recbole_sdpo.model.suitability import without_effect
@@ -481,3 +481,34 @@ def test_a_title_that_nobody_met_is_a_token_of_scratch_as_well(ring):
     model, loaders = build(ring | {"held_out_items": 0.2, "scratch_vocab_size": 4096})
     assert len(np.unique(training_sequences(loaders[0]._dataset).items.values)) < 24
     assert (model.encoder.tokens.lengths[1 : model.units.items] == 1).all()
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_batch_has_what_suits_one_device_for_each_process(ring, tmp_path, monkeypatch, processes):
+    """Else eight GPUs would share what one can take, and most have nothing to do. A step has its
+    targets, however many there are."""
+    monkeypatch.setitem(PartialState()._shared_state, "num_processes", processes)
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=160)
+    settings = ring | saved(config, tmp_path / "gpt2")
+    for key in ("sft_tokens_per_batch", "sdpo_tokens_per_batch", "eval_tokens_per_batch"):
+        settings.pop(key, None)
+    model, _ = build(settings)
+    sft, alignment = model.settings.sft, model.settings.sdpo
+    assert sft.tokens_per_batch == alignment.tokens_per_batch == processes * 1024
+    assert model.settings.eval_tokens_per_batch == 8192
+    assert sft.targets_per_step == 256
+
+
+def test_float32_products_are_as_before_when_a_run_has_ended(ring, monkeypatch):
+    """A backbone on a GPU takes faster ones, which the next model of a notebook must not get."""
+    before = torch.get_float32_matmul_precision()
+    drawn = load_backbone
+
+    def lowers(*args, **kwargs):
+        torch.set_float32_matmul_precision("medium")
+        return drawn(*args, **kwargs)
+
+    monkeypatch.setattr(sdpo_llm, "load_backbone", lowers)
+    few = {"objective": "sft", "sft_epochs": 1, "max_train_targets": 8}
+    quick_start.run("SDPO-LLM", "toy", config_dict=ring | few)
+    assert torch.get_float32_matmul_precision() == before
