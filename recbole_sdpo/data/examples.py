@@ -22,6 +22,10 @@ from recbole_sdpo.data.sequences import (
 from recbole_sdpo.ragged import Ragged, segment_sums
 from recbole_sdpo.random import generator, recbole_draws
 
+TREES_AT_ONCE = 1024
+"""Trees for whose targets the policy's own negatives are sought at a time: what is excluded is all
+that the user of each target has met."""
+
 
 class Examples(Protocol):
     """What a stage trains on, cut into trees.
@@ -95,10 +99,12 @@ class HistoryExamples:
         """Ask for the policy's own negatives of the targets of ``trees``, which alone are to be
         drawn then."""
         assert self.sampler is not None
-        prompts = self.prompts.select(trees)
-        own = favourites(prompts, self.sampler.excluded(prompts.user, prompts.target))
         self.favourites = np.zeros((len(self.prompts.target), self.own), np.int64)
-        self.favourites[self.prompts.target_index(trees)] = own
+        for first in range(0, len(trees), TREES_AT_ONCE):
+            some = trees[first : first + TREES_AT_ONCE]
+            prompts = self.prompts.select(some)
+            own = favourites(prompts, self.sampler.excluded(prompts.user, prompts.target))
+            self.favourites[self.prompts.target_index(some)] = own
 
     def batch(
         self, trees: np.ndarray, seed: int, *purpose: str | int

@@ -11,6 +11,15 @@ from recbole.utils import EvaluatorType
 
 from recbole_sdpo.data.catalogue import folded
 
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Letters of scripts that put no blank between words: Thai, Lao, Burmese, Khmer, kana, Han."""
+
+SPACED = rf"[^\W{UNSPACED}]"
+"""The letters and digits of other scripts."""
+
 VALID, HIT = "answers.valid", "answers.hit"
 """Under which RecBole's collector keeps of each target: is the answer valid, and is it a hit?"""
 
@@ -28,7 +37,7 @@ def named(answer: str, titles: Sequence[str]) -> int | None:
     spans = [
         (*match.span(), title)
         for title in {*titles} - {""}
-        for match in re.finditer(rf"(?<!\w){re.escape(title)}(?!\w)", answer)
+        for match in re.finditer(_as_words(title), answer)
     ]
 
     def inside_a_longer(start: int, stop: int) -> bool:
@@ -38,6 +47,13 @@ def named(answer: str, titles: Sequence[str]) -> int | None:
     whole = {title for start, stop, title in spans if not inside_a_longer(start, stop)}
     places = [place for place, title in enumerate(titles) if title in whole]
     return places[0] if len(places) == 1 else None
+
+
+def _as_words(title: str) -> str:
+    """A pattern of ``title`` as whole words, where its script has blanks that tell."""
+    before = "" if re.match(f"[{UNSPACED}]", title[0]) else f"(?<!{SPACED})"
+    after = "" if re.match(f"[{UNSPACED}]", title[-1]) else f"(?!{SPACED})"
+    return before + re.escape(title) + after
 
 
 class _ShareOfAnswers(AbstractMetric):

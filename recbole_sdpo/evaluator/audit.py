@@ -15,7 +15,7 @@ from scipy.special import logsumexp
 from recbole_sdpo.data.candidates import FrozenCandidates
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import repeats
-from recbole_sdpo.evaluator.significance import LEVEL, holm
+from recbole_sdpo.evaluator.significance import LEVEL, holm, interval
 from recbole_sdpo.random import generator
 
 ENOUGH = 60
@@ -485,7 +485,7 @@ def _above_paired(hit: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
 
 def _interval(values: np.ndarray) -> tuple[float, float, float]:
-    """The mean, and the ends of its 95 % interval by the normal approximation."""
-    mean = float(values.mean())
-    half = 1.96 * float(values.std(ddof=1)) / np.sqrt(len(values)) if len(values) > 1 else 1.0
-    return mean, max(mean - half, 0.0), min(mean + half, 1.0)
+    """The mean, and the ends of its 95 % interval; itself where all lists have one value, as where
+    a guesser cannot tell their candidates apart."""
+    mean, (low, high) = float(values.mean()), interval(values)
+    return (mean, mean, mean) if np.isnan(low) else (mean, low, high)

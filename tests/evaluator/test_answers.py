@@ -28,6 +28,8 @@ FILMS = [
     "The Net",
     "the  net",
     "$9.99",
+    "肖申克的救赎",
+    "ต้มยำกุ้ง",
 ]
 ANSWERS = ["Hit", "NDCG", "ValidRatio", "GenHit"]
 
@@ -52,6 +54,11 @@ ANSWERS = ["Hit", "NDCG", "ValidRatio", "GenHit"]
         ("a film for $9.99", 7),
         ("", None),
         ("none of them", None),
+        ("Heat (1995)x", None),
+        ("我推荐肖申克的救赎。", 8),  # scripts without blanks between words
+        ("推荐Heat (1995)吧", 3),
+        ("ดูต้มยำกุ้งเถอะ", 9),
+        ("肖申克", None),
     ],
 )
 def test_an_answer_names_one_candidate_or_none(answer, place):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Conf
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data import examples as training_examples
 from recbole_sdpo.data.sequences import histories, training_sequences
 from recbole_sdpo.errors import UserError
 from recbole_sdpo.lm import ranking
@@ -194,8 +195,11 @@ def test_trees_that_are_cut_say_the_same(ring, monkeypatch):
     assert torch.equal(lengths, expected)
 
 
-@pytest.mark.parametrize("own", [1, 3])
-def test_favourites_are_what_the_policy_ranks_highest_of_what_is_not_excluded(ring, own):
+@pytest.mark.parametrize(("own", "trees_at_once"), [(1, 1024), (3, 1024), (3, 2)])
+def test_favourites_are_what_the_policy_ranks_highest_of_what_is_not_excluded(
+    ring, own, trees_at_once, monkeypatch
+):
+    monkeypatch.setattr(training_examples, "TREES_AT_ONCE", trees_at_once)
     model, (train, *_) = build(ring | {"negative_sources": {"self": 1.0}})
     model.own = own
     examples = model.examples(train._dataset, train._sampler, 3)
