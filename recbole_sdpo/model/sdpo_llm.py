@@ -373,7 +373,8 @@ class SDPOLLM(SequentialRecommender):
             policy = self.lm(forest)
         policy = policy.view(-1, width)
         ref = torch.zeros_like(policy) if known is None else known.view(-1, width)
-        length = forest.lengths().to(policy).view(-1, width)
+        # The host does not wait for the device here: it would before each backward pass.
+        length = forest.lengths().to(policy, non_blocking=True).view(-1, width)
         logps = Logps.of(policy, ref, length)
         # Copies: what is in place of a view is lost on FSDP2, which hooks on what a pass returns.
         copies = logps.policy_pos.clone(), logps.policy_neg.clone()
@@ -613,7 +614,7 @@ class SDPOLLM(SequentialRecommender):
         for first in range(0, len(cut), state.num_processes):
             number = first + state.process_index
             if number < len(cut):
-                rows = torch.from_numpy(rows_of(cut[number])).to(scores.device)
+                rows = torch.from_numpy(rows_of(cut[number])).to(scores.device, non_blocking=True)
                 scores[rows] = score(cut[number]).to(scores.dtype)
             elif is_parted(self):
                 score(cut[first])  # every process makes every pass

@@ -302,11 +302,13 @@ class Stage:
 
     def _logps(self, batch: Batch, reference: bool) -> tuple[Logps, torch.Tensor]:
         """As :meth:`SDPOLLM.forward` gives them for ``batch``, with the users' ratings."""
-        known = self.cache.read(batch.targets).to(self.model.lm.device) if self.cache else None
+        known = None
+        if self.cache:
+            known = self.cache.read(batch.targets).to(self.model.lm.device, non_blocking=True)
         logps, kl = self._policy(batch.forest, batch.width, reference, known, batch.ends)
         if self.examples.ratings is not None:
             rating = torch.from_numpy(self.examples.ratings[batch.targets])
-            logps = logps._replace(rating=rating.to(logps.policy_pos))
+            logps = logps._replace(rating=rating.to(logps.policy_pos, non_blocking=True))
         return logps, kl
 
     def _write(self, values: dict[str, float]) -> None:
