@@ -16,7 +16,7 @@ LEVEL = 0.05
 RESAMPLES = 9999
 """Of the bootstrap, and of the sign flips that stand in for McNemar's test with several seeds."""
 
-FEW, MANY = 10, 20_000
+FEW, MANY = 10, 5_000
 """Users below which a t-test cannot be relied on, and above which resampling gives what the normal
 distribution gives at once."""
 
