@@ -10,7 +10,7 @@ from typing import Any
 from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 from recbole.utils import set_color
 
-from recbole_sdpo.checks.metrics import is_of_lists
+from recbole_sdpo.checks.metrics import is_of_lists, warn_of_hits_of_all
 from recbole_sdpo.config import RunConfig
 from recbole_sdpo.data.candidate_lists import (
     CandidateLists,
@@ -19,6 +19,7 @@ from recbole_sdpo.data.candidate_lists import (
     read_lists,
 )
 from recbole_sdpo.data.candidates import (
+    FrozenCandidates,
     candidates_seed,
     evaluation_loader,
     freeze,
@@ -155,6 +156,8 @@ def evaluation_loaders(
             left_out = freeze(loader, parts[:number], catalogue, seed, exclude, setting)
             if mode == "full" and any(map(is_of_lists, config["metrics"])):
                 check_length_of_lists(loader, max(config["topk"]))
+        if isinstance(loader._sampler, FrozenCandidates):  # of the test, which comes last
+            warn_of_hits_of_all(config, mode, 1 + loader._sampler.negatives.shape[1])
         without_history.append(left_out)  # from the candidates of the test, which come last
     if any(without_history) and (share := share_met_before(parts)) > REPEATED:
         files = parts[-1].benchmark_filename_list is not None

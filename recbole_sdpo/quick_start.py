@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from logging import getLogger
 from pathlib import Path
@@ -92,9 +92,11 @@ def run(
     transformers.utils.logging.disable_progress_bar()
     compat.check_launcher()
     with ExitStack() as stack:
-        # A backbone on a GPU lowers it, and the caller's next model is another's.
-        products = torch.get_float32_matmul_precision()
-        stack.callback(torch.set_float32_matmul_precision, products)
+        # A backbone on a GPU lowers it, and the caller's next model is another's. Where the caller
+        # has set it by torch's newer names, there is none to tell.
+        with suppress(RuntimeError):
+            products = torch.get_float32_matmul_precision()
+            stack.callback(torch.set_float32_matmul_precision, products)
         early = stack.enter_context(compat.early_records())
         # RecBole sets the visible GPUs by gpu_id, which must come before anything looks at them.
         config = RunConfig(

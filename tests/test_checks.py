@@ -6,6 +6,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from recbole.data import create_dataset, data_preparation
 
 from recbole_sdpo import quick_start
 from recbole_sdpo.checks import machine
@@ -19,7 +20,9 @@ from recbole_sdpo.checks.recbole_rules import (
     properties,
 )
 from recbole_sdpo.config import RunConfig
+from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.errors import UserError
+from recbole_sdpo.loaders import evaluation_loaders
 from recbole_sdpo.settings import Role, having
 from recbole_sdpo.values import Loader
 from tests.test_values import CODE, DATA
@@ -315,9 +318,12 @@ def test_a_model_of_a_knowledge_graph_needs_its_files(ring):
 )
 def test_a_hit_among_all_candidates_is_warned_of(ring, caplog, model, mode, topk, said):
     given = {"eval_args": {"mode": mode}, "topk": topk, "valid_metric": f"NDCG@{topk[0]}"}
-    RunConfig(model, "toy", config_dict=ring | given | {"metrics": ["Hit", "NDCG"]})
-    assert caplog.text.count("is 1 for every model") == said
-    assert said == 0 or f"Hit@6 of {mode} is 1" in caplog.text
-    caplog.clear()
-    RunConfig(model, "toy", config_dict=ring | given | {"metrics": ["NDCG"]})
-    assert "is 1 for every model" not in caplog.text
+    for metrics in (["Hit", "NDCG"], ["NDCG"]):
+        config = RunConfig(model, "toy", config_dict=ring | given | {"metrics": metrics})
+        dataset = create_dataset(config)
+        train, *rest = data_preparation(config, dataset)
+        caplog.clear()
+        evaluation_loaders(config, train, rest, Catalogue.from_dataset(dataset, ["title"]))
+        # Of validation and test the latter alone.
+        assert caplog.text.count("is 1 for every model") == (said if "Hit" in metrics else 0)
+        assert not said or "Hit" not in metrics or f"Hit@6 of {mode} is 1" in caplog.text

@@ -14,7 +14,6 @@ from recbole_sdpo.checks.metrics import (
     check_lists,
     check_valid_metric,
     is_of_answers,
-    warn_of_hits_of_all,
 )
 from recbole_sdpo.checks.negatives import check_negatives
 from recbole_sdpo.checks.unknown import check_unknown
@@ -35,8 +34,12 @@ from recbole_sdpo.settings import (
     having,
 )
 
-OF_TRANSFORM = {"mask_itemseq": "mask_ratio", "crop_itemseq": "eta", "reorder_itemseq": "beta"}
-"""What each of RecBole's ``transform`` reads."""
+OF_TRANSFORM = {
+    "mask_itemseq": ("mask_ratio", "ft_ratio"),
+    "crop_itemseq": ("eta",),
+    "reorder_itemseq": ("beta",),
+}
+"""What each of RecBole's ``transform`` reads; the first it must have."""
 
 OF_OUR_LOADERS = ("candidates_file", "more_candidates", "max_eval_targets")
 """Who is asked, and against which candidates, as our own command has it alone."""
@@ -53,7 +56,7 @@ def check_settings(config: Config) -> Settings:
         set(config.internal_config_dict)
         | {key for keys in config.parameters.values() for key in keys}
         | RECBOLE_KEYS
-        | (WITHOUT_EFFECT if ours else {OF_TRANSFORM.get(config["transform"], "transform")})
+        | (WITHOUT_EFFECT if ours else set(OF_TRANSFORM.get(config["transform"], ())))
     ) - {"config_file"}  # which RecBole lists, and nobody reads
     if ours:
         check_unknown(config.external_config_dict, known, SETTINGS)
@@ -71,7 +74,6 @@ def check_settings(config: Config) -> Settings:
     _check_more_candidates(config, settings)
     check_lists(config, settings)
     check_answers(config, settings)
-    warn_of_hits_of_all(config, settings)
     _check_evaluation(config, settings)
     if ours:
         _check_language_model(config, settings)
@@ -245,7 +247,7 @@ def _check_transform(config: Config) -> None:
     transform, sequential = config["transform"], config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     if transform == config.internal_config_dict["transform"]:
         return
-    needs = OF_TRANSFORM.get(transform)
+    needs, *_ = OF_TRANSFORM.get(transform, (None,))
     if transform and (not sequential or config["model"] == MODEL):
         raise UserError(
             f"transform={transform!r} must be null for {config['model']}: it is for RecBole's "

@@ -152,20 +152,16 @@ def check_topk(config: Config, items: int) -> None:
         )
 
 
-def warn_of_hits_of_all(config: Config, settings: Settings) -> None:
+def warn_of_hits_of_all(config: Config, mode: str, candidates: int) -> None:
     """Among as many candidates as the cut-off or fewer, each target is a hit."""
-    counts = {metric.lower() for metric in config["metrics"]} & {"hit", "recall"}
-    if not counts or config["eval_type"] != EvaluatorType.RANKING:
-        return
-    for mode in sorted(_modes(config, settings)):
-        sampled = re.fullmatch("(?:uni|pop)([0-9]+)", mode)
-        for k in config["topk"]:
-            if sampled and k > int(sampled[1]):
-                names = " and ".join(f"{name.title()}@{k}" for name in sorted(counts))
-                getLogger().warning(
-                    f"topk={k}: {names} of {mode} is 1 for every model, as it has "
-                    f"{int(sampled[1]) + 1} candidates."
-                )
+    counts = sorted({metric.lower() for metric in config["metrics"]} & {"hit", "recall"})
+    for k in config["topk"]:
+        if counts and k >= candidates:
+            names = " and ".join(f"{name.title()}@{k}" for name in counts)
+            getLogger().warning(
+                f"topk={k}: {names} of {mode} is 1 for every model, as it has {candidates} "
+                "candidates."
+            )
 
 
 def check_full_sort(config: Config, settings: Settings) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 from recbole.model.abstract_recommender import AbstractRecommender
 
 from recbole_sdpo.errors import UserError, meant
-from recbole_sdpo.settings import SETTINGS
+from recbole_sdpo.settings import MODEL, SETTINGS
+
+OF_SOME_MODELS = {"embedding_size", "reg_weight", "mask_ratio", "ft_ratio", "eta"}
+"""Keys whose names sound as if every model had them."""
 
 
 def check_unknown(
@@ -32,6 +35,11 @@ def check_unknown(
     for key in given:
         if key in known or key in SETTINGS or (model_class and _reads(model_class, key)):
             continue
+        if key in OF_SOME_MODELS:
+            who = model_class.__name__ if model_class else MODEL
+            raise UserError(
+                f"{key}={given[key]!r} is for other models of RecBole; {who} does not read it."
+            )
         hint = meant(
             key,
             [*sorted(ours), *sorted(known)],
@@ -42,12 +50,17 @@ def check_unknown(
 
 def _reads(model_class: type, key: str) -> bool:
     """Does the module of a model name the key, or one of those of RecBole that it builds on? Of the
-    module that holds what all models build on, the classes of this one count alone."""
-    classes = [cls for cls in model_class.__mro__ if issubclass(cls, AbstractRecommender)]
-    modules = {cls: inspect.getmodule(cls) for cls in classes}
-    texts = [
-        inspect.getsource(cls if cls.__module__ == AbstractRecommender.__module__ else module)
-        for cls, module in modules.items()
-        if module and getattr(module, "__file__", None)
-    ]
-    return any(f'"{key}"' in text or f"'{key}'" in text for text in texts)
+    module that holds what all models build on, the classes of this one count alone, and of a
+    notebook so does the class. Of one without a source nobody can tell: it may."""
+    for cls in model_class.__mro__:
+        if not issubclass(cls, AbstractRecommender):
+            continue
+        module = inspect.getmodule(cls)
+        alone = cls.__module__ in ("__main__", AbstractRecommender.__module__)
+        try:
+            text = inspect.getsource(cls if alone or module is None else module)
+        except (OSError, TypeError):
+            return True
+        if f'"{key}"' in text or f"'{key}'" in text:
+            return True
+    return False

@@ -21,8 +21,8 @@ from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler, is_in
 from recbole_sdpo.data.sequences import (
     FEWEST_EVENTS,
+    asked_alike,
     met_items,
-    tested_alike,
     users_and_targets,
 )
 from recbole_sdpo.data.whole_catalogue import (
@@ -165,7 +165,8 @@ def freeze(
     # drawn for a pair depends on its place.
     user, target = np.divmod(np.unique(_pairs(dataset)), dataset.item_num)
     met = users, items = met_items(*parts)
-    alike = tested_alike(dataset)[users]  # of the others each kind of model has other events here
+    # Of the others each kind of model may have other events here.
+    alike = asked_alike(dataset, phase)[users]
     sampler = NegativeSampler(
         PopulationSampler(
             items[alike] if alike.any() else items, dataset.item_num, args["distribution"]
@@ -288,16 +289,20 @@ def evaluation_loader(
         UserError: no user has events enough.
     """
     dataset, rows = loader._dataset, loader._dataset.inter_feat
-    asked = np.flatnonzero(tested_alike(dataset)[rows[dataset.uid_field].numpy()])
+    asked = np.flatnonzero(asked_alike(dataset, phase)[rows[dataset.uid_field].numpy()])
     if len(asked) < len(rows):
         few = (
-            f"of users with fewer than {FEWEST_EVENTS} events; a model that knows no sequence "
-            "would have other targets of them than one that does"
+            f"of users with fewer than {FEWEST_EVENTS[phase]} events, of whom a model that knows "
+            "no sequence would have other targets than one that does"
         )
         if not len(asked):
-            raise UserError(f"dataset={dataset.dataset_name!r}: all {phase} targets are {few}.")
+            raise UserError(
+                f"dataset={dataset.dataset_name!r}: all {phase} targets are {few}; give more "
+                "events of a user."
+            )
         getLogger().warning(
-            f"{len(rows) - len(asked):,} of {len(rows):,} {phase} targets are left out, {few}."
+            f"{len(rows) - len(asked):,} of {len(rows):,} {phase} targets are left out: they are "
+            f"{few}."
         )
     if limit is not None and limit < len(asked):
         # By who is asked for what, in the data's own ids: the order of the rows is another for each

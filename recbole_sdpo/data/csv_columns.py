@@ -9,7 +9,7 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -159,20 +159,31 @@ def _quoting(text: str, separator: str) -> tuple[str, Literal[0, 3]]:
     """
     if '"' not in text:
         return text, csv.QUOTE_MINIMAL
-    line = _misquoted(text, separator)
-    if line and separator == "\t":
-        header, *rows = [row for row in text.splitlines() if row.strip()]
+    last = 0
+    for form in _forms(text, separator):
+        line = _misquoted(form, separator)
+        if not line:
+            return form, csv.QUOTE_MINIMAL
+        last = max(line, last)
+    if separator == "\t":
+        header, *rows = [row for row in re.split("\r\n|\r|\n", text) if row.strip()]
         tabs = header.count(separator)
         if '"' not in header and all(row.count(separator) == tabs for row in rows):
             return text, csv.QUOTE_NONE
-    doubled = text.replace('\\"', '""')
-    if line and _misquoted(doubled, separator):
-        raise ValueError(
-            f"a quote in line {line} or below opens a field, and another one stands within that, "
-            "or none ends it; a quote that is a letter must be written twice, in a field that is "
-            "quoted"
-        )
-    return doubled if line else text, csv.QUOTE_MINIMAL
+    raise ValueError(
+        f"a quote in line {last} or below opens a field, and another one stands "
+        "within that, or none ends it; a quote that is a letter must be written twice, in a field "
+        "that is quoted"
+    )
+
+
+def _forms(text: str, separator: str) -> Iterator[str]:
+    """``text``; then with quotes doubled that stand after a backslash; then without the blanks that
+    are between a quote and the separator."""
+    yield text
+    doubled = re.sub(r'\\(["\\])', lambda pair: '""' if pair[1] == '"' else pair[1], text)
+    yield doubled
+    yield re.sub(rf'" +(?=[{re.escape(separator)}\r\n]|$)', '"', doubled)
 
 
 def _misquoted(text: str, separator: str) -> int:

@@ -496,10 +496,7 @@ def _check_parts(self: Dataset, parts: Sequence[Dataset]) -> None:
     for number in numbers if self.benchmark_filename_list is None else ():
         if len(parts[number]) == 0:
             what = ("train", "validate", "test")[number]
-            need = (
-                "; of each user, it takes four events (three for models that know no sequence) to "
-                "have one for each part"
-            )
+            need = "; of each user, it takes four events to have one for each part"
             events = self.events_of_user
             raise UserError(
                 f"dataset={self.dataset_name!r}: with eval_args.split={split} there is nothing to "

@@ -111,22 +111,22 @@ def last_targets(dataset: Dataset) -> Dataset:
     return dataset.copy(dataset.inter_feat[np.sort(len(user) - 1 - from_end)])
 
 
-FEWEST_EVENTS = 4
-"""How many events a user must have, with leave-one-out, to get the same targets under every kind of
-model. RecBole splits the rows of a sequential model, which lack a user's first item::
+FEWEST_EVENTS = {"valid": 4, "test": 3}
+"""With leave-one-out, how many events a user must have to get the same targets of a phase under
+every kind of model. RecBole splits the rows of a sequential model, which lack a user's first item::
 
-    three events      split for BPR                split for GRU4Rec
-    A B C             A: training, B: validation,  A -> B: training,
-                      C: test                      A, B -> C: test
+    events    split for BPR                         split for GRU4Rec
+    A B C     A: training, B: validation, C: test   A -> B: training, A B -> C: test
+    A B       A: training, B: test                  A -> B: training
 """
 
 
-def tested_alike(dataset: Dataset) -> np.ndarray:
+def asked_alike(dataset: Dataset, phase: str) -> np.ndarray:
     """Which users have :data:`FEWEST_EVENTS`? All, with another split. bool ``[users]``."""
     split = dataset.config["eval_args"]["split"]
     if dataset.benchmark_filename_list is not None or "LS" not in split:
         return np.ones(dataset.user_num, bool)
-    return dataset.events_of_user >= FEWEST_EVENTS
+    return dataset.events_of_user >= FEWEST_EVENTS[phase]
 
 
 def met_items(*datasets: Dataset) -> tuple[np.ndarray, np.ndarray]:

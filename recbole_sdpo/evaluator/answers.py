@@ -51,9 +51,15 @@ def named(answer: str, titles: Sequence[str]) -> int | None:
 
 def _as_words(title: str) -> str:
     """A pattern of ``title`` as whole words, where its script has blanks that tell."""
-    before = "" if re.match(f"[{UNSPACED}]", title[0]) else f"(?<!{SPACED})"
-    after = "" if re.match(f"[{UNSPACED}]", title[-1]) else f"(?!{SPACED})"
-    return before + re.escape(title) + after
+
+    def letters(edge: str) -> str:
+        """What may not stand beside that end of the title, if anything."""
+        if edge.isdigit():
+            return r"\w"  # a number before a counter is no title
+        return "" if re.match(f"[{UNSPACED}]", edge) else SPACED
+
+    before, after = letters(title[0]), letters(title[-1])
+    return (before and f"(?<!{before})") + re.escape(title) + (after and f"(?!{after})")
 
 
 class _ShareOfAnswers(AbstractMetric):

@@ -484,6 +484,30 @@ def test_a_file_that_is_quoted_is_read_as_such(tmp_path, text, said):
     assert second.replace('"', "") == "2\tHe said hi twice" and second.count('"') == 2 * said
 
 
+@pytest.mark.parametrize(
+    ("rows", "titles"),
+    [
+        (
+            '1,"The \\"Best\\" one"\n2,"C:\\\\"\n3,"AC\\\\DC"\n',
+            ['The "Best" one', "C:\\", "AC\\DC"],
+        ),
+        ('1,"Toy Story" \n2, Heat\n3,"a ""b""" \n', ["Toy Story", "Heat", 'a "b"']),
+        (
+            '1\t"Best" Movie\n2\tfoo\u2028bar\n3\tx\x85y\x0cz\n',
+            ["'Best' Movie", "foo bar", "x y z"],
+        ),
+        ('1\t"Toy Story"\n2\t"He said \\"hi\\""\n3\tx\n', ["Toy Story", 'He said "hi"', "x"]),
+    ],
+)
+def test_quotes_as_others_write_them(tmp_path, rows, titles):
+    separator = "\t" if "\t" in rows else ","
+    (tmp_path / "items.csv").write_text(f"item_id{separator}title\n{rows}", encoding="utf-8")
+    seen = events(("u", "1", 1), ("u", "2", 2), ("u", "3", 3))
+    write_atomic(seen, tmp_path / "items.csv", "shop", tmp_path)
+    lines = (tmp_path / "shop" / "shop.item").read_text(encoding="utf-8").splitlines()[1:]
+    assert lines == [f"{number}\t{title}" for number, title in enumerate(titles, 1)]
+
+
 @pytest.mark.parametrize("title", ['"The "Best" Movie"', '"12" Vinyl"', '"Heroes'])
 def test_a_quote_that_would_be_lost_is_refused(tmp_path, title):
     (tmp_path / "items.csv").write_text(f"item_id,title\n1,Brazil\n2,{title}\n")

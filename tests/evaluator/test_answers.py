@@ -30,6 +30,7 @@ FILMS = [
     "$9.99",
     "肖申克的救赎",
     "ต้มยำกุ้ง",
+    "24",
 ]
 ANSWERS = ["Hit", "NDCG", "ValidRatio", "GenHit"]
 
@@ -59,6 +60,8 @@ ANSWERS = ["Hit", "NDCG", "ValidRatio", "GenHit"]
         ("推荐Heat (1995)吧", 3),
         ("ดูต้มยำกุ้งเถอะ", 9),
         ("肖申克", None),
+        ("第24集", None),  # a number and its counter
+        ("第 24", 10),
     ],
 )
 def test_an_answer_names_one_candidate_or_none(answer, place):

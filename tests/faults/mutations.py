@@ -308,10 +308,10 @@ def attempt(trial: Trial) -> str:
 
 
 def _check(trial: Trial, data: Data) -> None:
-    """Users of four events and more are tested on their last."""
+    """Users of three events and more are tested on their last."""
     counts: dict[str, int] = {}
     for user, _, _ in data.events:
         counts[user] = counts.get(user, 0) + 1
-    targets = oracle.last_items(event for event in data.events if counts[event[0]] > 3)
+    targets = oracle.last_items(event for event in data.events if counts[event[0]] > 2)
     oracle.check_metrics(trial.folder / "run")
     oracle.check_targets(trial.folder / "run", targets)

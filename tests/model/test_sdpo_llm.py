@@ -516,3 +516,14 @@ def test_float32_products_are_as_before_when_a_run_has_ended(ring, monkeypatch):
     few = {"objective": "sft", "sft_epochs": 1, "max_train_targets": 8}
     quick_start.run("SDPO-LLM", "toy", config_dict=ring | few)
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_caller_may_set_the_precision_by_torchs_newer_names(ring):
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(RuntimeError, match="precision"):  # or this test is no longer one
+            torch.get_float32_matmul_precision()
+        settings = {"data_path": ring["data_path"], "eval_args": {"mode": "uni5"}}
+        quick_start.run("Pop", "toy", config_dict=settings, saved=False)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
