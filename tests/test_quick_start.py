@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from logging import getLogger
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,7 +79,9 @@ def test_what_the_host_holds_of_a_gpus_model_is_summed_by_gloo(
         monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(quick_start, "PartialState", lambda **kwargs: kwargs)
     joined = quick_start._process_group(Config(device=torch.device(device)))
-    assert joined == {"cpu": device == "cpu", **backend}
+    # NCCL's ten minutes are less than the state of a large model takes to write.
+    waits = {"timeout": timedelta(hours=1)} if launched else {}
+    assert joined == {"cpu": device == "cpu", **waits, **backend}
 
 
 def weights(folder):
