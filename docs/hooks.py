@@ -54,7 +54,7 @@ def settings_table(names: list[str]) -> str:
     Raises:
         KeyError: there is no such setting.
     """
-    head, line, *rows = re.sub("; suited: .*(?= )", "", table()).replace("<", "&lt;").splitlines()
+    head, line, *rows = table(suited=False).replace("<", "&lt;").splitlines()
     by_name = {row.split("`")[1]: row for row in rows}
     shown = []
     for name in names:

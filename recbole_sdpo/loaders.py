@@ -156,8 +156,8 @@ def evaluation_loaders(
             left_out = freeze(loader, parts[:number], catalogue, seed, exclude, setting)
             if mode == "full" and any(map(is_of_lists, config["metrics"])):
                 check_length_of_lists(loader, max(config["topk"]))
-        if isinstance(loader._sampler, FrozenCandidates):  # of the test, which comes last
-            warn_of_hits_of_all(config, mode, 1 + loader._sampler.negatives.shape[1])
+        if isinstance(frozen := pair[1]._sampler, FrozenCandidates):
+            warn_of_hits_of_all(config, mode, 1 + frozen.negatives.shape[1])
         without_history.append(left_out)  # from the candidates of the test, which come last
     if any(without_history) and (share := share_met_before(parts)) > REPEATED:
         files = parts[-1].benchmark_filename_list is not None

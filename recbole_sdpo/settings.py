@@ -869,8 +869,11 @@ def _suited(key: str) -> str:
     return f"; suited: {', '.join(values)}" if values else ""
 
 
-def table(word: str = "") -> str:
+def table(word: str = "", suited: bool = True) -> str:
     """The settings with ``word`` in their row, as a Markdown table.
+
+    Args:
+        suited: say what suits each kind of backbone in place of null.
 
     Raises:
         UserError: there is none.
@@ -879,7 +882,7 @@ def table(word: str = "") -> str:
     for key, setting in SETTINGS.items():
         default = "null" if setting.default is None else setting.default
         valid = f" ({setting.valid_words})" if setting.valid else ""
-        rows.append(f"| `{key}` | `{default}` | {setting.help}{valid}{_suited(key)} |")
+        rows.append(f"| `{key}` | `{default}` | {setting.help}{valid}{_suited(key) * suited} |")
     rows = [row for row in rows if word.lower() in row.lower()]
     if not rows:
         raise UserError(f"No setting has {word!r} in its name or explanation.")

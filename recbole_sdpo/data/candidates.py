@@ -19,12 +19,7 @@ from recbole.sampler.sampler import AbstractSampler
 from recbole_sdpo.data.candidate_lists import ROWS_AT_ONCE, CandidateLists
 from recbole_sdpo.data.catalogue import Catalogue
 from recbole_sdpo.data.negatives import NegativeSampler, is_in
-from recbole_sdpo.data.sequences import (
-    FEWEST_EVENTS,
-    asked_alike,
-    met_items,
-    users_and_targets,
-)
+from recbole_sdpo.data.sequences import FEWEST_EVENTS, asked_alike, met_items, users_and_targets
 from recbole_sdpo.data.whole_catalogue import (
     CatalogueEvalDataLoader,
     WithoutMet,
@@ -273,6 +268,31 @@ class TargetEvalDataLoader(NegSampleEvalDataLoader):
         super()._init_batch_size_and_step()
 
 
+def _asked(dataset: Dataset, phase: str) -> np.ndarray:
+    """The rows of users with events enough, int64; says how many there are besides.
+
+    Raises:
+        UserError: there is none.
+    """
+    users, _ = users_and_targets(dataset)
+    asked = np.flatnonzero(asked_alike(dataset, phase)[users])
+    few = (
+        f"of users with fewer than {FEWEST_EVENTS[phase]} events, of whom a model that knows no "
+        "sequence would have other targets than one that does"
+    )
+    if len(users) and not len(asked):
+        raise UserError(
+            f"dataset={dataset.dataset_name!r}: all {phase} targets are {few}; give more events of "
+            "a user."
+        )
+    if len(asked) < len(users):
+        getLogger().warning(
+            f"{len(users) - len(asked):,} of {len(users):,} {phase} targets are left out: they are "
+            f"{few}."
+        )
+    return asked
+
+
 def evaluation_loader(
     loader: AbstractDataLoader, phase: str, limit: int | None, seed: int
 ) -> AbstractDataLoader:
@@ -289,21 +309,7 @@ def evaluation_loader(
         UserError: no user has events enough.
     """
     dataset, rows = loader._dataset, loader._dataset.inter_feat
-    asked = np.flatnonzero(asked_alike(dataset, phase)[rows[dataset.uid_field].numpy()])
-    if len(asked) < len(rows):
-        few = (
-            f"of users with fewer than {FEWEST_EVENTS[phase]} events, of whom a model that knows "
-            "no sequence would have other targets than one that does"
-        )
-        if not len(asked):
-            raise UserError(
-                f"dataset={dataset.dataset_name!r}: all {phase} targets are {few}; give more "
-                "events of a user."
-            )
-        getLogger().warning(
-            f"{len(rows) - len(asked):,} of {len(rows):,} {phase} targets are left out: they are "
-            f"{few}."
-        )
+    asked = _asked(dataset, phase)
     if limit is not None and limit < len(asked):
         # By who is asked for what, in the data's own ids: the order of the rows is another for each
         # kind of model, and one may lack a user.

@@ -12,6 +12,7 @@ from recbole.data.interaction import Interaction
 
 from recbole_sdpo.data.split_rows import distinct
 from recbole_sdpo.ragged import Ragged, places
+from recbole_sdpo.settings import LEAVE_ONE_OUT
 
 ROWS_AT_ONCE = 2**20
 """Rows whose histories are looked through at a time: together they hold each event as many times as
@@ -123,8 +124,8 @@ every kind of model. RecBole splits the rows of a sequential model, which lack a
 
 def asked_alike(dataset: Dataset, phase: str) -> np.ndarray:
     """Which users have :data:`FEWEST_EVENTS`? All, with another split. bool ``[users]``."""
-    split = dataset.config["eval_args"]["split"]
-    if dataset.benchmark_filename_list is not None or "LS" not in split:
+    files = dataset.benchmark_filename_list is not None
+    if files or dataset.config["eval_args"]["split"] != LEAVE_ONE_OUT:
         return np.ones(dataset.user_num, bool)
     return dataset.events_of_user >= FEWEST_EVENTS[phase]
 

@@ -459,15 +459,11 @@ def test_a_quote_that_is_a_letter_swallows_no_rows(tmp_path, separator):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (
-            '"item_id"\t"title"\n"1"\t"Toy Story"\n"2"\t"He said \\"hi\\" twice"\n',
-            True,
-        ),  # R's write.table
+        # R's write.table
+        ('"item_id"\t"title"\n"1"\t"Toy Story"\n"2"\t"He said \\"hi\\" twice"\n', True),
         ('item_id\ttitle\n1\tToy Story\n2\t"He said\nhi\ttwice"\n', False),
-        (
-            'item_id,title,text\n1,Toy Story,"a, b\nc"\n2,"He said \\"hi\\" twice",x\n',
-            True,
-        ),  # MySQL
+        # MySQL
+        ('item_id,title,text\n1,Toy Story,"a, b\nc"\n2,"He said \\"hi\\" twice",x\n', True),
         (
             'item_id,title,text\n1,Toy Story,"a, b\nc"\n2,"He said ""hi"" twice","'
             + 140_000 * "x"
@@ -491,6 +487,7 @@ def test_a_file_that_is_quoted_is_read_as_such(tmp_path, text, said):
             '1,"The \\"Best\\" one"\n2,"C:\\\\"\n3,"AC\\\\DC"\n',
             ['The "Best" one', "C:\\", "AC\\DC"],
         ),
+        ('1,"a \\"b\\" , c"\n2,x\n3,y\n', ['a "b" , c', "x", "y"]),
         ('1,"Toy Story" \n2, Heat\n3,"a ""b""" \n', ["Toy Story", "Heat", 'a "b"']),
         (
             '1\t"Best" Movie\n2\tfoo\u2028bar\n3\tx\x85y\x0cz\n',
