@@ -424,3 +424,11 @@ def test_long_lists_are_compared_in_bounded_memory(monkeypatch):
     items = np.stack([rng.permutation(2_000)[:1_000] for _ in range(600)])
     judged = audit(Lists(items[:, 0], items, ordered=False), popularity=np.arange(2_000))
     assert judged.lists == 200 and max(sizes) <= max(module.PAIRS_AT_ONCE, 1_000**2)
+
+
+def test_a_guesser_that_hits_none_may_yet_hit_some():
+    """Its interval is Wilson's: 0 of n says no more than that it is below z^2 / (n + z^2)."""
+    n, z = 100, stats.norm.ppf(0.975)
+    assert module._interval(np.zeros(n)) == pytest.approx((0, 0, z**2 / (n + z**2)))
+    assert module._interval(np.ones(n)) == pytest.approx((1, n / (n + z**2), 1))
+    assert module._interval(np.full(n, 0.05)) == pytest.approx((0.05, 0.05, 0.05))
