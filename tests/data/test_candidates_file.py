@@ -295,3 +295,10 @@ def test_drawn_candidates_have_no_order_and_given_ones_keep_theirs(given):
         assert tokens["item_id"][items].tolist() == published[pair]
     drawn = FrozenCandidates("test", np.array([1]), np.array([2]), np.array([[3, 4]]))
     assert drawn.place is None and drawn.lists().tolist() == [[2, 3, 4]]
+
+
+def test_a_hit_among_all_candidates_of_a_list_is_warned_of(given, caplog):
+    loaded("GRU4Rec", given[0] | {"topk": [1, 5, 9]})
+    assert "is 1 for every model" not in caplog.text
+    loaded("GRU4Rec", given[0] | {"topk": [1, 5, 10], "metrics": ["Hit", "NDCG"]})
+    assert "topk=10: Hit@10 of file is 1 for every model, as it has 10 candidates" in caplog.text
